@@ -1,0 +1,116 @@
+"""One message format for every refused argument: ``NAME must be EXPECTED, got ACTUAL.``.
+
+The functions return nothing and raise ``ValueError`` for a wrong value, ``TypeError`` for a wrong type.
+Nothing here reads tensor *values*, so all of it is free of device synchronisation and safe to trace;
+:mod:`te_quant._values` holds the checks that must look at the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "require",
+    "require_axis",
+    "require_choice",
+    "require_device",
+    "require_floating",
+    "require_int",
+    "require_integer_tensor",
+    "require_number",
+    "require_rank",
+]
+
+
+def require(condition: bool, name: str, expected: str, actual: object) -> None:
+    """Raise ``ValueError`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {actual}.")
+
+
+def require_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
+    """Refuse anything but an ``int`` (``bool`` is not one) in ``[minimum, maximum]``."""
+    expected = "an int" + _bounds(minimum, maximum)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be {expected}, got {value!r}.")
+    if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+
+
+def require_number(
+    name: str,
+    value: object,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    *,
+    below: float | None = None,
+) -> None:
+    """Refuse anything but a finite real number in ``[minimum, maximum]``, or ``[minimum, below)``."""
+    expected = "a finite number" + _bounds(minimum, maximum) + ("" if below is None else f" and < {below:g}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {expected}, got {value!r}.")
+    inside = (
+        -math.inf < value < math.inf
+        and (minimum is None or value >= minimum)
+        and (maximum is None or value <= maximum)
+        and (below is None or value < below)
+    )
+    # The message is made only when needed: a compiled graph may hold a symbolic value that has no repr.
+    if not inside:
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+
+
+def require_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Refuse a value that is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(repr(c) for c in choices)}, got {value!r}.")
+
+
+def require_rank(name: str, tensor: Tensor, ranks: Collection[int], layout: str) -> None:
+    """Refuse a tensor whose number of axes is not in ``ranks``; ``layout`` names the shape wanted."""
+    _require_tensor(name, tensor)
+    if tensor.ndim not in ranks:
+        raise ValueError(f"{name} must be of shape {layout}, got shape {tuple(tensor.shape)}.")
+
+
+def require_axis(name: str, tensor: Tensor, axis: int, size: int, size_name: str) -> None:
+    """Refuse a tensor whose ``axis`` does not have ``size`` elements."""
+    actual = tensor.shape[axis]
+    if actual != size:
+        shape = tuple(tensor.shape)
+        raise ValueError(f"{name} axis {axis} must be {size_name}={size}, got {actual} ({name} shape {shape}).")
+
+
+def require_floating(name: str, tensor: Tensor) -> None:
+    """Refuse integer, boolean and complex tensors."""
+    _require_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}.")
+
+
+def require_integer_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse floating-point, complex and boolean tensors."""
+    _require_tensor(name, tensor)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}.")
+
+
+def require_device(name: str, tensor: Tensor, device: torch.device, owner: str) -> None:
+    """Refuse a tensor that does not live where ``owner`` does."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} as the {owner}, got {tensor.device}.")
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
+
+
+def _bounds(minimum: float | None, maximum: float | None) -> str:
+    low = "" if minimum is None else f" >= {minimum:g}"
+    high = "" if maximum is None else f" <= {maximum:g}"
+    return " and".join(part for part in (low, high) if part)

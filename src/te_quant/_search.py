@@ -1,0 +1,101 @@
+"""The nearest code of every latent vector, in tiles: no N x K tensor is ever held.
+
+Shape letters: N latent vectors, C code size, K codes.
+
+argmin_k ‖z - e_k‖² = argmin_k ½‖e_k‖² - z·e_k, so the work is one matrix product, taken a tile at a time into
+one reused buffer that stays in cache, with a running minimum over the tiles. Two details make it exact where
+the plain expanded form is not:
+
+- latents and codes are first shifted by the mean code, which changes no distance but keeps the two terms small;
+  without it float32 picks more than half of the codes wrongly at an offset of 1,000;
+- the running minimum takes a later tile only where it is strictly smaller, so ties go to the lowest index.
+
+Registered as dispatcher operators, so that a compiled graph holds one opaque node whatever N is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["sample_codes", "search_codes"]
+
+# Elements of the score buffer. On a CPU 2 MiB of float32 stay in a core's second-level cache; on an accelerator
+# launches cost more than memory, and 32 MiB is still independent of N and K.
+_CPU_TILE = 1 << 19
+_DEVICE_TILE = 1 << 23
+# The widest tile of codes: wider tiles leave too few rows for an efficient product.
+_MAX_TILE_CODES = 4096
+
+_library = torch.library.Library("te_quant", "FRAGMENT")
+_library.define(
+    "search_codes(Tensor latents, Tensor codebook) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "sample_codes(Tensor latents, Tensor codebook, float temperature, Generator? generator) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+
+
+def search_codes(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the code nearest to each row of ``latents``: (N, C), (K, C) -> (N,) int64."""
+    result: Tensor = torch.ops.te_quant.search_codes(latents.detach(), codebook.detach())
+    return result
+
+
+def sample_codes(
+    latents: Tensor, codebook: Tensor, temperature: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw a code for each row with probability ∝ exp(-‖z - e‖² / (2 · temperature)): -> (N,) int64."""
+    result: Tensor = torch.ops.te_quant.sample_codes(latents.detach(), codebook.detach(), temperature, generator)
+    return result
+
+
+def _search(latents: Tensor, codebook: Tensor) -> Tensor:
+    return _tiled_argmin(latents, codebook, 0.0, None)
+
+
+def _tiled_argmin(
+    latents: Tensor, codebook: Tensor, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    rows, codes = latents.shape[0], codebook.shape[0]
+    center = codebook.mean(0)
+    centered = codebook - center
+    half_norms = centered.square().sum(1).mul_(0.5)
+    tile_codes = min(codes, _MAX_TILE_CODES)
+    budget = _CPU_TILE if latents.device.type == "cpu" else _DEVICE_TILE
+    tile_rows = max(1, min(rows, budget // tile_codes))
+    buffer = latents.new_empty(tile_rows * tile_codes)
+    indices = torch.empty(rows, dtype=torch.int64, device=latents.device)
+    for row in range(0, rows, tile_rows):
+        tile = latents[row : row + tile_rows] - center
+        best: Tensor | None = None
+        chosen = indices[row : row + tile_rows]
+        for code in range(0, codes, tile_codes):
+            block = centered[code : code + tile_codes]
+            scores = buffer[: tile.shape[0] * block.shape[0]].view(tile.shape[0], block.shape[0])
+            torch.addmm(half_norms[code : code + tile_codes], tile, block.T, alpha=-1, out=scores)
+            if temperature:
+                # Gumbel-max: -log of an exponential variate is a Gumbel variate.
+                noise = torch.empty_like(scores).exponential_(generator=generator)
+                scores.add_(noise.log_(), alpha=temperature)
+            value, index = scores.min(1)
+            if best is None:
+                best = value
+                chosen.copy_(index)
+            else:
+                better = value < best
+                best = torch.where(better, value, best)
+                chosen.copy_(torch.where(better, index + code, chosen))
+    return indices
+
+
+def _indices_like(latents: Tensor, codebook: Tensor, *_: object) -> Tensor:  # noqa: ARG001
+    return latents.new_empty(latents.shape[0], dtype=torch.int64)
+
+
+_library.impl("search_codes", _search, "CompositeExplicitAutograd")
+_library.impl("sample_codes", _tiled_argmin, "CompositeExplicitAutograd")
+torch.library.register_fake("te_quant::search_codes", _indices_like, lib=_library)
+torch.library.register_fake("te_quant::sample_codes", _indices_like, lib=_library)

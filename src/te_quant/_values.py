@@ -1,0 +1,76 @@
+"""The checks that must look at tensor values; :mod:`te_quant._checks` looks at types and shapes alone.
+
+Each returns the tensor that it has passed. Use the returned one: in a compiled graph, where Python cannot branch
+on values, the check is an opaque operator, and only its result keeps it from being dropped as dead code. The
+error is the same in both worlds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["require_finite", "require_in_range"]
+
+_library = torch.library.Library("te_quant", "FRAGMENT")
+_library.define("check_finite(Tensor values, str name) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "check_range(Tensor values, str name, SymInt stop, str stop_name) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def require_finite(name: str, tensor: Tensor) -> Tensor:
+    """Refuse NaN and infinities. Reads the values: waits for the device. Carries no gradient."""
+    if torch.compiler.is_compiling():
+        checked: Tensor = torch.ops.te_quant.check_finite(tensor.detach(), name)
+        return checked
+    _refuse_nonfinite(tensor, name)
+    return tensor.detach()
+
+
+def require_in_range(name: str, tensor: Tensor, stop: int, stop_name: str) -> Tensor:
+    """Refuse integers outside ``[0, stop)``. Reads the values: waits for the device."""
+    if torch.compiler.is_compiling():
+        checked: Tensor = torch.ops.te_quant.check_range(tensor, name, stop, stop_name)
+        return checked
+    _refuse_outside(tensor, name, stop, stop_name)
+    return tensor
+
+
+def _refuse_nonfinite(tensor: Tensor, name: str) -> None:
+    # A finite sum proves finite terms and costs one pass without a mask; the reverse does not hold (a sum of
+    # finite numbers may overflow), so only a suspicious sum is looked at term by term.
+    if not tensor.numel() or tensor.sum().isfinite():
+        return
+    nonfinite = int(tensor.isfinite().logical_not().sum())
+    if nonfinite:
+        raise ValueError(f"{name} must be finite, got {nonfinite} NaN or infinite of {tensor.numel()} values.")
+
+
+def _refuse_outside(tensor: Tensor, name: str, stop: int, stop_name: str) -> None:
+    if not tensor.numel():
+        return
+    low, high = (int(v) for v in torch.aminmax(tensor))
+    if low < 0 or high >= stop:
+        raise ValueError(f"{name} must be in [0, {stop_name}={stop}), got {low if low < 0 else high}.")
+
+
+def _check_finite(values: Tensor, name: str) -> Tensor:
+    _refuse_nonfinite(values, name)
+    return values.clone()
+
+
+def _check_range(values: Tensor, name: str, stop: int, stop_name: str) -> Tensor:
+    _refuse_outside(values, name, stop, stop_name)
+    return values.clone()
+
+
+def _same(values: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(values)
+
+
+_library.impl("check_finite", _check_finite, "CompositeExplicitAutograd")
+_library.impl("check_range", _check_range, "CompositeExplicitAutograd")
+torch.library.register_fake("te_quant::check_finite", _same, lib=_library)
+torch.library.register_fake("te_quant::check_range", _same, lib=_library)

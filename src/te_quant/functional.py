@@ -1,0 +1,168 @@
+"""What the quantizers are made of, as pure functions.
+
+Shape letters: N latent vectors, C code size, K codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from te_quant._checks import (
+    require,
+    require_axis,
+    require_device,
+    require_floating,
+    require_number,
+    require_rank,
+)
+from te_quant._search import sample_codes, search_codes
+
+__all__ = ["nearest_code", "orthogonality", "perplexity", "rotation_trick", "straight_through"]
+
+
+def nearest_code(
+    latents: Tensor,
+    codebook: Tensor,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Index of the code nearest to each latent vector in L2; ties go to the lowest index.
+
+    Takes O(N + K) memory: neither an N x K tensor nor a one-hot is built. Half-precision inputs are compared in
+    float32, and latents far from the origin lose no accuracy.
+
+    Args:
+        latents: (N, C), floating point.
+        codebook: (K, C), same dtype and device. For cosine similarity normalise both first.
+        temperature: 0 takes the nearest code; above 0 a code is drawn with probability proportional to
+            exp(-‖z - e‖² / (2 · temperature)), in squared units of the latents.
+        generator: source of randomness for ``temperature > 0``.
+
+    Returns:
+        (N,) int64 in [0, K).
+
+    Raises:
+        ValueError: a shape, the device or the temperature does not fit, or there is no code.
+        TypeError: a tensor is not floating point, or the dtypes differ.
+
+    Source: Shin et al. 2021, arXiv:2112.00384, Eq. 3.
+    """
+    for name, tensor in (("latents", latents), ("codebook", codebook)):
+        require_rank(name, tensor, (2,), "(N, C)" if name == "latents" else "(K, C)")
+        require_floating(name, tensor)
+    require(codebook.shape[0] >= 1, "codebook", "at least one code", "none")
+    require_axis("latents", latents, 1, codebook.shape[1], "codebook axis 1")
+    require_device("latents", latents, codebook.device, "codebook")
+    if latents.dtype != codebook.dtype:
+        raise TypeError(f"latents must be {codebook.dtype} as the codebook, got {latents.dtype}.")
+    require_number("temperature", temperature, 0.0)
+    if latents.dtype in (torch.float16, torch.bfloat16):
+        latents, codebook = latents.float(), codebook.float()
+    if temperature:
+        return sample_codes(latents, codebook, float(temperature), generator)
+    return search_codes(latents, codebook)
+
+
+def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
+    """The codes in the forward pass, bit for bit; the identity towards the latents in the backward pass.
+
+    Args:
+        latents: any shape.
+        codes: same shape; gets no gradient.
+
+    Source: Bengio et al. 2013, arXiv:1308.3432; van den Oord et al. 2017, Section 3.2. Written as
+        codes + (z - z), not z + (codes - z), because the latter differs from the codes in the last bits, and
+        tokens would then decode to another image than the one trained on.
+    """
+    return codes.detach() + (latents - latents.detach())
+
+
+def rotation_trick(latents: Tensor, codes: Tensor) -> Tensor:
+    """The codes in the forward pass; backward, the gradient is rotated and rescaled as z is onto its code.
+
+    Args:
+        latents: (N, C).
+        codes: (N, C); gets no gradient. Where z or its code is zero, or they are opposite, no rotation is
+            defined and the row falls back to :func:`straight_through`.
+
+    Source: Fifty et al. 2024, arXiv:2410.06424, Eq. 3 and 4, with the rotation held constant.
+    """
+    with torch.no_grad():
+        latent_norm = latents.norm(dim=-1, keepdim=True)
+        code_norm = codes.norm(dim=-1, keepdim=True)
+        tiny = torch.finfo(latents.dtype).tiny ** 0.5
+        unit_latents = latents / latent_norm.clamp_min(tiny)
+        unit_codes = codes / code_norm.clamp_min(tiny)
+        halfway = unit_latents + unit_codes
+        halfway_norm = halfway.norm(dim=-1, keepdim=True)
+        # Below this the half-way vector is rounding error, not a direction.
+        flat = torch.finfo(latents.dtype).eps ** 0.5
+        defined = (latent_norm > tiny) & (code_norm > tiny) & (halfway_norm > flat)
+        halfway = halfway / halfway_norm.clamp_min(tiny)
+        scale = code_norm / latent_norm.clamp_min(tiny)
+    reflected = latents - 2 * (latents * halfway).sum(-1, keepdim=True) * halfway
+    rotated = scale * (reflected + 2 * (latents * unit_latents).sum(-1, keepdim=True) * unit_codes)
+    return straight_through(torch.where(defined, rotated, latents), codes)
+
+
+def orthogonality(codebook: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How far the codes are from being orthogonal: ‖ÊÊᵀ - I‖²_F / K², Ê the codes scaled to unit length.
+
+    0 exactly when all codes are orthogonal, which needs K <= C; beyond that the least value is 1/C - 1/K. A zero
+    code counts as the distance of its own diagonal entry from 1. Evaluated by a C x C product when K > C, so the
+    cost is O(K·C·min(K, C)) and the memory O(K·C + min(K, C)²).
+
+    Args:
+        codebook: (K, C), floating point.
+        mask: (K,) bool; the codes to look at, all if None. K then counts these alone; none gives 0.
+
+    Returns:
+        () tensor, differentiable.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: the codebook is not floating point or the mask not bool.
+
+    Source: Shin et al. 2021, arXiv:2112.00384, Eq. 5 without λ. For unit rows
+        ‖ÊÊᵀ - I‖² = ‖ÊᵀÊ‖² - 2·Σ‖ê‖² + K, which stays true when some rows are zero.
+    """
+    require_rank("codebook", codebook, (2,), "(K, C)")
+    require_floating("codebook", codebook)
+    units = F.normalize(codebook, dim=1)
+    count = units.new_tensor(codebook.shape[0])
+    if mask is not None:
+        require_rank("mask", mask, (1,), "(K,)")
+        require_axis("mask", mask, 0, codebook.shape[0], "K")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {mask.dtype}.")
+        units = units * mask.unsqueeze(1)
+        count = mask.sum().to(units.dtype)
+    if codebook.shape[0] <= codebook.shape[1]:
+        # The K x K form has no cancellation near zero, which is where a trained codebook lies.
+        target = torch.eye(codebook.shape[0], dtype=units.dtype, device=units.device)
+        if mask is not None:
+            target = target * mask
+        distance = (units @ units.T - target).square().sum()
+    else:
+        distance = (units.T @ units).square().sum() - 2 * units.square().sum() + count
+    return distance / count.square().clamp_min(1)
+
+
+def perplexity(histogram: Tensor) -> Tensor:
+    """The effective number of codes: exp of the entropy of a histogram of code use.
+
+    Args:
+        histogram: (K,) counts or weights, >= 0, any real dtype. All zero gives 0: no codes are in use.
+
+    Returns:
+        () float64 in [0, K].
+    """
+    require_rank("histogram", histogram, (1,), "(K,)")
+    weights = histogram.to(torch.float64)
+    total = weights.sum()
+    shares = weights / total.clamp_min(torch.finfo(torch.float64).tiny)
+    entropy = -torch.xlogy(shares, shares).sum()
+    return torch.where(total > 0, entropy.exp(), torch.zeros_like(entropy))

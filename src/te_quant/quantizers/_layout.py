@@ -1,0 +1,107 @@
+"""From latents in any layout to rows of vectors and back, with every check on the way.
+
+Shape letters: B batch, C code size, h w token grid, N = B*h*w latent vectors.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from te_quant._checks import (
+    require_axis,
+    require_device,
+    require_floating,
+    require_integer_tensor,
+    require_rank,
+)
+from te_quant._values import require_finite, require_in_range
+
+__all__ = ["Layout", "Rows", "full_precision", "widen"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Rows(NamedTuple):
+    """Latents as rows.
+
+    Attributes:
+        vectors: (N, C), at least float32, with gradient; zero where skipped.
+        searchable: (N, C), the same values without gradient, checked for NaN where that was asked for.
+        weights: (N, 1), 0 for skipped rows and 1 for the others; None if every row counts.
+    """
+
+    vectors: Tensor
+    searchable: Tensor
+    weights: Tensor | None
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast is off: distances and means need float32."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the latents of one quantizer lie in memory, and what it refuses."""
+
+    code_dim: int
+    channel_dim: int
+    nonfinite: str | None
+
+    def check(self, latents: Tensor, codebook: Tensor) -> None:
+        """Refuse latents that do not fit ``codebook``; call it before autocast is switched off."""
+        shape = "(B, C, h, w) or (N, C)" if self.channel_dim == 1 else "(B, N, C) or (N, C)"
+        require_rank("latents", latents, (2, 3, 4, 5), shape)
+        require_floating("latents", latents)
+        axis = 1 if self.channel_dim == 1 else latents.ndim - 1
+        require_axis("latents", latents, axis, self.code_dim, "code_dim")
+        require_device("latents", latents, codebook.device, "codebook")
+        if latents.dtype != codebook.dtype:
+            device = latents.device.type
+            cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            if not (cast and latents.dtype in _HALF):
+                raise TypeError(f"latents must be {codebook.dtype} as the codebook, got {latents.dtype}.")
+
+    def to_rows(self, latents: Tensor) -> Rows:
+        """(B, C, h, w) or any other layout -> (N, C); looks at NaN as asked."""
+        pattern = "b c ... -> (b ...) c" if self.channel_dim == 1 else "b ... c -> (b ...) c"
+        vectors = widen(rearrange(latents, pattern))
+        mode = self.nonfinite or ("raise" if latents.device.type == "cpu" else "off")
+        if mode == "raise":
+            return Rows(vectors, require_finite("latents", vectors), None)
+        if mode == "skip":
+            finite = vectors.isfinite().all(1, keepdim=True)
+            vectors = torch.where(finite, vectors, torch.zeros_like(vectors))
+            return Rows(vectors, vectors.detach(), finite.to(vectors.dtype))
+        return Rows(vectors, vectors.detach(), None)
+
+    def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """(N, C) -> the layout of latents of ``shape``."""
+        if self.channel_dim == -1:
+            return rows.view(shape)
+        return rows.view(shape[0], *shape[2:], self.code_dim).movedim(-1, 1)
+
+    def indices_from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """(N,) -> the shape of latents of ``shape`` without the channel axis."""
+        return rows.view(shape[:-1] if self.channel_dim == -1 else (shape[0], *shape[2:]))
+
+    def check_indices(self, indices: Tensor, codebook: Tensor) -> Tensor:
+        """Refuse what no code belongs to; return the indices as int64."""
+        require_integer_tensor("indices", indices)
+        require_rank("indices", indices, (1, 2, 3, 4), "(B, h, w), (B, N) or (N,)")
+        require_device("indices", indices, codebook.device, "codebook")
+        # A negative index would silently count from the end.
+        return require_in_range("indices", indices.long(), codebook.shape[0], "num_codes")
