@@ -25,6 +25,12 @@ from te_quant._values import require_finite, require_in_range
 __all__ = ["Layout", "Rows", "full_precision", "widen"]
 
 _HALF = (torch.float16, torch.bfloat16)
+# Asked once: older compilers cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    name
+    for name in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
+    if torch.amp.is_autocast_available(name)
+)
 
 
 class Rows(NamedTuple):
@@ -43,7 +49,7 @@ class Rows(NamedTuple):
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off: distances and means need float32."""
-    if torch.amp.is_autocast_available(device.type):
+    if device.type in _AUTOCAST_DEVICES:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -71,7 +77,7 @@ class Layout:
         require_device("latents", latents, codebook.device, "codebook")
         if latents.dtype != codebook.dtype:
             device = latents.device.type
-            cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            cast = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
             if not (cast and latents.dtype in _HALF):
                 raise TypeError(f"latents must be {codebook.dtype} as the codebook, got {latents.dtype}.")
 

@@ -168,9 +168,9 @@ class VectorQuantizer(nn.Module):
                 chosen = sample_codes(rows.searchable, table, self.temperature, generator)
             else:
                 chosen = search_codes(rows.searchable, table)
-            penalized = self._observe(rows, chosen, generator)
-            # Read again: under "ema" the codebook has just moved.
-            table = self._table()
+            penalized, moved = self._observe(rows, chosen, generator)
+            # Under "ema" the codebook has just moved, and decode(indices) will read it where it is now.
+            table = table if moved is None else self._project(widen(moved))
             codes = F.embedding(chosen, table)
             codebook_loss, commitment_loss = self._distances(rows, codes)
             penalty = torch.zeros_like(commitment_loss)
@@ -306,8 +306,10 @@ class VectorQuantizer(nn.Module):
         return rows.searchable if rows.weights is None else rows.searchable[rows.weights.squeeze(1) > 0]
 
     @torch.no_grad()
-    def _observe(self, rows: Rows, chosen: Tensor, generator: torch.Generator | None) -> Penalized:
-        """Count, update the statistics and the codebook if they are to move, choose the codes to penalize."""
+    def _observe(
+        self, rows: Rows, chosen: Tensor, generator: torch.Generator | None
+    ) -> tuple[Penalized, Tensor | None]:
+        """Count; choose the codes to penalize; update the statistics, and the codebook, returned if it moved."""
         updating = self.training and not self.frozen
         group = self._group.resolve() if updating else None
         active = None
@@ -322,16 +324,15 @@ class VectorQuantizer(nn.Module):
             generator,
             group,
         )
-        if updating:
-            self._update(rows, chosen, counts, penalized, group)
-        return penalized
+        return penalized, self._update(rows, chosen, counts, penalized, group) if updating else None
 
     def _update(
         self, rows: Rows, chosen: Tensor, counts: Tensor, penalized: Penalized, group: ProcessGroup | None
-    ) -> None:
+    ) -> Tensor | None:
         # All processes may have been empty; then nothing changes, decided without waiting for the device.
         seen = counts.any()
         usage = torch.where(seen, self.usage.lerp(counts.to(self.usage.dtype), 1 - self.decay), self.usage)
+        codebook = None
         if self.codebook_update == "ema":
             sums = all_reduce_sum(row_sums(chosen, rows.searchable, self.num_codes), group)
             sums = self.code_sums.lerp(sums.to(self.code_sums.dtype), 1 - self.decay)
@@ -343,9 +344,11 @@ class VectorQuantizer(nn.Module):
                 self.orthogonal_reg,
                 penalized,
             )
-            self.codebook.copy_(torch.where(seen, codebook, self.codebook))
+            codebook = torch.where(seen, codebook, self.codebook)
+            self.codebook.copy_(codebook)
             self.code_sums.copy_(torch.where(seen, sums, self.code_sums))
         self.usage.copy_(usage)
+        return codebook
 
     def _distances(self, rows: Rows, codes: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted codebook and commitment terms: mean squared differences over the rows that count."""

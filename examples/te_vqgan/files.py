@@ -1,0 +1,45 @@
+"""Files that are either whole or absent: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+__all__ = ["write_bytes_atomically", "write_text_atomically"]
+
+
+def write_bytes_atomically(path: str | Path, content: bytes) -> None:
+    """Replace ``path`` by ``content`` in one step; folders are made, an interrupted write leaves no trace.
+
+    Args:
+        path: the file; what was there before stays until the new content is on disk.
+        content: the bytes to write.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The same folder, since a rename is atomic only within one file system.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that others may not read; an ordinary file follows the umask.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text_atomically(path: str | Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in UTF-8, line ends untouched; see :func:`write_bytes_atomically`."""
+    write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

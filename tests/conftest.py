@@ -1,0 +1,17 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def mnist_folder() -> Path:
+    """The folder that holds the folder ``mnist`` with the real IDX files; the test is skipped without it."""
+    folder = os.environ.get("TE_QUANT_DATA")
+    if not folder:
+        pytest.skip("real MNIST is not here: set TE_QUANT_DATA to a folder with its IDX files")
+    return Path(folder)
