@@ -1,0 +1,36 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer: each makes .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= digits
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint types docs smoke clean
+.DELETE_ON_ERROR:
+
+# One marker a set of extras, so that a changed pyproject.toml or pin installs again.
+$(VENV)/.%.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+demo: $(VENV)/.examples.installed
+	$(BIN)/python -m examples.te_vqgan run --preset quick --data $(DATA)
+
+test: $(VENV)/.test.installed
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: $(VENV)/.dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev.installed
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev.installed
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+smoke: $(VENV)/.examples.installed
+	$(BIN)/python -m examples.te_vqgan run --preset smoke --data digits --out docs/_build/smoke
+
+clean:
+	rm -rf $(VENV) docs/_build .coverage* .mypy_cache .pytest_cache .ruff_cache
