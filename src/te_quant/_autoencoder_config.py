@@ -1,0 +1,142 @@
+"""The one description of an autoencoder that a checkpoint has to store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from te_quant._checks import require, require_choice, require_int, require_number
+from te_quant.filters import PADDING_MODES, PaddingMode
+from te_quant.layers.downsample import DOWNSAMPLERS
+
+__all__ = ["AutoencoderConfig"]
+
+_SEQUENCES = ("channel_multipliers", "attention_levels")
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Every option of a :class:`~te_quant.autoencoder.VQAutoencoder`; the defaults are the paper's stage 1.
+
+    Args:
+        image_channels: channels of the images, at least 1.
+        base_channels: width at full resolution, a multiple of ``norm_groups``.
+        channel_multipliers: width of each level over ``base_channels``, finest level first. Each level but
+            the last halves the sides: L levels make a stride of 2^(L-1) pixels.
+        num_res_blocks: residual blocks a level in the encoder, at least 1; the decoder has one more a level.
+        attention_levels: the levels, counted from 0 (finest), whose residual blocks are each followed by
+            attention. If there are any, the middle of encoder and decoder has one as well.
+        downsample: a name of :func:`~te_quant.layers.build_downsample`.
+        encoder_padding: padding mode of all that lies before the quantizer.
+        decoder_padding: padding mode of all that lies behind it.
+        norm_groups: groups of every GroupNorm, at least 1.
+        dropout: in the residual blocks, in [0, 1).
+        num_codes: K, at least 1.
+        code_dim: C, at least 1: size of a latent vector and of a code.
+        metric: see :class:`~te_quant.VectorQuantizer`, as all below.
+        codebook_update: ``gradient`` or ``ema``.
+        commitment_weight: β, >= 0.
+        decay: of the moving averages, in [0, 1).
+        orthogonal_reg: λ of the orthogonality penalty, >= 0; 10 for TE-VQGAN.
+        gradient_estimator: ``straight_through`` or ``rotation_trick``.
+
+    Raises:
+        ValueError: an option is out of range, or ``norm_groups`` does not divide ``base_channels``.
+        TypeError: an option has the wrong type.
+
+    Source: Shin et al. 2021, arXiv:2112.00384, and its published configuration (width 128, multipliers
+        1-2-2, one residual block, attention at stride 4, 256-d codes). Differs: 256 codes, not 128, since
+        the paper's Table 3 counts 252 used ones.
+    """
+
+    image_channels: int = 3
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 2)
+    num_res_blocks: int = 1
+    attention_levels: tuple[int, ...] = (2,)
+    downsample: str = "strided_conv"
+    encoder_padding: PaddingMode = "replicate"
+    decoder_padding: PaddingMode = "zeros"
+    norm_groups: int = 32
+    dropout: float = 0.0
+    num_codes: int = 256
+    code_dim: int = 256
+    metric: Literal["l2", "cosine"] = "l2"
+    codebook_update: Literal["gradient", "ema"] = "gradient"
+    commitment_weight: float = 0.25
+    decay: float = 0.99
+    orthogonal_reg: float = 0.0
+    gradient_estimator: Literal["straight_through", "rotation_trick"] = "straight_through"
+
+    def __post_init__(self) -> None:
+        for name in _SEQUENCES:
+            # A list, as JSON gives it, would make the config unhashable and unequal to its own copy.
+            object.__setattr__(self, name, _tuple_of_ints(name, getattr(self, name)))
+        self._check_networks()
+        self._check_levels()
+        self._check_quantizer()
+
+    def _check_networks(self) -> None:
+        for name in ("image_channels", "base_channels", "num_res_blocks", "norm_groups"):
+            require_int(name, getattr(self, name), 1)
+        divides = self.base_channels % self.norm_groups == 0
+        require(divides, "norm_groups", f"a divisor of base_channels={self.base_channels}", self.norm_groups)
+        require_choice("downsample", self.downsample, DOWNSAMPLERS)
+        require_choice("encoder_padding", self.encoder_padding, PADDING_MODES)
+        require_choice("decoder_padding", self.decoder_padding, PADDING_MODES)
+        require_number("dropout", self.dropout, 0, below=1)
+
+    def _check_levels(self) -> None:
+        multipliers, attention = self.channel_multipliers, self.attention_levels
+        require(len(multipliers) > 0, "channel_multipliers", "at least one int", multipliers)
+        for multiplier in multipliers:
+            require_int("channel_multipliers entry", multiplier, 1)
+        for level in attention:
+            require_int("attention_levels entry", level, 0, len(multipliers) - 1)
+        require(len(set(attention)) == len(attention), "attention_levels", "without repetition", attention)
+
+    def _check_quantizer(self) -> None:
+        require_int("num_codes", self.num_codes, 1)
+        require_int("code_dim", self.code_dim, 1)
+        require_choice("metric", self.metric, ("l2", "cosine"))
+        require_choice("codebook_update", self.codebook_update, ("gradient", "ema"))
+        require_number("commitment_weight", self.commitment_weight, 0)
+        require_number("decay", self.decay, 0, below=1)
+        require_number("orthogonal_reg", self.orthogonal_reg, 0)
+        require_choice("gradient_estimator", self.gradient_estimator, ("straight_through", "rotation_trick"))
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one token to the next."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+    @property
+    def divisor(self) -> int:
+        """What the sides of an image must be divisible by."""
+        return self.stride
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as values that JSON keeps: ``from_dict(json.loads(json.dumps(c.to_dict()))) == c``."""
+        options = dataclasses.asdict(self)
+        return {name: list(value) if name in _SEQUENCES else value for name, value in options.items()}
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> AutoencoderConfig:
+        """The config with these options; what is not named keeps its default.
+
+        Raises:
+            ValueError: an option does not exist, or is out of range.
+            TypeError: an option has the wrong type.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            require(name in known, "config key", "one of " + ", ".join(known), repr(name))
+        return cls(**options)
+
+
+def _tuple_of_ints(name: str, value: object) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of ints, got {value!r}.")
+    return tuple(value)

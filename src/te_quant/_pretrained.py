@@ -1,0 +1,150 @@
+"""A model on disk: ``model.safetensors`` and ``config.json`` in one folder, or in one repository of the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from te_quant._checks import require
+from te_quant._files import write_atomically
+
+__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "WEIGHTS_FILE", "locate", "read_config", "read_weights", "save"]
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+FORMAT_VERSION = 1
+"""Raised whenever an older library could not read, or would misread, a newly written folder."""
+
+
+def save(
+    folder: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """Write both files, each atomically.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    save_file = _safetensors().save_file
+    folder = Path(folder)
+    content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}
+    text = json.dumps(content, indent=2) + "\n"
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def locate(
+    source: str | os.PathLike[str], revision: str | None, cache_dir: str | Path | None
+) -> tuple[Path, Path]:
+    """The config and the weights of ``source``, downloaded if it is a repository of the hub.
+
+    A folder that exists wins over a repository of the same name.
+
+    Raises:
+        FileNotFoundError: ``source`` is neither a folder nor of the form ``owner/name``, or a file is missing.
+        ValueError: ``revision`` or ``cache_dir`` was given with a folder, which has none.
+        ImportError: huggingface_hub is not installed.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        require(revision is None, "revision", "None for a local folder", repr(revision))
+        require(cache_dir is None, "cache_dir", "None for a local folder", repr(cache_dir))
+        config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        for path in (config, weights):
+            if not path.is_file():
+                raise FileNotFoundError(f"folder must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got none at {path}.")
+        return config, weights
+    if not isinstance(source, str) or not _is_repository(source):
+        raise FileNotFoundError(f"source must be an existing folder or a hub id 'owner/name', got {source!r}.")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(_missing("huggingface_hub", f"load {source!r}, which is no local folder")) from error
+    downloads = (
+        huggingface_hub.hf_hub_download(repo_id=source, filename=name, revision=revision, cache_dir=cache_dir)
+        for name in (CONFIG_FILE, WEIGHTS_FILE)
+    )
+    config, weights = (Path(path) for path in downloads)
+    return config, weights
+
+
+def read_config(path: Path, class_name: str) -> dict[str, Any]:
+    """The options of a model of class ``class_name``.
+
+    Raises:
+        ValueError: the file is not JSON, was written by another version of the format or for another class.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON in UTF-8, got {error}.") from error
+    keys = {"class_name", "format_version", "config"}
+    found = sorted(content) if isinstance(content, dict) else type(content).__name__
+    require(isinstance(content, dict) and set(content) == keys, str(path), f"an object of {sorted(keys)}", found)
+    version, name, options = content["format_version"], content["class_name"], content["config"]
+    require(version == FORMAT_VERSION, f"{path} format_version", str(FORMAT_VERSION), repr(version))
+    require(name == class_name, f"{path} class_name", repr(class_name), repr(name))
+    require(isinstance(options, dict), f"{path} config", "an object", repr(options))
+    return dict(options)
+
+
+def read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of ``path``, in the dtypes they were saved in, on the CPU.
+
+    Args:
+        path: a safetensors file. Pickles are never opened.
+        expected: names and shapes that the file must hold, and none other.
+
+    Raises:
+        ValueError: the file is not in the safetensors format, or holds other names, shapes or kinds of numbers.
+        ImportError: safetensors is not installed.
+    """
+    load_file = _safetensors().load_file
+    from safetensors import SafetensorError
+
+    try:
+        # A copy, because the loader may hand out a view of the file itself.
+        found: dict[str, Tensor] = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file, got {error}.") from error
+    missing = [name for name in expected if name not in found]
+    require(not missing, str(path), f"complete ({len(expected)} tensors)", f"none named {_some(missing)}")
+    surplus = [name for name in found if name not in expected]
+    require(not surplus, str(path), f"of {len(expected)} tensors", f"unexpected {_some(surplus)}")
+    for name, tensor in found.items():
+        wanted = expected[name]
+        require(tensor.shape == wanted.shape, f"{path} {name}", f"of {_shape(wanted)}", _shape(tensor))
+        floating = tensor.is_floating_point() == wanted.is_floating_point()
+        require(floating, f"{path} {name}", f"of the kind of {wanted.dtype}", tensor.dtype)
+    return found
+
+
+def _is_repository(source: str) -> bool:
+    owner, slash, name = source.partition("/")
+    return bool(owner and slash and name) and "/" not in name and not source.startswith((".", "~"))
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(_missing("safetensors", "save and load weights")) from error
+    return safetensors.torch
+
+
+def _missing(package: str, purpose: str) -> str:
+    return f"{package} must be installed to {purpose}: pip install 'te_quant[hub]'."
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

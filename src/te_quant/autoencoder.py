@@ -1,0 +1,156 @@
+"""A convolutional autoencoder around a vector quantizer: the VQGAN family.
+
+Shape letters: B batch, I image channels, H W pixels, s stride, C code size, h = H/s and w = W/s token grid.
+
+Source: Shin et al. 2021, arXiv:2112.00384; Esser et al. 2021, arXiv:2012.09841.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from te_quant import _pretrained
+from te_quant._autoencoder_config import AutoencoderConfig
+from te_quant._checks import require_rank
+from te_quant._coders import build_decoder, build_encoder
+from te_quant.quantizers.base import QuantizerOutput
+from te_quant.quantizers.vector import VectorQuantizer
+
+__all__ = ["AutoencoderConfig", "AutoencoderOutput", "VQAutoencoder", "build_decoder", "build_encoder"]
+
+
+class AutoencoderOutput(NamedTuple):
+    """What one pass computed; the same fields in training and in evaluation.
+
+    Attributes:
+        reconstruction: (B, I, H, W), what the decoder makes of ``quantized``.
+        quantized: (B, C, h, w), the codes, with a gradient path to the latents.
+        indices: (B, h, w) int64, the tokens.
+        loss: (), of the quantizer alone: the sum of the three terms below. Add your reconstruction loss.
+        codebook_loss: (), weighted.
+        commitment_loss: (), weighted.
+        regularization_loss: (), weighted.
+        codes: (B, C, h, w), the codes without gradient; ``decode(codes)`` is ``decode_indices(indices)``.
+        latents: (B, C, h, w), what the encoder made of the images.
+    """
+
+    reconstruction: Tensor
+    quantized: Tensor
+    indices: Tensor
+    loss: Tensor
+    codebook_loss: Tensor
+    commitment_loss: Tensor
+    regularization_loss: Tensor
+    codes: Tensor
+    latents: Tensor
+
+
+class VQAutoencoder(nn.Module):
+    """Encoder, vector quantizer and decoder.
+
+    Args:
+        config: every option.
+
+    Shape:
+        images: (B, I, H, W) floating point in [-1, 1], sides divisible by ``config.divisor``.
+        indices: (B, h, w) int64 in [0, K).
+
+    Raises:
+        ValueError: images have another rank, number of channels or sides.
+        TypeError: images are not floating point.
+
+    Source: Shin et al. 2021, arXiv:2112.00384, stage 1.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = build_encoder(config)
+        self.quantizer = VectorQuantizer(
+            config.num_codes,
+            config.code_dim,
+            metric=config.metric,
+            codebook_update=config.codebook_update,
+            commitment_weight=config.commitment_weight,
+            decay=config.decay,
+            orthogonal_reg=config.orthogonal_reg,
+            gradient_estimator=config.gradient_estimator,
+        )
+        self.decoder = build_decoder(config)
+
+    def forward(self, images: Tensor) -> AutoencoderOutput:
+        """Encode, quantize and decode."""
+        latents = self.encode(images)
+        output: QuantizerOutput = self.quantizer(latents)
+        return AutoencoderOutput(self.decode(output.quantized), *output, latents)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, I, H, W) images to (B, C, h, w) latents, before quantization."""
+        latents: Tensor = self.encoder(images)
+        return latents
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, C, h, w) codes to (B, I, H, W) images."""
+        images: Tensor = self.decoder(codes)
+        return images
+
+    @torch.no_grad()
+    def encode_to_indices(self, images: Tensor) -> Tensor:
+        """(B, I, H, W) images to (B, h, w) int64 tokens: no losses, no gradient, no update of the codebook."""
+        return self.quantizer.encode(self.encode(images))
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """(B, h, w) tokens to (B, I, H, W) images; differentiable in the codebook and the decoder.
+
+        Raises:
+            ValueError: an index is negative or >= K, or the indices are not (B, h, w).
+            TypeError: the indices are not integers.
+        """
+        require_rank("indices", indices, (3,), "(B, h, w)")
+        return self.decode(self.quantizer.decode(indices))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
+
+        Raises:
+            ImportError: safetensors is not installed (``te_quant[hub]``).
+        """
+        _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> VQAutoencoder:
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode, on the CPU, in the saved dtypes.
+
+        Args:
+            source: a local folder, else a hub id ``owner/name``.
+            revision: branch, tag or commit, for a hub id only.
+            cache_dir: where downloads are kept, for a hub id only.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file is missing in it.
+            ValueError: a file is damaged, of another format version, or does not fit the other.
+            ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
+        """
+        config_path, weights_path = _pretrained.locate(source, revision, cache_dir)
+        options = _pretrained.read_config(config_path, "VQAutoencoder")
+        try:
+            config = AutoencoderConfig.from_dict(options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{config_path} must hold a valid config, got: {error}") from error
+        # The weights are replaced at once, so drawing them must not move the caller's random state.
+        with torch.random.fork_rng(devices=[]):
+            model = cls(config)
+        # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
+        model.load_state_dict(_pretrained.read_weights(weights_path, model.state_dict()), assign=True)
+        return model.eval()

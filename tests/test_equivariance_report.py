@@ -1,0 +1,207 @@
+"""Reports as values: tables, strict JSON, pictures."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+
+from te_quant import equivariance
+from te_quant.equivariance import EquivarianceReport, comparison_table, measure_equivariance, plot_reports
+
+
+def make_report(*, num_codes: int = 4, full: bool = True, **options) -> EquivarianceReport:
+    """Measure a tokenizer of ``num_codes`` random-looking tokens."""
+    extra = {
+        "reconstruct": lambda x: x * 0.9,
+        "latents": lambda x: x[:, :, ::4, ::4],
+        "quantize": lambda z: (z[:, 0] > 0).long().clamp(max=num_codes - 1),
+    }
+    return measure_equivariance(
+        lambda x: ((x[:, 0, ::4, ::4] + 1) * 500).long() % num_codes,
+        torch.rand(3, 1, 16, 16) * 2 - 1,
+        stride=4,
+        num_codes=num_codes,
+        **(extra if full else {}),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("num_codes", "full"), [(4, True), (4, False), (1, False)])
+def test_strict_json_round_trip(num_codes, full):
+    """Through text that any JSON parser reads, NaN and missing parts included."""
+    report = make_report(num_codes=num_codes, full=full)
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    again = EquivarianceReport.from_dict(json.loads(text))
+    assert again.to_dict() == report.to_dict()
+    assert repr(again) == repr(report)
+    assert math.isnan(again.aligned.kappa) == (num_codes == 1)
+
+
+def test_infinite_psnr_survives_json():
+    """A perfect reconstruction has an infinite PSNR; strict JSON has no infinity."""
+    report = make_report()
+    report = replace(report, reconstruction=replace(report.reconstruction, psnr=math.inf))
+    again = EquivarianceReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False)))
+    assert again.reconstruction.psnr == math.inf
+
+
+def test_other_dictionaries_are_refused():
+    """Another format, a missing field, an unknown field."""
+    data = make_report().to_dict()
+    with pytest.raises(ValueError, match="format must be 1, got 2"):
+        EquivarianceReport.from_dict(data | {"format": 2})
+    with pytest.raises(ValueError, match="report fields must be"):
+        EquivarianceReport.from_dict({k: v for k, v in data.items() if k != "aligned"})
+    with pytest.raises(ValueError, match="report fields must be"):
+        EquivarianceReport.from_dict(data | {"surprise": 1})
+
+
+def test_reports_are_frozen():
+    """What was measured is not edited by accident."""
+    report = make_report(full=False)
+    with pytest.raises(FrozenInstanceError):
+        report.aligned = report.placement
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """Read a Markdown table: first column -> the others."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) >= 1
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_markdown_shows_every_agreement_with_kappa_code_use_and_reconstruction():
+    """The figures in the table are those of the report; eight agreements, all with κ beside them."""
+    report = make_report()
+    rows = cells(report.to_markdown())
+    assert rows["index agreement"] == ["rate", "κ", "chance", "token pairs"]
+    for label, agreement in [
+        ("placement (paper: 5 places, 10 pairs)", report.placement),
+        ("placement, foreground", report.placement_foreground),
+        ("aligned (whole tokens)", report.aligned),
+        ("aligned, foreground", report.aligned_foreground),
+        ("sub-stride (best token shift)", report.sub_stride),
+        ("sub-stride, foreground", report.sub_stride_foreground),
+        ("sub-stride (Fourier)", report.sub_stride_fourier),
+        ("sub-stride (Fourier), foreground", report.sub_stride_fourier_foreground),
+    ]:
+        numbers = [f"{agreement.rate:.3f}", f"{agreement.kappa:.3f}", f"{agreement.chance:.3f}"]
+        assert rows[label] == [*numbers, f"{agreement.tokens:,}"]
+    assert rows["used codes"] == [f"{report.code_use.used_codes} of 4"]
+    assert rows["codes above 0.1 % of use"] == [str(report.code_use.frequent_codes)]
+    assert rows["perplexity"] == [f"{report.code_use.perplexity:.1f}"]
+    assert rows["reconstruction L1"] == [f"{report.reconstruction.l1:.4f}"]
+    assert rows["reconstruction PSNR (dB)"] == [f"{report.reconstruction.psnr:.2f}"]
+    assert "Protocol `canvas`, 3 images, 32x32 pixels, stride 4, K = 4" in report.to_markdown()
+
+
+def test_markdown_says_what_was_not_measured_and_what_is_undefined():
+    """A collapsed tokenizer without decoder: κ undefined, reconstruction not measured."""
+    rows = cells(make_report(num_codes=1, full=False).to_markdown())
+    assert rows["aligned (whole tokens)"][:3] == ["1.000", "undefined", "1.000"]
+    assert rows["reconstruction L1"] == ["not measured"]
+    assert "sub-stride (Fourier)" not in rows
+
+
+def test_comparison_shows_conditions_that_differ():
+    """Columns side by side; another K or protocol appears as a row, equal conditions as one line."""
+    first, second = make_report(), make_report(num_codes=2, full=False)
+    table = EquivarianceReport.table({"A": first, "B|C": second})
+    assert "B\\|C" in table
+    rows = cells(table.replace("B\\|C", "B"))
+    assert rows["rate (κ)"] == ["A", "B"]
+    assert rows["num codes"] == ["4", "2"]
+    assert "stride" not in rows
+    assert rows["aligned (whole tokens)"] == [
+        f"{r.aligned.rate:.3f} (κ {r.aligned.kappa:.3f})" for r in (first, second)
+    ]
+    assert rows["sub-stride (Fourier)"][1] == "not measured"
+    assert rows["reconstruction L1"] == [f"{first.reconstruction.l1:.4f}", "not measured"]
+    assert "Protocol" not in table
+
+    wrapped = cells(comparison_table({"A": first, "B": make_report(protocol="circular", shifts=[(4, 0), (0, 4)])}))
+    assert wrapped["protocol"] == ["canvas", "circular"]
+    assert wrapped["image size"] == ["32x32", "16x16"]
+    assert wrapped["shifts"][1] == "(4,0) (0,4)"
+    assert wrapped["placement (paper: 5 places, 10 pairs)"][1] == "not measured"
+
+    without = comparison_table({"A": second, "B": second})
+    assert "Fourier" not in without
+    same = comparison_table({"A": first, "B": make_report()})
+    assert "num codes" not in cells(same)
+    assert "Protocol `canvas`" in same
+
+
+def test_comparison_of_nothing_is_refused():
+    """At least one report."""
+    with pytest.raises(ValueError, match="reports must be at least one, got 0"):
+        comparison_table({})
+    with pytest.raises(ValueError, match="reports must be at least one, got 0"):
+        plot_reports({})
+
+
+def texts(figure) -> list[str]:
+    """All that is written in a figure."""
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_plot_draws_what_the_report_says():
+    """Bars as high as the rates and κ, the map as the rates by shift, the identity left blank."""
+    report = make_report()
+    figure = report.plot()
+    rates, kappas, shift_map = figure.axes
+    agreements = list(report.agreements().values())
+    assert [bar.get_height() for bar in rates.patches] == [a.rate for a in agreements]
+    assert [bar.get_height() for bar in kappas.patches] == [a.kappa for a in agreements]
+    drawn = shift_map.images[0].get_array()
+    assert drawn.mask.sum() == 1
+    assert drawn.mask[0, 0]
+    for entry in report.sub_stride_by_shift:
+        assert drawn[entry.shift] == entry.agreement.rate
+    assert "perplexity" in shift_map.get_title()
+    assert "PSNR" in shift_map.get_title()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=40)
+    assert picture.getvalue().startswith(b"\x89PNG")
+
+
+def test_plot_of_several_reports_marks_what_is_missing():
+    """Five reports, one collapsed and one of stride 16: undefined is written, large maps carry no figures."""
+    large = measure_equivariance(
+        lambda x: torch.zeros(len(x), 2, 2, dtype=torch.int64),
+        torch.zeros(1, 1, 32, 32),
+        stride=16,
+        num_codes=2,
+        protocol="circular",
+        sub_stride_shifts=[(0, 1), (8, 8)],
+    )
+    reports = {
+        "a": make_report(),
+        "b": make_report(),
+        "c": make_report(),
+        "d": make_report(num_codes=1, full=False),
+    }
+    figure = plot_reports(reports | {"e": large})
+    assert len(figure.axes) == 2 + 5
+    assert "undef." in texts(figure)
+    assert len(figure.axes[-1].texts) == 0
+    assert [entry.get_text() for entry in figure.axes[0].get_legend().get_texts()] == ["a", "b", "c", "d", "e"]
+    assert "reconstruction not measured" in figure.axes[-1].get_title()
+    figure.savefig(io.BytesIO(), format="png", dpi=30)
+
+
+def test_importing_and_tabulating_needs_no_matplotlib():
+    """Matplotlib is loaded only by a picture."""
+    code = "import sys, te_quant.equivariance; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_exists():
+    """``__all__`` lists what is there."""
+    for name in equivariance.__all__:
+        assert hasattr(equivariance, name)

@@ -1,0 +1,132 @@
+"""Binomial kernels, padding and filtering against NumPy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from grid_oracles import blur, fresh, pad, roll
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from te_quant.filters import PADDING_MODES, binomial_kernel, filter2d, pad2d
+
+MODES = st.sampled_from(PADDING_MODES)
+
+
+@given(size=st.integers(1, 40))
+@settings(deadline=None, max_examples=20)
+def test_binomial_kernel_is_a_repeated_average_of_two(size: int) -> None:
+    """Pascal's row comes from convolving (1/2, 1/2) with itself."""
+    expected = np.ones(1)
+    for _ in range(size - 1):
+        expected = np.convolve(expected, [0.5, 0.5])
+    np.testing.assert_allclose(binomial_kernel(size).numpy(), expected, rtol=1e-14, atol=0)
+
+
+def test_binomial_kernel_knows_the_papers_five_taps() -> None:
+    """The 5-tap kernel is the (1, 4, 6, 4, 1)/16 of Zhang 2019."""
+    assert binomial_kernel(5).tolist() == [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16]
+
+
+def test_binomial_kernel_survives_sizes_beyond_float_factorials() -> None:
+    """2^1999 is no float; the taps still are and still sum to one."""
+    assert math.isclose(binomial_kernel(2000).sum().item(), 1, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_binomial_kernel_takes_the_dtype_asked_for(dtype: torch.dtype) -> None:
+    """The five taps are exact even in bfloat16."""
+    kernel = binomial_kernel(5, dtype=dtype, device="cpu")
+    assert kernel.dtype == dtype
+    assert torch.equal(kernel.double(), binomial_kernel(5))
+
+
+@pytest.mark.parametrize(
+    ("size", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)]
+)
+def test_binomial_kernel_refuses_sizes_that_are_none(size: object, error: type[Exception]) -> None:
+    """A kernel has at least one tap."""
+    with pytest.raises(error, match=r"size must be an int >= 1, got"):
+        binomial_kernel(size)
+
+
+@given(mode=MODES, sides=st.tuples(*[st.integers(1, 5)] * 2), margins=st.tuples(*[st.integers(0, 4)] * 4))
+@settings(deadline=None, max_examples=60)
+def test_pad2d_agrees_with_numpy(mode: str, sides: tuple[int, int], margins: tuple[int, int, int, int]) -> None:
+    """Every mode, every margin, sides smaller than the margin included."""
+    left, right, top, bottom = margins
+    images = fresh(2, 3, *sides)
+    if mode == "reflect" and (max(left, right) >= sides[1] or max(top, bottom) >= sides[0]) and any(margins):
+        with pytest.raises(ValueError, match="images sides must be larger than the reflected margins"):
+            pad2d(images, margins, mode)
+        return
+    np.testing.assert_array_equal(pad2d(images, margins, mode).numpy(), pad(images.numpy(), margins, mode))
+
+
+@pytest.mark.parametrize("margins", [(3, 0, 0, 0), (0, 3, 0, 0), (0, 0, 2, 0), (0, 0, 0, 2)])
+def test_pad2d_reflects_all_but_the_whole_side(margins: tuple[int, int, int, int]) -> None:
+    """One pixel less than the side is the most that a mirror shows, on each of the four edges."""
+    images = fresh(1, 1, 2, 3)
+    with pytest.raises(ValueError, match="images sides must be larger than the reflected margins"):
+        pad2d(images, margins, "reflect")
+    fewer = tuple(max(margin - 1, 0) for margin in margins)
+    np.testing.assert_array_equal(pad2d(images, fewer, "reflect").numpy(), pad(images.numpy(), fewer, "reflect"))
+
+
+def test_pad2d_wraps_more_than_once() -> None:
+    """A circular margin wider than the image continues its period."""
+    images = fresh(1, 1, 2, 3)
+    expected = pad(images.numpy(), (7, 5, 5, 4), "circular")
+    np.testing.assert_array_equal(pad2d(images, (7, 5, 5, 4), "circular").numpy(), expected)
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_pad2d_has_the_right_gradient(mode: str) -> None:
+    """Finite differences agree, wide circular margins included."""
+    margins = (4, 3, 1, 4) if mode == "circular" else (1, 2, 2, 0)
+    images = fresh(1, 1, 3, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: pad2d(x, margins, mode), images)
+
+
+def test_pad2d_refuses_what_is_no_image_or_mode() -> None:
+    """Rank and mode are checked before anything else happens."""
+    with pytest.raises(ValueError, match=r"mode must be one of 'zeros'.*got 'mirror'"):
+        pad2d(fresh(1, 1, 2, 2), (1, 1, 1, 1), "mirror")
+    with pytest.raises(ValueError, match=r"images must be of shape \(B, C, H, W\), got shape \(2, 2\)"):
+        pad2d(fresh(2, 2), (1, 1, 1, 1), "zeros")
+
+
+@given(mode=MODES, sides=st.tuples(*[st.integers(5, 8)] * 2), size=st.integers(1, 5), stride=st.integers(1, 4))
+@settings(deadline=None, max_examples=40)
+def test_filter2d_agrees_with_loops(mode: str, sides: tuple[int, int], size: int, stride: int) -> None:
+    """Any kernel, not only symmetric ones: correlation, not convolution, aligned at (k - 1) // 2."""
+    images, taps = fresh(2, 3, *sides), fresh(size)
+    result = filter2d(images, taps, stride=stride, padding_mode=mode)
+    np.testing.assert_allclose(result.numpy(), blur(images.numpy(), taps.numpy(), stride, mode), atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_only_circular_filtering_commutes_with_every_shift(mode: str) -> None:
+    """At stride 1 a circular filter is exactly equivariant; the other modes see the border."""
+    images = fresh(2, 3, 6, 7)
+    shifted = filter2d(roll(images, 2, 3), binomial_kernel(4), padding_mode=mode)
+    error = (shifted - roll(filter2d(images, binomial_kernel(4), padding_mode=mode), 2, 3)).abs().max()
+    assert (error < 1e-12) == (mode == "circular")
+
+
+def test_filter2d_converts_the_kernel_to_the_images() -> None:
+    """A float64 kernel filters float32 and bfloat16 images in their own dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        result = filter2d(fresh(1, 2, 4, 4, dtype=dtype), binomial_kernel(3), stride=2, padding_mode="reflect")
+        assert result.dtype == dtype
+
+
+def test_filter2d_refuses_wrong_ranks() -> None:
+    """The kernel is one row, the images have four axes."""
+    with pytest.raises(ValueError, match=r"taps must be of shape \(k,\), got shape \(3, 3\)"):
+        filter2d(fresh(1, 1, 4, 4), fresh(3, 3), padding_mode="zeros")
+    with pytest.raises(ValueError, match=r"images must be of shape \(B, C, H, W\), got shape \(4, 4\)"):
+        filter2d(fresh(4, 4), fresh(3), padding_mode="zeros")
