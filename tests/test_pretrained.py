@@ -156,7 +156,7 @@ def test_hub_options_are_refused_with_a_folder(folder: Path, option: dict) -> No
         (lambda c: c["config"].update(code_dim="6"), r"config\.json must hold a valid config, got: code_dim must"),
         (
             lambda c: c["config"].update(code_dim=5),
-            r"model\.safetensors \S+ must be of shape \(.*\), got shape \(",
+            r"model\.safetensors must be saved together with the config\.json beside it, got another 'code_dim'",
         ),
     ],
 )
@@ -205,6 +205,13 @@ def test_weights_that_do_not_fit_are_refused(folder: Path, change: Callable, mat
     """Missing, unexpected, of another shape or of another kind: by name."""
     edit_weights(folder, change)
     with pytest.raises(ValueError, match=r"model\.safetensors.*" + match):
+        VQAutoencoder.from_pretrained(folder)
+
+
+def test_weights_of_another_config_are_refused(folder: Path) -> None:
+    """Of two saves that were mixed, as by a writer stopped between its files, nothing loads, same shapes or not."""
+    edit(folder, lambda content: content["config"].update(encoder_padding="circular"))
+    with pytest.raises(ValueError, match=r"model\.safetensors must be saved together with the config\.json"):
         VQAutoencoder.from_pretrained(folder)
 
 

@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 def save(
     folder: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> None:
-    """Write both files, each atomically.
+    """Write both files, each atomically; the weights carry a copy of the config, so that a mix-up shows.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -34,7 +34,8 @@ def save(
     content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}
     text = json.dumps(content, indent=2) + "\n"
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    metadata = {"format": "pt", "te_quant": json.dumps(content["config"])}
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -93,25 +94,33 @@ def read_config(path: Path, class_name: str) -> dict[str, Any]:
     return dict(options)
 
 
-def read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_weights(path: Path, config: Mapping[str, Any], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of ``path``, in the dtypes they were saved in, on the CPU.
 
     Args:
         path: a safetensors file. Pickles are never opened.
+        config: what :func:`read_config` returned; the file must have been saved with it, if it says.
         expected: names and shapes that the file must hold, and none other.
 
     Raises:
-        ValueError: the file is not in the safetensors format, or holds other names, shapes or kinds of numbers.
+        ValueError: the file is not in the safetensors format, belongs to another config, or holds other names,
+            shapes or kinds of numbers.
         ImportError: safetensors is not installed.
     """
-    load_file = _safetensors().load_file
-    from safetensors import SafetensorError
+    _safetensors()
+    from safetensors import SafetensorError, safe_open
 
     try:
-        # A copy, because the loader may hand out a view of the file itself.
-        found: dict[str, Tensor] = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with safe_open(path, framework="pt") as file:
+            saved_with = (file.metadata() or {}).get("te_quant")
+            # A copy, because the loader may hand out a view of the file itself.
+            found: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file, got {error}.") from error
+    # A writer that was stopped between the two files, or files of two revisions.
+    own = config if saved_with is None else json.loads(saved_with)
+    other = sorted(key for key in {*own, *config} if own.get(key) != config.get(key))
+    require(not other, str(path), f"saved together with the {CONFIG_FILE} beside it", f"another {_some(other)}")
     missing = [name for name in expected if name not in found]
     require(not missing, str(path), f"complete ({len(expected)} tensors)", f"none named {_some(missing)}")
     surplus = [name for name in found if name not in expected]

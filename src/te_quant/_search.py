@@ -8,7 +8,9 @@ the plain expanded form is not:
 
 - latents and codes are first shifted by the mean code, which changes no distance but keeps the two terms small;
   without it float32 picks more than half of the codes wrongly at an offset of 1,000;
-- the running minimum takes a later tile only where it is strictly smaller, so ties go to the lowest index.
+- the running minimum takes a later tile only where it is strictly smaller, so ties go to the lowest index. A
+  matrix product may round the same code differently at two places of a tile, so equal codes, which is where ties
+  come from in practice (k-means and revival on blank images), are sent to the first of them at the end.
 
 Registered as dispatcher operators, so that a compiled graph holds one opaque node whatever N is.
 """
@@ -26,6 +28,9 @@ _CPU_TILE = 1 << 19
 _DEVICE_TILE = 1 << 23
 # The widest tile of codes: wider tiles leave too few rows for an efficient product.
 _MAX_TILE_CODES = 4096
+
+# Odd, so that its powers, one a column, are invertible modulo 2^64. Source: Knuth, MMIX's generator.
+_HASH_MULTIPLIER = 6364136223846793005
 
 _library = torch.library.Library("te_quant", "FRAGMENT")
 _library.define(
@@ -53,7 +58,27 @@ def sample_codes(
 
 
 def _search(latents: Tensor, codebook: Tensor) -> Tensor:
-    return _tiled_argmin(latents, codebook, 0.0, None)
+    indices = _tiled_argmin(latents, codebook, 0.0, None)
+    first = _first_of_equals(codebook)
+    return indices if first is None else first[indices]
+
+
+def _first_of_equals(codebook: Tensor) -> Tensor | None:
+    """The lowest index that holds the same code, for each code: (K, C) -> (K,); None if all codes differ."""
+    norms = codebook.square().sum(1, dtype=torch.float64).sort().values
+    # Almost always no two codes are even equally long (in float64: float32 has too few numbers for 10,000
+    # codes to differ). On an accelerator asking would mean waiting for it.
+    if codebook.device.type == "cpu" and not (norms[1:] == norms[:-1]).any():
+        return None
+    # A hash of the bits of each row, in integers because these have no rounding; + 0 makes -0 equal to 0.
+    bits = (codebook + 0.0).view(torch.int64 if codebook.dtype == torch.float64 else torch.int32)
+    bits = bits ^ (bits >> (4 * bits.element_size()))
+    multipliers = torch.full_like(bits[0], _HASH_MULTIPLIER, dtype=torch.int64).cumprod(0)
+    keys, order = (bits * multipliers).sum(1).sort(stable=True)
+    same = (keys[1:] == keys[:-1]) & (codebook[order[1:]] == codebook[order[:-1]]).all(1)
+    place = torch.arange(len(keys), device=keys.device)
+    place[1:].masked_fill_(same, 0)
+    return torch.empty_like(order).scatter_(0, order, order[place.cummax(0).values])
 
 
 def _tiled_argmin(

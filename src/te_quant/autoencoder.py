@@ -152,5 +152,5 @@ class VQAutoencoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             model = cls(config)
         # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
-        model.load_state_dict(_pretrained.read_weights(weights_path, model.state_dict()), assign=True)
+        model.load_state_dict(_pretrained.read_weights(weights_path, options, model.state_dict()), assign=True)
         return model.eval()

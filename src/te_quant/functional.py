@@ -120,7 +120,7 @@ def orthogonality(codebook: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: (K,) bool; the codes to look at, all if None. K then counts these alone; none gives 0.
 
     Returns:
-        () tensor, differentiable.
+        () tensor, differentiable; float32 for a codebook in half precision.
 
     Raises:
         ValueError: a shape does not fit.
@@ -131,6 +131,8 @@ def orthogonality(codebook: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     require_rank("codebook", codebook, (2,), "(K, C)")
     require_floating("codebook", codebook)
+    if codebook.dtype in (torch.float16, torch.bfloat16):
+        codebook = codebook.float()
     units = F.normalize(codebook, dim=1)
     count = units.new_tensor(codebook.shape[0])
     if mask is not None:
@@ -148,6 +150,8 @@ def orthogonality(codebook: Tensor, mask: Tensor | None = None) -> Tensor:
         distance = (units @ units.T - target).square().sum()
     else:
         distance = (units.T @ units).square().sum() - 2 * units.square().sum() + count
+        # With C or fewer codes under the mask it may reach zero, and the difference then rounds below it.
+        distance = distance.clamp_min(0)
     return distance / count.square().clamp_min(1)
 
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from te_quant._checks import require_axis, require_device, require_int, require_integer_tensor, require_number
+from te_quant._checks import (
+    require_axis,
+    require_device,
+    require_int,
+    require_integer_tensor,
+    require_number,
+    require_rank,
+)
 from te_quant._values import require_in_range
 from te_quant.functional import perplexity
 
@@ -73,12 +80,13 @@ class CodebookUsage:
         """
         require_integer_tensor("indices", indices)
         require_device("indices", indices, self.histogram.device, "histogram")
-        require_in_range("indices", indices, self.num_codes, "num_codes")
+        indices = require_in_range("indices", indices, self.num_codes, "num_codes")
         self.histogram += torch.bincount(indices.flatten(), minlength=self.num_codes)
 
     def merge(self, histogram: Tensor) -> None:
         """Add the histogram, (K,) int64, of another counter, for instance another process's."""
         require_integer_tensor("histogram", histogram)
+        require_rank("histogram", histogram, (1,), "(K,)")
         require_axis("histogram", histogram, 0, self.num_codes, "num_codes")
         self.histogram += histogram.to(self.histogram.device)
 

@@ -78,7 +78,8 @@ class Layout:
         if latents.dtype != codebook.dtype:
             device = latents.device.type
             cast = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
-            if not (cast and latents.dtype in _HALF):
+            # Half precision is computed in float32, which a codebook in float64 does not fit.
+            if not (cast and latents.dtype in _HALF and codebook.dtype != torch.float64):
                 raise TypeError(f"latents must be {codebook.dtype} as the codebook, got {latents.dtype}.")
 
     def to_rows(self, latents: Tensor) -> Rows:
