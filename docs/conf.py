@@ -1,0 +1,30 @@
+"""Sphinx configuration: Furo, MyST, and one API page a module."""
+
+from __future__ import annotations
+
+from te_quant import __version__
+
+project = "te_quant"
+author = "The te_quant authors"
+project_copyright = "2026, the te_quant authors"
+release = __version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+html_theme = "furo"
+html_title = f"te_quant {release}"
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+# Sections of our docstrings that napoleon does not know.
+napoleon_custom_sections = [("Shape", "params_style"), "Source", "Cost"]
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
