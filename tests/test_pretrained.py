@@ -209,7 +209,7 @@ def test_weights_that_do_not_fit_are_refused(folder: Path, change: Callable, mat
 
 
 def test_weights_of_another_config_are_refused(folder: Path) -> None:
-    """Of two saves that were mixed, as by a writer stopped between its files, nothing loads, same shapes or not."""
+    """Of two saves that were mixed, as by a writer stopped between its files, nothing loads."""
     edit(folder, lambda content: content["config"].update(encoder_padding="circular"))
     with pytest.raises(ValueError, match=r"model\.safetensors must be saved together with the config\.json"):
         VQAutoencoder.from_pretrained(folder)

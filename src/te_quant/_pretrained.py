@@ -34,7 +34,8 @@ def save(
     content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}
     text = json.dumps(content, indent=2) + "\n"
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    metadata = {"format": "pt", "te_quant": json.dumps(content["config"])}
+    # One key: several would be written in an order that differs from run to run.
+    metadata = {"te_quant": json.dumps(content["config"])}
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 

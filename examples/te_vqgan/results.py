@@ -1,0 +1,150 @@
+"""The numbers of finished runs as one JSON value, and what tables and sentences ask of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from examples.te_vqgan.checks import require
+from examples.te_vqgan.logs import read_log
+from examples.te_vqgan.presets import ARMS
+from te_quant import EquivarianceReport
+
+__all__ = ["METRICS", "Metric", "by_arm", "cell", "collect", "run_folder", "values_of"]
+
+# The curves need no more points than a figure has pixels.
+_LOG_LINES = 400
+
+
+class Metric(NamedTuple):
+    """A row of the report's table.
+
+    Attributes:
+        label: the row's name, units in it.
+        value: reads it from a run's evaluation; NaN where it is undefined.
+        format: of one value.
+        kappa: reads the chance-corrected value that must stand beside an agreement.
+    """
+
+    label: str
+    value: Callable[[Mapping[str, Any]], float]
+    format: str
+    kappa: Callable[[Mapping[str, Any]], float] | None = None
+
+
+def _entry(*path: str) -> Callable[[Mapping[str, Any]], float]:
+    def read(evaluation: Mapping[str, Any]) -> float:
+        value: Any = evaluation
+        for name in path:
+            value = value[name]
+        return float(value)
+
+    return read
+
+
+def _agreement(name: str, label: str) -> Metric:
+    def read(field: str) -> Callable[[Mapping[str, Any]], float]:
+        def value(evaluation: Mapping[str, Any]) -> float:
+            report = EquivarianceReport.from_dict(evaluation["equivariance"])
+            return float(getattr(report.agreements()[name], field))
+
+        return value
+
+    return Metric(label, read("rate"), ".3f", read("kappa"))
+
+
+METRICS: dict[str, Metric] = {
+    "l1": Metric("reconstruction L1, images in [-1, 1]", _entry("test", "l1"), ".4f"),
+    "l2": Metric("reconstruction L2 (mean square)", _entry("test", "l2"), ".5f"),
+    "psnr": Metric("reconstruction PSNR, dB", _entry("test", "psnr"), ".2f"),
+    "used": Metric("codes used at least once", _entry("test", "used_codes"), ".0f"),
+    "frequent": Metric("codes above 0.1 % of use", _entry("test", "frequent_codes"), ".0f"),
+    "perplexity": Metric("perplexity of the code use", _entry("test", "perplexity"), ".1f"),
+    "orthogonality": Metric(
+        "orthogonality penalty of all codes (Eq. 5 without λ)", _entry("codebook", "orthogonality"), ".5f"
+    ),
+    "cosine": Metric("mean |cosine| of two used codes", _entry("codebook", "mean_abs_cosine_used"), ".3f"),
+    "placement": _agreement("placement", "placement agreement, as the paper measures (κ)"),
+    "placement_foreground": _agreement("placement_foreground", "placement, tokens with ink alone (κ)"),
+    "aligned": _agreement("aligned", "agreement after shifts by whole tokens (κ)"),
+    "aligned_foreground": _agreement("aligned_foreground", "whole tokens, with ink alone (κ)"),
+    "sub_stride": _agreement("sub_stride", "agreement after shifts below a token (κ)"),
+    "sub_stride_foreground": _agreement("sub_stride_foreground", "below a token, with ink alone (κ)"),
+    "sub_stride_fourier": _agreement("sub_stride_fourier", "below a token, against Fourier-shifted latents (κ)"),
+}
+
+
+def run_folder(out: Path, arm: str, seed: int) -> Path:
+    """Return where the run of ``arm`` with ``seed`` lies."""
+    return out / f"{arm}-seed{seed}"
+
+
+def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> dict[str, Any]:
+    """Read every finished run below ``out``.
+
+    Args:
+        out: the folder of a preset.
+        command: what was typed to get the results.
+        wall_seconds: how long that took, if it did everything.
+
+    Raises:
+        ValueError: no run is finished.
+    """
+    runs = []
+    for arm in ARMS:
+        folders = sorted(out.glob(f"{arm}-seed*"), key=lambda folder: int(folder.name.rpartition("seed")[2]))
+        for folder in folders:
+            if folder.name.rpartition("-seed")[0] != arm or not (folder / "evaluation.json").exists():
+                continue
+            run: dict[str, Any] = {"arm": arm, "title": ARMS[arm].title, "folder": folder.name}
+            for part in ("settings", "evaluation", "provenance"):
+                run[part] = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+            run["seed"] = run["settings"]["seed"]
+            run["log"] = _thinned(read_log(folder / "log.jsonl"))
+            runs.append(run)
+    require(bool(runs), "out", "a folder with finished runs", str(out))
+    return {"command": command, "wall_seconds": wall_seconds, "runs": runs}
+
+
+def by_arm(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Group the runs by the title of their arm, in the order of the runs."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        groups.setdefault(run["title"], []).append(run)
+    return groups
+
+
+def values_of(metric: Metric, runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return one value of ``metric`` a run."""
+    return [metric.value(run["evaluation"]) for run in runs]
+
+
+def cell(metric: Metric, runs: Sequence[Mapping[str, Any]]) -> str:
+    """Write the mean of ``metric`` over ``runs``, with its standard deviation if they are several, and κ."""
+    text = _mean(values_of(metric, runs), metric.format)
+    if metric.kappa is None:
+        return text
+    return f"{text} ({_mean([metric.kappa(run['evaluation']) for run in runs], metric.format)})"
+
+
+def _mean(values: Sequence[float], pattern: str) -> str:
+    mean = statistics.fmean(values)
+    if math.isnan(mean):
+        return "undefined"
+    text = format(mean, pattern)
+    return text if len(values) == 1 else f"{text} ± {format(statistics.stdev(values), pattern)}"
+
+
+def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep every nth line, those with validation numbers, and the last."""
+    every = max(1, len(lines) // _LOG_LINES)
+    last = len(lines) - 1
+    return [
+        line
+        for number, line in enumerate(lines)
+        if number % every == 0 or "validation_l1" in line or number == last
+    ]
