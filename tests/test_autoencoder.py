@@ -12,9 +12,24 @@ import torch
 from grid_oracles import fresh, roll
 from torch import Tensor
 
-from te_quant.autoencoder import AutoencoderConfig, AutoencoderOutput, VQAutoencoder, build_decoder, build_encoder
+from te_quant.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderOutput,
+    Encoding,
+    VQAutoencoder,
+    build_decoder,
+    build_encoder,
+)
 from te_quant.filters import PADDING_MODES
-from te_quant.layers import DOWNSAMPLERS, PaddedConv2d, ResidualBlock, SelfAttention2d
+from te_quant.layers import (
+    ACTIVATIONS,
+    DOWNSAMPLERS,
+    UPSAMPLERS,
+    PaddedConv2d,
+    PolyphaseUpsample2d,
+    ResidualBlock,
+    SelfAttention2d,
+)
 from te_quant.layers.downsample import BlurPool2d, MaxBlurPool
 
 SMALL = AutoencoderConfig(
@@ -23,6 +38,8 @@ SMALL = AutoencoderConfig(
 
 
 def small(**options: object) -> AutoencoderConfig:
+    if options.get("downsample") == "polyphase":
+        options = {"upsample": "polyphase", **options}
     return dataclasses.replace(SMALL, **options)
 
 
@@ -114,7 +131,7 @@ def test_padding_modes_reach_every_layer_of_their_half(kind: str) -> None:
     for half, mode in ((model.encoder, "circular"), (model.decoder, "reflect")):
         convolutions = [m for m in half.modules() if isinstance(m, PaddedConv2d)]
         assert len(convolutions) > 10
-        blurs = [m for m in half.modules() if isinstance(m, BlurPool2d)]
+        blurs = [m for m in half.modules() if isinstance(m, BlurPool2d | PolyphaseUpsample2d)]
         assert {m.padding_mode for m in convolutions + blurs} == {mode}
         assert {m.pool_mode for m in half.modules() if isinstance(m, MaxBlurPool)} <= {mode}
 
@@ -175,6 +192,86 @@ def test_decoding_does_not_depend_on_the_strides_of_the_codes(sides: tuple[int, 
     assert torch.equal(decoder(last), decoder(codes))
 
 
+@pytest.mark.parametrize("downsample", ["polyphase", "strided_conv"])
+@pytest.mark.parametrize("training", [True, False])
+def test_phases_travel_to_the_decoder(downsample: str, training: bool) -> None:
+    """Out of the encoder, into the output, and decoding takes them; without them it is the phase of zero."""
+    model = VQAutoencoder(small(downsample=downsample)).train(training)
+    images = fresh(8, 1, 8, 12, dtype=torch.float32)
+    output, encoding = model(images), model.encode_with_phases(images)
+    assert isinstance(encoding, Encoding)
+    assert torch.equal(encoding.latents, model.encode(images))
+    assert torch.equal(encoding.phases, output.phases)
+    assert (output.phases.shape, output.phases.dtype) == ((8, 2, 2), torch.int64)
+    assert bool(output.phases.any()) == (downsample == "polyphase")
+    decoded = model.decode(output.codes, output.phases)
+    assert torch.equal(model.decode_indices(output.indices, output.phases), decoded)
+    torch.testing.assert_close(output.reconstruction, decoded)
+    canonical = model.decode(output.codes)
+    assert torch.equal(canonical, model.decode(output.codes, torch.zeros_like(output.phases)))
+    assert torch.equal(canonical, model.decode_indices(output.indices))
+    same = (canonical == decoded).flatten(1).all(1)
+    assert torch.equal(same, ~output.phases.flatten(1).any(1))
+
+
+def test_hooks_of_the_encoder_see_every_way_of_encoding() -> None:
+    """As do a compiled or a wrapped encoder: all go through one call."""
+    model = VQAutoencoder(small(downsample="polyphase"))
+    seen = []
+    model.encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    for use in (model, model.encode, model.encode_with_phases, model.encode_to_indices, model.encoder.with_phases):
+        use(images)
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("phases", "error", "match"),
+    [
+        (
+            torch.zeros(2, 2, dtype=torch.int64),
+            ValueError,
+            r"phases must be of shape \(B, 2, 2\), got shape \(2, 2\)",
+        ),
+        (torch.zeros(3, 2, 2, dtype=torch.int64), ValueError, "phases axis 0 must be B=2, got 3"),
+        (torch.zeros(2, 1, 2, dtype=torch.int64), ValueError, "phases axis 1 must be L=2, got 1"),
+        (torch.zeros(2, 2, 3, dtype=torch.int64), ValueError, "phases axis 2 must be 2=2, got 3"),
+        (torch.zeros(2, 2, 2), TypeError, "phases must be an integer tensor, got torch.float32"),
+        (torch.full((2, 2, 2), -1), ValueError, r"phases must be in \[0, .*=2\), got -1"),
+        (torch.full((2, 2, 2), 2), ValueError, r"phases must be in \[0, .*=2\), got 2"),
+    ],
+)
+def test_phases_that_do_not_fit_are_refused(phases: Tensor, error: type[Exception], match: str) -> None:
+    """Shape, kind and range; of any other decoder every phase but zero."""
+    model = VQAutoencoder(small(downsample="polyphase"))
+    for use, what in ((model.decode, images_of(2, 6, 2, 3)), (model.decode_indices, torch.zeros(2, 2, 3).long())):
+        with pytest.raises(error, match=match):
+            use(what, phases)
+    if phases.shape == (2, 2, 2) and not phases.is_floating_point():
+        with pytest.raises(ValueError, match=r"phases must be in \[0, .*=1\), got 1"):
+            VQAutoencoder(SMALL).decode(images_of(2, 6, 2, 3), phases.abs().clamp(max=1))
+
+
+@pytest.mark.parametrize("kind", UPSAMPLERS)
+def test_every_decoder_doubles_and_learns(kind: str) -> None:
+    """With each of the activations and both norms: the shape of the images, and no weight without a gradient."""
+    for activation in ACTIVATIONS:
+        config = small(
+            downsample="polyphase" if kind == "polyphase" else "conv_blur_pool",
+            upsample=kind,
+            norm="channel",
+            activation=activation,
+            encoder_padding="circular",
+            decoder_padding="circular",
+        )
+        model = VQAutoencoder(config)
+        images = fresh(2, 1, 8, 12, dtype=torch.float32)
+        output = model(images)
+        assert output.reconstruction.shape == images.shape
+        ((output.reconstruction - images).abs().mean() + output.loss).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
 def test_output_has_the_same_fields_in_training_and_evaluation() -> None:
     """Shapes and dtypes too; the loss is the sum of its terms."""
     model = VQAutoencoder(SMALL)
@@ -222,14 +319,20 @@ def test_empty_batch_gives_empty_results() -> None:
     assert output.loss.isfinite()
 
 
-def test_compiles_as_one_graph_with_the_same_result() -> None:
+@pytest.mark.parametrize(
+    "options", [{"downsample": "conv_blur_pool"}, {"downsample": "polyphase", "norm": "channel"}]
+)
+def test_compiles_as_one_graph_with_the_same_result(options: dict) -> None:
     """torch.compile finds nothing to break at, in the training pass with every kind of layer in it."""
-    config = small(downsample="conv_blur_pool", attention_levels=(1,), channel_multipliers=(1, 1))
+    config = small(attention_levels=(1,), channel_multipliers=(1, 1), **options)
     model = VQAutoencoder(config)
     images = fresh(2, 1, 8, 8, dtype=torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for got, expected in zip(compiled(images), model(images), strict=True):
         torch.testing.assert_close(got, expected)
+    decode = torch.compile(model.decode_indices, fullgraph=True, backend="eager")
+    output = model(images)
+    torch.testing.assert_close(decode(output.indices, output.phases), model.decode(output.codes, output.phases))
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_the_contract() -> None:
@@ -351,6 +454,24 @@ def test_config_refuses_counts_that_are_none(name: str, value: object, error: ty
         ({"attention_levels": (-1,)}, ValueError, "attention_levels entry must be an int >= 0 and <= 2, got -1"),
         ({"attention_levels": (1, 1)}, ValueError, r"attention_levels must be without repetition, got \(1, 1\)"),
         ({"downsample": "stride"}, ValueError, r"downsample must be one of 'strided_conv', .*got 'stride'"),
+        ({"upsample": "bilinear"}, ValueError, r"upsample must be one of 'nearest', .*got 'bilinear'"),
+        ({"norm": "batch"}, ValueError, r"norm must be one of 'group', 'channel', got 'batch'"),
+        ({"norm": "channel", "base_channels": 1}, ValueError, "base_channels must be at least 2 .*, got 1"),
+        ({"activation": "relu"}, ValueError, r"activation must be one of 'silu', .*got 'relu'"),
+        (
+            {"downsample": "polyphase"},
+            ValueError,
+            "upsample must be 'polyphase' exactly where downsample is, got 'nearest' with downsample='polyphase'",
+        ),
+        ({"upsample": "polyphase"}, ValueError, "upsample must be 'polyphase' exactly where downsample is, got"),
+        ({"downsample": "fourier"}, ValueError, "encoder_padding must be 'circular' for .*, got 'replicate'"),
+        ({"upsample": "fourier"}, ValueError, "decoder_padding must be 'circular' for .*, got 'zeros'"),
+        ({"activation": "filtered"}, ValueError, "encoder_padding must be 'circular' for activation='filtered'"),
+        (
+            {"activation": "polynomial", "encoder_padding": "circular"},
+            ValueError,
+            "decoder_padding must be 'circular' for activation='polynomial', got 'zeros'",
+        ),
         ({"encoder_padding": "same"}, ValueError, r"encoder_padding must be one of 'zeros', .*got 'same'"),
         ({"decoder_padding": "same"}, ValueError, r"decoder_padding must be one of 'zeros', .*got 'same'"),
         ({"dropout": 1.0}, ValueError, "dropout must be a finite number >= 0 and < 1, got 1.0"),

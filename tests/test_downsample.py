@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from te_quant.filters import PADDING_MODES
 from te_quant.layers import DOWNSAMPLERS, BlurPool2d, build_downsample
 
-KINDS = tuple(DOWNSAMPLERS)
+KINDS = ("strided_conv", "max_pool", "max_blur_pool", "conv_blur_pool")
 SIDES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
@@ -112,6 +112,11 @@ def test_blur_pool_refuses_options_out_of_range(options: dict, error: type[Excep
         BlurPool2d(**options)
 
 
+def test_builder_knows_the_papers_kinds_and_two_more() -> None:
+    """The two have tests of their own."""
+    assert set(DOWNSAMPLERS) == {*KINDS, "polyphase", "fourier"}
+
+
 @pytest.mark.parametrize("mode", PADDING_MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_downsamplings_agree_with_loops(kind: str, mode: str) -> None:
@@ -173,7 +178,7 @@ def test_zero_padding_puts_no_zero_into_a_maximum() -> None:
     assert layer(images)[..., -1, -1].max() <= -((15 / 16) ** 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "fourier"])
 def test_downsampling_halves_and_refuses_odd_sides(kind: str) -> None:
     """An odd side has no circular grid of every second pixel."""
     layer = build_downsample(kind, 2, "circular").double()

@@ -19,6 +19,7 @@ from examples.te_vqgan import stage1 as stage1_module
 from examples.te_vqgan.checkpoint import load_checkpoint
 from examples.te_vqgan.presets import (
     ARMS,
+    DEFAULT_ARMS,
     PRESETS,
     Stage1Settings,
     differing,
@@ -139,7 +140,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 def test_equal_seeds_give_two_arms_equal_starts(tmp_path: Path) -> None:
     """Only λ differs between the arms, so only the codes' gradient does; torch's own generator is left alone."""
     before = torch.get_rng_state()
-    first, second = (Stage1Trainer(settings_for("smoke", arm), torch.device("cpu")) for arm in ARMS)
+    first, second = (Stage1Trainer(settings_for("smoke", arm), torch.device("cpu")) for arm in DEFAULT_ARMS)
     assert torch.equal(before, torch.get_rng_state())
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name

@@ -282,3 +282,27 @@ def test_format_version_is_written_and_read_by_the_same_constant(
         VQAutoencoder(SMALL).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="format_version must be 1, got 2"):
         VQAutoencoder.from_pretrained(tmp_path)
+
+
+def test_config_of_before_the_newer_options_still_loads(tmp_path: Path) -> None:
+    """Saved without them, a model comes back with what it was: nearest, GroupNorm and SiLU."""
+    model = VQAutoencoder(SMALL).eval()
+    old = {name: v for name, v in SMALL.to_dict().items() if name not in ("upsample", "norm", "activation")}
+    _pretrained.save(tmp_path / "old", "VQAutoencoder", old, model.state_dict())
+    again = VQAutoencoder.from_pretrained(tmp_path / "old")
+    assert (again.config.upsample, again.config.norm, again.config.activation) == ("nearest", "group", "silu")
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    assert torch.equal(again(images).reconstruction, model(images).reconstruction)
+
+
+def test_model_with_phases_is_saved_and_loaded(tmp_path: Path) -> None:
+    """Polyphase sampling, per-pixel norms and polynomial activations included."""
+    options = {"downsample": "polyphase", "upsample": "polyphase", "norm": "channel", "activation": "polynomial"}
+    paddings = {"encoder_padding": "circular", "decoder_padding": "circular"}
+    model = VQAutoencoder(AutoencoderConfig.from_dict({**SMALL.to_dict(), **options, **paddings})).eval()
+    model.save_pretrained(tmp_path / "model")
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    for got, expected in zip(
+        VQAutoencoder.from_pretrained(tmp_path / "model")(images), model(images), strict=True
+    ):
+        assert torch.equal(got, expected)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.te_vqgan.presets import ARMS, PRESETS, Stage1Settings, settings_for
+from examples.te_vqgan.presets import ARMS, DEFAULT_ARMS, PRESETS, Stage1Settings, settings_for
 from examples.te_vqgan.sources import SOURCES
 
 __all__ = ["main"]
@@ -94,6 +94,40 @@ def _report(options: argparse.Namespace) -> None:
     else:
         folder = write_report(_out(options), command=command_line(options.words))
     _announce(folder)
+
+
+def _exactness(options: argparse.Namespace) -> None:
+    import json
+
+    import torch
+    from tqdm import tqdm
+
+    from examples.te_vqgan.exactness import numerical_check
+    from examples.te_vqgan.files import write_text_atomically
+    from examples.te_vqgan.provenance import command_line, git_commit, versions
+    from examples.te_vqgan.results import run_folder
+    from examples.te_vqgan.sources import load_digits
+    from te_quant import VQAutoencoder
+
+    settings = _settings(options, options.arm)
+    folder = run_folder(_out(options), options.arm, settings.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = VQAutoencoder.from_pretrained(folder / "model")
+    source = load_digits(settings.data, options.data_dir)
+    with tqdm(total=options.tokens, unit="token", unit_scale=True, desc=options.arm) as bar:
+        found = numerical_check(
+            model,
+            settings,
+            source,
+            tokens=options.tokens,
+            progress=lambda count: bar.update(count - bar.n) if count > bar.n else None,
+        )
+    found |= {"arm": options.arm, "data": settings.data, "command": command_line(options.words)}
+    found |= {"versions": versions(), "commit": git_commit()}
+    write_text_atomically(folder / "exactness.json", json.dumps(found, indent=1) + "\n")
+    for dtype, count in found["counts"].items():
+        print(f"{dtype}: {count['differing']:,} of {count['compared']:,} indices differ")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -193,10 +227,13 @@ def _parser() -> argparse.ArgumentParser:
     stage1.add_argument("--arm", choices=tuple(ARMS), required=True, help="which tokenizer")
     stage1.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     stage1.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    exactness = add("exactness", _exactness, "count the indices that differ after shifts, for an exact arm")
+    exactness.add_argument("--arm", choices=tuple(ARMS), required=True, help="which tokenizer")
+    exactness.add_argument("--tokens", type=int, default=10_000_000, help="comparisons (default: 10 million)")
     report = add("report", _report, "write the report of the finished runs")
     report.add_argument("--results", type=Path, help="write a report anew from the results.json in this folder")
     run = add("run", _run, "prepare, train every arm, report")
-    run.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), help="default: all")
+    run.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=DEFAULT_ARMS, help="which tokenizers")
     run.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")
     run.add_argument("--workers", type=int, default=0, help="trainings at once (default: one a core)")
     return parser

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from examples.te_vqgan.checks import require, require_choice, require_int, require_number
 from te_quant import AutoencoderConfig
 
-__all__ = ["ARMS", "PRESETS", "Arm", "Stage1Settings", "differing", "from_dict", "settings_for", "to_dict"]
+__all__ = ["ARMS", "DEFAULT_ARMS", "PRESETS", "Arm", "Stage1Settings", "differing", "from_dict", "settings_for", "to_dict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +128,25 @@ class Arm(NamedTuple):
     settings: Mapping[str, Any] = {}
 
 
+_CIRCULAR = {"encoder_padding": "circular", "decoder_padding": "circular"}
+_POLYPHASE = {**_CIRCULAR, "downsample": "polyphase", "upsample": "polyphase"}
+
 # λ = 10 is the paper's (section 4.1); strided convolution is its "SC" downsampling.
 ARMS: dict[str, Arm] = {
     "vqgan": Arm("VQGAN", {"downsample": "strided_conv"}),
     "te_vqgan": Arm("TE-VQGAN (λ = 10)", {"downsample": "strided_conv", "orthogonal_reg": 10.0}),
+    # The paper's other downsamplings.
+    "cb": Arm("CB", {"downsample": "conv_blur_pool"}),
+    "mb": Arm("MB", {"downsample": "max_blur_pool"}),
+    "mp": Arm("MP", {"downsample": "max_pool"}),
+    # Controls that the paper lacks: is it the penalty, or the smaller number of codes in use?
+    "k16": Arm("SC, K = 16", {"downsample": "strided_conv", "num_codes": 16}),
+    # Exact by construction: for multiples of the stride, and for every integer shift.
+    "stride_exact": Arm("circular (stride-exact)", {"downsample": "strided_conv", **_CIRCULAR}),
+    "integer_exact": Arm("polyphase (integer-exact)", _POLYPHASE),
 }
+# What `run` trains if it is not told which.
+DEFAULT_ARMS = ("vqgan", "te_vqgan")
 
 # C >= K lets the penalty reach zero; multipliers 1-2-2 give the paper's stride of 4.
 _SMALL_MODEL = AutoencoderConfig(

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 from te_quant._checks import require, require_choice, require_int, require_number
 from te_quant.filters import PADDING_MODES, PaddingMode
+from te_quant.layers.activation import ACTIVATIONS, Activation
 from te_quant.layers.downsample import DOWNSAMPLERS
+from te_quant.layers.norm import NORMS, Norm
+from te_quant.layers.upsample import UPSAMPLERS
 
 __all__ = ["AutoencoderConfig"]
 
@@ -22,16 +25,28 @@ class AutoencoderConfig:
 
     Args:
         image_channels: channels of the images, at least 1.
-        base_channels: width at full resolution, a multiple of ``norm_groups``.
+        base_channels: width at full resolution; a multiple of ``norm_groups`` for ``norm="group"``, at least 2
+            for ``norm="channel"``.
         channel_multipliers: width of each level over ``base_channels``, finest level first. Each level but
             the last halves the sides: L levels make a stride of 2^(L-1) pixels.
         num_res_blocks: residual blocks a level in the encoder, at least 1; the decoder has one more a level.
         attention_levels: the levels, counted from 0 (finest), whose residual blocks are each followed by
-            attention. If there are any, the middle of encoder and decoder has one as well.
-        downsample: a name of :func:`~te_quant.layers.build_downsample`.
+            attention. If there are any, the middle of encoder and decoder has one as well; ``()`` is a model
+            without attention.
+        downsample: a name of :func:`~te_quant.layers.build_downsample`. ``polyphase`` (with circular padding)
+            makes tokens exact for every integer shift; ``fourier`` needs circular padding.
+        upsample: a name of :func:`~te_quant.layers.build_upsample`. ``polyphase`` goes with that downsampling
+            and with no other, as no other decoder puts the pixels back where they were; ``fourier`` needs
+            circular padding.
         encoder_padding: padding mode of all that lies before the quantizer.
         decoder_padding: padding mode of all that lies behind it.
-        norm_groups: groups of every GroupNorm, at least 1.
+        norm: ``group`` (statistics of the image) or ``channel`` (of each pixel); see
+            :func:`~te_quant.layers.build_norm`.
+        norm_groups: groups of every GroupNorm, at least 1; without meaning for ``norm="channel"``.
+        activation: ``silu``, or ``filtered`` or ``polynomial``, which need circular padding everywhere; see
+            :func:`~te_quant.layers.build_activation`. Circular ``fourier`` downsampling, ``polynomial``,
+            GroupNorm and no attention together make latents follow every integer shift of the image exactly, as
+            :func:`te_quant.shifts.fourier_shift` does; tokens then follow multiples of the stride.
         dropout: in the residual blocks, in [0, 1).
         num_codes: K, at least 1.
         code_dim: C, at least 1: size of a latent vector and of a code.
@@ -43,7 +58,8 @@ class AutoencoderConfig:
         gradient_estimator: ``straight_through`` or ``rotation_trick``.
 
     Raises:
-        ValueError: an option is out of range, or ``norm_groups`` does not divide ``base_channels``.
+        ValueError: an option is out of range, ``norm_groups`` does not divide ``base_channels``, or two options
+            contradict each other.
         TypeError: an option has the wrong type.
 
     Source: Shin et al. 2021, arXiv:2112.00384, and its published configuration (width 128, multipliers
@@ -57,9 +73,12 @@ class AutoencoderConfig:
     num_res_blocks: int = 1
     attention_levels: tuple[int, ...] = (2,)
     downsample: str = "strided_conv"
+    upsample: str = "nearest"
     encoder_padding: PaddingMode = "replicate"
     decoder_padding: PaddingMode = "zeros"
+    norm: Norm = "group"
     norm_groups: int = 32
+    activation: Activation = "silu"
     dropout: float = 0.0
     num_codes: int = 256
     code_dim: int = 256
@@ -75,18 +94,37 @@ class AutoencoderConfig:
             # A list, as JSON gives it, would make the config unhashable and unequal to its own copy.
             object.__setattr__(self, name, _tuple_of_ints(name, getattr(self, name)))
         self._check_networks()
+        self._check_combinations()
         self._check_levels()
         self._check_quantizer()
 
     def _check_networks(self) -> None:
         for name in ("image_channels", "base_channels", "num_res_blocks", "norm_groups"):
             require_int(name, getattr(self, name), 1)
-        divides = self.base_channels % self.norm_groups == 0
-        require(divides, "norm_groups", f"a divisor of base_channels={self.base_channels}", self.norm_groups)
+        require_choice("norm", self.norm, NORMS)
+        if self.norm == "group":
+            divides = self.base_channels % self.norm_groups == 0
+            require(divides, "norm_groups", f"a divisor of base_channels={self.base_channels}", self.norm_groups)
+        else:
+            require(self.base_channels > 1, "base_channels", "at least 2 for norm='channel'", self.base_channels)
         require_choice("downsample", self.downsample, DOWNSAMPLERS)
+        require_choice("upsample", self.upsample, UPSAMPLERS)
         require_choice("encoder_padding", self.encoder_padding, PADDING_MODES)
         require_choice("decoder_padding", self.decoder_padding, PADDING_MODES)
+        require_choice("activation", self.activation, ACTIVATIONS)
         require_number("dropout", self.dropout, 0, below=1)
+
+    def _check_combinations(self) -> None:
+        together = (self.downsample == "polyphase") == (self.upsample == "polyphase")
+        expected = "'polyphase' exactly where downsample is"
+        require(together, "upsample", expected, f"{self.upsample!r} with downsample={self.downsample!r}")
+        # These transform the whole image as one period: any other padding would contradict them.
+        filtered = self.activation != "silu"
+        for option, transforms in (("encoder_padding", self.downsample), ("decoder_padding", self.upsample)):
+            mode = getattr(self, option)
+            name = f"activation={self.activation!r}" if filtered else "the fourier resampling beside it"
+            fits = mode == "circular" or (transforms != "fourier" and not filtered)
+            require(fits, option, f"'circular' for {name}", repr(mode))
 
     def _check_levels(self) -> None:
         multipliers, attention = self.channel_multipliers, self.attention_levels

@@ -1,6 +1,7 @@
 """A convolutional autoencoder around a vector quantizer: the VQGAN family.
 
-Shape letters: B batch, I image channels, H W pixels, s stride, C code size, h = H/s and w = W/s token grid.
+Shape letters: B batch, I image channels, H W pixels, s stride, L downsamplings, C code size, h = H/s and
+w = W/s token grid.
 
 Source: Shin et al. 2021, arXiv:2112.00384; Esser et al. 2021, arXiv:2012.09841.
 """
@@ -18,10 +19,20 @@ from te_quant import _pretrained
 from te_quant._autoencoder_config import AutoencoderConfig
 from te_quant._checks import require_rank
 from te_quant._coders import build_decoder, build_encoder
+from te_quant._values import require_in_range
+from te_quant.contract import Encoding, EquivarianceContract
 from te_quant.quantizers.base import QuantizerOutput
 from te_quant.quantizers.vector import VectorQuantizer
 
-__all__ = ["AutoencoderConfig", "AutoencoderOutput", "VQAutoencoder", "build_decoder", "build_encoder"]
+__all__ = [
+    "AutoencoderConfig",
+    "AutoencoderOutput",
+    "Encoding",
+    "EquivarianceContract",
+    "VQAutoencoder",
+    "build_decoder",
+    "build_encoder",
+]
 
 
 class AutoencoderOutput(NamedTuple):
@@ -35,8 +46,10 @@ class AutoencoderOutput(NamedTuple):
         codebook_loss: (), weighted.
         commitment_loss: (), weighted.
         regularization_loss: (), weighted.
-        codes: (B, C, h, w), the codes without gradient; ``decode(codes)`` is ``decode_indices(indices)``.
+        codes: (B, C, h, w), the codes without gradient; ``decode(codes, phases)`` is
+            ``decode_indices(indices, phases)``.
         latents: (B, C, h, w), what the encoder made of the images.
+        phases: (B, L, 2) int64, where each downsampling sampled; zeros for kinds that do not choose.
     """
 
     reconstruction: Tensor
@@ -48,10 +61,15 @@ class AutoencoderOutput(NamedTuple):
     regularization_loss: Tensor
     codes: Tensor
     latents: Tensor
+    phases: Tensor
 
 
 class VQAutoencoder(nn.Module):
     """Encoder, vector quantizer and decoder.
+
+    Tokens alone do not fix the position of the pixels below the stride where the encoder chooses a phase
+    (``downsample="polyphase"``): :meth:`encode_with_phases` gives the phases, and the decoding methods take
+    them. Without them they decode to the canonical position, phases of zero. Every other encoder has only that.
 
     Args:
         config: every option.
@@ -85,18 +103,36 @@ class VQAutoencoder(nn.Module):
 
     def forward(self, images: Tensor) -> AutoencoderOutput:
         """Encode, quantize and decode."""
-        latents = self.encode(images)
+        latents, phases = self.encode_with_phases(images)
         output: QuantizerOutput = self.quantizer(latents)
-        return AutoencoderOutput(self.decode(output.quantized), *output, latents)
+        return AutoencoderOutput(self.decoder(output.quantized, phases), *output, latents, phases)
+
+    @property
+    def equivariance(self) -> EquivarianceContract:
+        """For which shifts of the images the tokens follow."""
+        return self.encoder.equivariance
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, I, H, W) images to (B, C, h, w) latents, before quantization."""
         latents: Tensor = self.encoder(images)
         return latents
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """(B, C, h, w) codes to (B, I, H, W) images."""
-        images: Tensor = self.decoder(codes)
+    def encode_with_phases(self, images: Tensor) -> Encoding:
+        """(B, I, H, W) images to (B, C, h, w) latents and (B, L, 2) phases."""
+        return self.encoder.with_phases(images)
+
+    def decode(self, codes: Tensor, phases: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) codes to (B, I, H, W) images, at the position that (B, L, 2) phases give.
+
+        Raises:
+            ValueError: codes or phases have another shape, or a phase is one that this decoder cannot place: not
+                0 or 1 for ``upsample="polyphase"``, not 0 for any other.
+            TypeError: codes are not floating point, or phases are not integers.
+        """
+        if phases is not None:
+            stop = 2 if self.config.upsample == "polyphase" else 1
+            phases = require_in_range("phases", phases, stop, "phases of the decoder")
+        images: Tensor = self.decoder(codes, phases)
         return images
 
     @torch.no_grad()
@@ -104,15 +140,16 @@ class VQAutoencoder(nn.Module):
         """(B, I, H, W) images to (B, h, w) int64 tokens: no losses, no gradient, no update of the codebook."""
         return self.quantizer.encode(self.encode(images))
 
-    def decode_indices(self, indices: Tensor) -> Tensor:
+    def decode_indices(self, indices: Tensor, phases: Tensor | None = None) -> Tensor:
         """(B, h, w) tokens to (B, I, H, W) images; differentiable in the codebook and the decoder.
 
         Raises:
-            ValueError: an index is negative or >= K, or the indices are not (B, h, w).
-            TypeError: the indices are not integers.
+            ValueError: an index is negative or >= K, the indices are not (B, h, w), or :meth:`decode` refuses
+                the phases.
+            TypeError: the indices or phases are not integers.
         """
         require_rank("indices", indices, (3,), "(B, h, w)")
-        return self.decode(self.quantizer.decode(indices))
+        return self.decode(self.quantizer.decode(indices), phases)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_quant._checks import require, require_choice, require_int, require_rank
+from te_quant._checks import require, require_choice, require_floating, require_int, require_rank
 
-__all__ = ["PADDING_MODES", "Margins", "PaddingMode", "binomial_kernel", "filter2d", "pad2d"]
+__all__ = ["PADDING_MODES", "Margins", "PaddingMode", "binomial_kernel", "filter2d", "fourier_resample", "pad2d"]
 
 PaddingMode: TypeAlias = Literal["zeros", "replicate", "reflect", "circular"]
 PADDING_MODES: tuple[PaddingMode, ...] = get_args(PaddingMode)
@@ -112,3 +112,49 @@ def filter2d(images: Tensor, taps: Tensor, *, stride: int = 1, padding_mode: Pad
     # One 2-D depthwise convolution: its backward costs less than that of two 1-D ones for k = 5.
     kernel = torch.outer(taps, taps).expand(channels, 1, size, size)
     return F.conv2d(padded, kernel, stride=stride, groups=channels)
+
+
+def fourier_resample(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Change the number of pixels with the ideal low-pass filter, by cutting or extending the spectrum.
+
+    The images count as one period of a band-limited signal; the result samples it at other pixels, the first
+    of which stays where it is. Kept are the frequencies strictly below half of the smaller number of pixels
+    along each axis: an even side has a Nyquist frequency, which no fractional shift is defined for, and it is
+    set to zero. So the function commutes with *every* circular shift, integer or fractional
+    (:func:`te_quant.shifts.fourier_shift`), of any images.
+
+    Args:
+        images: any floating dtype; below float32 the transform runs in float32.
+        size: (height, width) of the result in pixels, at least 1 each, odd or even, larger or smaller.
+
+    Shape:
+        images: (B, C, H, W).
+        result: (B, C, height, width), in the dtype of ``images``.
+
+    Raises:
+        ValueError: a side of the images or of the result is empty, or the images have another rank.
+        TypeError: images are not floating point, or ``size`` does not hold ints.
+
+    Source: Karras et al. 2021, arXiv:2106.12423, section 2 (the ideal filter); Michaeli et al. 2023,
+        arXiv:2303.08085, section 3 (by the transform of the whole, periodic image).
+    """
+    require_rank("images", images, (4,), "(B, C, H, W)")
+    require_floating("images", images)
+    height, width = size
+    require_int("size[0]", height, 1)
+    require_int("size[1]", width, 1)
+    sides = images.shape[2:]
+    require(sides[0] > 0 and sides[1] > 0, "images sides", "at least 1", f"shape {tuple(images.shape)}")
+    if not images.numel():
+        # The transforms refuse an empty batch.
+        return images[:, :, :1, :1].expand(-1, -1, height, width)
+    wide = images if images.dtype in (torch.float32, torch.float64) else images.float()
+    spectrum = torch.fft.rfft2(wide)
+    rows, columns = (min(sides[0], height) - 1) // 2, (min(sides[1], width) - 1) // 2
+    spectrum = spectrum[..., : columns + 1]
+    top, bottom = spectrum[..., : rows + 1, :], spectrum[..., sides[0] - rows :, :]
+    between = spectrum.new_zeros((*spectrum.shape[:2], height - 2 * rows - 1, columns + 1))
+    spectrum = torch.cat((top, between, bottom), dim=-2)
+    gain = height * width / (sides[0] * sides[1])
+    result: Tensor = torch.fft.irfft2(F.pad(spectrum, (0, width // 2 - columns)), s=(height, width))
+    return (gain * result).to(images.dtype)

@@ -10,25 +10,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_quant._checks import require, require_choice, require_int, require_number
+from te_quant._checks import require_choice, require_int, require_number
 from te_quant.filters import PADDING_MODES, Margins, PaddingMode, pad2d
+from te_quant.layers.activation import Activation, build_activation
+from te_quant.layers.norm import Norm, build_norm
 
-__all__ = ["PaddedConv2d", "ResidualBlock", "SelfAttention2d", "group_norm"]
-
-GROUP_NORM_EPS = 1e-6
-"""As in the published VQGAN; PyTorch's own default is 1e-5."""
-
-
-def group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
-    """A :class:`~torch.nn.GroupNorm` that refuses a number of groups which does not divide the channels.
-
-    Raises:
-        ValueError: an argument is smaller than 1, or ``norm_groups`` does not divide ``channels``.
-    """
-    require_int("channels", channels, 1)
-    require_int("norm_groups", norm_groups, 1)
-    require(channels % norm_groups == 0, "norm_groups", f"a divisor of channels={channels}", norm_groups)
-    return nn.GroupNorm(norm_groups, channels, eps=GROUP_NORM_EPS)
+__all__ = ["PaddedConv2d", "ResidualBlock", "SelfAttention2d"]
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -90,12 +77,16 @@ class PaddedConv2d(nn.Conv2d):
 
 
 class ResidualBlock(nn.Module):
-    """Twice GroupNorm, SiLU, 3x3 convolution; the input is added, through a 1x1 convolution if C changes.
+    """Twice norm, activation, 3x3 convolution; the input is added, through a 1x1 convolution if C changes.
+
+    Exact for: every integer circular shift, under circular padding.
 
     Args:
-        in_channels: C of the input, a multiple of ``norm_groups``.
-        out_channels: C of the output, a multiple of ``norm_groups``.
-        norm_groups: groups of both normalisations.
+        in_channels: C of the input, a multiple of ``norm_groups`` for ``norm="group"``.
+        out_channels: C of the output, likewise.
+        norm: ``group`` or ``channel``; see :func:`te_quant.layers.build_norm`.
+        norm_groups: groups of both normalisations, for ``norm="group"`` alone.
+        activation: ``silu``, ``filtered`` or ``polynomial``; see :func:`te_quant.layers.build_activation`.
         dropout: share of the values zeroed before the second convolution in training, in [0, 1).
         padding_mode: of the 3x3 convolutions; see :func:`te_quant.filters.pad2d`.
 
@@ -114,15 +105,19 @@ class ResidualBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
+        norm: Norm = "group",
         norm_groups: int = 32,
+        activation: Activation = "silu",
         dropout: float = 0.0,
         padding_mode: PaddingMode,
     ) -> None:
         super().__init__()
         require_number("dropout", dropout, 0, below=1)
-        self.norm1 = group_norm(in_channels, norm_groups)
+        self.norm1 = build_norm(norm, in_channels, norm_groups)
+        self.activation1 = build_activation(activation, in_channels)
         self.conv1 = PaddedConv2d(in_channels, out_channels, 3, padding_mode=padding_mode)
-        self.norm2 = group_norm(out_channels, norm_groups)
+        self.norm2 = build_norm(norm, out_channels, norm_groups)
+        self.activation2 = build_activation(activation, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = PaddedConv2d(out_channels, out_channels, 3, padding_mode=padding_mode)
         same = in_channels == out_channels
@@ -130,8 +125,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The input plus what the two convolutions make of it."""
-        hidden = self.conv1(F.silu(self.norm1(images)))
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        hidden = self.conv1(self.activation1(self.norm1(images)))
+        hidden = self.conv2(self.dropout(self.activation2(self.norm2(hidden))))
         result: Tensor = self.shortcut(images) + hidden
         return result
 
@@ -140,11 +135,14 @@ class SelfAttention2d(nn.Module):
     """Every pixel attends to every pixel of its image with one head; the input is added.
 
     There is no position in it: permuting the pixels permutes the result, so that it keeps whatever
-    equivariance its input has (and spreads what its input has lost to the whole grid).
+    equivariance its input has under integer shifts (and spreads what its input has lost to the whole grid).
+    Fractional shifts change it: the exponentials of a softmax leave the band.
+    Cost: O((H·W)²·C).
 
     Args:
-        channels: C, a multiple of ``norm_groups``.
-        norm_groups: groups of the normalisation.
+        channels: C, a multiple of ``norm_groups`` for ``norm="group"``.
+        norm: ``group`` or ``channel``; see :func:`te_quant.layers.build_norm`.
+        norm_groups: groups of the normalisation, for ``norm="group"`` alone.
 
     Shape:
         images: (B, C, H, W).
@@ -157,9 +155,9 @@ class SelfAttention2d(nn.Module):
         which is the same function, and the H·W x H·W weights are never stored where a fused kernel exists.
     """
 
-    def __init__(self, channels: int, *, norm_groups: int = 32) -> None:
+    def __init__(self, channels: int, *, norm: Norm = "group", norm_groups: int = 32) -> None:
         super().__init__()
-        self.norm = group_norm(channels, norm_groups)
+        self.norm = build_norm(norm, channels, norm_groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 

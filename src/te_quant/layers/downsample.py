@@ -1,8 +1,9 @@
-"""Downsampling by two, under the four names of the paper, and the blur two of them use.
+"""Downsampling by two: the four of the paper with the blur two of them use, and the two that lose no shift.
 
 Every layer here commutes with circular shifts by multiples of its stride when it pads circularly: output
-pixel u depends on input pixels around s·u in the same way for all u. None commutes with shifts below the
-stride; the blurred ones only come closer.
+pixel u depends on input pixels around s·u in the same way for all u. Of shifts below the stride,
+:class:`ConvPolyphase` commutes with the integer ones and :class:`ConvFourier` with all in the sense of
+:func:`te_quant.shifts.fourier_shift`; the others with none, and the blurred ones only come closer.
 
 Shape letters: B batch, C channels, H W pixels, k taps, s stride.
 
@@ -20,11 +21,15 @@ from torch import Tensor, nn
 from te_quant._checks import require, require_choice, require_int, require_rank
 from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter2d, pad2d
 from te_quant.layers.blocks import PaddedConv2d
+from te_quant.layers.fourier import FourierDownsample2d
+from te_quant.layers.polyphase import PolyphaseDownsample2d
 
 __all__ = [
     "DOWNSAMPLERS",
     "BlurPool2d",
     "ConvBlurPool",
+    "ConvFourier",
+    "ConvPolyphase",
     "MaxBlurPool",
     "MaxPool",
     "StridedConv",
@@ -195,11 +200,77 @@ class ConvBlurPool(nn.Module):
         return result
 
 
+class ConvPolyphase(nn.Module):
+    """A 3x3 convolution at every pixel, then :class:`~te_quant.layers.PolyphaseDownsample2d` by two.
+
+    Exact for: every integer circular shift under circular padding, in the sense stated there.
+    Cost: four times the convolution of :class:`StridedConv`.
+
+    Args:
+        channels: C, at least 1.
+        padding_mode: see :func:`te_quant.filters.pad2d`.
+
+    Shape:
+        images: (B, C, H, W), H and W even.
+        result: a pair: (B, C, H/2, W/2), and the phase (B, 2) int64 in {0, 1}.
+
+    Raises:
+        ValueError: an option is out of range, or a side is odd.
+    """
+
+    stride = 2
+
+    def __init__(self, channels: int, padding_mode: PaddingMode) -> None:
+        super().__init__()
+        self.conv = PaddedConv2d(channels, channels, 3, padding_mode=padding_mode)
+        self.sample = PolyphaseDownsample2d(2)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolve, then choose and keep."""
+        _require_even_sides(images)
+        result: tuple[Tensor, Tensor] = self.sample(self.conv(images))
+        return result
+
+
+class ConvFourier(nn.Module):
+    """A 3x3 convolution at every pixel, then :class:`~te_quant.layers.FourierDownsample2d` by two.
+
+    Exact for: every circular shift under circular padding, in the sense stated there.
+    Cost: four times the convolution of :class:`StridedConv`, and two transforms.
+
+    Args:
+        channels: C, at least 1.
+        padding_mode: see :func:`te_quant.filters.pad2d`; only ``circular`` suits the transform.
+
+    Shape:
+        images: (B, C, H, W), H and W even and positive.
+        result: (B, C, H/2, W/2).
+
+    Raises:
+        ValueError: an option is out of range, or a side is odd.
+    """
+
+    stride = 2
+
+    def __init__(self, channels: int, padding_mode: PaddingMode) -> None:
+        super().__init__()
+        self.conv = PaddedConv2d(channels, channels, 3, padding_mode=padding_mode)
+        self.sample = FourierDownsample2d(2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Convolve, then filter and keep."""
+        _require_even_sides(images)
+        result: Tensor = self.sample(self.conv(images))
+        return result
+
+
 DOWNSAMPLERS: dict[str, Callable[[int, PaddingMode], nn.Module]] = {
     "strided_conv": StridedConv,
     "max_pool": lambda channels, padding_mode: MaxPool(),  # noqa: ARG005
     "max_blur_pool": lambda channels, padding_mode: MaxBlurPool(padding_mode),  # noqa: ARG005
     "conv_blur_pool": ConvBlurPool,
+    "polyphase": ConvPolyphase,
+    "fourier": ConvFourier,
 }
 """What each name builds, from the number of channels and the padding mode; every one halves the sides."""
 
@@ -208,14 +279,11 @@ def build_downsample(kind: str, channels: int, padding_mode: PaddingMode) -> nn.
     """Build a layer that halves both sides.
 
     Args:
-        kind: ``strided_conv`` (SC in the paper), ``max_pool`` (MP), ``max_blur_pool`` (MB) or
-            ``conv_blur_pool`` (CB).
+        kind: ``strided_conv`` (SC in the paper), ``max_pool`` (MP), ``max_blur_pool`` (MB),
+            ``conv_blur_pool`` (CB), ``polyphase`` or ``fourier``; the forward of ``polyphase`` returns the
+            phase too.
         channels: C, at least 1.
         padding_mode: see :func:`te_quant.filters.pad2d`.
-
-    Shape:
-        images: (B, C, H, W), H and W even.
-        result: (B, C, H/2, W/2).
 
     Raises:
         ValueError: kind or padding_mode is unknown, or channels is smaller than 1.

@@ -1,21 +1,39 @@
-"""Upsampling by two, as the decoder does it.
+"""Upsampling by two, as the decoder does it: a larger grid, then a 3x3 convolution.
 
-Shape letters: B batch, C channels, H W pixels.
+Shape letters: B batch, C channels, H W pixels, k taps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_quant.filters import PaddingMode
+from te_quant._checks import require_choice, require_int, require_rank
+from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter2d
 from te_quant.layers.blocks import PaddedConv2d
+from te_quant.layers.fourier import FourierUpsample2d
+from te_quant.layers.polyphase import PolyphaseUpsample2d
 
-__all__ = ["NearestUpsample"]
+__all__ = [
+    "UPSAMPLERS",
+    "BlurUpsample",
+    "BlurUpsample2d",
+    "FourierUpsample",
+    "NearestUpsample",
+    "PolyphaseUpsample",
+    "build_upsample",
+]
 
 
 class NearestUpsample(nn.Module):
     """Repeat every pixel twice along both axes, then a 3x3 convolution.
+
+    Exact for: circular shifts by whole pixels of the smaller grid, under circular padding. A constant image
+    under another padding shows the border, never the grid.
+    Cost: the convolution at the larger size.
 
     Args:
         channels: C, at least 1.
@@ -39,3 +57,164 @@ class NearestUpsample(nn.Module):
         """Repeat, then convolve."""
         larger: Tensor = self.conv(F.interpolate(images, scale_factor=2.0, mode="nearest"))
         return larger
+
+
+class BlurUpsample2d(nn.Module):
+    """Repeat every pixel ``stride`` times along both axes, then a binomial low-pass filter.
+
+    For ``stride=2`` and three taps this is the kernel (1, 3, 3, 1)/4 on the pixels with zeros between.
+    Exact for: circular shifts by whole pixels of the smaller grid, under circular padding; fractional ones only
+    as far as the filter removes the repeated images of the spectrum, hence approximately.
+    Cost: one depthwise convolution with k x k taps at the larger size. No weights.
+
+    Args:
+        kernel_size: k, at least 1, better odd: an even one moves the content by half a pixel.
+        stride: how often a pixel is repeated, at least 1.
+        padding_mode: see :func:`te_quant.filters.pad2d`.
+
+    Shape:
+        images: (B, C, H, W).
+        result: (B, C, stride·H, stride·W).
+
+    Raises:
+        ValueError: an option is out of range; a side is too small to be reflected.
+        TypeError: kernel_size or stride is not an int.
+
+    Source: Karras et al. 2019, arXiv:1812.04948, appendix C, after Zhang 2019, arXiv:1904.11486.
+    """
+
+    taps: Tensor
+
+    def __init__(self, *, kernel_size: int = 3, stride: int = 2, padding_mode: PaddingMode = "replicate") -> None:
+        super().__init__()
+        require_int("kernel_size", kernel_size, 1)
+        require_int("stride", stride, 1)
+        require_choice("padding_mode", padding_mode, PADDING_MODES)
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding_mode: PaddingMode = padding_mode
+        taps = binomial_kernel(kernel_size, dtype=torch.get_default_dtype())
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Repeat, then filter."""
+        require_rank("images", images, (4,), "(B, C, H, W)")
+        B, C, H, W = images.shape
+        s = self.stride
+        larger = images[:, :, :, None, :, None].expand(B, C, H, s, W, s).reshape(B, C, s * H, s * W)
+        return filter2d(larger, self.taps, padding_mode=self.padding_mode)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding_mode={self.padding_mode}"
+
+
+class BlurUpsample(nn.Module):
+    """:class:`BlurUpsample2d` by two with three taps, then a 3x3 convolution; exact where that is.
+
+    Args:
+        channels: C, at least 1.
+        padding_mode: of both; see :func:`te_quant.filters.pad2d`.
+
+    Shape:
+        images: (B, C, H, W).
+        result: (B, C, 2H, 2W).
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
+        super().__init__()
+        self.upsample = BlurUpsample2d(padding_mode=padding_mode)
+        self.conv = PaddedConv2d(channels, channels, 3, padding_mode=padding_mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Enlarge, then convolve."""
+        larger: Tensor = self.conv(self.upsample(images))
+        return larger
+
+
+class FourierUpsample(nn.Module):
+    """:class:`~te_quant.layers.FourierUpsample2d` by two, then a 3x3 convolution; exact where that is.
+
+    Args:
+        channels: C, at least 1.
+        padding_mode: of the convolution; see :func:`te_quant.filters.pad2d`.
+
+    Shape:
+        images: (B, C, H, W).
+        result: (B, C, 2H, 2W).
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
+        super().__init__()
+        self.upsample = FourierUpsample2d(2)
+        self.conv = PaddedConv2d(channels, channels, 3, padding_mode=padding_mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Enlarge, then convolve."""
+        larger: Tensor = self.conv(self.upsample(images))
+        return larger
+
+
+class PolyphaseUpsample(nn.Module):
+    """:class:`~te_quant.layers.PolyphaseUpsample2d` by two with interpolation, then a 3x3 convolution.
+
+    Exact where that is, so under circular padding.
+
+    Args:
+        channels: C, at least 1.
+        padding_mode: of both; see :func:`te_quant.filters.pad2d`.
+
+    Shape:
+        images: (B, C, H, W).
+        phase: (B, 2) int64 in {0, 1}.
+        result: (B, C, 2H, 2W).
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
+        super().__init__()
+        self.upsample = PolyphaseUpsample2d(2, interpolate=True, padding_mode=padding_mode)
+        self.conv = PaddedConv2d(channels, channels, 3, padding_mode=padding_mode)
+
+    def forward(self, images: Tensor, phase: Tensor) -> Tensor:
+        """Place and interpolate, then convolve."""
+        larger: Tensor = self.conv(self.upsample(images, phase))
+        return larger
+
+
+UPSAMPLERS: dict[str, Callable[..., nn.Module]] = {
+    "nearest": NearestUpsample,
+    "blur": BlurUpsample,
+    "fourier": FourierUpsample,
+    "polyphase": PolyphaseUpsample,
+}
+"""What each name builds, from the number of channels and the padding mode; every one doubles the sides."""
+
+
+def build_upsample(kind: str, channels: int, padding_mode: PaddingMode) -> nn.Module:
+    """Build a layer that doubles both sides.
+
+    Args:
+        kind: ``nearest``, ``blur``, ``fourier`` or ``polyphase``; the forward of the last takes the phase too.
+        channels: C, at least 1.
+        padding_mode: see :func:`te_quant.filters.pad2d`.
+
+    Shape:
+        images: (B, C, H, W).
+        result: (B, C, 2H, 2W).
+
+    Raises:
+        ValueError: kind or padding_mode is unknown, or channels is smaller than 1.
+    """
+    require_choice("kind", kind, UPSAMPLERS)
+    require_int("channels", channels, 1)
+    require_choice("padding_mode", padding_mode, PADDING_MODES)
+    return UPSAMPLERS[kind](channels, padding_mode=padding_mode)

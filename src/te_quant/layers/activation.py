@@ -1,0 +1,129 @@
+"""Nonlinearities, and what keeps them from aliasing.
+
+A pointwise function commutes with every integer shift. Between the pixels it does not: it makes frequencies
+that the grid cannot hold, which fold back onto those it can. Applied on a finer grid and filtered, it folds
+back less, and a polynomial nothing at all.
+
+Shape letters: B batch, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from te_quant._checks import require_axis, require_choice, require_int, require_rank
+from te_quant.filters import fourier_resample
+
+__all__ = ["ACTIVATIONS", "Activation", "FilteredActivation", "PolynomialActivation", "build_activation"]
+
+Activation: TypeAlias = Literal["silu", "filtered", "polynomial"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+
+class FilteredActivation(nn.Module):
+    """Upsample, apply the function, remove what the coarse grid cannot hold, downsample: all ideal filters.
+
+    Exact for: every integer circular shift. For fractional ones only as far as the function's frequencies beyond
+    ``upsampling`` times the band are negligible; see :class:`PolynomialActivation` for one that has none.
+    The image counts as periodic: only circular padding around it makes sense.
+    Cost: the function on ``upsampling``² times the pixels, and four transforms, O(H·W·log(H·W)) a channel;
+    every pixel of the result sees the whole image. The Nyquist frequency of even sides is lost.
+
+    Args:
+        function: pointwise, at any size.
+        upsampling: of the grid that the function is applied on, along each axis; at least 1.
+
+    Shape:
+        images: (B, C, H, W).
+        result: as images.
+
+    Raises:
+        ValueError: upsampling is smaller than 1, or a side is empty.
+        TypeError: upsampling is not an int, or images are not floating point.
+
+    Source: Karras et al. 2021, arXiv:2106.12423, section 2. Differs: an ideal low-pass filter on the periodic
+        image, where it has Kaiser windows and margins that are cropped.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor] = F.silu, *, upsampling: int = 2) -> None:
+        super().__init__()
+        require_int("upsampling", upsampling, 1)
+        self.function = function
+        self.upsampling = upsampling
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Up, act, low-pass and down."""
+        require_rank("images", images, (4,), "(B, C, H, W)")
+        height, width = images.shape[2:]
+        finer = fourier_resample(images, (self.upsampling * height, self.upsampling * width))
+        return fourier_resample(self.function(finer), (height, width))
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"upsampling={self.upsampling}"
+
+
+class PolynomialActivation(nn.Module):
+    """a + b·x + c·x² with learnt a, b and c per channel, without any aliasing.
+
+    A square at most doubles the band, which the grid of twice the pixels holds; the low-pass filter then takes
+    the upper half away.
+    Exact for: every circular shift, fractional ones too. Only circular padding around it makes sense.
+    Cost: as :class:`FilteredActivation` with ``upsampling=2``; a square is not bounded by its argument, so a
+    normalisation should precede it.
+
+    Args:
+        channels: C, at least 1.
+
+    Shape:
+        images: (B, C, H, W).
+        result: as images.
+
+    Raises:
+        ValueError: channels is smaller than 1, or the images have another number of channels.
+
+    Source: Michaeli et al. 2023, arXiv:2303.08085, section 3. Differs: it starts as x/2 + x²/4, the first
+        terms of SiLU at 0, where the paper fits a ReLU.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        require_int("channels", channels, 1)
+        self.channels = channels
+        self.coefficients = nn.Parameter(torch.tensor([0.0, 0.5, 0.25])[:, None].repeat(1, channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The polynomial, its square on the finer grid."""
+        require_rank("images", images, (4,), "(B, C, H, W)")
+        require_axis("images", images, 1, self.channels, "channels")
+        height, width = images.shape[2:]
+        constant, linear, quadratic = self.coefficients[:, :, None, None].to(images.dtype)
+        finer = fourier_resample(images, (2 * height, 2 * width))
+        return fourier_resample(constant + finer * (linear + quadratic * finer), (height, width))
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"{self.channels}"
+
+
+def build_activation(kind: Activation, channels: int) -> nn.Module:
+    """Build a nonlinearity.
+
+    Args:
+        kind: ``silu``, ``filtered`` (SiLU in a :class:`FilteredActivation`) or ``polynomial``
+            (:class:`PolynomialActivation`).
+        channels: C, at least 1.
+
+    Raises:
+        ValueError: kind is unknown, or channels is smaller than 1.
+    """
+    require_choice("activation", kind, ACTIVATIONS)
+    require_int("channels", channels, 1)
+    if kind == "polynomial":
+        return PolynomialActivation(channels)
+    return FilteredActivation() if kind == "filtered" else nn.SiLU()

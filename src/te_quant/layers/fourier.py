@@ -1,0 +1,92 @@
+"""Resampling with the ideal low-pass filter, by the Fourier transform of the whole image.
+
+Shape letters: B batch, C channels, H W pixels, s stride.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from te_quant._checks import require, require_int, require_rank
+from te_quant.filters import fourier_resample
+
+__all__ = ["FourierDownsample2d", "FourierUpsample2d"]
+
+
+class FourierDownsample2d(nn.Module):
+    """Keep the frequencies that the smaller grid can hold, and no others.
+
+    Exact for: every circular shift t, fractional ones too: ``down(T_t x) = R_{t/s} down(x)``, where a
+    fractional shift is :func:`te_quant.shifts.fourier_shift`. The result has no Nyquist frequency, so nothing
+    in it is undefined. Tokens behind it move by whole tokens for multiples of s alone. The image counts as
+    periodic: only circular padding around it makes sense.
+    Cost: two transforms, O(H·W·log(H·W)) a channel, in float32 for half precision; every pixel of the result
+    sees the whole image, with the ringing of an ideal filter at edges.
+
+    Args:
+        stride: s, at least 1.
+
+    Shape:
+        images: (B, C, H, W), H and W divisible by s; their quotients may be odd or even.
+        result: (B, C, H/s, W/s).
+
+    Raises:
+        ValueError: stride is smaller than 1, or a side is not divisible by it.
+        TypeError: stride is not an int, or images are not floating point.
+
+    Source: Michaeli et al. 2023, arXiv:2303.08085, section 3. Differs: the mask follows the shape, so that
+        images need not be square, and the Nyquist frequency is removed.
+    """
+
+    def __init__(self, stride: int = 2) -> None:
+        super().__init__()
+        require_int("stride", stride, 1)
+        self.stride = stride
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Filter and sample at once."""
+        require_rank("images", images, (4,), "(B, C, H, W)")
+        s, (height, width) = self.stride, images.shape[2:]
+        if height % s or width % s or not height or not width:
+            require(False, "images sides", f"positive multiples of {s}", f"shape {tuple(images.shape)}")
+        return fourier_resample(images, (height // s, width // s))
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"stride={self.stride}"
+
+
+class FourierUpsample2d(nn.Module):
+    """The one signal on the larger grid that has no frequencies but those of the smaller one.
+
+    Exact for: every circular shift k, fractional ones too: ``up(R_k y) = T_{s·k} up(y)``. The Nyquist frequency
+    that even sides have is removed. Only circular padding around it makes sense.
+    Cost: as :class:`FourierDownsample2d`.
+
+    Args:
+        stride: s, at least 1.
+
+    Shape:
+        images: (B, C, H, W).
+        result: (B, C, s·H, s·W).
+
+    Raises:
+        ValueError: stride is smaller than 1, or a side is empty.
+        TypeError: stride is not an int, or images are not floating point.
+
+    Source: as :class:`FourierDownsample2d`, whose adjoint it is but for the gain s².
+    """
+
+    def __init__(self, stride: int = 2) -> None:
+        super().__init__()
+        require_int("stride", stride, 1)
+        self.stride = stride
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Extend the spectrum with zeros."""
+        require_rank("images", images, (4,), "(B, C, H, W)")
+        return fourier_resample(images, (self.stride * images.shape[2], self.stride * images.shape[3]))
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"stride={self.stride}"

@@ -1,0 +1,95 @@
+"""Normalisation: over the whole image, or at every pixel alone.
+
+Shape letters: B batch, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from te_quant._checks import require, require_axis, require_choice, require_int, require_rank
+
+__all__ = ["NORMS", "ChannelNorm", "Norm", "build_norm", "group_norm"]
+
+Norm: TypeAlias = Literal["group", "channel"]
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+NORM_EPS = 1e-6
+"""As in the published VQGAN; PyTorch's own default is 1e-5."""
+
+
+def group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
+    """A :class:`~torch.nn.GroupNorm` that refuses a number of groups which does not divide the channels.
+
+    Its statistics are those of the whole image, so that permuting the pixels permutes the result: it is exact
+    for every circular shift, fractional shifts of band-limited images included. An error at the border,
+    however, goes through the statistics to every pixel.
+
+    Raises:
+        ValueError: an argument is smaller than 1, or ``norm_groups`` does not divide ``channels``.
+    """
+    require_int("channels", channels, 1)
+    require_int("norm_groups", norm_groups, 1)
+    require(channels % norm_groups == 0, "norm_groups", f"a divisor of channels={channels}", norm_groups)
+    return nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+
+
+class ChannelNorm(nn.Module):
+    """Zero mean and unit variance over the channels of every pixel, then a gain and an offset per channel.
+
+    Exact for: every integer shift, circular or not, under any padding, since no pixel sees another; what is
+    wrong at a border stays there. Not exact for fractional shifts: dividing by a norm that changes from pixel
+    to pixel leaves the band.
+    Cost: that of :func:`group_norm`.
+
+    Args:
+        channels: C, at least 2 (a single channel has no spread).
+
+    Shape:
+        images: (B, C, H, W).
+        result: as images.
+
+    Raises:
+        ValueError: channels is smaller than 2, or the images have another number of channels.
+
+    Source: Ba et al. 2016, arXiv:1607.06450, over the channels alone as in Liu et al. 2022, arXiv:2201.03545.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        require_int("channels", channels, 2)
+        self.channels = channels
+        self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise every pixel."""
+        require_rank("images", images, (4,), "(B, C, H, W)")
+        require_axis("images", images, 1, self.channels, "channels")
+        # Laid out as images again: convolutions choose their algorithm, and so their rounding, by the strides.
+        return (
+            F.layer_norm(images.movedim(1, -1), (self.channels,), self.norm.weight, self.norm.bias, self.norm.eps)
+            .movedim(-1, 1)
+            .contiguous()
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"{self.channels}"
+
+
+def build_norm(kind: Norm, channels: int, norm_groups: int) -> nn.Module:
+    """Build a normalisation.
+
+    Args:
+        kind: ``group`` (:func:`group_norm`) or ``channel`` (:class:`ChannelNorm`).
+        channels: C.
+        norm_groups: of ``group`` alone.
+
+    Raises:
+        ValueError: kind is unknown, or the layer refuses its number of channels or groups.
+    """
+    require_choice("norm", kind, NORMS)
+    return group_norm(channels, norm_groups) if kind == "group" else ChannelNorm(channels)
