@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from te_quant.equivariance import best_token_shift, measure_equivariance, placement_agreement
-from te_quant.equivariance.sub_stride import sub_stride_counts
+from te_quant.equivariance.sub_stride import sub_stride_pairs
 from te_quant.shifts import roll
 
 STRIDE, NUM_CODES = 2, 5
@@ -268,7 +268,18 @@ def test_nothing_depends_on_the_batch_split(batch_size):
 
     whole, split = measure(64), measure(batch_size)
     assert split.agreements() == whole.agreements()
-    assert split.sub_stride_by_shift == whole.sub_stride_by_shift
+    for name in ("aligned_by_shift", "sub_stride_by_shift"):
+        for one, other in zip(getattr(whole, name), getattr(split, name), strict=True):
+            assert other.shift == one.shift
+            assert other.agreement == one.agreement
+            assert other.feature_error == pytest.approx(one.feature_error, rel=1e-10)
+            assert other.end_to_end == pytest.approx(one.end_to_end, rel=1e-10)
+    assert list(split.errors()) == list(whole.errors()) != []
+    for name, error in whole.errors().items():
+        assert split.errors()[name].decibels == pytest.approx(error.decibels, rel=1e-10)
+        assert split.errors()[name].interval == pytest.approx(error.interval, rel=1e-10)
+    assert split.reconstruction.l1_interval == pytest.approx(whole.reconstruction.l1_interval, rel=1e-10)
+    assert split.numerical_floor == whole.numerical_floor
     assert split.code_use == whole.code_use
     assert split.reconstruction.l1 == pytest.approx(whole.reconstruction.l1, rel=1e-12)
     assert split.reconstruction.psnr == pytest.approx(whole.reconstruction.psnr, rel=1e-12)
@@ -339,9 +350,45 @@ def test_best_token_shift_is_chosen_for_each_image():
     moved = torch.stack([roll(r, k) for r, k in zip(reference, [(0, 0), (0, 1), (1, 0), (1, 1)], strict=True)])
     for protocol in ("circular", "canvas"):
         assert torch.equal(best_token_shift(reference, moved, protocol=protocol), moved)
-        assert sub_stride_counts(reference, moved, 1000, protocol=protocol).agreement().rate == 1.0
+        first, second, _ = sub_stride_pairs(reference, moved, protocol=protocol)
+        assert torch.equal(first, second)
     unrelated = torch.full_like(reference, 1001)
     assert torch.equal(best_token_shift(reference, unrelated, protocol="circular"), reference)
+
+
+def polyphase(images: torch.Tensor, stride: int, *, adaptive: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adaptive polyphase sampling: the phase (top, left) of largest energy, image by image, then a hash of it."""
+    energy = torch.stack(
+        [(images[:, 0, a::stride, b::stride] ** 2).sum((1, 2)) for a, b in product(range(stride), repeat=2)]
+    )
+    best = energy.argmax(0) if adaptive else torch.zeros(len(images), dtype=torch.int64)
+    picked = [
+        x[0, p // stride :: stride, p % stride :: stride] for x, p in zip(images, best.tolist(), strict=True)
+    ]
+    return (torch.stack(picked) * 9973).round().long() % 101, best
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_two_token_shifts_an_axis_are_enough_for_adaptive_polyphase_sampling(stride):
+    """The law i(T_t x) = R_k i(x), k = (t + o - o')/s, holds exactly with k in {0, 1}², for all of s² shifts."""
+    images = torch.rand(24, 1, 12, 16, dtype=torch.float64) * 2 - 1
+    options = {"stride": stride, "num_codes": 101, "protocol": "circular"}
+    report = measure_equivariance(lambda x: polyphase(x, stride)[0], images, **options)
+    assert len(report.sub_stride_by_shift) == stride**2 - 1
+    assert report.sub_stride.rate == report.aligned.rate == 1.0
+    assert report.sub_stride.kappa == report.sub_stride_foreground.kappa == 1.0
+    assert report.sub_stride.differing == 0
+    found = set()
+    for shift in report.settings.sub_stride_shifts:
+        o, o_moved = polyphase(images, stride)[1], polyphase(roll(images, shift), stride)[1]
+        for axis, part in enumerate((lambda p: p // stride, lambda p: p % stride)):
+            steps = shift[axis] + part(o) - part(o_moved)
+            assert torch.all(steps % stride == 0)
+            found |= set((steps // stride).tolist())
+    assert found == {0, 1}
+    fixed = measure_equivariance(lambda x: polyphase(x, stride, adaptive=False)[0], images, **options)
+    assert fixed.aligned.rate == 1.0
+    assert fixed.sub_stride.kappa < 0.1
 
 
 def test_default_shifts_are_the_smallest_and_the_largest():
@@ -372,6 +419,7 @@ def test_default_shifts_are_the_smallest_and_the_largest():
         (shifts("circular", torch.zeros(1, 1, 4, 4)), (0,)),
         (shifts("crop", torch.zeros(1, 1, 57, 57), canvas_size=32), (-12, -4, 0, 4, 12)),
         (shifts("crop", sprites, canvas_size=28), (0,)),
+        (shifts("crop", sprites, canvas_size=8), (-4, 0, 4)),
     ]:
         assert len(chosen) == len(set(chosen))
         assert set(chosen) == pairs(steps)
@@ -422,8 +470,39 @@ SPRITES = torch.zeros(2, 1, 8, 8)
         ({"sub_stride_shifts": [(0, 0)]}, ValueError, "sub_stride_shifts must be without the identity"),
         ({"sub_stride_shifts": [(2, 0)]}, ValueError, "sub_stride_shifts must be pairs from 0 to stride - 1 = 1"),
         ({"sub_stride_shifts": [(0, -1)]}, ValueError, "sub_stride_shifts must be pairs from 0"),
-        ({"latents": lambda x: x}, ValueError, "latents and quantize must be given together"),
-        ({"quantize": lambda x: x}, ValueError, "latents and quantize must be given together"),
+        ({"quantize": lambda x: x}, ValueError, "quantize must be given with latents, got quantize without"),
+        ({"codebook": torch.zeros(5, 1)}, ValueError, "codebook must be given with latents, got codebook without"),
+        ({"latents": lambda x: x, "codebook": torch.zeros(5)}, ValueError, r"codebook must be of shape \(K, C\)"),
+        (
+            {"latents": lambda x: x, "codebook": torch.zeros(5, 1).long()},
+            TypeError,
+            "codebook must be floating point",
+        ),
+        (
+            {"latents": lambda x: x, "codebook": torch.zeros(4, 1)},
+            ValueError,
+            "codebook axis 0 must be num_codes=5",
+        ),
+        (
+            {"latents": lambda x: x, "codebook": torch.full((5, 1), math.nan)},
+            ValueError,
+            "codebook must be finite",
+        ),
+        (
+            {"latents": lambda x: x[:, :, ::2, ::2], "codebook": torch.zeros(5, 2)},
+            ValueError,
+            r"latents\(images\) axis 1 must be codebook axis 1=2, got 1",
+        ),
+        (
+            {"latents": lambda x: x[:, :, ::2, ::2] * math.nan},
+            ValueError,
+            r"latents\(images\) must be finite, got 128 NaN",
+        ),
+        ({"latents": lambda x: x[:, :, ::2, ::2].long()}, TypeError, r"latents\(images\) must be floating point"),
+        ({"resamples": -1}, ValueError, "resamples must be an int >= 0"),
+        ({"seed": -1}, ValueError, "seed must be an int >= 0"),
+        ({"seed": 0.5}, TypeError, "seed must be an int"),
+        ({"variants": {"half": "bfloat16"}}, TypeError, r"variants\['half'\] must be an int >= 1, got 'bfloat16'"),
         ({"tokenize": lambda x: torch.zeros(len(x), 8, 8)}, TypeError, r"tokenize\(images\) must be an integer"),
         (
             {"tokenize": lambda x: torch.zeros(len(x), 4, 4).long()},

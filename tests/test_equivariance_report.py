@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from te_quant import equivariance
-from te_quant.equivariance import EquivarianceReport, comparison_table, measure_equivariance, plot_reports
+from te_quant.equivariance import (
+    EquivarianceReport,
+    comparison_table,
+    measure_equivariance,
+    plot_reports,
+    plot_shift_maps,
+)
 
 
 def make_report(*, num_codes: int = 4, full: bool = True, **options) -> EquivarianceReport:
@@ -19,10 +25,10 @@ def make_report(*, num_codes: int = 4, full: bool = True, **options) -> Equivari
     extra = {
         "reconstruct": lambda x: x * 0.9,
         "latents": lambda x: x[:, :, ::4, ::4],
-        "quantize": lambda z: (z[:, 0] > 0).long().clamp(max=num_codes - 1),
+        "codebook": torch.linspace(-1, 1, num_codes)[:, None],
     }
     return measure_equivariance(
-        lambda x: ((x[:, 0, ::4, ::4] + 1) * 500).long() % num_codes,
+        lambda x: ((x[:, 0, ::4, ::4] + 1) / 2 * (num_codes - 1)).round().long(),
         torch.rand(3, 1, 16, 16) * 2 - 1,
         stride=4,
         num_codes=num_codes,
@@ -53,8 +59,8 @@ def test_infinite_psnr_survives_json():
 def test_other_dictionaries_are_refused():
     """Another format, a missing field, an unknown field."""
     data = make_report().to_dict()
-    with pytest.raises(ValueError, match="format must be 1, got 2"):
-        EquivarianceReport.from_dict(data | {"format": 2})
+    with pytest.raises(ValueError, match=r"format must be 2 \(measure anew: another format lacks fields\), got 1"):
+        EquivarianceReport.from_dict(data | {"format": 1})
     with pytest.raises(ValueError, match="report fields must be"):
         EquivarianceReport.from_dict({k: v for k, v in data.items() if k != "aligned"})
     with pytest.raises(ValueError, match="report fields must be"):
@@ -66,6 +72,14 @@ def test_reports_are_frozen():
     report = make_report(full=False)
     with pytest.raises(FrozenInstanceError):
         report.aligned = report.placement
+
+
+def bracket(value: float, interval: tuple[float, float], pattern: str = ".3f") -> str:
+    """Write a number as the tables do."""
+    if math.isinf(value):
+        return "inf"
+    low, high = interval
+    return format(value, pattern) + ("" if math.isnan(low) else f" [{low:{pattern}}, {high:{pattern}}]")
 
 
 def cells(table: str) -> dict[str, list[str]]:
@@ -90,22 +104,47 @@ def test_markdown_shows_every_agreement_with_kappa_code_use_and_reconstruction()
         ("sub-stride (Fourier)", report.sub_stride_fourier),
         ("sub-stride (Fourier), foreground", report.sub_stride_fourier_foreground),
     ]:
-        numbers = [f"{agreement.rate:.3f}", f"{agreement.kappa:.3f}", f"{agreement.chance:.3f}"]
-        assert rows[label] == [*numbers, f"{agreement.tokens:,}"]
+        rate = bracket(agreement.rate, agreement.rate_interval)
+        kappa = bracket(agreement.kappa, agreement.kappa_interval)
+        assert rows[label] == [rate, kappa, f"{agreement.chance:.3f}", f"{agreement.tokens:,}"]
+    assert report.sub_stride.kappa_interval[0] < report.sub_stride.kappa_interval[1]
+    assert rows["error after a shift"] == ["dB, more is better", "mean square"]
+    for label, error in [
+        ("features, whole tokens", report.feature_error),
+        ("features, sub-stride (Fourier)", report.feature_error_sub_stride),
+        ("end to end PSNR, whole tokens", report.end_to_end),
+        ("end to end PSNR, sub-stride", report.end_to_end_sub_stride),
+    ]:
+        assert rows[label] == [bracket(error.decibels, error.interval, ".2f"), f"{error.mean_square:.3g}"]
+    margin = report.margin
+    assert rows["certified rate (moves less than its margin)"] == [
+        bracket(margin.certified_rate, margin.certified_interval)
+    ]
+    for label, spread in [
+        ("margin, median (5 % to 95 %)", margin.margin),
+        ("movement under whole-token shifts, median (5 % to 95 %)", margin.movement),
+        ("movement / margin, median (5 % to 95 %)", margin.ratio),
+    ]:
+        assert rows[label] == [f"{spread.median:.3g} ({spread.low:.3g} to {spread.high:.3g})"]
+    assert rows["batch of one"] == ["0", f"{report.numerical_floor['batch of one'].tokens}"]
     assert rows["used codes"] == [f"{report.code_use.used_codes} of 4"]
     assert rows["codes above 0.1 % of use"] == [str(report.code_use.frequent_codes)]
     assert rows["perplexity"] == [f"{report.code_use.perplexity:.1f}"]
-    assert rows["reconstruction L1"] == [f"{report.reconstruction.l1:.4f}"]
-    assert rows["reconstruction PSNR (dB)"] == [f"{report.reconstruction.psnr:.2f}"]
+    error = report.reconstruction
+    assert rows["reconstruction L1"] == [bracket(error.l1, error.l1_interval, ".4f")]
+    assert rows["reconstruction MSE"] == [bracket(error.mse, error.mse_interval, ".4f")]
+    assert rows["reconstruction PSNR (dB)"] == [bracket(error.psnr, error.psnr_interval, ".2f")]
+    assert "in brackets 95 % intervals, 1,000 resamples of the images." in report.to_markdown()
     assert "Protocol `canvas`, 3 images, 32x32 pixels, stride 4, K = 4" in report.to_markdown()
 
 
 def test_markdown_says_what_was_not_measured_and_what_is_undefined():
     """A collapsed tokenizer without decoder: κ undefined, reconstruction not measured."""
     rows = cells(make_report(num_codes=1, full=False).to_markdown())
-    assert rows["aligned (whole tokens)"][:3] == ["1.000", "undefined", "1.000"]
+    assert rows["aligned (whole tokens)"][:3] == ["1.000 [1.000, 1.000]", "undefined", "1.000"]
     assert rows["reconstruction L1"] == ["not measured"]
-    assert "sub-stride (Fourier)" not in rows
+    for missing in ("sub-stride (Fourier)", "error after a shift", "margin"):
+        assert missing not in rows
 
 
 def test_comparison_shows_conditions_that_differ():
@@ -118,10 +157,21 @@ def test_comparison_shows_conditions_that_differ():
     assert rows["num codes"] == ["4", "2"]
     assert "stride" not in rows
     assert rows["aligned (whole tokens)"] == [
-        f"{r.aligned.rate:.3f} (κ {r.aligned.kappa:.3f})" for r in (first, second)
+        f"{bracket(r.aligned.rate, r.aligned.rate_interval)} "
+        f"(κ {bracket(r.aligned.kappa, r.aligned.kappa_interval)})"
+        for r in (first, second)
     ]
+    error = first.end_to_end_sub_stride
+    assert rows["end to end PSNR, sub-stride (dB)"] == [
+        bracket(error.decibels, error.interval, ".2f"),
+        "not measured",
+    ]
+    assert rows["certified rate (moves less than its margin)"] == ["1.000 [1.000, 1.000]", "not measured"]
+    floors = [r.numerical_floor["batch of one"].tokens for r in (first, second)]
+    assert rows["numerical floor, batch of one: differing"] == [f"0 of {tokens}" for tokens in floors]
     assert rows["sub-stride (Fourier)"][1] == "not measured"
-    assert rows["reconstruction L1"] == [f"{first.reconstruction.l1:.4f}", "not measured"]
+    error = first.reconstruction
+    assert rows["reconstruction L1"] == [bracket(error.l1, error.l1_interval, ".4f"), "not measured"]
     assert "Protocol" not in table
 
     wrapped = cells(comparison_table({"A": first, "B": make_report(protocol="circular", shifts=[(4, 0), (0, 4)])}))
@@ -132,6 +182,13 @@ def test_comparison_shows_conditions_that_differ():
 
     without = comparison_table({"A": second, "B": second})
     assert "Fourier" not in without
+    assert "certified" not in without
+    variants = [{"one": 1, "two": 2}, {"two": 2, "half": lambda x: torch.zeros(len(x), 8, 8).long()}]
+    floors = cells(
+        comparison_table({n: make_report(full=False, variants=v) for n, v in zip("AB", variants, strict=True)})
+    )
+    assert floors["numerical floor, one: differing"] == ["0 of 192", "not measured"]
+    assert floors["numerical floor, half: differing"][0] == "not measured"
     same = comparison_table({"A": first, "B": make_report()})
     assert "num codes" not in cells(same)
     assert "Protocol `canvas`" in same
@@ -141,8 +198,13 @@ def test_comparison_of_nothing_is_refused():
     """At least one report."""
     with pytest.raises(ValueError, match="reports must be at least one, got 0"):
         comparison_table({})
-    with pytest.raises(ValueError, match="reports must be at least one, got 0"):
-        plot_reports({})
+    for draw in (plot_reports, plot_shift_maps):
+        with pytest.raises(ValueError, match="reports must be at least one, got 0"):
+            draw({})
+    with pytest.raises(
+        ValueError, match="value must be one of 'agreement', 'feature_error', 'end_to_end', got 'κ'"
+    ):
+        plot_shift_maps({"a": make_report(full=False)}, value="κ")
 
 
 def texts(figure) -> list[str]:
@@ -151,13 +213,25 @@ def texts(figure) -> list[str]:
 
 
 def test_plot_draws_what_the_report_says():
-    """Bars as high as the rates and κ, the map as the rates by shift, the identity left blank."""
+    """Bars as high as the figures, whiskers as their intervals, the map as the rates by shift."""
     report = make_report()
     figure = report.plot()
-    rates, kappas, shift_map = figure.axes
+    rates, kappas, errors, shift_map = figure.axes
     agreements = list(report.agreements().values())
     assert [bar.get_height() for bar in rates.patches] == [a.rate for a in agreements]
     assert [bar.get_height() for bar in kappas.patches] == [a.kappa for a in agreements]
+    for axes, intervals in [
+        (rates, [a.rate_interval for a in agreements]),
+        (kappas, [a.kappa_interval for a in agreements]),
+    ]:
+        lines = [collection.get_segments()[0] for collection in axes.collections]
+        whiskers = [tuple(line[:, 1].tolist()) for line in lines if line[0, 0] == line[1, 0]]
+        assert whiskers == [pytest.approx(interval) for interval in intervals]
+    finite = [e.decibels for e in report.errors().values() if math.isfinite(e.decibels)]
+    heights = [bar.get_height() for bar in errors.patches]
+    assert len(heights) == len(report.errors()) == 4
+    assert set(finite) <= set(heights)
+    assert "exact" in [text.get_text() for text in errors.texts]
     drawn = shift_map.images[0].get_array()
     assert drawn.mask.sum() == 1
     assert drawn.mask[0, 0]
@@ -168,6 +242,34 @@ def test_plot_draws_what_the_report_says():
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=40)
     assert picture.getvalue().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("value", ["agreement", "feature_error", "end_to_end"])
+def test_shift_maps_draw_every_shift(value):
+    """Whole-token shifts above, sub-stride shifts below, at the place of their pixels; missing ones grey."""
+    report = make_report(shifts=[(4, -4), (0, 8)])
+    bare = make_report(full=False, protocol="circular")
+    figure = plot_shift_maps({"full": report, "bare": bare}, value=value)
+    assert len(figure.axes) == 4
+    whole, below = figure.axes[:2]
+    assert "whole-token" in whole.get_title()
+    assert "sub-stride" in below.get_title()
+    assert [text.get_text() for text in whole.get_xticklabels()] == ["-4", "0", "8"]
+    assert [text.get_text() for text in whole.get_yticklabels()] == ["0", "4"]
+
+    def figures(entry):
+        return entry.agreement.rate if value == "agreement" else getattr(entry, value)
+
+    drawn = whole.images[0].get_array()
+    assert drawn.mask.sum() == 6 - 2
+    top = whole.images[0].get_clim()[1]
+    for entry, place in zip(report.aligned_by_shift, [(1, 0), (0, 2)], strict=True):
+        assert drawn[place] == pytest.approx(min(figures(entry), top))
+    for entry in report.sub_stride_by_shift:
+        assert below.images[0].get_array()[entry.shift] == pytest.approx(min(figures(entry), top))
+    assert figure.axes[3].images[0].get_array().mask.sum() == (1 if value == "agreement" else 16)
+    assert len({axes.images[0].get_clim() for axes in figure.axes}) == 1
+    figure.savefig(io.BytesIO(), format="png", dpi=30)
 
 
 def test_plot_of_several_reports_marks_what_is_missing():
@@ -187,10 +289,10 @@ def test_plot_of_several_reports_marks_what_is_missing():
         "d": make_report(num_codes=1, full=False),
     }
     figure = plot_reports(reports | {"e": large})
-    assert len(figure.axes) == 2 + 5
+    assert len(figure.axes) == 3 + 5
     assert "undef." in texts(figure)
     assert len(figure.axes[-1].texts) == 0
-    assert [entry.get_text() for entry in figure.axes[0].get_legend().get_texts()] == ["a", "b", "c", "d", "e"]
+    assert [entry.get_text() for entry in figure.legends[0].get_texts()] == ["a", "b", "c", "d", "e"]
     assert "reconstruction not measured" in figure.axes[-1].get_title()
     figure.savefig(io.BytesIO(), format="png", dpi=30)
 

@@ -65,7 +65,7 @@ def _search(latents: Tensor, codebook: Tensor) -> Tensor:
 
 def _first_of_equals(codebook: Tensor) -> Tensor | None:
     """The lowest index that holds the same code, for each code: (K, C) -> (K,); None if all codes differ."""
-    norms = codebook.square().sum(1, dtype=torch.float64).sort().values
+    norms = torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float64).sort().values
     # Almost always no two codes are even equally long (in float64: float32 has too few numbers for 10,000
     # codes to differ). On an accelerator asking would mean waiting for it.
     if codebook.device.type == "cpu" and not (norms[1:] == norms[:-1]).any():

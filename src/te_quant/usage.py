@@ -97,7 +97,7 @@ class CodebookUsage:
             num_codes=self.num_codes,
             tokens=tokens,
             used_codes=int((self.histogram > 0).sum()),
-            frequent_codes=int((self.histogram > self.frequent_share * tokens).sum()),
+            frequent_codes=int((self.histogram.double() > self.frequent_share * tokens).sum()),
             frequent_share=self.frequent_share,
             perplexity=float(perplexity(self.histogram)),
             histogram=self.histogram.clone(),

@@ -1,16 +1,14 @@
 """How translation-equivariant is a tokenizer in the quantized space? Any callable ``images -> indices``."""
 
 from te_quant.equivariance.agreement import Agreement, PairCounts, count_pairs, foreground_tokens
+from te_quant.equivariance.errors import ShiftError
+from te_quant.equivariance.floor import numerical_floor
+from te_quant.equivariance.margin import Margin, Spread, code_margins
 from te_quant.equivariance.metrics import measure_equivariance
 from te_quant.equivariance.placement import place_sprites, placement_agreement, placement_offsets
-from te_quant.equivariance.plot import plot_reports
-from te_quant.equivariance.report import (
-    CodeUse,
-    EquivarianceReport,
-    EquivarianceSettings,
-    ReconstructionError,
-    ShiftAgreement,
-)
+from te_quant.equivariance.plot import plot_reports, plot_shift_maps
+from te_quant.equivariance.report import EquivarianceReport
+from te_quant.equivariance.results import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
 from te_quant.equivariance.sub_stride import best_token_shift
 from te_quant.equivariance.tables import comparison_table
 
@@ -19,16 +17,22 @@ __all__ = [
     "CodeUse",
     "EquivarianceReport",
     "EquivarianceSettings",
+    "Margin",
     "PairCounts",
     "ReconstructionError",
     "ShiftAgreement",
+    "ShiftError",
+    "Spread",
     "best_token_shift",
+    "code_margins",
     "comparison_table",
     "count_pairs",
     "foreground_tokens",
     "measure_equivariance",
+    "numerical_floor",
     "place_sprites",
     "placement_agreement",
     "placement_offsets",
     "plot_reports",
+    "plot_shift_maps",
 ]

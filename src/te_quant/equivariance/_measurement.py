@@ -5,96 +5,132 @@ Shape letters: B batch, C channels, H W sides of what the tokenizer sees, h w to
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_rank
-from te_quant.equivariance.agreement import Agreement, PairCounts, count_pairs, foreground_tokens, tokens_of
-from te_quant.equivariance.placement import place_sprites, placement_counts
-from te_quant.equivariance.report import (
-    CodeUse,
-    EquivarianceReport,
-    EquivarianceSettings,
-    ReconstructionError,
-    ShiftAgreement,
-)
-from te_quant.equivariance.sub_stride import sub_stride_counts
+from te_quant._values import require_finite
+from te_quant.equivariance._bootstrap import Resamples
+from te_quant.equivariance._tally import PairTally
+from te_quant.equivariance.agreement import Agreement, PairCounts, foreground_tokens, tokens_of
+from te_quant.equivariance.errors import FeatureTally, PixelTally, ShiftError, psnr
+from te_quant.equivariance.floor import Variant, variant_tokens
+from te_quant.equivariance.margin import MarginTally
+from te_quant.equivariance.placement import place_sprites, placement_pairs
+from te_quant.equivariance.report import EquivarianceReport
+from te_quant.equivariance.results import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
+from te_quant.equivariance.sub_stride import sub_stride_pairs, sub_stride_region
 from te_quant.equivariance.views import Views
 from te_quant.shifts import Shift, align, fourier_shift
 from te_quant.usage import CodebookUsage
 
-__all__ = ["ImageMap", "Measurement"]
+__all__ = ["Callables", "ImageMap", "Measurement"]
 
 ImageMap = Callable[[Tensor], Tensor]
-# Images live in [-1, 1].
-_PEAK_TO_PEAK = 2.0
+_Key = tuple[str, Shift | None]
+_Tally = TypeVar("_Tally", PairTally, FeatureTally, PixelTally)
+
+
+@dataclass(frozen=True)
+class Callables:
+    """What is measured; the parts of the tokenizer that are not given are not measured."""
+
+    tokenize: ImageMap
+    reconstruct: ImageMap | None
+    latents: ImageMap | None
+    quantize: ImageMap | None
+    codebook: Tensor | None
+    variants: Mapping[str, Variant]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """One batch of unshifted images and all that was made of them."""
+
+    images: Tensor
+    tokens: Tensor
+    foreground: Tensor
+    latents: Tensor | None
+    margins: Tensor | None
+    decoded: Tensor | None
 
 
 class Measurement:
     """The sums of one measurement; ``add`` takes any batch, so the split does not matter."""
 
-    def __init__(
-        self,
-        views: Views,
-        settings: EquivarianceSettings,
-        tokenize: ImageMap,
-        reconstruct: ImageMap | None,
-        fourier: tuple[ImageMap, ImageMap] | None,
-    ) -> None:
-        self.views, self.settings = views, settings
-        self.tokenize, self.reconstruct = tokenize, reconstruct
-        self.fourier = fourier
-        self.sums: dict[str, PairCounts] = {}
-        self.by_shift: dict[tuple[str, Shift], PairCounts] = {}
+    def __init__(self, views: Views, settings: EquivarianceSettings, given: Callables) -> None:
+        self.views, self.settings, self.given = views, settings, given
+        self.pairs: dict[_Key, PairTally] = {}
+        self.features: dict[_Key, FeatureTally] = {}
+        self.decoded: dict[_Key, PixelTally] = {}
+        self.reconstruction = PixelTally()
+        self.margins = None if given.codebook is None else MarginTally(given.codebook)
         self.usage = CodebookUsage(settings.num_codes)
-        self.absolute = self.squared = 0.0
-        self.pixels = 0
 
     def add(self, batch: Tensor) -> None:
         """Take in one more batch of images."""
-        reference = self.views.shifted(batch, (0, 0))
-        tokens = self._tokens(reference)
+        images = self.views.shifted(batch, (0, 0))
+        tokens, z = self._tokens(images), self._latents(images)
+        margins = None if self.margins is None or z is None else self.margins.margins(z, tokens)
+        reference = _Reference(images, tokens, self._foreground(images), z, margins, self._decode(images))
         if self.views.sprites:
             self._add_placement(batch)
         else:
-            self._add_reference(reference, tokens)
-        self._add_aligned(batch, tokens, self._foreground(reference))
-        self._add_sub_stride(batch, tokens, reference)
+            self._add_reference(images, tokens, reference.decoded)
+        for shift in self.settings.shifts:
+            self._add_aligned(self.views.shifted(batch, shift), shift, reference)
+        for shift in self.settings.sub_stride_shifts:
+            self._add_sub_stride(self.views.shifted(batch, shift), shift, reference)
+        for name, variant in self.given.variants.items():
+            s = self.settings
+            other = variant_tokens(
+                name, variant, self.given.tokenize, images, grid=self.views.grid, num_codes=s.num_codes
+            )
+            self._pair("floor " + name, tokens, other)
+        self._close()
 
     def report(self) -> EquivarianceReport:
-        """Turn what was summed so far into rates."""
+        """Turn what was summed so far into rates and errors, each with its interval."""
+        s = self.settings
+        drawn = Resamples(s.num_images, s.resamples, s.seed)
 
-        def shown(name: str, *, symmetric: bool = False) -> Agreement | None:
-            counts = self.sums.get(name)
-            return None if counts is None else counts.agreement(symmetric=symmetric)
+        def shown(name: str) -> Agreement | None:
+            tally = self.pairs.get((name, None))
+            symmetric = name.startswith("placement")
+            return None if tally is None else tally.agreement(drawn, symmetric=symmetric)
 
         def pooled(name: str) -> Agreement:
-            return self.sums.get(name, PairCounts.zero(self.settings.num_codes)).agreement()
+            return shown(name) or PairCounts.zero(s.num_codes).agreement()
 
-        def mapped(name: str) -> tuple[ShiftAgreement, ...]:
-            return tuple(
-                ShiftAgreement(shift, counts.agreement())
-                for (metric, shift), counts in self.by_shift.items()
-                if metric == name
-            )
+        def error(
+            tallies: Mapping[_Key, FeatureTally] | Mapping[_Key, PixelTally], name: str
+        ) -> ShiftError | None:
+            return tallies[name, None].error(drawn) if (name, None) in tallies else None
 
         return EquivarianceReport(
-            placement=shown("placement", symmetric=True),
-            placement_foreground=shown("placement_foreground", symmetric=True),
+            placement=shown("placement"),
+            placement_foreground=shown("placement_foreground"),
             aligned=pooled("aligned"),
             aligned_foreground=pooled("aligned_foreground"),
             sub_stride=pooled("sub_stride"),
             sub_stride_foreground=pooled("sub_stride_foreground"),
             sub_stride_fourier=shown("sub_stride_fourier"),
             sub_stride_fourier_foreground=shown("sub_stride_fourier_foreground"),
+            feature_error=error(self.features, "aligned"),
+            feature_error_sub_stride=error(self.features, "sub_stride"),
+            end_to_end=error(self.decoded, "aligned"),
+            end_to_end_sub_stride=error(self.decoded, "sub_stride"),
+            margin=None if self.margins is None or not s.shifts else self.margins.margin(drawn),
+            numerical_floor={name: pooled("floor " + name) for name in self.given.variants},
             code_use=CodeUse.of(self.usage.compute()),
-            reconstruction=self._reconstruction(),
-            aligned_by_shift=mapped("aligned"),
-            sub_stride_by_shift=mapped("sub_stride"),
-            settings=self.settings,
+            reconstruction=self._reconstruction(drawn),
+            aligned_by_shift=self._by_shift("aligned", s.shifts, drawn),
+            sub_stride_by_shift=self._by_shift("sub_stride", s.sub_stride_shifts, drawn),
+            settings=s,
         )
 
     def _add_placement(self, batch: Tensor) -> None:
@@ -102,90 +138,157 @@ class Measurement:
         placed = place_sprites(batch, canvas_size=s.image_size[0], stride=s.stride, ground=s.ground)
         indices = torch.stack([self._tokens(images) for images in placed])
         for images, tokens in zip(placed, indices, strict=True):
-            self._add_reference(images, tokens)
-        for suffix, mask in (("", None), ("_foreground", self._foreground(batch))):
-            counts = placement_counts(indices, stride=s.stride, num_codes=s.num_codes, foreground=mask)
-            self._pool("placement" + suffix, counts)
+            self._add_reference(images, tokens, self._decode(images))
+        first, second = placement_pairs(indices, stride=s.stride)
+        self._pair("placement", first, second)
+        self._pair("placement_foreground", first, second, self._foreground(batch).unsqueeze(1).expand_as(first))
 
-    def _add_aligned(self, batch: Tensor, tokens: Tensor, foreground: Tensor) -> None:
+    def _add_aligned(self, images: Tensor, shift: Shift, reference: _Reference) -> None:
         s = self.settings
-        for shift in s.shifts:
-            moved = self._tokens(self.views.shifted(batch, shift))
-            k = (shift[0] // s.stride, shift[1] // s.stride)
-            first, second = align(tokens, moved, k, protocol=s.protocol)
-            inked, _ = align(foreground, foreground, k, protocol=s.protocol)
-            counts = count_pairs(first, second, s.num_codes)
-            self._pool("aligned", counts, shift)
-            self._pool("aligned_foreground", count_pairs(first, second, s.num_codes, inked))
-
-    def _add_sub_stride(self, batch: Tensor, tokens: Tensor, reference: Tensor) -> None:
-        s = self.settings
-        z = self._latents(reference)
-        for shift in s.sub_stride_shifts:
-            images = self.views.shifted(batch, shift)
-            moved, inked = self._tokens(images), self._foreground(images)
-            expected = None
-            if self.fourier is not None and z is not None:
-                expected = self._fourier_tokens(self.fourier[1], z, shift).to(moved.device)
-            for suffix, mask in (("", None), ("_foreground", inked)):
-                counts = sub_stride_counts(tokens, moved, s.num_codes, protocol=s.protocol, mask=mask)
-                self._pool("sub_stride" + suffix, counts, None if suffix else shift)
-                if expected is not None:
-                    counts = sub_stride_counts(
-                        expected, moved, s.num_codes, protocol=s.protocol, mask=mask, search=False
-                    )
-                    self._pool("sub_stride_fourier" + suffix, counts)
-
-    def _add_reference(self, images: Tensor, tokens: Tensor) -> None:
-        self.usage.update(tokens.cpu())
-        if self.reconstruct is None:
+        k = (shift[0] // s.stride, shift[1] // s.stride)
+        first, second = align(reference.tokens, self._tokens(images), k, protocol=s.protocol)
+        inked, _ = align(reference.foreground, reference.foreground, k, protocol=s.protocol)
+        self._pair("aligned", first, second, shift=shift)
+        self._pair("aligned_foreground", first, second, inked)
+        self._add_decoded("aligned", images, shift, reference)
+        moved = self._latents(images)
+        if moved is None or reference.latents is None:
             return
-        decoded = self.reconstruct(images)
-        require_floating("reconstruct(images)", decoded)
-        fits = decoded.shape == images.shape
-        require(fits, "reconstruct(images)", f"of shape {tuple(images.shape)}", f"shape {tuple(decoded.shape)}")
-        difference = decoded.to(images.device).double() - images.double()
-        self.absolute += float(difference.abs().sum())
-        self.squared += float(difference.square().sum())
-        self.pixels += difference.numel()
+        z, z_moved = align(reference.latents, moved, k, protocol=s.protocol)
+        for tally in self._tallies(self.features, FeatureTally, "aligned", shift):
+            tally.add(z, z_moved)
+        if self.margins is not None and reference.margins is not None:
+            margins, _ = align(reference.margins, reference.margins, k, protocol=s.protocol)
+            self.margins.add(margins, z_moved.double() - z.double(), first == second)
 
-    def _reconstruction(self) -> ReconstructionError | None:
-        if self.reconstruct is None:
-            return None
-        mse = self.squared / self.pixels
-        psnr = 10 * math.log10(_PEAK_TO_PEAK**2 / mse) if mse > 0 else math.inf
-        return ReconstructionError(self.absolute / self.pixels, mse, psnr)
-
-    def _pool(self, name: str, counts: PairCounts, shift: Shift | None = None) -> None:
-        self.sums[name] = self.sums[name] + counts if name in self.sums else counts
-        if shift is not None:
-            key = (name, shift)
-            self.by_shift[key] = self.by_shift[key] + counts if key in self.by_shift else counts
-
-    def _tokens(self, images: Tensor) -> Tensor:
-        return tokens_of(self.tokenize, images, grid=self.views.grid, num_codes=self.settings.num_codes)
-
-    def _latents(self, images: Tensor) -> Tensor | None:
-        if self.fourier is None:
-            return None
-        z = self.fourier[0](images)
-        require_rank("latents(images)", z, (4,), "(B, C, h, w)")
-        fits = (z.shape[0], *z.shape[2:]) == (images.shape[0], *self.views.grid)
-        require(fits, "latents(images)", f"of grid {self.views.grid}", f"shape {tuple(z.shape)}")
-        return z
-
-    def _fourier_tokens(self, quantize: ImageMap, z: Tensor, shift: Shift) -> Tensor:
+    def _add_sub_stride(self, images: Tensor, shift: Shift, reference: _Reference) -> None:
         s = self.settings
-        z_moved = fourier_shift(z, (shift[0] / s.stride, shift[1] / s.stride))
-        return tokens_of(
-            quantize,
-            z_moved,
+        tokens, inked = self._tokens(images), self._foreground(images)
+        for suffix, mask in (("", None), ("_foreground", inked)):
+            pair = sub_stride_pairs(reference.tokens, tokens, protocol=s.protocol, mask=mask)
+            self._pair("sub_stride" + suffix, *pair, shift=None if suffix else shift)
+        self._add_decoded("sub_stride", images, shift, reference)
+        moved = self._latents(images)
+        if moved is None or reference.latents is None:
+            return
+        expected = fourier_shift(reference.latents, (shift[0] / s.stride, shift[1] / s.stride))
+        rows, columns = sub_stride_region(self.views.grid, s.protocol)
+        for tally in self._tallies(self.features, FeatureTally, "sub_stride", shift):
+            tally.add(expected[..., rows, columns], moved[..., rows, columns])
+        if self.given.quantize is None:
+            return
+        codes = tokens_of(
+            self.given.quantize,
+            expected,
             grid=self.views.grid,
             num_codes=s.num_codes,
             name="quantize",
             argument="latents",
+        ).to(tokens.device)
+        for suffix, mask in (("", None), ("_foreground", inked)):
+            pair = sub_stride_pairs(codes, tokens, protocol=s.protocol, mask=mask, search=False)
+            self._pair("sub_stride_fourier" + suffix, *pair)
+
+    def _add_decoded(self, name: str, images: Tensor, shift: Shift, reference: _Reference) -> None:
+        if reference.decoded is None:
+            return
+        decoded = self._decode(images)
+        if decoded is None:
+            return
+        first, second = align(reference.decoded, decoded, shift, protocol=self.settings.protocol)
+        for tally in self._tallies(self.decoded, PixelTally, name, shift):
+            tally.add(first, second)
+
+    def _add_reference(self, images: Tensor, tokens: Tensor, decoded: Tensor | None) -> None:
+        self.usage.update(tokens.cpu())
+        if decoded is not None:
+            self.reconstruction.add(images, decoded)
+
+    def _reconstruction(self, drawn: Resamples) -> ReconstructionError | None:
+        if self.given.reconstruct is None:
+            return None
+        sums = self.reconstruction.rows
+        total = sums.sum(dim=0, keepdim=True)
+        return ReconstructionError(
+            l1=float(_mean_absolute(total)),
+            mse=float(_mean_square(total)),
+            psnr=float(psnr(total)),
+            l1_interval=drawn.interval_of_sums(sums, _mean_absolute),
+            mse_interval=drawn.interval_of_sums(sums, _mean_square),
+            psnr_interval=drawn.interval_of_sums(sums, psnr),
         )
+
+    def _by_shift(self, name: str, shifts: tuple[Shift, ...], drawn: Resamples) -> tuple[ShiftAgreement, ...]:
+        def decibels(
+            tallies: Mapping[_Key, FeatureTally] | Mapping[_Key, PixelTally], shift: Shift
+        ) -> float | None:
+            return tallies[name, shift].error(None).decibels if (name, shift) in tallies else None
+
+        return tuple(
+            ShiftAgreement(
+                shift,
+                self.pairs[name, shift].agreement(drawn),
+                decibels(self.features, shift),
+                decibels(self.decoded, shift),
+            )
+            for shift in shifts
+        )
+
+    def _pair(
+        self, name: str, first: Tensor, second: Tensor, mask: Tensor | None = None, *, shift: Shift | None = None
+    ) -> None:
+        for key in ((name, None),) if shift is None else ((name, None), (name, shift)):
+            if key not in self.pairs:
+                self.pairs[key] = PairTally(self.settings.num_codes, by_image=key[1] is None)
+            self.pairs[key].add(first, second, mask)
+
+    def _tallies(
+        self, tallies: dict[_Key, _Tally], kind: Callable[..., _Tally], name: str, shift: Shift
+    ) -> tuple[_Tally, _Tally]:
+        """Return the tally of all shifts together and the tally of this one."""
+        for key in ((name, None), (name, shift)):
+            if key not in tallies:
+                tallies[key] = kind(pooled=key[1] is not None)
+        return tallies[name, None], tallies[name, shift]
+
+    def _close(self) -> None:
+        for tallies in (self.pairs, self.features, self.decoded):
+            for tally in tallies.values():
+                tally.close()
+        self.reconstruction.close()
+        if self.margins is not None:
+            self.margins.close()
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        return tokens_of(self.given.tokenize, images, grid=self.views.grid, num_codes=self.settings.num_codes)
+
+    def _decode(self, images: Tensor) -> Tensor | None:
+        if self.given.reconstruct is None:
+            return None
+        decoded = self.given.reconstruct(images)
+        require_floating("reconstruct(images)", decoded)
+        fits = decoded.shape == images.shape
+        require(fits, "reconstruct(images)", f"of shape {tuple(images.shape)}", f"shape {tuple(decoded.shape)}")
+        return decoded
+
+    def _latents(self, images: Tensor) -> Tensor | None:
+        if self.given.latents is None:
+            return None
+        z = self.given.latents(images)
+        require_rank("latents(images)", z, (4,), "(B, C, h, w)")
+        require_floating("latents(images)", z)
+        fits = (z.shape[0], *z.shape[2:]) == (images.shape[0], *self.views.grid)
+        require(fits, "latents(images)", f"of grid {self.views.grid}", f"shape {tuple(z.shape)}")
+        return require_finite("latents(images)", z).to(images.device)
 
     def _foreground(self, images: Tensor) -> Tensor:
         s = self.settings
         return foreground_tokens(images, stride=s.stride, ground=s.ground, tau=s.tau)
+
+
+def _mean_absolute(sums: Tensor) -> Tensor:
+    return sums[:, 0] / sums[:, 2]
+
+
+def _mean_square(sums: Tensor) -> Tensor:
+    return sums[:, 1] / sums[:, 2]

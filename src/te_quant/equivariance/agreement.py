@@ -24,11 +24,20 @@ from te_quant._checks import (
     require_number,
     require_rank,
 )
+from te_quant.equivariance._bootstrap import NO_INTERVAL, Interval
 
-__all__ = ["Agreement", "PairCounts", "count_pairs", "foreground_tokens", "tokens_of"]
+__all__ = [
+    "CHANCE_GAP",
+    "Agreement",
+    "PairCounts",
+    "checked_tokens",
+    "count_pairs",
+    "foreground_tokens",
+    "tokens_of",
+]
 
 # Below this 1 - P_e is rounding error: with n pooled tokens the smallest non-zero value is about 1/n.
-_CHANCE_GAP = 1e-12
+CHANCE_GAP = 1e-12
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,14 @@ class Agreement:
             compared. A collapsed codebook agrees perfectly: this flag says that it means nothing.
         tokens: number of token pairs compared.
         chance: P_e = Σ_c p_c q_c from the marginal code frequencies of the two sides; NaN without tokens.
+        rate_interval: 95 % confidence interval (low, high) of the rate, by percentile bootstrap over images. NaN
+            where it was not asked for or cannot be known: one image, or nothing compared. It has no width where
+            no two indices differed, which is no proof that none ever will.
+        kappa_interval: the same of κ, with the marginal frequencies formed anew in every resample; resamples that
+            leave κ undefined are left out. NaN in the maps by shift, which keep pooled frequencies alone.
 
-    Source: Cohen 1960, "A coefficient of agreement for nominal scales".
+    Source: Cohen 1960, "A coefficient of agreement for nominal scales"; Efron 1979 for the bootstrap. Whole images
+        are drawn, because the tokens of one image are not independent.
     """
 
     rate: float
@@ -52,6 +67,13 @@ class Agreement:
     kappa_defined: bool
     tokens: int
     chance: float
+    rate_interval: Interval = NO_INTERVAL
+    kappa_interval: Interval = NO_INTERVAL
+
+    @property
+    def differing(self) -> int:
+        """How many of the compared pairs differ, exactly."""
+        return 0 if self.tokens == 0 else self.tokens - round(self.rate * self.tokens)
 
 
 @dataclass(frozen=True)
@@ -98,7 +120,7 @@ class PairCounts:
         if symmetric:
             p = q = (p + q) / 2
         chance = float((p * q).sum())
-        if 1.0 - chance <= _CHANCE_GAP:
+        if 1.0 - chance <= CHANCE_GAP:
             return Agreement(rate, math.nan, False, tokens, chance)
         return Agreement(rate, (rate - chance) / (1.0 - chance), True, tokens, chance)
 
@@ -174,8 +196,13 @@ def tokens_of(
     Shape:
         images: (B, ...). Returns (B, h, w) int64 on the device of ``images``.
     """
-    indices = tokenize(images)
-    label = f"{name}({argument})"
+    return checked_tokens(tokenize(images), images, grid=grid, num_codes=num_codes, label=f"{name}({argument})")
+
+
+def checked_tokens(
+    indices: Tensor, images: Tensor, *, grid: tuple[int, int], num_codes: int, label: str
+) -> Tensor:
+    """Refuse anything but a grid of indices in [0, K); see :func:`tokens_of`."""
     require_integer_tensor(label, indices)
     expected = (images.shape[0], *grid)
     require(tuple(indices.shape) == expected, label, f"of shape {expected}", f"shape {tuple(indices.shape)}")

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_int, require_number, require_rank
-from te_quant.equivariance.agreement import Agreement, PairCounts, count_pairs, foreground_tokens, tokens_of
+from te_quant.equivariance._bootstrap import Resamples
+from te_quant.equivariance._tally import PairTally
+from te_quant.equivariance.agreement import Agreement, foreground_tokens, tokens_of
 from te_quant.shifts import Shift, place
 
-__all__ = ["place_sprites", "placement_agreement", "placement_counts", "placement_offsets"]
+__all__ = ["place_sprites", "placement_agreement", "placement_offsets", "placement_pairs"]
 
 
 def placement_offsets(canvas_size: int) -> tuple[Shift, ...]:
@@ -57,21 +59,15 @@ def place_sprites(sprites: Tensor, *, canvas_size: int, stride: int, ground: flo
     return torch.stack([place(sprites, o, size=size, fill=ground) for o in placement_offsets(canvas_size)])
 
 
-def placement_counts(
-    indices: Tensor, *, stride: int, num_codes: int, foreground: Tensor | None = None
-) -> PairCounts:
-    """Cut the five token blocks and count equal indices over their ten pairs.
-
-    Neither side of a pair is the reference: ask the result for its ``agreement(symmetric=True)``.
+def placement_pairs(indices: Tensor, *, stride: int) -> tuple[Tensor, Tensor]:
+    """Cut the five token blocks and pair them in all ten ways; neither side of a pair is the reference.
 
     Args:
         indices: tokens of the five canvases, in the order of :func:`placement_offsets`.
         stride: s, pixels a token.
-        num_codes: K.
-        foreground: True for the block positions that count; None counts all.
 
     Shape:
-        indices: (5, B, S/s, S/s). foreground: (B, S/(2s), S/(2s)) bool.
+        indices: (5, B, S/s, S/s). Returns two of (B, 10, S/(2s), S/(2s)).
     """
     grid = indices.shape[-1]
     block = grid // 2
@@ -80,10 +76,8 @@ def placement_counts(
         placed[:, top : top + block, left : left + block]
         for placed, (top, left) in zip(indices, corners, strict=True)
     ]
-    counts = PairCounts.zero(num_codes)
-    for first, second in combinations(blocks, 2):
-        counts = counts + count_pairs(first, second, num_codes, foreground)
-    return counts
+    first, second = zip(*combinations(blocks, 2), strict=True)
+    return torch.stack(first, dim=1), torch.stack(second, dim=1)
 
 
 @torch.no_grad()
@@ -97,6 +91,8 @@ def placement_agreement(
     ground: float = -1.0,
     tau: float | None = None,
     batch_size: int = 64,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> Agreement:
     """Measure the paper's placement metric: one digit encoded at five places, equal indices over ten pairs.
 
@@ -110,6 +106,8 @@ def placement_agreement(
         tau: None compares all tokens of the blocks, as the authors do; a number only those whose pixels
             differ from the ground by more.
         batch_size: images a call.
+        resamples: of the sprites, for the intervals; 0 for none.
+        seed: of the resamples.
 
     Shape:
         sprites: (B, C, S/2, S/2). tokenize: (N, C, S, S) -> (N, S/s, S/s) integer.
@@ -119,11 +117,14 @@ def placement_agreement(
     """
     require_int("batch_size", batch_size, 1)
     require_int("num_codes", num_codes, 1)
-    counts = PairCounts.zero(num_codes)
+    drawn = Resamples(len(sprites), resamples, seed)
+    tally = PairTally(num_codes)
     for batch in torch.split(sprites, batch_size):
         canvases = place_sprites(batch, canvas_size=canvas_size, stride=stride, ground=ground)
         grid = (canvas_size // stride, canvas_size // stride)
         indices = torch.stack([tokens_of(tokenize, placed, grid=grid, num_codes=num_codes) for placed in canvases])
+        first, second = placement_pairs(indices, stride=stride)
         mask = None if tau is None else foreground_tokens(batch, stride=stride, ground=ground, tau=tau)
-        counts = counts + placement_counts(indices, stride=stride, num_codes=num_codes, foreground=mask)
-    return counts.agreement(symmetric=True)
+        tally.add(first, second, None if mask is None else mask.unsqueeze(1).expand_as(first))
+        tally.close()
+    return tally.agreement(drawn, symmetric=True)

@@ -7,101 +7,24 @@ because a tokenizer that has collapsed to one code agrees perfectly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
+from te_quant.equivariance._bootstrap import Interval
 from te_quant.equivariance.agreement import Agreement
-from te_quant.shifts import Protocol, Shift
-from te_quant.usage import CodebookUsageReport
+from te_quant.equivariance.errors import ShiftError
+from te_quant.equivariance.margin import Margin, Spread
+from te_quant.equivariance.results import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
+from te_quant.shifts import Shift
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "CodeUse",
-    "EquivarianceReport",
-    "EquivarianceSettings",
-    "ReconstructionError",
-    "ShiftAgreement",
-]
+__all__ = ["AGREEMENT_LABELS", "ERROR_LABELS", "EquivarianceReport"]
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class ShiftAgreement:
-    """The agreement at one pixel shift (dy, dx)."""
-
-    shift: Shift
-    agreement: Agreement
-
-
-@dataclass(frozen=True)
-class CodeUse:
-    """How the codebook was used over a stated number of tokens.
-
-    Attributes:
-        used_codes: codes that occur at least once; grows with the number of tokens.
-        frequent_codes: codes that make up more than 0.1 % of the tokens; does not.
-        perplexity: exp of the entropy of the code frequencies, in [1, K].
-        tokens: how many tokens were counted.
-    """
-
-    used_codes: int
-    frequent_codes: int
-    perplexity: float
-    tokens: int
-
-    @classmethod
-    def of(cls, usage: CodebookUsageReport) -> CodeUse:
-        """Keep the figures of a :class:`~te_quant.CodebookUsage`, without its histogram."""
-        return cls(usage.used_codes, usage.frequent_codes, usage.perplexity, usage.tokens)
-
-
-@dataclass(frozen=True)
-class ReconstructionError:
-    """How far decoded images are from the originals, over all pixels of the reference images.
-
-    Attributes:
-        l1: mean absolute error, images in [-1, 1].
-        mse: mean squared error.
-        psnr: 10·log10(2² / mse) in dB, peak-to-peak range 2; inf for a perfect copy.
-    """
-
-    l1: float
-    mse: float
-    psnr: float
-
-
-@dataclass(frozen=True)
-class EquivarianceSettings:
-    """Under which conditions a report was measured.
-
-    Attributes:
-        protocol: ``canvas``, ``circular`` or ``crop``.
-        image_size: (H, W) of what the tokenizer saw, in pixels.
-        stride: s, pixels a token.
-        num_codes: K.
-        num_images: images (or sprites) given.
-        ground: value of the ground.
-        tau: τ of the foreground.
-        shifts: pixel shifts of the aligned agreement, multiples of s.
-        sub_stride_shifts: pixel shifts of the sub-stride agreement.
-        reference_images: the images over which code use and reconstruction error were taken, in words.
-    """
-
-    protocol: Protocol
-    image_size: tuple[int, int]
-    stride: int
-    num_codes: int
-    num_images: int
-    ground: float
-    tau: float
-    shifts: tuple[Shift, ...]
-    sub_stride_shifts: tuple[Shift, ...]
-    reference_images: str
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -117,10 +40,20 @@ class EquivarianceReport:
         sub_stride_foreground: the same over tokens that show ink.
         sub_stride_fourier: agreement with the quantized Fourier-shifted latents; None without ``latents``.
         sub_stride_fourier_foreground: the same over tokens that show ink.
+        feature_error: how far latents after a shift by whole tokens are from the shifted latents, in dB; None
+            without ``latents``.
+        feature_error_sub_stride: the same for shifts below one token, against the Fourier-shifted latents.
+        end_to_end: PSNR of decode(encode(T_t x)) against T_t decode(encode(x)) over the pixels valid in both, for
+            shifts by whole tokens; None without ``reconstruct``. Compare with StyleGAN3's EQ-T.
+        end_to_end_sub_stride: the same for shifts below one token.
+        margin: how far tokens are from another code, beside how far shifts by whole tokens move them; None
+            without ``codebook``.
+        numerical_floor: agreement of the unshifted images with themselves when only the arithmetic differs, by
+            name of the variant; see :func:`numerical_floor`.
         code_use: use of the codebook over the reference images.
         reconstruction: error over the reference images; None without ``reconstruct``.
-        aligned_by_shift: the aligned agreement for each shift.
-        sub_stride_by_shift: the sub-stride agreement for each shift.
+        aligned_by_shift: agreement and errors for each shift by whole tokens.
+        sub_stride_by_shift: agreement and errors for each shift below one token.
         settings: the conditions.
     """
 
@@ -132,6 +65,12 @@ class EquivarianceReport:
     sub_stride_foreground: Agreement
     sub_stride_fourier: Agreement | None
     sub_stride_fourier_foreground: Agreement | None
+    feature_error: ShiftError | None
+    feature_error_sub_stride: ShiftError | None
+    end_to_end: ShiftError | None
+    end_to_end_sub_stride: ShiftError | None
+    margin: Margin | None
+    numerical_floor: Mapping[str, Agreement]
     code_use: CodeUse
     reconstruction: ReconstructionError | None
     aligned_by_shift: tuple[ShiftAgreement, ...]
@@ -143,14 +82,19 @@ class EquivarianceReport:
         values = {name: getattr(self, name) for name in AGREEMENT_LABELS}
         return {name: value for name, value in values.items() if value is not None}
 
+    def errors(self) -> dict[str, ShiftError]:
+        """Return the measured errors in dB by field name, in the order of the table."""
+        values = {name: getattr(self, name) for name in ERROR_LABELS}
+        return {name: value for name, value in values.items() if value is not None}
+
     def to_markdown(self) -> str:
-        """Return a table of every agreement with κ, and under it code use and reconstruction error."""
+        """Return a table of every agreement with κ, and under it the errors, code use and reconstruction error."""
         from te_quant.equivariance.tables import report_table
 
         return report_table(self)
 
     def plot(self) -> Figure:
-        """Draw rates and κ by metric, with what chance gives, and the map over sub-stride shifts.
+        """Draw rates, κ and errors by metric with their intervals, and the maps over shifts.
 
         Needs matplotlib. Returns a figure that belongs to no window; use its ``savefig``.
         """
@@ -177,28 +121,30 @@ class EquivarianceReport:
         Raises:
             ValueError: another format, or missing or unknown fields.
         """
-        require(data.get("format") == FORMAT, "format", f"{FORMAT}", repr(data.get("format")))
-        names = {field.name for field in fields(cls)} | {"format"}
-        require(set(data) == names, "report fields", f"{sorted(names)}", sorted(data))
-        values: dict[str, Any] = {
-            name: None if data[name] is None else _agreement(data[name]) for name in AGREEMENT_LABELS
-        }
-        for name in ("aligned_by_shift", "sub_stride_by_shift"):
-            values[name] = tuple(
-                ShiftAgreement(_shift(entry["shift"]), _agreement(entry["agreement"])) for entry in data[name]
-            )
-        use, error, settings = data["code_use"], data["reconstruction"], dict(data["settings"])
+        current = data.get("format") == FORMAT
+        require(
+            current, "format", f"{FORMAT} (measure anew: another format lacks fields)", repr(data.get("format"))
+        )
+        names = {field.name for field in fields(cls)}
+        require(set(data) == names | {"format"}, "report fields", f"{sorted(names | {'format'})}", sorted(data))
+        settings = dict(data["settings"])
         for name in ("shifts", "sub_stride_shifts"):
             settings[name] = tuple(_shift(shift) for shift in settings[name])
         settings["image_size"] = _shift(settings["image_size"])
-        return cls(
-            code_use=CodeUse(**{**use, "perplexity": float(use["perplexity"])}),
-            reconstruction=None
-            if error is None
-            else ReconstructionError(**{k: float(v) for k, v in error.items()}),
-            settings=EquivarianceSettings(**settings),
-            **values,
-        )
+        error, margin = data["reconstruction"], data["margin"]
+        values: dict[str, Any] = {
+            "code_use": CodeUse(**_numbers(data["code_use"])),
+            "reconstruction": None if error is None else ReconstructionError(**_numbers(error)),
+            "margin": None if margin is None else _margin(margin),
+            "numerical_floor": {name: Agreement(**_numbers(a)) for name, a in data["numerical_floor"].items()},
+            "settings": EquivarianceSettings(**settings),
+        }
+        for kind, labels in ((Agreement, AGREEMENT_LABELS), (ShiftError, ERROR_LABELS)):
+            for name in labels:
+                values[name] = None if data[name] is None else kind(**_numbers(data[name]))
+        for name in ("aligned_by_shift", "sub_stride_by_shift"):
+            values[name] = tuple(_shift_agreement(entry) for entry in data[name])
+        return cls(**values)
 
 
 AGREEMENT_LABELS: dict[str, str] = {
@@ -213,9 +159,37 @@ AGREEMENT_LABELS: dict[str, str] = {
 }
 
 
-def _agreement(data: Mapping[str, Any]) -> Agreement:
-    read: dict[str, Callable[[Any], Any]] = {"rate": float, "kappa": float, "chance": float}
-    return Agreement(**{name: read.get(name, lambda x: x)(value) for name, value in data.items()})
+ERROR_LABELS: dict[str, str] = {
+    "feature_error": "features, whole tokens",
+    "feature_error_sub_stride": "features, sub-stride (Fourier)",
+    "end_to_end": "end to end PSNR, whole tokens",
+    "end_to_end_sub_stride": "end to end PSNR, sub-stride",
+}
+
+
+def _numbers(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _number(value) for name, value in data.items()}
+
+
+def _number(value: Any) -> Any:
+    """Read what :func:`_plain` has written: strings are NaN or infinities, lists are intervals."""
+    if isinstance(value, str):
+        return float(value)
+    return _interval(value) if isinstance(value, list | tuple) else value
+
+
+def _interval(values: Any) -> Interval:
+    return float(values[0]), float(values[1])
+
+
+def _margin(data: Mapping[str, Any]) -> Margin:
+    spreads = {name: Spread(**_numbers(data[name])) for name in ("margin", "movement", "ratio")}
+    return Margin(**{**_numbers({k: v for k, v in data.items() if k not in spreads}), **spreads})
+
+
+def _shift_agreement(data: Mapping[str, Any]) -> ShiftAgreement:
+    values = _numbers({k: v for k, v in data.items() if k not in ("shift", "agreement")})
+    return ShiftAgreement(_shift(data["shift"]), Agreement(**_numbers(data["agreement"])), **values)
 
 
 def _shift(values: Any) -> Shift:

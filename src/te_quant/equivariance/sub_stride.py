@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_choice, require_rank
-from te_quant.equivariance.agreement import PairCounts, count_pairs
 from te_quant.shifts import PROTOCOLS, Protocol, roll
 
-__all__ = ["best_token_shift", "sub_stride_counts", "sub_stride_region"]
+__all__ = ["best_token_shift", "sub_stride_pairs", "sub_stride_region"]
 
 _CANDIDATES = tuple(product((0, 1), (0, 1)))
 
@@ -46,6 +45,9 @@ def best_token_shift(
         the order (0,0), (0,1), (1,0), (1,1) where several agree equally.
 
     Note:
+        Two candidates an axis are enough for a tokenizer that chooses its sampling phase o in {0..s-1} by itself
+        (adaptive polyphase): its law is k = (t + o - o')/s, and t + o - o' lies strictly between -s and 2s.
+
         The maximum over four candidates lifts the rate, and κ, of unrelated tokens slightly above chance.
     """
     require_rank("reference", reference, (3,), "(B, h, w)")
@@ -65,30 +67,28 @@ def best_token_shift(
     return moved[best, torch.arange(len(best), device=best.device)]
 
 
-def sub_stride_counts(
+def sub_stride_pairs(
     reference: Tensor,
     shifted: Tensor,
-    num_codes: int,
     *,
     protocol: Protocol,
     mask: Tensor | None = None,
     search: bool = True,
-) -> PairCounts:
-    """Count equal indices between R_k i(x) and i(T_t x) at the best k of each image.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pair the tokens of R_k i(x) and i(T_t x) at the best k of each image.
 
     Args:
         reference: i(x), or with ``search=False`` tokens that were brought to the shifted position already.
         shifted: i(T_t x).
-        num_codes: K.
         protocol: says which tokens count.
         mask: True at tokens of the shifted image that count; None counts all.
         search: look for the best k; False compares in place (the Fourier form).
 
     Shape:
-        reference, shifted, mask: (B, h, w).
+        reference, shifted, mask: (B, h, w). Returns the two and the mask, each cut to the tokens that count.
     """
     if search:
         reference = best_token_shift(reference, shifted, protocol=protocol, mask=mask)
     rows, columns = sub_stride_region((reference.shape[1], reference.shape[2]), protocol)
     inner = None if mask is None else mask[:, rows, columns]
-    return count_pairs(reference[:, rows, columns], shifted[:, rows, columns], num_codes, inner)
+    return reference[:, rows, columns], shifted[:, rows, columns], inner

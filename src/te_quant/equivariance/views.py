@@ -104,7 +104,9 @@ class Views:
         """
         if given is None:
             reach = [self.size[i] // 2 if self.protocol == "circular" else self.reach[i] for i in (0, 1)]
-            axes = [self._axis_choice(reach[i] // self.stride, self.grid[i]) for i in (0, 1)]
+            axes = [
+                self._axis_choice(min(reach[i] // self.stride, self.grid[i] - 1), self.grid[i]) for i in (0, 1)
+            ]
             return tuple((dy * self.stride, dx * self.stride) for dy, dx in product(*axes) if (dy, dx) != (0, 0))
         shifts = self._checked("shifts", given)
         for shift in shifts:

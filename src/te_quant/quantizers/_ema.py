@@ -66,5 +66,6 @@ def penalized_means(
     pull = (2 / units.shape[1]) * shares.unsqueeze(1) * radii * means
     target = scale * ((12 * gram.norm() + 4) * units - 4 * product) + pull
     units = torch.nn.functional.normalize(target, dim=1, eps=tiny)
-    # A radius of zero would forget the direction.
-    return (units * means).sum(1, keepdim=True).clamp_min(tiny) * units
+    radii = (units * means).sum(1, keepdim=True)
+    # A radius of zero would forget the direction; a negative one is as good as a positive one.
+    return torch.where(radii.abs() > tiny, radii, tiny) * units

@@ -27,9 +27,7 @@ __all__ = ["Layout", "Rows", "full_precision", "widen"]
 _HALF = (torch.float16, torch.bfloat16)
 # Asked once: older compilers cannot trace the question.
 _AUTOCAST_DEVICES = frozenset(
-    name
-    for name in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
-    if torch.amp.is_autocast_available(name)
+    name for name in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(name)
 )
 
 

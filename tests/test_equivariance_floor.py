@@ -1,0 +1,105 @@
+"""The numerical floor: the same images, other arithmetic."""
+
+import math
+
+import pytest
+import torch
+
+from te_quant.equivariance import measure_equivariance, numerical_floor
+
+
+def levels(images: torch.Tensor) -> torch.Tensor:
+    """One of eight levels for each cell."""
+    return ((images[:, 0, ::2, ::2].float() + 1) * 3.99).long()
+
+
+def depends_on_batch(images: torch.Tensor) -> torch.Tensor:
+    """As batch statistics at test time would: another answer when alone."""
+    return levels(images) ^ (len(images) == 1)
+
+
+def test_floor_counts_what_rounding_changes():
+    """bfloat16 against an oracle that rounds value by value; batches of one change nothing."""
+    images = torch.rand(9, 1, 16, 16) * 2 - 1
+    floor = numerical_floor(
+        levels,
+        images,
+        num_codes=8,
+        variants={"batch of one": 1, "bfloat16": lambda x: levels(x.bfloat16())},
+        batch_size=4,
+    )
+    assert list(floor) == ["batch of one", "bfloat16"]
+    assert floor["batch of one"].rate == 1.0
+    assert floor["batch of one"].differing == 0
+    values = images[:, 0, ::2, ::2].flatten().tolist()
+    rounded = images[:, 0, ::2, ::2].flatten().bfloat16().tolist()
+    expected = sum(
+        math.floor((a + 1) * 3.99) != math.floor((b + 1) * 3.99) for a, b in zip(values, rounded, strict=True)
+    )
+    assert floor["bfloat16"].tokens == 9 * 64
+    assert abs(floor["bfloat16"].differing - expected) <= 2
+    assert floor["bfloat16"].kappa == pytest.approx(1 - expected / (9 * 64) / (7 / 8), abs=0.02)
+
+
+def test_a_tokenizer_that_looks_at_its_batch_is_found_out():
+    """Negative control: by default one image at a time against batches."""
+    images = torch.rand(6, 1, 8, 8) * 2 - 1
+    floor = numerical_floor(depends_on_batch, images, num_codes=8, batch_size=3)
+    assert floor["batch of one"].rate == 0
+    assert floor["batch of one"].differing == floor["batch of one"].tokens == 6 * 16
+    # The last batch is a batch of one itself, and agrees.
+    uneven = numerical_floor(depends_on_batch, images, num_codes=8, batch_size=5)
+    assert uneven["batch of one"].rate == pytest.approx(1 / 6)
+    low, high = uneven["batch of one"].rate_interval
+    assert low < 1 / 6 < high
+    without = numerical_floor(depends_on_batch, images, num_codes=8, batch_size=5, resamples=0)
+    assert math.isnan(without["batch of one"].rate_interval[0])
+
+
+def test_report_carries_the_floor_of_its_unshifted_images():
+    """By default batches of one; {} measures none."""
+    images = torch.rand(5, 1, 8, 8) * 2 - 1
+    options = {"stride": 2, "num_codes": 8, "protocol": "circular", "batch_size": 2}
+    report = measure_equivariance(depends_on_batch, images, **options)
+    alone = numerical_floor(depends_on_batch, images, num_codes=8, batch_size=2)
+    assert report.numerical_floor == alone
+    assert f"| batch of one | {alone['batch of one'].differing} | 80 |" in report.to_markdown()
+    none = measure_equivariance(levels, images, variants={}, **options)
+    assert none.numerical_floor == {}
+    assert "numerical floor" not in none.to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"images": torch.zeros(1, 8, 8)}, ValueError, r"images must be of shape \(B, C, H, W\)"),
+        ({"images": torch.zeros(1, 1, 8, 8).long()}, TypeError, "images must be floating point"),
+        ({"images": torch.zeros(0, 1, 8, 8)}, ValueError, "images must be at least one"),
+        ({"num_codes": 0}, ValueError, "num_codes must be an int >= 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an int >= 1"),
+        ({"resamples": -1}, ValueError, "resamples must be an int >= 0"),
+        ({"variants": {"one": 0}}, ValueError, r"variants\['one'\] must be an int >= 1, got 0"),
+        ({"variants": {"one": True}}, TypeError, r"variants\['one'\] must be an int >= 1, got True"),
+        (
+            {"tokenize": lambda x: levels(x).flatten(1)},
+            ValueError,
+            r"tokenize\(images\) must be of shape \(N, h, w\)",
+        ),
+        (
+            {"tokenize": lambda x: levels(x) + 8},
+            ValueError,
+            r"tokenize\(images\) must be indices in \[0, num_codes=8\)",
+        ),
+        ({"tokenize": lambda x: levels(x).float()}, TypeError, r"tokenize\(images\) must be an integer tensor"),
+        (
+            {"variants": {"half": lambda x: levels(x)[:, :1]}},
+            ValueError,
+            r"variants\['half'\]\(images\) must be of shape \(2, 4, 4\), got shape \(2, 1, 4\)",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused(change, error, match):
+    """One clear error for each."""
+    options = {"tokenize": levels, "images": torch.zeros(2, 1, 8, 8), "num_codes": 8} | change
+    with pytest.raises(error, match=match):
+        numerical_floor(options.pop("tokenize"), options.pop("images"), **options)

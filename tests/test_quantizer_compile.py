@@ -1,0 +1,183 @@
+"""torch.compile(fullgraph=True) gives what eager gives.
+
+Shape letters: B batch, C code size, N latent vectors.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from te_quant import VectorQuantizer
+from te_quant.functional import nearest_code
+from tests.quantizer_cases import QUANTIZERS, latents_for
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """No graph of one test serves another; deprecations inside the compiler are not ours."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
+        yield
+    torch._dynamo.reset()
+
+
+def spread(quantizer: Any) -> Any:
+    """Put the codes among the latents."""
+    quantizer.kmeans_init(torch.randn(64, quantizer.code_dim, dtype=quantizer.codebook.dtype), iterations=2)
+    return quantizer
+
+
+def run(quantizer: Any, latents: Tensor, compiled: Any = None) -> tuple[Any, Tensor]:
+    """One training or evaluation step; the output and the latents' gradient."""
+    latents = latents.clone().requires_grad_()
+    quantizer.zero_grad()
+    output = (quantizer if compiled is None else compiled)(latents)
+    (output.loss + output.quantized.square().sum()).backward()
+    assert latents.grad is not None
+    return output, latents.grad
+
+
+def assert_alike(eager: VectorQuantizer, twin: VectorQuantizer, compiled: Any, latents: Tensor) -> None:
+    """The same step of both: outputs, gradients and state."""
+    (wanted, wanted_grad), (got, got_grad) = run(eager, latents), run(twin, latents, compiled)
+    assert torch.equal(got.indices, wanted.indices)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(got_grad, wanted_grad, rtol=1e-4, atol=1e-5)
+    if eager.codebook.grad is not None:
+        torch.testing.assert_close(twin.codebook.grad, eager.codebook.grad, rtol=1e-4, atol=1e-6)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[name], value)
+    assert torch.equal(got.quantized, got.codes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"orthogonal_reg": 10.0},
+        {
+            "codebook_update": "ema",
+            "orthogonal_reg": 10.0,
+            "metric": "cosine",
+            "gradient_estimator": "rotation_trick",
+        },
+    ],
+)
+def test_compiled_equals_eager(options: dict[str, Any]) -> None:
+    """With the default backend, in train and eval, over several batch sizes, one of them empty."""
+    eager = spread(VectorQuantizer(9, 6, **options))
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True)
+    for batch in (3, 5, 2):
+        assert_alike(eager, twin, compiled, torch.randn(batch, 6, 4, 5))
+    eager.eval()
+    twin.eval()
+    latents = torch.randn(4, 6, 4, 5)
+    assert_alike(eager, twin, compiled, latents)
+    # The indices that a compiled quantizer gives decode, without the compiler, to the codes it gave.
+    output = compiled(latents)
+    torch.testing.assert_close(twin.decode(output.indices), output.codes)
+    if twin.metric == "l2":
+        assert torch.equal(twin.decode(output.indices), output.codes)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_configuration_is_one_graph(name: str) -> None:
+    """Traced in full, with autograd, in train; where nothing is drawn at random the step equals eager."""
+    eager = spread(QUANTIZERS[name]())
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for batch in (3, 5):
+        latents = latents_for(eager, (batch, -1, 4, 5))
+        if getattr(eager, "temperature", 0) or getattr(eager, "orthogonal_max_codes", None):
+            output, gradient = run(twin, latents, compiled)
+            assert gradient.isfinite().all()
+            assert torch.equal(twin.decode(output.indices), output.codes)
+        else:
+            assert_alike(eager, twin, compiled, latents)
+
+
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_empty_batches_in_a_compiled_graph(update: str) -> None:
+    """An empty batch among others changes no state there either."""
+    quantizer = spread(VectorQuantizer(9, 6, codebook_update=update, orthogonal_reg=1.0))  # type: ignore[arg-type]
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    run(quantizer, torch.randn(3, 6), compiled)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    output, _ = run(quantizer, torch.empty(0, 6), compiled)
+    assert output.commitment_loss == 0
+    assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
+
+
+def test_autocast_in_a_compiled_graph() -> None:
+    """Half-precision latents under autocast are computed in float32 there too."""
+    quantizer = spread(VectorQuantizer(9, 6)).eval()
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    latents = torch.randn(3, 6, 4, 5, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted, got = quantizer(latents), compiled(latents)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    assert got.codes.dtype == torch.float32
+
+
+def test_encode_and_decode_compile() -> None:
+    """Both are one graph; a bad index is refused with the sentence of eager code."""
+    quantizer = spread(VectorQuantizer(9, 6))
+    encode = torch.compile(quantizer.encode, fullgraph=True, backend="aot_eager")
+    decode = torch.compile(quantizer.decode, fullgraph=True, backend="aot_eager")
+    latents = torch.randn(3, 6, 4, 5)
+    indices = encode(latents)
+    assert torch.equal(indices, quantizer.encode(latents))
+    assert torch.equal(decode(indices), quantizer.decode(indices))
+    for bad in (-1, 9):
+        wrong = indices.clone()
+        wrong[1, 2, 3] = bad
+        message = f"indices must be in [0, num_codes=9), got {bad}."
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            decode(wrong)
+
+
+@pytest.mark.slow
+def test_bad_values_are_refused_by_the_default_backend() -> None:
+    """NaN latents and indices out of range stop a fully optimised graph too, and leave the state as it was."""
+    quantizer = spread(VectorQuantizer(9, 6, codebook_update="ema"))
+    forward = torch.compile(quantizer, fullgraph=True)
+    decode = torch.compile(quantizer.decode, fullgraph=True)
+    latents = torch.randn(3, 6, 4, 5)
+    output = forward(latents)
+    assert torch.equal(decode(output.indices), quantizer.decode(output.indices))
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    latents[1, 2, 3, 4] = math.nan
+    message = "latents must be finite, got 1 NaN or infinite of 360 values."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        forward(latents)
+    assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
+    with pytest.raises(ValueError, match=r"^indices must be in \[0, num_codes=9\), got 9\.$"):
+        decode(output.indices * 0 + 9)
+
+
+def test_nearest_code_compiles_with_temperature() -> None:
+    """Searching and sampling are operators that a graph may hold; the temperature is an argument."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def both(latents: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return nearest_code(latents, codebook), nearest_code(latents, codebook, temperature=temperature)
+
+    latents, codebook = torch.randn(20, 4), torch.randn(6, 4)
+    for temperature in (1e-9, 2e-9):
+        nearest, drawn = both(latents, codebook, temperature)
+        assert torch.equal(nearest, nearest_code(latents, codebook))
+        assert torch.equal(drawn, nearest)
