@@ -330,3 +330,14 @@ def test_freezing_is_no_part_of_the_state() -> None:
     quantizer.load_state_dict(VectorQuantizer(7, 3).state_dict())
     assert quantizer.frozen
     assert not quantizer.codebook.requires_grad
+
+
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_kmeans_without_latents_changes_nothing(update: str) -> None:
+    """An empty batch leaves every bit of the state, under cosine too, where codes are not of unit length."""
+    quantizer = VectorQuantizer(5, 3, codebook_update=update, metric="cosine")
+    quantizer(torch.randn(7, 3))
+    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    quantizer.kmeans_init(torch.empty(0, 3))
+    for name, tensor in quantizer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

@@ -181,6 +181,24 @@ def test_repeated_steps_reach_a_stationary_point(k: int, c: int, masked: bool, w
     assert sizes[2.0] > 1e-4
 
 
+@pytest.mark.parametrize("unit", [True, False])
+def test_under_cosine_the_directions_alone_come_to_rest(unit: bool) -> None:
+    """Where lengths do not count, F has radius 1; the step made for free lengths rests somewhere else."""
+    generator = torch.Generator().manual_seed(3)
+    means = torch.randn(6, 8, generator=generator, dtype=torch.float64) + 0.5
+    means = 0.7 * torch.nn.functional.normalize(means, dim=1)
+    shares = torch.full((6,), 1 / 6, dtype=torch.float64)
+    codebook = means.clone()
+    for _ in range(20_000):
+        codebook = penalized_means(codebook, means, shares, 0.5, unit=unit)
+    point = codebook.clone().requires_grad_()
+    directions = torch.nn.functional.normalize(point, dim=1)
+    data = -(2 / 8) * (shares[:, None] * directions * means).sum()
+    penalty = 0.5 * ((directions @ directions.T - torch.eye(6, dtype=torch.float64)) ** 2).sum() / 36
+    (gradient,) = torch.autograd.grad(data + penalty, point)
+    assert (gradient.norm().item() < 1e-8) == unit
+
+
 @pytest.mark.parametrize("lam", [0.5, 10.0])
 def test_lambda_means_the_same_in_both_modes(lam: float) -> None:
     """Where the ema codebook comes to rest on a fixed batch, the gradient loss with the same λ has no gradient."""

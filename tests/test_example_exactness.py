@@ -32,7 +32,9 @@ def test_each_grid_rolls_by_its_own_shift() -> None:
     """Against torch.roll, image by image, negative and large shifts included."""
     tokens = torch.randint(0, 99, (6, 4, 5))
     by = torch.randint(-20, 20, (6, 2))
-    expected = torch.stack([grid.roll(tuple(shift), (0, 1)) for grid, shift in zip(tokens, by.tolist(), strict=True)])
+    expected = torch.stack(
+        [grid.roll(tuple(shift), (0, 1)) for grid, shift in zip(tokens, by.tolist(), strict=True)]
+    )
     assert torch.equal(moved(tokens, by), expected)
 
 

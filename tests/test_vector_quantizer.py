@@ -351,6 +351,7 @@ def test_off_does_not_look() -> None:
         ({"decay": -0.1}, ValueError, "decay must be a finite number >= 0 and < 1, got -0.1."),
         ({"decay": True}, TypeError, "decay must be a finite number >= 0 and < 1, got True."),
         ({"channel_dim": 2}, ValueError, "channel_dim must be one of 1, -1, got 2."),
+        ({"channel_dim": True}, TypeError, "channel_dim must be an int, got True."),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of None, 'raise', 'skip', 'off', got 'ignore'."),  # noqa: E501
     ],
 )  # fmt: skip

@@ -130,6 +130,14 @@ def _exactness(options: argparse.Namespace) -> None:
         print(f"{dtype}: {count['differing']:,} of {count['compared']:,} indices differ")
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from examples.te_vqgan.compare import write_comparison
+
+    folder = _out(options) / "report" if options.results is None else options.results
+    write_comparison(folder)
+    print((folder / "comparison.md").read_text(encoding="utf-8"))
+
+
 def _run(options: argparse.Namespace) -> None:
     from examples.te_vqgan.pipeline import Job, run_jobs
     from examples.te_vqgan.provenance import command_line
@@ -232,6 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     exactness.add_argument("--tokens", type=int, default=10_000_000, help="comparisons (default: 10 million)")
     report = add("report", _report, "write the report of the finished runs")
     report.add_argument("--results", type=Path, help="write a report anew from the results.json in this folder")
+    compare = add("compare", _compare, "table and scatter plot of the arms in a report")
+    compare.add_argument("--results", type=Path, help="folder of a results.json (default: that of --out)")
     run = add("run", _run, "prepare, train every arm, report")
     run.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=DEFAULT_ARMS, help="which tokenizers")
     run.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")

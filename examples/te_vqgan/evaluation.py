@@ -107,7 +107,7 @@ def evaluate(
         canvas_size=settings.canvas_size,
         reconstruct=lambda images: model(images).reconstruction,
         latents=model.encode,
-        quantize=model.quantizer.encode,
+        codebook=model.quantizer.codebook.detach(),
     )
     numbers = {
         "validation": quality(model, validation, settings.eval_images, device),

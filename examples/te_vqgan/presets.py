@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 from examples.te_vqgan.checks import require, require_choice, require_int, require_number
 from te_quant import AutoencoderConfig
 
-__all__ = ["ARMS", "DEFAULT_ARMS", "PRESETS", "Arm", "Stage1Settings", "differing", "from_dict", "settings_for", "to_dict"]
+__all__ = [
+    "ARMS",
+    "DEFAULT_ARMS",
+    "PRESETS",
+    "Arm",
+    "Stage1Settings",
+    "differing",
+    "from_dict",
+    "settings_for",
+    "to_dict",
+]
 
 
 @dataclasses.dataclass(frozen=True)

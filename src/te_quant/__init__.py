@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         build_decoder,
         build_encoder,
     )
+    from te_quant.contract import Encoding, EquivarianceContract
     from te_quant.equivariance import EquivarianceReport, measure_equivariance
     from te_quant.layers import BlurPool2d
 
@@ -28,6 +29,8 @@ __all__ = [
     "BlurPool2d",
     "CodebookUsage",
     "CodebookUsageReport",
+    "Encoding",
+    "EquivarianceContract",
     "EquivarianceReport",
     "QuantizerOutput",
     "VQAutoencoder",
@@ -42,6 +45,8 @@ _HOMES = {
     "AutoencoderConfig": "autoencoder",
     "AutoencoderOutput": "autoencoder",
     "BlurPool2d": "layers",
+    "Encoding": "contract",
+    "EquivarianceContract": "contract",
     "EquivarianceReport": "equivariance",
     "VQAutoencoder": "autoencoder",
     "build_decoder": "autoencoder",

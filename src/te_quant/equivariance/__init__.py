@@ -1,6 +1,9 @@
 """How translation-equivariant is a tokenizer in the quantized space? Any callable ``images -> indices``."""
 
 from te_quant.equivariance.agreement import Agreement, PairCounts, count_pairs, foreground_tokens
+from te_quant.equivariance.audit import audit
+from te_quant.equivariance.audit_constant import ConstantImageReport, constant_image_probe
+from te_quant.equivariance.audit_report import AuditReport, AuditRow
 from te_quant.equivariance.errors import ShiftError
 from te_quant.equivariance.floor import numerical_floor
 from te_quant.equivariance.margin import Margin, Spread, code_margins
@@ -14,7 +17,10 @@ from te_quant.equivariance.tables import comparison_table
 
 __all__ = [
     "Agreement",
+    "AuditReport",
+    "AuditRow",
     "CodeUse",
+    "ConstantImageReport",
     "EquivarianceReport",
     "EquivarianceSettings",
     "Margin",
@@ -23,9 +29,11 @@ __all__ = [
     "ShiftAgreement",
     "ShiftError",
     "Spread",
+    "audit",
     "best_token_shift",
     "code_margins",
     "comparison_table",
+    "constant_image_probe",
     "count_pairs",
     "foreground_tokens",
     "measure_equivariance",

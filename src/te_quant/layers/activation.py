@@ -31,7 +31,7 @@ class FilteredActivation(nn.Module):
     Exact for: every integer circular shift. For fractional ones only as far as the function's frequencies beyond
     ``upsampling`` times the band are negligible; see :class:`PolynomialActivation` for one that has none.
     The image counts as periodic: only circular padding around it makes sense.
-    Cost: the function on ``upsampling``² times the pixels, and four transforms, O(H·W·log(H·W)) a channel;
+    Cost: the function on ``upsampling ** 2`` times the pixels, and four transforms, O(H·W·log(H·W)) a channel;
     every pixel of the result sees the whole image. The Nyquist frequency of even sides is lost.
 
     Args:

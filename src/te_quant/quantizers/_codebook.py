@@ -71,6 +71,7 @@ def move_codebook(
     epsilon: float,
     weight: float,
     penalized: Penalized,
+    unit: bool,
 ) -> Tensor:
     """The next codebook, (K, C), given the running (usage, code_sums) before and after a batch."""
     counts = smoothed(after[0], epsilon)
@@ -83,10 +84,10 @@ def move_codebook(
     shares = counts / counts.sum()
     if penalized.subset is None:
         mask = penalized.mask
-        stepped = penalized_means(codebook, means, shares, weight, mask)
+        stepped = penalized_means(codebook, means, shares, weight, mask, unit=unit)
         return stepped if mask is None else torch.where(mask.unsqueeze(1), stepped, moved)
     subset = penalized.subset
-    stepped = penalized_means(codebook[subset], means[subset], shares[subset], weight, penalized.mask)
+    stepped = penalized_means(codebook[subset], means[subset], shares[subset], weight, penalized.mask, unit=unit)
     if penalized.mask is not None:
         stepped = torch.where(penalized.mask.unsqueeze(1), stepped, moved[subset])
     return moved.index_copy(0, subset, stepped)
@@ -99,9 +100,14 @@ def kmeans(
     project: Callable[[Tensor], Tensor],
     generator: torch.Generator | None,
     group: ProcessGroup | None,
-) -> Tensor:
-    """Lloyd's algorithm from K random rows: (N, C), (K, C) -> (K, C). An empty cluster keeps its centre."""
+) -> Tensor | None:
+    """Lloyd's algorithm from K random rows: (N, C), (K, C) -> (K, C); None if no process has any row.
+
+    An empty cluster keeps its centre.
+    """
     start = sample_rows(rows, table.shape[0], generator, group)
+    if not len(start):
+        return None
     centers = torch.cat([start, table[start.shape[0] :]])
     ones = torch.ones_like(rows[:, :1])
     for _ in range(iterations):

@@ -10,7 +10,8 @@ next step writes the means again. Here the codebook minimises both together,
 
 w_k the share and m_k the mean of the latents of code k, n the number of codes under the penalty: the objective
 that the codebook follows under gradient training, with the running statistics in place of one batch. Each step
-takes one majorise-minimise step, which never increases F and is the plain moving average where λ = 0.
+takes one majorise-minimise step, which is the plain moving average where λ = 0. (The curvature is bounded where
+the step starts. That F falls is therefore tested on random problems, not proven.)
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ def smoothed(usage: Tensor, epsilon: float) -> Tensor:
 
 
 def penalized_means(
-    codebook: Tensor, means: Tensor, shares: Tensor, weight: float, mask: Tensor | None = None
+    codebook: Tensor,
+    means: Tensor,
+    shares: Tensor,
+    weight: float,
+    mask: Tensor | None = None,
+    *,
+    unit: bool = False,
 ) -> Tensor:
     """One majorise-minimise step on F from ``codebook``.
 
@@ -42,6 +49,7 @@ def penalized_means(
         shares: (K,), w, summing to 1.
         weight: λ > 0.
         mask: (K,) bool, the codes under the penalty, all if None.
+        unit: only the directions of the codes count, as under cosine similarity: ρ is 1 in F.
 
     Returns:
         (K, C), the next codebook; rows outside the mask mean nothing.
@@ -63,7 +71,7 @@ def penalized_means(
         gram = penalized @ penalized.T
         product = gram @ penalized
     scale = weight / (count * count)
-    pull = (2 / units.shape[1]) * shares.unsqueeze(1) * radii * means
+    pull = (2 / units.shape[1]) * shares.unsqueeze(1) * (means if unit else radii * means)
     target = scale * ((12 * gram.norm() + 4) * units - 4 * product) + pull
     units = torch.nn.functional.normalize(target, dim=1, eps=tiny)
     radii = (units * means).sum(1, keepdim=True)

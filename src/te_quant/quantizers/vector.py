@@ -127,6 +127,7 @@ class VectorQuantizer(nn.Module):
         require_choice("gradient_estimator", gradient_estimator, ("straight_through", "rotation_trick"))
         require_number("temperature", temperature, 0.0)
         require_number("decay", decay, 0.0, below=1.0)
+        require_int("channel_dim", channel_dim)
         require_choice("channel_dim", channel_dim, (1, -1))
         require_choice("nonfinite", nonfinite, (None, "raise", "skip", "off"))
         self.num_codes = num_codes
@@ -244,7 +245,10 @@ class VectorQuantizer(nn.Module):
         rows = self._counted_rows(latents, "kmeans_init")
         group = self._group.resolve()
         with full_precision(latents.device):
-            self.codebook.copy_(kmeans(rows, self._table(), iterations, self._project, generator, group))
+            centers = kmeans(rows, self._table(), iterations, self._project, generator, group)
+        if centers is None:
+            return
+        self.codebook.copy_(centers)
         self.usage.fill_(1)
         if self.codebook_update == "ema":
             self.code_sums.copy_(self.codebook)
@@ -343,6 +347,7 @@ class VectorQuantizer(nn.Module):
                 _EPSILON,
                 self.orthogonal_reg,
                 penalized,
+                self.metric == "cosine",
             )
             codebook = torch.where(seen, codebook, self.codebook)
             self.codebook.copy_(codebook)

@@ -1,0 +1,119 @@
+"""One row an arm: every agreement with its interval, beside code use and reconstruction error; and a scatter plot.
+
+Reads the ``results.json`` that ``report`` wrote, so that a published comparison is written anew from data alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from examples.te_vqgan.checks import require
+from examples.te_vqgan.files import write_bytes_atomically, write_text_atomically
+from te_quant import EquivarianceReport
+from te_quant.equivariance import Agreement
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["comparison", "scatter", "write_comparison"]
+
+_AGREEMENTS = {
+    "placement": "placement (the paper's)",
+    "aligned": "whole tokens",
+    "sub_stride": "below a token",
+    "sub_stride_foreground": "below a token, ink alone",
+}
+_HEADER = [
+    "tokenizer",
+    *(f"{label}: κ" for label in _AGREEMENTS.values()),
+    "codes > 0.1 %",
+    "perplexity",
+    "test L1",
+    "PSNR, dB",
+]
+
+
+def write_comparison(folder: Path) -> None:
+    """Write ``comparison.md`` and ``comparison.png`` from the ``results.json`` in ``folder``.
+
+    Raises:
+        ValueError: there is no ``results.json``.
+    """
+    path = folder / "results.json"
+    require(path.is_file(), "results", "a folder with results.json", str(folder))
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    write_text_atomically(folder / "comparison.md", comparison(runs))
+    buffer = io.BytesIO()
+    # Without the date and the version a figure is a function of its data.
+    scatter(runs).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    write_bytes_atomically(folder / "comparison.png", buffer.getvalue())
+
+
+def comparison(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table in Markdown: κ [95 % interval] (rate) for each agreement of each run."""
+    lines = [_row(_HEADER), _row(["---", *["---:"] * (len(_HEADER) - 1)])]
+    for run in runs:
+        report, test = _report(run), run["evaluation"]["test"]
+        cells = [_cell(getattr(report, name)) for name in _AGREEMENTS]
+        cells += [str(test["frequent_codes"]), f"{test['perplexity']:.1f}"]
+        cells += [f"{test['l1']:.4f}", f"{test['psnr']:.2f}"]
+        lines.append(_row([_name(run, runs), *cells]))
+    test = runs[0]["evaluation"]["test"]
+    conditions = _report(runs[0]).settings
+    return "\n".join(lines) + (
+        f"\n\nκ [95 % bootstrap interval over images] (rate of equal indices), {conditions.num_images:,} test "
+        f"digits; code use and reconstruction over {test['images']:,} test images, {test['tokens']:,} tokens.\n"
+    )
+
+
+def scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw κ below a token against reconstruction error and against perplexity, one point a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for index, run in enumerate(runs):
+        agreement, test = _report(run).sub_stride, run["evaluation"]["test"]
+        if not agreement.kappa_defined:
+            continue
+        low, high = agreement.kappa_interval
+        bar = None if math.isnan(low) else [[agreement.kappa - low], [high - agreement.kappa]]
+        for axes, x in ((left, test["l1"]), (right, test["perplexity"])):
+            style = {"marker": "osD^vP*X"[index % 8], "color": f"C{index % 10}", "markersize": 8, "capsize": 3}
+            axes.errorbar(x, agreement.kappa, yerr=bar, linestyle="none", label=_name(run, runs), **style)
+    left.set(
+        xlabel="reconstruction error L1 on test images (less is better)",
+        ylabel="κ of indices after shifts below a token",
+        ylim=(0, 1.03),
+    )
+    right.set(xlabel="perplexity of the code use")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle("Equivariance against what it costs: agreement counts for little where few codes are in use")
+    return figure
+
+
+def _report(run: Mapping[str, Any]) -> EquivarianceReport:
+    return EquivarianceReport.from_dict(run["evaluation"]["equivariance"])
+
+
+def _name(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
+    several = len({other["seed"] for other in runs}) > 1
+    return f"{run['title']}, seed {run['seed']}" if several else str(run["title"])
+
+
+def _cell(agreement: Agreement | None) -> str:
+    if agreement is None:
+        return "not measured"
+    if not agreement.kappa_defined:
+        return f"undefined ({agreement.rate:.3f})"
+    low, high = agreement.kappa_interval
+    return f"{agreement.kappa:.3f} [{low:.3f}, {high:.3f}] ({agreement.rate:.3f})"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,225 @@
+"""How far f(T x) is from T f(x), for any callable, with the place of the difference.
+
+Shape letters: B batch, C channels, H W sides of the images, h w sides of the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from te_quant._checks import require, require_choice, require_int, require_rank
+from te_quant.shifts import PROTOCOLS, Protocol, Shift, align, canvas, crop, roll
+
+__all__ = ["ShiftDifference", "TokenShift", "equivariance_error", "phase_token_shift"]
+
+TokenShift = Callable[[Tensor, Tensor, Shift], Tensor]
+"""(images, shifted images, shift) -> (B, 2) integers, how far the output of each image has to move."""
+
+
+@dataclass(frozen=True)
+class ShiftDifference:
+    """How far f(T x) is from T f(x), over the positions valid in both.
+
+    Attributes:
+        shift: (dy, dx) of the images, pixels.
+        max_error: largest absolute difference; inf where one side alone is NaN or infinite.
+        relative_error: the same over the largest absolute value of f(x); 0 if both vanish.
+        differing: values (or indices) that are not equal, bit by bit.
+        compared: values compared.
+        position: (image, ..., row, column) in f(x): of the largest difference, or for indices the first one;
+            None if nothing differs.
+        expected: the value of f(x) there.
+        actual: the value of f(T x) where it should have moved to.
+        near_border: share of the squared error (of the differing indices) within an eighth of the side, or one
+            position, from the border of f(x) or of f(T x); NaN if nothing differs.
+        border_area: share of such positions.
+        is_indices: whether the output is an integer tensor.
+        dtype: of the output.
+    """
+
+    shift: Shift
+    max_error: float
+    relative_error: float
+    differing: int
+    compared: int
+    position: tuple[int, ...] | None
+    expected: float
+    actual: float
+    near_border: float
+    border_area: float
+    is_indices: bool
+    dtype: torch.dtype
+
+    @property
+    def rate(self) -> float:
+        """Share of values that differ."""
+        return self.differing / self.compared
+
+
+@torch.no_grad()
+def equivariance_error(
+    function: Callable[[Tensor], Tensor],
+    images: Tensor,
+    shift: Shift,
+    *,
+    stride: int = 1,
+    protocol: Protocol = "circular",
+    token_shift: TokenShift | None = None,
+    fill: float = -1.0,
+    size: tuple[int, int] | None = None,
+) -> ShiftDifference:
+    """Compare f(T x) with f(x), moved by the same shift in positions of the output.
+
+    Args:
+        function: images -> feature map or indices. Put a model in evaluation mode first.
+        images: any images; under ``crop`` larger than the window.
+        shift: (dy, dx) in pixels, down and right.
+        stride: s, pixels from one position of the output to the next.
+        protocol: how images move, see :mod:`te_quant.shifts`.
+        token_shift: how far the output has to move, image by image, where that is not ``shift / stride``; see
+            :func:`phase_token_shift`. None: ``shift`` must be a multiple of the stride.
+        fill: the ground, under ``canvas``.
+        size: (height, width) of the window, under ``crop``.
+
+    Shape:
+        images: (B, C, H, W). function: -> (B, ..., h, w), floating point or integer.
+
+    Raises:
+        ValueError: the shift is no multiple of the stride, the output has another shape after the shift, or no
+            position is valid in both.
+        TypeError: the output is no tensor, or is complex or boolean.
+    """
+    require_rank("images", images, (4,), "(B, C, H, W)")
+    require_int("stride", stride, 1)
+    require_choice("protocol", protocol, PROTOCOLS)
+    first, second = (_view(images, t, protocol, fill, size) for t in ((0, 0), shift))
+    # The function may keep or overwrite what it is given.
+    reference, moved = _output(function, first.clone()), _output(function, second.clone())
+    fits = len(reference) == len(images) and moved.shape == reference.shape and moved.dtype == reference.dtype
+    shown = f"{tuple(reference.shape)} and {tuple(moved.shape)}"
+    require(fits, "function(images)", "of one shape (B, ..., h, w) and dtype before and after the shift", shown)
+    if token_shift is None:
+        whole = shift[0] % stride == 0 and shift[1] % stride == 0
+        require(whole, "shift", f"a multiple of the stride {stride}, as no token_shift is given", shift)
+        steps = [(shift[0] // stride, shift[1] // stride)] * len(images)
+    else:
+        law = token_shift(first, second, shift)
+        fits = isinstance(law, Tensor) and law.shape == (len(images), 2) and not law.is_floating_point()
+        require(fits, "token_shift(...)", f"an integer tensor of shape {(len(images), 2)}", law)
+        steps = [(int(dy), int(dx)) for dy, dx in law.tolist()]
+    return _compare(reference, moved, steps, shift, protocol)
+
+
+def phase_token_shift(offsets: Callable[[Tensor], Tensor], stride: int) -> TokenShift:
+    """The law of adaptive polyphase models: images moved by t move tokens by (t + o - o') / s.
+
+    Args:
+        offsets: images -> o, the pixel at which the sampling grid starts. For layers l of strides s_l with
+            phases p_l it is Σ_l p_l · Π_{m<l} s_m.
+        stride: s of the model.
+
+    Shape:
+        offsets: (B, C, H, W) -> (B, 2) integers, rows and columns.
+
+    Raises:
+        ValueError: (when called) t + o - o' is no multiple of s, so that the offsets do not follow the law.
+
+    Source: Chaman & Dokmanić 2021, arXiv:2011.14214, whose layers choose the phase by its content.
+    """
+    require_int("stride", stride, 1)
+
+    def law(images: Tensor, shifted: Tensor, shift: Shift) -> Tensor:
+        moved = offsets(images) - offsets(shifted)
+        moved = moved + torch.tensor(shift, device=moved.device)
+        whole = bool((moved % stride == 0).all())
+        require(whole, "offsets", f"such that t + o - o' is a multiple of the stride {stride}", moved.tolist())
+        return moved // stride
+
+    return law
+
+
+def _view(images: Tensor, shift: Shift, protocol: Protocol, fill: float, size: tuple[int, int] | None) -> Tensor:
+    if protocol == "circular":
+        return roll(images, shift)
+    if protocol == "canvas":
+        return canvas(images, shift, fill=fill)
+    if size is None:
+        raise ValueError("size must be (height, width) under the crop protocol, got None.")
+    return crop(images, shift, size=size)
+
+
+def _output(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    output = function(images)
+    if not isinstance(output, Tensor) or output.is_complex() or output.dtype == torch.bool:
+        actual = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(f"function(images) must be a floating-point or integer tensor, got {actual}.")
+    require(output.ndim >= 3, "function(images)", "of shape (B, ..., h, w)", f"shape {tuple(output.shape)}")
+    return output
+
+
+def _compare(
+    reference: Tensor, moved: Tensor, steps: list[Shift], shift: Shift, protocol: Protocol
+) -> ShiftDifference:
+    is_indices = not reference.is_floating_point()
+    near = _near_border(reference)
+    compared = differing = area = 0
+    weight = beside = largest = score = 0.0
+    place: tuple[int, ...] | None = None
+    values = (0.0, 0.0)
+    for image, step in enumerate(steps):
+        first, second = align(reference[image], moved[image], step, protocol=protocol)
+        border = torch.stack(align(near, near, step, protocol=protocol)).any(0)
+        unequal, difference = _difference(first, second)
+        compared += unequal.numel()
+        differing += int(unequal.sum())
+        area += int(border.expand_as(unequal).sum())
+        # Of indices the first difference counts, of values the largest.
+        error = unequal.double() if is_indices else difference.nan_to_num(posinf=1e150).square()
+        weight += float(error.sum())
+        beside += float((error * border).sum())
+        most = float(difference.max()) if difference.numel() else 0.0
+        largest = max(largest, most)
+        new = float(error.max()) if error.numel() else 0.0
+        if new > score:
+            score = new
+            found = torch.unravel_index(error.flatten().argmax(), error.shape)
+            inner = [int(i) for i in found]
+            values = (float(first[tuple(inner)]), float(second[tuple(inner)]))
+            if protocol != "circular":
+                # Aligned positions are counted from the first one that is valid in both.
+                inner[-2:] = [p + max(0, -k) for p, k in zip(inner[-2:], step, strict=True)]
+            place = (image, *inner)
+    require(compared > 0, "shift", "one that leaves positions valid in both", shift)
+    scale = float(reference.double().abs().max())
+    return ShiftDifference(
+        shift=shift,
+        max_error=largest,
+        relative_error=largest / scale if scale > 0 else largest,
+        differing=differing,
+        compared=compared,
+        position=place,
+        expected=values[0],
+        actual=values[1],
+        near_border=beside / weight if differing else math.nan,
+        border_area=area / compared,
+        is_indices=is_indices,
+        dtype=reference.dtype,
+    )
+
+
+def _difference(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    # Equal infinities are equal; a NaN equals nothing, not even the same NaN.
+    unequal = first != second
+    difference = torch.where(unequal, (first.double() - second.double()).abs(), 0.0)
+    return unequal, difference.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _near_border(output: Tensor) -> Tensor:
+    h, w = output.shape[-2:]
+    rows, columns = (torch.minimum(torch.arange(n), n - 1 - torch.arange(n)) < max(1, n // 8) for n in (h, w))
+    return (rows[:, None] | columns[None, :]).to(output.device)

@@ -1,0 +1,368 @@
+"""The judge of equivariance, and the strategies that feed it."""
+
+import builtins
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from te_quant import testing
+from te_quant.functional import nearest_code
+from te_quant.shifts import roll
+from te_quant.testing import (
+    assert_shift_equivariant,
+    equivariance_error,
+    latents_off_boundaries,
+    phase_token_shift,
+)
+
+quick = settings(deadline=None, max_examples=25)
+
+
+def network(mode, stride=1):
+    """Convolution, nonlinearity, convolution with a stride."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, padding_mode=mode),
+        nn.SiLU(),
+        nn.Conv2d(4, 3, 3, stride, 1, padding_mode=mode),
+    ).double()
+
+
+def tokens(images):
+    """Integers from means over 2x2 cells; exact for even circular shifts."""
+    cells = images[..., ::2, ::2] + images[..., 1::2, ::2] + images[..., ::2, 1::2] + images[..., 1::2, 1::2]
+    return (cells.sum(1) * 8).floor().long()
+
+
+def polyphase(images):
+    """The component with the largest norm, and its phase (rows, columns)."""
+    phases = [(p, q) for p in (0, 1) for q in (0, 1)]
+    parts = torch.stack([images[..., p::2, q::2] for p, q in phases], 1)
+    best = parts.square().sum((2, 3, 4)).argmax(1)
+    return parts[torch.arange(len(images)), best], torch.tensor(phases)[best]
+
+
+@quick
+@given(
+    testing.images(testing.image_sides(4, smallest=8, largest=16), channels=2), testing.shifts(20, multiple_of=2)
+)
+def test_circular_network_passes_at_its_stride(images, shift):
+    """In float64, at any multiple of the stride, feature maps and indices."""
+    assert_shift_equivariant(network("circular", 2), images, shifts=[shift], stride=2)
+    assert_shift_equivariant(tokens, images, shifts=[shift], stride=2)
+
+
+@quick
+@given(testing.images((8, 12), channels=2), testing.shifts(5, identity=False))
+def test_error_is_that_of_numpy(images, shift):
+    """Largest difference, its place and its values, against a roll and a search in NumPy."""
+    model = network("zeros")
+    error = equivariance_error(model, images, shift)
+    with torch.no_grad():
+        expected = np.roll(model(images).numpy(), shift, (2, 3))
+        actual = model(torch.from_numpy(np.roll(images.numpy(), shift, (2, 3)))).numpy()
+    difference = np.abs(expected - actual)
+    assert error.max_error == pytest.approx(difference.max(), abs=1e-12)
+    assert error.relative_error == pytest.approx(difference.max() / np.abs(expected).max(), abs=1e-12)
+    assert error.compared == difference.size
+    b, c, y, x = np.unravel_index(difference.argmax(), difference.shape)
+    assert error.position == (b, c, (y - shift[0]) % 8, (x - shift[1]) % 12)
+    assert error.expected == pytest.approx(expected[b, c, y, x])
+    assert error.actual == pytest.approx(actual[b, c, y, x])
+
+
+def test_zero_padding_fails_and_is_suspected():
+    """The negative control; the message names the shift, the place, the size and the padding."""
+    images = torch.rand(2, 2, 32, 32).double()
+    with pytest.raises(
+        AssertionError, match=r"not equivariant at shift \(0, 3\): relative error .*tolerance 1e-10"
+    ):
+        assert_shift_equivariant(network("zeros"), images, shifts=[(0, 0), (0, 3), (1, 0)])
+    with pytest.raises(
+        AssertionError, match=r"largest at \(\d, \d, \d+, \d+\): expected .*, got .*at the padding"
+    ):
+        assert_shift_equivariant(network("zeros"), images, shifts=[(0, 3)])
+
+
+def test_strided_network_fails_at_one_pixel():
+    """Judged as if it had stride 1 by its repeated output, it does not follow; the error is all over the map."""
+    images = torch.rand(1, 2, 48, 48).double() * 2 - 1
+    model = nn.Sequential(network("circular", 2), nn.Upsample(scale_factor=2))
+    assert_shift_equivariant(model, images, shifts=[(2, 4)])
+    with pytest.raises(AssertionError, match=r"at shift \(1, 0\).*all over the map"):
+        assert_shift_equivariant(model, images, shifts=[(1, 0)])
+
+
+def test_first_differing_index_is_named():
+    """One wrong token at a known place, in images two of three."""
+
+    def one_wrong(images):
+        output = tokens(images)
+        # The image knows by its own corner whether it was shifted.
+        if images[0, 0, 0, 0] != marked[0, 0, 0, 0]:
+            output[1, 2, 3] += 7
+            output[2, 0, 0] += 1
+        return output
+
+    marked = torch.rand(3, 1, 8, 8)
+    error = equivariance_error(one_wrong, marked, (2, 4), stride=2)
+    assert (error.differing, error.compared, error.rate) == (2, 48, 2 / 48)
+    assert error.position == (1, 1, 1)
+    assert error.actual == error.expected + 7
+    assert error.max_error == 7
+    assert error.is_indices
+    place = rf"first at \(1, 1, 1\): expected {int(error.expected)}, got {int(error.actual)}"
+    with pytest.raises(AssertionError, match=r"2 of 48 indices differ \(0 of them may\); " + place):
+        assert_shift_equivariant(one_wrong, marked, shifts=[(2, 4)], stride=2)
+    assert_shift_equivariant(one_wrong, marked, shifts=[(2, 4)], stride=2, tolerance=0.05)
+    with pytest.raises(AssertionError, match="indices differ"):
+        assert_shift_equivariant(one_wrong, marked, shifts=[(2, 4)], stride=2, tolerance=0.04)
+
+
+@quick
+@given(testing.images((8, 12), channels=1), testing.shifts(9))
+def test_polyphase_passes_with_its_own_law(images, shift):
+    """Every integer shift, each image by its own number of tokens; not with the plain law."""
+    law = phase_token_shift(lambda x: polyphase(x)[1], 2)
+    assert_shift_equivariant(lambda x: polyphase(x)[0], images, shifts=[shift], stride=2, token_shift=law)
+    error = equivariance_error(lambda x: polyphase(x)[0], images, shift, stride=2, token_shift=law)
+    assert error.differing == 0
+    assert error.position is None
+    assert math.isnan(error.near_border)
+
+
+def test_wrong_laws_fail():
+    """A law that is off by one token is seen; offsets that do not follow the images are refused."""
+    images = torch.rand(2, 1, 8, 8)
+    law = phase_token_shift(lambda x: polyphase(x)[1], 2)
+    with pytest.raises(AssertionError, match="no multiple of the stride, so at the downsampling layers"):
+        assert_shift_equivariant(
+            lambda x: polyphase(x)[0], images, shifts=[(1, 0)], stride=2, token_shift=lambda *a: law(*a) + 1
+        )
+    with pytest.raises(ValueError, match="offsets must be such that t \\+ o - o' is a multiple of the stride 2"):
+        equivariance_error(
+            tokens,
+            images,
+            (1, 0),
+            stride=2,
+            token_shift=phase_token_shift(lambda x: torch.zeros(2, 2, dtype=torch.int64), 2),
+        )
+    for wrong in (torch.zeros(2, 2), torch.zeros(1, 2, dtype=torch.int64), (0, 0)):
+        with pytest.raises(ValueError, match=r"token_shift\(...\) must be an integer tensor of shape \(2, 2\)"):
+            equivariance_error(tokens, images, (1, 0), stride=2, token_shift=lambda *_, w=wrong: w)
+
+
+def test_canvas_and_crop():
+    """Content on its ground, and a window over a larger image; places count from the corner of the output."""
+    images = torch.full((1, 1, 16, 16), -1.0)
+    images[..., 6:10, 6:10] = torch.rand(4, 4)
+    shifts = [(2, -4), (-6, 0)]
+    assert_shift_equivariant(tokens, images, shifts=shifts, stride=2, protocol="canvas")
+    noise = torch.rand(1, 1, 24, 24)
+    assert_shift_equivariant(tokens, noise, shifts=[(2, -4)], stride=2, protocol="crop", size=(16, 16))
+    with pytest.raises(AssertionError, match=r"at shift \(2, -4\)"):
+        assert_shift_equivariant(tokens, noise, shifts=[(2, -4)], stride=1, protocol="crop", size=(16, 16))
+
+    def marks_a_corner(x):
+        output = tokens(x)
+        output[:, 0, 7] = 99
+        return output
+
+    error = equivariance_error(marks_a_corner, images, (-2, 4), stride=2, protocol="canvas")
+    # The corner (0, 7) of the shifted map is (1, 5) of the other, whose own corner has left.
+    assert error.position == (0, 1, 5)
+    assert (error.actual, error.differing) == (99, 1)
+    assert error.compared == 7 * 6
+
+
+def test_nan_and_infinity_are_differences():
+    """Equal infinities pass; NaN never does."""
+    images = torch.rand(1, 1, 4, 4)
+    assert equivariance_error(lambda x: torch.full_like(x, math.inf), images, (1, 1)).differing == 0
+    for value in (math.nan, math.inf):
+        error = equivariance_error(
+            lambda x, v=value: torch.full_like(x, v if x.equal(images) else 1.0), images, (1, 1)
+        )
+        assert error.max_error == math.inf
+        assert error.near_border > 0
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_shift_equivariant(lambda x: x * math.nan, images, shifts=[(0, 0)])
+
+
+@pytest.mark.parametrize("dtype", list(testing.TOLERANCES))
+def test_tolerance_of_each_dtype_tells_rounding_from_a_border(dtype):
+    """The circular network passes, the zero-padded one fails."""
+    images = (torch.rand(2, 2, 16, 16) * 2 - 1).to(dtype)
+    shifts = [(1, 2), (-5, 7)]
+    assert_shift_equivariant(network("circular").to(dtype), images, shifts=shifts)
+    zeros = network("zeros").to(dtype)
+    for parameter in zeros[0].parameters():
+        parameter.data.mul_(3)
+    with pytest.raises(AssertionError, match=str(dtype)):
+        assert_shift_equivariant(zeros, images, shifts=shifts)
+
+
+def test_function_may_write_into_its_input():
+    """Both views are copies."""
+    images = torch.rand(1, 1, 4, 4)
+    before = images.clone()
+    assert equivariance_error(lambda x: x.mul_(2), images, (1, 0)).differing == 0
+    assert torch.equal(images, before)
+
+
+def test_refusals():
+    """Each wrong argument has one clear error."""
+    images = torch.rand(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"images must be of shape \(B, C, H, W\)"):
+        equivariance_error(tokens, images[0], (0, 0))
+    with pytest.raises(ValueError, match="stride must be an int >= 1"):
+        equivariance_error(tokens, images, (0, 0), stride=0)
+    with pytest.raises(ValueError, match="shift must be a multiple of the stride 2, as no token_shift"):
+        equivariance_error(tokens, images, (1, 0), stride=2)
+    with pytest.raises(ValueError, match="protocol must be one of"):
+        equivariance_error(tokens, images, (0, 0), protocol="mirror")
+    with pytest.raises(ValueError, match=r"size must be \(height, width\) under the crop protocol"):
+        equivariance_error(tokens, images, (0, 0), protocol="crop")
+    with pytest.raises(TypeError, match=r"function\(images\) must be .* tensor, got tuple"):
+        equivariance_error(lambda x: (x,), images, (0, 0))
+    with pytest.raises(TypeError, match=r"function\(images\) must be .* tensor, got torch.bool"):
+        equivariance_error(lambda x: x > 0, images, (0, 0))
+    with pytest.raises(ValueError, match=r"function\(images\) must be of shape \(B, ..., h, w\)"):
+        equivariance_error(lambda x: x[0, 0], images, (0, 0))
+    with pytest.raises(ValueError, match=r"of one shape .* before and after the shift"):
+        equivariance_error(lambda x: x if x.equal(images) else x[..., 1:], images, (1, 0))
+    with pytest.raises(ValueError, match="shift must be one that leaves positions valid in both"):
+        equivariance_error(lambda x: x[..., :1, :1], torch.full((1, 1, 8, 8), -1.0), (1, 0), protocol="canvas")
+    with pytest.raises(ValueError, match="shifts must be at least one"):
+        assert_shift_equivariant(tokens, images, shifts=[])
+    with pytest.raises(ValueError, match="tolerance must be a finite number >= 0"):
+        assert_shift_equivariant(tokens, images, shifts=[(0, 0)], tolerance=-1)
+
+
+@quick
+@given(st.integers(1, 5), st.integers(5, 20), st.booleans(), st.data())
+def test_shifts_keep_their_promise(multiple, limit, identity, data):
+    """Bounds, multiples, and the identity only if asked for."""
+    dy, dx = data.draw(testing.shifts(limit, multiple_of=multiple, identity=identity))
+    assert max(abs(dy), abs(dx)) <= limit
+    assert dy % multiple == dx % multiple == 0
+    assert identity or (dy, dx) != (0, 0)
+
+
+@quick
+@given(st.integers(1, 9), st.integers(1, 40), st.data())
+def test_image_sides_keep_their_promise(divisor, smallest, data):
+    """Bounds and divisibility."""
+    sides = data.draw(testing.image_sides(divisor, smallest=smallest, largest=smallest + divisor))
+    for side in sides:
+        assert side % divisor == 0
+        assert smallest <= side <= smallest + divisor
+
+
+@quick
+@given(testing.images(testing.image_sides(2, largest=8), channels=1, batch=3, dtype=torch.float32))
+def test_images_keep_their_promise(images):
+    """Shape, dtype and range."""
+    assert images.shape[:2] == (3, 1)
+    assert images.dtype == torch.float32
+    assert float(images.abs().max()) <= 1
+
+
+def gaps_by_loops(codes):
+    """The distance of every code from its nearest neighbour."""
+    K = len(codes)
+    return [min([math.dist(codes[k], codes[j]) for j in range(K) if j != k], default=math.inf) for k in range(K)]
+
+
+@quick
+@given(testing.codebooks(separation=0.7, dtype=torch.float32))
+def test_codes_are_separated(codebook):
+    """By the distance asked for, after rounding to float32, in any dimension from 1 to 8."""
+    assert 1 <= codebook.shape[0] <= 16
+    assert 1 <= codebook.shape[1] <= 8
+    assert min(gaps_by_loops(codebook.double().numpy())) >= 0.7
+
+
+@quick
+@given(testing.codebooks(), st.floats(0, 0.24), st.sampled_from([torch.float32, torch.float64]), st.data())
+def test_margins_are_certified(codebook, margin, dtype, data):
+    """The oracle: distances to all bisecting planes in float64; no push up to the margin changes a token."""
+    codebook = codebook.to(dtype)
+    latents, indices = data.draw(latents_off_boundaries(codebook, margin=margin, grid=(2, 3), batch=2))
+    assert latents.shape == (2, codebook.shape[1], 2, 3)
+    assert latents.dtype == dtype
+    codes = codebook.double().numpy()
+    rows = latents.double().movedim(1, -1).reshape(-1, codebook.shape[1]).numpy()
+    for z, c in zip(rows, indices.flatten().tolist(), strict=True):
+        for j in range(len(codes)):
+            if j != c:
+                gap = ((z - codes[j]) ** 2).sum() - ((z - codes[c]) ** 2).sum()
+                assert gap / (2 * np.linalg.norm(codes[j] - codes[c])) >= margin
+    push = np.random.default_rng().standard_normal(rows.shape)
+    push *= 0.999 * margin / np.linalg.norm(push, axis=1, keepdims=True)
+    found = nearest_code(torch.from_numpy(rows + push), codebook.double())
+    assert torch.equal(found.view(2, 2, 3), indices)
+
+
+def test_latents_do_not_sit_on_the_codes():
+    """The control: the margin is used, not far exceeded; half a step further some token changes."""
+    codebook = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    smallest = math.inf
+
+    @settings(deadline=None, max_examples=40, database=None)
+    @given(latents_off_boundaries(codebook, margin=0.1, grid=(8, 8)))
+    def look(drawn):
+        nonlocal smallest
+        smallest = min(smallest, float((drawn[0] - 0.5).abs().min()))
+
+    look()
+    assert 0.1 <= smallest < 0.13
+
+
+def test_crowded_codes_are_never_chosen():
+    """Only the code that is alone has room for the margin; if none has, it is refused."""
+    codebook = torch.tensor([[0.0, 0], [0.1, 0], [9, 9]])
+
+    @quick
+    @given(latents_off_boundaries(codebook, margin=1.0))
+    def look(drawn):
+        assert (drawn[1] == 2).all()
+
+    look()
+    with pytest.raises(ValueError, match=r"margin must be below .*, half the distance of the loneliest code"):
+        latents_off_boundaries(codebook, margin=7.0)
+
+
+def test_strategies_refuse_impossible_ranges():
+    """At once, not in the middle of a test."""
+    with pytest.raises(ValueError, match="limit must be an int >= 3"):
+        testing.shifts(2, multiple_of=3, identity=False)
+    with pytest.raises(ValueError, match="largest must be an int >= 12"):
+        testing.image_sides(4, smallest=9, largest=11)
+    with pytest.raises(ValueError, match=r"num_codes\[1\] must be an int >= 5"):
+        testing.codebooks(num_codes=(5, 4))
+    with pytest.raises(ValueError, match="separation must be a finite number >= 0"):
+        testing.codebooks(separation=-1.0)
+    with pytest.raises(ValueError, match="channels must be an int >= 1"):
+        testing.images((4, 4), channels=0)
+    with pytest.raises(ValueError, match="margin must be a finite number >= 0"):
+        latents_off_boundaries(torch.zeros(1, 1), margin=-1)
+
+
+def test_without_hypothesis_the_judge_still_works(monkeypatch):
+    """Only the strategies need it, and say so."""
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.split(".")[0] == "hypothesis":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    assert_shift_equivariant(lambda x: roll(x, (1, 0)), torch.rand(1, 1, 4, 4), shifts=[(1, 1)])
+    with pytest.raises(ImportError, match=r"need hypothesis: pip install te_quant\[test\]"):
+        testing.shifts(3)
