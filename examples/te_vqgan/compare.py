@@ -1,4 +1,4 @@
-"""One row an arm: every agreement with its interval, beside code use and reconstruction error; and a scatter plot.
+"""One row an arm: agreements with intervals beside code use and reconstruction error; a plot; counts of exactness.
 
 Reads the ``results.json`` that ``report`` wrote, so that a published comparison is written anew from data alone.
 """
@@ -20,7 +20,7 @@ from te_quant.equivariance import Agreement
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["comparison", "scatter", "write_comparison"]
+__all__ = ["comparison", "exactness", "scatter", "write_comparison"]
 
 _AGREEMENTS = {
     "placement": "placement (the paper's)",
@@ -39,7 +39,7 @@ _HEADER = [
 
 
 def write_comparison(folder: Path) -> None:
-    """Write ``comparison.md`` and ``comparison.png`` from the ``results.json`` in ``folder``.
+    """Write ``comparison.md``, ``comparison.png`` and, if it was counted, ``exactness.md`` from ``results.json``.
 
     Raises:
         ValueError: there is no ``results.json``.
@@ -48,6 +48,9 @@ def write_comparison(folder: Path) -> None:
     require(path.is_file(), "results", "a folder with results.json", str(folder))
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
     write_text_atomically(folder / "comparison.md", comparison(runs))
+    counted = [run for run in runs if "exactness" in run]
+    if counted:
+        write_text_atomically(folder / "exactness.md", exactness(counted))
     buffer = io.BytesIO()
     # Without the date and the version a figure is a function of its data.
     scatter(runs).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
@@ -69,6 +72,17 @@ def comparison(runs: Sequence[Mapping[str, Any]]) -> str:
         f"\n\nκ [95 % bootstrap interval over images] (rate of equal indices), {conditions.num_images:,} test "
         f"digits; code use and reconstruction over {test['images']:,} test images, {test['tokens']:,} tokens.\n"
     )
+
+
+def exactness(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the counts of indices that differ after circular shifts in Markdown."""
+    lines = [_row(["tokenizer", "shifts", "precision", "indices compared", "differing"])]
+    lines.append(_row(["---", "---", "---", "---:", "---:"]))
+    for run in runs:
+        for precision, count in run["exactness"]["counts"].items():
+            numbers = [f"{count['compared']:,}", f"{count['differing']:,}"]
+            lines.append(_row([_name(run, runs), run["exactness"]["shifts"], precision, *numbers]))
+    return "\n".join(lines) + "\n"
 
 
 def scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:

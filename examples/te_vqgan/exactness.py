@@ -24,6 +24,8 @@ __all__ = ["count_differences", "moved", "numerical_check"]
 
 _BATCH = 64
 _SEED = 0
+# Random shifts of each batch, compared with one encoding of the unshifted images.
+_SHIFTS = 16
 
 
 def moved(tokens: Tensor, by: Tensor) -> Tensor:
@@ -59,7 +61,8 @@ def count_differences(
         progress: told the number of comparisons after each batch.
 
     Returns:
-        ``compared``, ``differing``, ``images``, and ``unaligned``: images whose (t + o - o') is no multiple of s.
+        ``compared``, ``differing``, ``images``, and ``unaligned``: comparisons of images where t + o - o' is no
+        multiple of s.
     """
     generator = torch.Generator().manual_seed(_SEED)
     stride = model.config.stride
@@ -68,20 +71,21 @@ def count_differences(
     while compared < tokens:
         images = batch(number)
         number += 1
-        height, width = images.shape[-2:]
-        dy, dx = (
-            int(torch.randint(0, side // multiple, (), generator=generator)) * multiple for side in (height, width)
-        )
-        rolled = images.roll((dy, dx), (-2, -1))
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            before, after = model.encode_with_phases(images), model.encode_with_phases(rolled)
-            reference, found = model.quantizer.encode(before.latents), model.quantizer.encode(after.latents)
-        shift = torch.tensor([dy, dx]) + before.offsets - after.offsets
-        aligned = (shift % stride == 0).all(1)
-        expected = moved(reference, shift // stride)
-        differing += int((expected != found).sum())
-        unaligned += int((~aligned).sum())
-        compared += found.numel()
+            before = model.encode_with_phases(images)
+            reference = model.quantizer.encode(before.latents)
+            for _ in range(_SHIFTS):
+                dy, dx = (
+                    int(torch.randint(0, side // multiple, (), generator=generator)) * multiple
+                    for side in images.shape[-2:]
+                )
+                after = model.encode_with_phases(images.roll((dy, dx), (-2, -1)))
+                found = model.quantizer.encode(after.latents)
+                shift = torch.tensor([dy, dx]) + before.offsets - after.offsets
+                expected = moved(reference, shift.div(stride, rounding_mode="floor"))
+                differing += int((expected != found).sum())
+                unaligned += int((shift % stride != 0).any(1).sum())
+                compared += found.numel()
         images_seen += len(images)
         progress(compared)
     return {"compared": compared, "differing": differing, "images": images_seen, "unaligned": unaligned}

@@ -103,6 +103,9 @@ def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> di
             run: dict[str, Any] = {"arm": arm, "title": ARMS[arm].title, "folder": folder.name}
             for part in ("settings", "evaluation", "provenance"):
                 run[part] = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+            counted = folder / "exactness.json"
+            if counted.exists():
+                run["exactness"] = json.loads(counted.read_text(encoding="utf-8"))
             run["seed"] = run["settings"]["seed"]
             run["log"] = _thinned(read_log(folder / "log.jsonl"))
             runs.append(run)

@@ -1,0 +1,52 @@
+"""The comparison of arms: table, picture and counts are functions of results.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from examples.te_vqgan.__main__ import main
+from examples.te_vqgan.compare import write_comparison
+from tests.readme_tables import ROOT
+
+PUBLISHED = ROOT / "examples" / "te_vqgan" / "results"
+
+
+def test_arms_of_a_run_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the command line: two arms, one counted; a row each, and the counts beside."""
+    out = ["--preset", "smoke", "--out", str(tmp_path)]
+    assert main(["run", *out, "--arms", "vqgan", "integer_exact", "--threads", "1"]) == 0
+    assert main(["exactness", *out, "--arm", "integer_exact", "--tokens", "4096", "--threads", "1"]) == 0
+    printed = re.search(r"float64: 0 of ([\d,]+) indices differ", capsys.readouterr().out)
+    assert printed
+    assert int(printed[1].replace(",", "")) >= 4096
+    assert main(["report", *out]) == 0
+    assert main(["compare", *out]) == 0
+    folder = tmp_path / "report"
+    table = (folder / "comparison.md").read_text()
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 4
+    assert "| polyphase (integer-exact) |" in table
+    run = next(r for r in json.loads((folder / "results.json").read_text())["runs"] if r["arm"] == "vqgan")
+    assert f"| {run['evaluation']['test']['l1']:.4f} |" in table
+    counts = (folder / "exactness.md").read_text()
+    assert f"| float64 | {printed[1]} | 0 |" in counts
+    assert "VQGAN" not in counts
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_folder_without_results_is_refused(tmp_path: Path) -> None:
+    """There is nothing to compare."""
+    with pytest.raises(ValueError, match=r"results must be a folder with results\.json, got"):
+        write_comparison(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*/comparison.md")), ids=lambda path: path.parent.name)
+def test_published_comparison_follows_from_its_data(path: Path, tmp_path: Path) -> None:
+    """The committed tables are what the committed results.json gives."""
+    (tmp_path / "results.json").write_bytes((path.parent / "results.json").read_bytes())
+    write_comparison(tmp_path)
+    for name in ("comparison.md", "exactness.md"):
+        assert (tmp_path / name).read_text() == (path.parent / name).read_text()
