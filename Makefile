@@ -17,7 +17,7 @@ demo: $(VENV)/.examples.installed
 	$(BIN)/python -m examples.te_vqgan run --preset quick --data $(DATA)
 
 test: $(VENV)/.test.installed
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term
 
 lint: $(VENV)/.dev.installed
 	$(BIN)/ruff check .
