@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,12 @@ def render(folder: Path) -> None:
     write_text_atomically(folder / "report.html", to_html(blocks, pictures, _title(results)))
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Write "a", "a and b" or "a; b; c": a title may hold a comma."""
+    known = list(names)
+    return " and ".join(known) if len(known) < 3 else "; ".join(known)
+
+
 def _figures(results: Mapping[str, Any], samples: Mapping[str, dict[str, NDArray[Any]]]) -> dict[str, Figure]:
     groups = by_arm(results)
     notes = {title: f"L1 {cell(METRICS['l1'], runs)} on test" for title, runs in groups.items()}
@@ -117,7 +123,7 @@ def _blocks(results: Mapping[str, Any]) -> list[Block]:
     return [
         Heading(1, _title(results)),
         Paragraph(
-            f"{' and '.join(groups)}: {_budget(results)}, on pictures of one to four "
+            f"{_listed(groups)}: {_budget(results)}, on pictures of one to four "
             f"digits (`{settings['data']}`), {settings['canvas_size']}x{settings['canvas_size']} pixels, and "
             f"measured on digits that training never saw. Stride {conditions.stride}, so {grid}x{grid} tokens; "
             f"K = {model['num_codes']} codes of size C = {model['code_dim']}."
@@ -189,7 +195,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _title(results: Mapping[str, Any]) -> str:
-    return f"{' and '.join(by_arm(results))} on {results['runs'][0]['settings']['data']}"
+    return f"{_listed(by_arm(results))} on {results['runs'][0]['settings']['data']}"
 
 
 def _budget(results: Mapping[str, Any]) -> str:
