@@ -31,10 +31,18 @@ def test_arms_of_a_run_are_compared(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "| polyphase (integer-exact) |" in table
     run = next(r for r in json.loads((folder / "results.json").read_text())["runs"] if r["arm"] == "vqgan")
     assert f"| {run['evaluation']['test']['l1']:.4f} |" in table
+    assert "| VQGAN | polyphase (integer-exact) |" in (folder / "metrics.md").read_text()
     counts = (folder / "exactness.md").read_text()
     assert f"| float64 | {printed[1]} | 0 |" in counts
     assert "VQGAN" not in counts
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unfinished_runs_are_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A count is of the run that the options name, or of none."""
+    out = ["--preset", "smoke", "--out", str(tmp_path)]
+    assert main(["exactness", *out, "--arm", "integer_exact", "--tokens", "1"]) == 1
+    assert "out must hold a finished run of these settings, got none in" in capsys.readouterr().err
 
 
 def test_folder_without_results_is_refused(tmp_path: Path) -> None:
@@ -48,5 +56,5 @@ def test_published_comparison_follows_from_its_data(path: Path, tmp_path: Path) 
     """The committed tables are what the committed results.json gives."""
     (tmp_path / "results.json").write_bytes((path.parent / "results.json").read_bytes())
     write_comparison(tmp_path)
-    for name in ("comparison.md", "exactness.md"):
+    for name in ("comparison.md", "metrics.md", "exactness.md"):
         assert (tmp_path / name).read_text() == (path.parent / name).read_text()

@@ -181,3 +181,14 @@ def test_nearest_code_compiles_with_temperature() -> None:
         nearest, drawn = both(latents, codebook, temperature)
         assert torch.equal(nearest, nearest_code(latents, codebook))
         assert torch.equal(drawn, nearest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_compiled_codes_are_the_bits_that_eager_decode_gives(update: str) -> None:
+    """Under cosine too, where both have to normalise."""
+    quantizer = VectorQuantizer(64, 16, metric="cosine", codebook_update=update)
+    with torch.no_grad():
+        quantizer.codebook.normal_()
+    out = torch.compile(quantizer, fullgraph=True)(torch.randn(32, 16))
+    assert torch.equal(quantizer.decode(out.indices), out.codes)

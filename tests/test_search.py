@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from te_quant import VectorQuantizer, _search
+from te_quant import VectorQuantizer, _precision, _search
 from te_quant.functional import nearest_code
-from te_quant.quantizers import _layout
 from tests.quantizer_oracles import LargestTensor, assert_nearest
 
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -176,7 +175,7 @@ def test_half_precision_is_compared_in_float32(dtype: torch.dtype) -> None:
 
 def test_devices_without_autocast_have_nothing_to_switch_off() -> None:
     """On such a device the context does nothing, and is no error."""
-    with _layout.full_precision(torch.device("meta")):
+    with _precision.full_precision(torch.device("meta")):
         assert (torch.ones(2, 2, device="meta") @ torch.ones(2, 2, device="meta")).dtype == torch.float32
 
 
@@ -294,3 +293,17 @@ def test_operators_are_well_registered(copies: bool) -> None:
         (latents, codebook, 0.5, None),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+def test_one_code_far_away_does_not_cost_the_others_their_accuracy() -> None:
+    """A runaway code must not move the point that the search is centred on; centred on the mean, it would."""
+    codebook = torch.randn(256, 64)
+    codebook[100] = 1e6
+    latents = torch.randn(500, 64)
+    found = nearest_code(latents, codebook)
+    exact = torch.cdist(latents.double(), codebook.double()).argmin(1)
+    assert (found == exact).double().mean() > 0.99
+    mean = codebook.mean(0)
+    shifted, moved = codebook - mean, latents - mean
+    dragged = (shifted.square().sum(1) / 2 - moved @ shifted.T).argmin(1)
+    assert (dragged == exact).double().mean() < 0.5

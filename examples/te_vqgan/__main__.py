@@ -1,4 +1,4 @@
-"""Command line: ``python -m examples.te_vqgan prepare|stage1|report|run``.
+"""Command line: ``python -m examples.te_vqgan prepare|stage1|exactness|report|compare|run``.
 
 ``run`` does everything for a preset; the other commands are its steps. Each step that was interrupted goes on
 where it was, each that is finished is skipped.
@@ -107,10 +107,13 @@ def _exactness(options: argparse.Namespace) -> None:
     from examples.te_vqgan.provenance import command_line, git_commit, versions
     from examples.te_vqgan.results import run_folder
     from examples.te_vqgan.sources import load_digits
+    from examples.te_vqgan.stage1 import is_finished
     from te_quant import VQAutoencoder
 
     settings = _settings(options, options.arm)
     folder = run_folder(_out(options), options.arm, settings.seed)
+    if not is_finished(folder, settings):
+        raise ValueError(f"out must hold a finished run of these settings, got none in {folder}.")
     if options.threads:
         torch.set_num_threads(options.threads)
     model = VQAutoencoder.from_pretrained(folder / "model")

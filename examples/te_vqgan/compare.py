@@ -39,7 +39,7 @@ _HEADER = [
 
 
 def write_comparison(folder: Path) -> None:
-    """Write ``comparison.md``, ``comparison.png`` and, if it was counted, ``exactness.md`` from ``results.json``.
+    """Write ``comparison.md`` and ``.png``, ``metrics.md`` and, if it was counted, ``exactness.md``.
 
     Raises:
         ValueError: there is no ``results.json``.
@@ -48,6 +48,8 @@ def write_comparison(folder: Path) -> None:
     require(path.is_file(), "results", "a folder with results.json", str(folder))
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
     write_text_atomically(folder / "comparison.md", comparison(runs))
+    reports = {_name(run, runs): _report(run) for run in runs}
+    write_text_atomically(folder / "metrics.md", EquivarianceReport.table(reports))
     counted = [run for run in runs if "exactness" in run]
     if counted:
         write_text_atomically(folder / "exactness.md", exactness(counted))

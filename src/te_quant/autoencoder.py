@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from te_quant import _pretrained
 from te_quant._autoencoder_config import AutoencoderConfig
-from te_quant._checks import require_rank
+from te_quant._checks import require_integer_tensor, require_rank
 from te_quant._coders import build_decoder, build_encoder
 from te_quant._values import require_in_range
 from te_quant.contract import Encoding, EquivarianceContract
@@ -130,8 +130,10 @@ class VQAutoencoder(nn.Module):
             TypeError: codes are not floating point, or phases are not integers.
         """
         if phases is not None:
+            require_rank("phases", phases, (3,), "(B, L, 2)")
+            require_integer_tensor("phases", phases)
             stop = 2 if self.config.upsample == "polyphase" else 1
-            phases = require_in_range("phases", phases, stop, "phases of the decoder")
+            phases = require_in_range("phases", phases, stop, "number of phases of the decoder")
         images: Tensor = self.decoder(codes, phases)
         return images
 

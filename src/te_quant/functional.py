@@ -17,6 +17,7 @@ from te_quant._checks import (
     require_number,
     require_rank,
 )
+from te_quant._precision import full_precision, widen
 from te_quant._search import sample_codes, search_codes
 
 __all__ = ["nearest_code", "orthogonality", "perplexity", "rotation_trick", "straight_through"]
@@ -32,7 +33,8 @@ def nearest_code(
     """Index of the code nearest to each latent vector in L2; ties go to the lowest index.
 
     Takes O(N + K) memory: neither an N x K tensor nor a one-hot is built. Half-precision inputs are compared in
-    float32, and latents far from the origin lose no accuracy.
+    float32, and latents far from the origin lose no accuracy. The matrix product follows
+    ``torch.set_float32_matmul_precision``: below ``"highest"`` near-ties may go to another code.
 
     Args:
         latents: (N, C), floating point.
@@ -131,20 +133,24 @@ def orthogonality(codebook: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     require_rank("codebook", codebook, (2,), "(K, C)")
     require_floating("codebook", codebook)
-    if codebook.dtype in (torch.float16, torch.bfloat16):
-        codebook = codebook.float()
-    units = F.normalize(codebook, dim=1)
-    count = units.new_tensor(codebook.shape[0])
     if mask is not None:
         require_rank("mask", mask, (1,), "(K,)")
         require_axis("mask", mask, 0, codebook.shape[0], "K")
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}.")
+    with full_precision(codebook.device):
+        return _orthogonality(F.normalize(widen(codebook), dim=1), mask)
+
+
+def _orthogonality(units: Tensor, mask: Tensor | None) -> Tensor:
+    codes, size = units.shape
+    count = units.new_tensor(codes)
+    if mask is not None:
         units = units * mask.unsqueeze(1)
         count = mask.sum().to(units.dtype)
-    if codebook.shape[0] <= codebook.shape[1]:
+    if codes <= size:
         # The K x K form has no cancellation near zero, which is where a trained codebook lies.
-        target = torch.eye(codebook.shape[0], dtype=units.dtype, device=units.device)
+        target = torch.eye(codes, dtype=units.dtype, device=units.device)
         if mask is not None:
             target = target * mask
         distance = (units @ units.T - target).square().sum()

@@ -5,7 +5,6 @@ Shape letters: B batch, C code size, h w token grid, N = B*h*w latent vectors.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,15 +19,10 @@ from te_quant._checks import (
     require_integer_tensor,
     require_rank,
 )
+from te_quant._precision import AUTOCAST_DEVICES, HALF, widen
 from te_quant._values import require_finite, require_in_range
 
-__all__ = ["Layout", "Rows", "full_precision", "widen"]
-
-_HALF = (torch.float16, torch.bfloat16)
-# Asked once: older compilers cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(
-    name for name in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(name)
-)
+__all__ = ["Layout", "Rows"]
 
 
 class Rows(NamedTuple):
@@ -43,18 +37,6 @@ class Rows(NamedTuple):
     vectors: Tensor
     searchable: Tensor
     weights: Tensor | None
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast is off: distances and means need float32."""
-    if device.type in _AUTOCAST_DEVICES:
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 as they are."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 @dataclass(frozen=True)
@@ -75,9 +57,9 @@ class Layout:
         require_device("latents", latents, codebook.device, "codebook")
         if latents.dtype != codebook.dtype:
             device = latents.device.type
-            cast = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+            cast = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
             # Half precision is computed in float32, which a codebook in float64 does not fit.
-            if not (cast and latents.dtype in _HALF and codebook.dtype != torch.float64):
+            if not (cast and latents.dtype in HALF and codebook.dtype != torch.float64):
                 raise TypeError(f"latents must be {codebook.dtype} as the codebook, got {latents.dtype}.")
 
     def to_rows(self, latents: Tensor) -> Rows:

@@ -5,6 +5,7 @@ Shape letters: B batch, C code size, h w token grid, K codes, N = B*h*w latent v
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_choice, require_int, require_number
+from te_quant._precision import HALF, full_precision, unit_rows, widen
 from te_quant._search import sample_codes, search_codes
 from te_quant.functional import orthogonality, rotation_trick, straight_through
 from te_quant.quantizers._codebook import (
@@ -24,7 +26,7 @@ from te_quant.quantizers._codebook import (
 )
 from te_quant.quantizers._distributed import GroupReference, all_reduce_sum
 from te_quant.quantizers._ema import smoothed
-from te_quant.quantizers._layout import Layout, Rows, full_precision, widen
+from te_quant.quantizers._layout import Layout, Rows
 from te_quant.quantizers.base import QuantizerOutput
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ class VectorQuantizer(nn.Module):
         nonfinite: what to do about NaN and infinite latents. ``"raise"`` a ``ValueError``; ``"skip"`` the
             vectors that have any: they take no part in losses and updates, get no gradient, and are quantized
             as if zero; ``"off"`` does not look. ``None`` is ``"raise"`` on the CPU and ``"off"`` on
-            accelerators, where looking means waiting for the device.
+            accelerators, where looking means waiting for the device. With several processes prefer
+            ``"skip"``: where one process raises, the others wait for it in the next collective.
         process_group: the processes over which statistics are summed and random rows are drawn. ``None`` is
             torch.distributed's default group, looked up at each call, and this process alone when there is none.
         generator: randomness of the initial codebook; the global one if ``None``.
@@ -280,7 +283,7 @@ class VectorQuantizer(nn.Module):
         self.usage.copy_(torch.where(revived, self.usage.mean(), self.usage))
         if self.codebook_update == "ema":
             # Without this the next step would write the old means over the revived codes.
-            weighted = self.codebook * smoothed(self.usage, _EPSILON).unsqueeze(1)
+            weighted = widen(self.codebook) * smoothed(self.usage, _EPSILON).unsqueeze(1)
             self.code_sums.copy_(torch.where(column, weighted, self.code_sums))
         return revived
 
@@ -291,8 +294,16 @@ class VectorQuantizer(nn.Module):
             f"codebook_update={self.codebook_update!r}, orthogonal_reg={self.orthogonal_reg:g}"
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizer:
+        """Keep the statistics in float32 at least: in half precision counts stop growing, or overflow."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in HALF:
+                self._buffers[name] = buffer.float()
+        return self
+
     def _project(self, vectors: Tensor) -> Tensor:
-        return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
+        return unit_rows(vectors) if self.metric == "cosine" else vectors
 
     def _table(self) -> Tensor:
         return self._project(widen(self.codebook))
@@ -341,7 +352,7 @@ class VectorQuantizer(nn.Module):
             sums = all_reduce_sum(row_sums(chosen, rows.searchable, self.num_codes), group)
             sums = self.code_sums.lerp(sums.to(self.code_sums.dtype), 1 - self.decay)
             codebook = move_codebook(
-                self.codebook,
+                widen(self.codebook),
                 (self.usage, self.code_sums),
                 (usage, sums),
                 _EPSILON,
@@ -349,7 +360,7 @@ class VectorQuantizer(nn.Module):
                 penalized,
                 self.metric == "cosine",
             )
-            codebook = torch.where(seen, codebook, self.codebook)
+            codebook = torch.where(seen, codebook.to(self.codebook.dtype), self.codebook)
             self.codebook.copy_(codebook)
             self.code_sums.copy_(torch.where(seen, sums, self.code_sums))
         self.usage.copy_(usage)

@@ -1,0 +1,70 @@
+"""Arithmetic that autocast and half precision must not touch.
+
+Shape letters: N rows, C row length.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+__all__ = ["AUTOCAST_DEVICES", "HALF", "full_precision", "unit_rows", "widen"]
+
+HALF = (torch.float16, torch.bfloat16)
+# Asked once: older compilers cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(name)
+)
+
+_library = torch.library.Library("te_quant", "FRAGMENT")
+_library.define("unit_rows(Tensor rows) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast is off: distances and means need float32."""
+    if device.type in AUTOCAST_DEVICES:
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Scale each row to unit length; a zero row stays zero and passes no gradient: (N, C) -> (N, C).
+
+    One operator for eager and compiled code, since a compiler may round the division otherwise, and codes have to
+    be the same bits in both.
+    """
+    result: Tensor = torch.ops.te_quant.unit_rows(rows)
+    return result
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    return rows / _lengths(rows)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    # Where the length is not a number that one can divide by, the row is as good as zero.
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return lengths.clamp_min(torch.finfo(rows.dtype).tiny ** 0.5)
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+    rows, units = ctx.saved_tensors  # type: ignore[attr-defined]
+    lengths = _lengths(rows)
+    across = (gradient - (gradient * units).sum(-1, keepdim=True) * units) / lengths
+    return torch.where(lengths > torch.finfo(rows.dtype).tiny ** 0.5, across, 0.0)
+
+
+_library.impl("unit_rows", _unit_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("te_quant::unit_rows", torch.empty_like, lib=_library)
+torch.library.register_autograd("te_quant::unit_rows", _backward, setup_context=_setup, lib=_library)

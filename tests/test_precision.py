@@ -1,0 +1,60 @@
+"""What autocast, half precision and compilers must not change."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from te_quant import VectorQuantizer
+from te_quant._precision import unit_rows
+from te_quant.functional import orthogonality
+
+
+def test_unit_rows_have_the_gradient_of_a_normalisation() -> None:
+    """Against finite differences, in float64; a compiler may trace it (opcheck)."""
+    rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(unit_rows(rows), rows / rows.square().sum(1, keepdim=True).sqrt())
+    assert torch.autograd.gradcheck(unit_rows, rows)
+    torch.library.opcheck(torch.ops.te_quant.unit_rows.default, (rows,))
+
+
+def test_a_zero_latent_gets_no_gradient_under_cosine() -> None:
+    """One blank token must not dominate the gradient of a batch; the others get theirs."""
+    quantizer = VectorQuantizer(9, 5, metric="cosine")
+    latents = torch.randn(4, 5)
+    latents[2] = 0
+    latents.requires_grad_()
+    quantizer(latents).loss.backward()
+    assert latents.grad is not None
+    assert latents.grad[2].eq(0).all()
+    assert 0 < latents.grad.abs().max() < 1e3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_stay_float32_in_a_half_precision_module(dtype: torch.dtype) -> None:
+    """Counts past the range of float16 stay finite, and equal those of a float32 module on the same latents."""
+    quantizer = VectorQuantizer(8, 4, codebook_update="ema", decay=0.5)
+    with torch.no_grad():
+        quantizer.codebook.normal_()
+        quantizer.code_sums.copy_(quantizer.codebook)
+    half = copy.deepcopy(quantizer).to(dtype)
+    assert half.codebook.dtype == dtype
+    latents = torch.randn(70_000, 4).to(dtype)
+    for _ in range(8):
+        out = half(latents)
+    assert half.usage.dtype == half.code_sums.dtype == torch.float32
+    torch.testing.assert_close(half.usage.sum(), torch.tensor(70_000.0), rtol=0.01, atol=0)
+    assert half.codebook.isfinite().all()
+    assert torch.equal(half.decode(out.indices), out.codes)
+
+
+def test_orthogonality_ignores_autocast() -> None:
+    """Products in bfloat16 would leave orthonormal codes at 1e-7 and more."""
+    codes = torch.linalg.qr(torch.randn(64, 16)).Q.T.contiguous()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = orthogonality(codes)
+        rough = ((codes @ codes.T).float() - torch.eye(16)).square().sum() / 16**2
+    assert inside == orthogonality(codes) < 1e-12
+    assert rough > 1e-9
