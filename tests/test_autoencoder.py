@@ -225,6 +225,13 @@ def test_hooks_of_the_encoder_see_every_way_of_encoding() -> None:
     assert len(seen) == 5
 
 
+def test_phases_that_are_no_tensor_are_refused() -> None:
+    """Before their values are looked at."""
+    model = VQAutoencoder(SMALL)
+    with pytest.raises(TypeError, match="phases must be a tensor, got list"):
+        model.decode(torch.zeros(2, SMALL.code_dim, 2, 2), [[[0, 0]]])
+
+
 @pytest.mark.parametrize(
     ("phases", "error", "match"),
     [

@@ -58,3 +58,8 @@ def test_functional_is_importable_alone() -> None:
     """The pure functions need no quantizer."""
     loaded = modules_after("import te_quant.functional")
     assert "te_quant.functional" in loaded
+
+
+def test_dir_shows_the_names_that_are_imported_late() -> None:
+    """Completion in a shell finds them before they are used."""
+    assert set(te_quant.__all__) <= set(dir(te_quant))

@@ -130,7 +130,7 @@ class VQAutoencoder(nn.Module):
             TypeError: codes are not floating point, or phases are not integers.
         """
         if phases is not None:
-            require_rank("phases", phases, (3,), "(B, L, 2)")
+            require_rank("phases", phases, (3,), f"(B, {len(self.config.channel_multipliers) - 1}, 2)")
             require_integer_tensor("phases", phases)
             stop = 2 if self.config.upsample == "polyphase" else 1
             phases = require_in_range("phases", phases, stop, "number of phases of the decoder")
