@@ -18,6 +18,7 @@ from te_quant.contract import GROUPS, receptive_field
 from te_quant.filters import PADDING_MODES
 from te_quant.layers import ACTIVATIONS, DOWNSAMPLERS, NORMS, UPSAMPLERS, PolyphaseDownsample2d
 from te_quant.shifts import canvas, crop, fourier_shift
+from te_quant.testing import image_sides, shifts
 
 TOLERANCE = 1e-9
 BROKEN = 1e-4
@@ -163,8 +164,8 @@ def test_circular_encoders_keep_their_contract(combination: dict) -> None:
 
     @given(
         levels=st.sampled_from([(1, 1), (1, 1, 2)]),
-        cells=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-        shift=st.tuples(st.integers(-23, 23), st.integers(-23, 23)),
+        cells=image_sides(1, largest=5),
+        shift=shifts(23),
     )
     @settings(deadline=None, max_examples=6)
     def holds(levels: tuple[int, ...], cells: tuple[int, int], shift: tuple[int, int]) -> None:
@@ -204,7 +205,7 @@ def test_interior_encoders_keep_their_contract(combination: dict) -> None:
     stride, distance = encoder.equivariance.stride, encoder.equivariance.receptive_field
     side = 2 * (distance + 6)
 
-    @given(move=st.tuples(st.integers(-2, 2), st.integers(-2, 2)))
+    @given(move=shifts(2))
     @settings(deadline=None, max_examples=4)
     def holds(move: tuple[int, int]) -> None:
         pair = windows(side, (stride * move[0], stride * move[1]))

@@ -23,10 +23,11 @@ from te_quant.layers import (
     build_downsample,
     build_upsample,
 )
+from te_quant.testing import image_sides, shifts
 
 STRIDES = st.integers(1, 4)
-CELLS = st.tuples(st.integers(1, 4), st.integers(1, 4))
-SHIFTS = st.tuples(st.integers(-9, 9), st.integers(-9, 9))
+CELLS = image_sides(1, largest=4)
+SHIFTS = shifts(9)
 
 
 def choose(image: np.ndarray, stride: int) -> tuple[np.ndarray, tuple[int, int]]:

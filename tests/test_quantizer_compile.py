@@ -146,7 +146,8 @@ def test_encode_and_decode_compile() -> None:
         wrong = indices.clone()
         wrong[1, 2, 3] = bad
         message = f"indices must be in [0, num_codes=9), got {bad}."
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        # Older compilers write on which node it happened below the sentence.
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}(\n|$)"):
             decode(wrong)
 
 
