@@ -13,7 +13,7 @@ import torch
 
 from examples.te_vqgan.document import Bullets, Heading, Paragraph, Picture, Table, to_html, to_markdown
 from examples.te_vqgan.evaluation import psnr
-from examples.te_vqgan.figures import code_colors, draw_placements
+from examples.te_vqgan.figures import code_colors, draw_placements, draw_shifts, most_alike
 from examples.te_vqgan.findings import findings
 from examples.te_vqgan.provenance import Execution, git_commit, versions
 from examples.te_vqgan.results import METRICS, cell
@@ -179,3 +179,17 @@ def test_execution_sets_the_threads_and_gives_the_device() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_tokens_that_move_early_are_compared_where_they_went() -> None:
+    """An exact tokenizer may move its tokens at the first pixel; at the unmoved place it would look broken."""
+    grid = np.arange(64).reshape(8, 8)
+    block, rolled = grid[2:6, 2:6], np.roll(grid, 1, axis=1)
+    assert most_alike(rolled, block, [(2, 2), (2, 3)]) == ((2, 3), 16)
+    assert most_alike(rolled, block, [(2, 2)]) == ((2, 2), 0)
+    assert most_alike(grid, block, [(2, 2), (2, 3)]) == ((2, 2), 16)
+    tokens = np.stack([grid, rolled, rolled, rolled, rolled])
+    pictures = np.zeros((5, 3, 32, 32), np.uint8)
+    arm = {"shifted_tokens": tokens, "placed_tokens": tokens, "shifted_images": pictures}
+    labels = [axis.get_xlabel() for axis in draw_shifts({"exact": arm}).axes]
+    assert labels.count("16 of 16 tokens like the first") == 4

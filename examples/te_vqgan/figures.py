@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["code_colors", "draw_curves", "draw_placements", "draw_reconstructions", "draw_shifts"]
+__all__ = ["code_colors", "draw_curves", "draw_placements", "draw_reconstructions", "draw_shifts", "most_alike"]
 
 Samples = Mapping[str, NDArray[Any]]
 _GROUND_COLOR = (0.93, 0.93, 0.93)
@@ -96,7 +96,7 @@ def draw_placements(samples: Mapping[str, Samples]) -> Figure:
     grids = {title: arm["placed_tokens"][order] for title, arm in samples.items()}
     images = next(iter(samples.values()))["placed_images"][order]
     n = next(iter(grids.values())).shape[-1]
-    corners = [(n // 4, n // 4), (0, 0), (0, n // 2), (n // 2, 0), (n // 2, n // 2)]
+    corners = [[place] for place in ((n // 4, n // 4), (0, 0), (0, n // 2), (n // 2, 0), (n // 2, n // 2))]
     figure = _draw_grids(samples, images, names, grids, corners, n // 2, "like the centre's")
     figure.suptitle(
         "One test digit at five places: the tokenizer's indices\n"
@@ -116,11 +116,14 @@ def draw_shifts(samples: Mapping[str, Samples]) -> Figure:
     n = next(iter(grids.values())).shape[-1]
     names = ["not moved", *(f"{d} px right" for d in range(1, len(images)))]
     names[-1] += " (one token)"
-    corners = [(n // 4, n // 4)] * (len(images) - 1) + [(n // 4, n // 4 + 1)]
+    unmoved, moved = (n // 4, n // 4), (n // 4, n // 4 + 1)
+    # Below one token either neighbouring token shift is right, as in the sub-stride agreement: an exact tokenizer
+    # may move its tokens with the first pixel.
+    corners = [[unmoved], *([[unmoved, moved]] * (len(images) - 2)), [moved]]
     figure = _draw_grids(samples, images, names, grids, corners, n // 2, "like the first")
     figure.suptitle(
         "The same digit moved by less than a token, and by one token: the tokenizer's indices\n"
-        "outlined: the digit's block, compared with the block of the digit that was not moved"
+        "outlined: the digit's block, unmoved or moved by one token, whichever is more like the first picture's"
     )
     return figure
 
@@ -137,12 +140,26 @@ def code_colors(grids: NDArray[Any]) -> dict[int, tuple[float, float, float]]:
     return colors
 
 
+def most_alike(
+    grid: NDArray[Any], block: NDArray[Any], corners: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int], int]:
+    """Return the corner in ``grid`` at which most tokens equal those of ``block``, and how many; first of ties.
+
+    Shape:
+        grid: (h, w). block: (n, n), within the grid at every corner (row, column).
+    """
+    side = len(block)
+    counts = [int((grid[y : y + side, x : x + side] == block).sum()) for y, x in corners]
+    best = int(np.argmax(counts))
+    return corners[best], counts[best]
+
+
 def _draw_grids(
     arms: Mapping[str, Samples],
     images: NDArray[Any],
     names: Sequence[str],
     grids: Mapping[str, NDArray[Any]],
-    corners: Sequence[tuple[int, int]],
+    corners: Sequence[Sequence[tuple[int, int]]],
     block: int,
     compared: str,
 ) -> Figure:
@@ -152,7 +169,8 @@ def _draw_grids(
     axes = figure.subplots(1 + len(grids), len(images), squeeze=False)
     n = next(iter(grids.values())).shape[-1]
     scale = images.shape[-1] / n
-    for axis, image, name, (top, left) in zip(axes[0], images, names, corners, strict=True):
+    for axis, image, name, places in zip(axes[0], images, names, corners, strict=True):
+        top, left = places[0]
         _show(axis, image)
         axis.set_title(name, fontsize=10)
         edges = (left * scale - 0.5, top * scale - 0.5)
@@ -163,15 +181,15 @@ def _draw_grids(
     for row, (title, tokens) in zip(axes[1:], grids.items(), strict=True):
         # One map an arm for both figures, so that a code has the same colour in both.
         colors = code_colors(np.concatenate([arms[title]["placed_tokens"], arms[title]["shifted_tokens"]]))
-        (top, left) = corners[0]
+        (top, left) = corners[0][0]
         first = tokens[0][top : top + block, left : left + block]
-        for number, (axis, grid, (top, left)) in enumerate(zip(row, tokens, corners, strict=True)):
+        for number, (axis, grid, places) in enumerate(zip(row, tokens, corners, strict=True)):
             _show_tokens(axis, grid, colors)
+            (top, left), same = most_alike(grid, first, places)
             edges = (left - 0.5, top - 0.5)
             axis.add_patch(
                 Rectangle(edges, block, block, fill=False, edgecolor="black", linewidth=3, clip_on=False)
             )
-            same = int((grid[top : top + block, left : left + block] == first).sum())
             label = "reference block" if number == 0 else f"{same} of {block * block} tokens {compared}"
             axis.set_xlabel(label, fontsize=9)
         row[0].set_ylabel(title, fontsize=10)
