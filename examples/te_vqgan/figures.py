@@ -57,7 +57,10 @@ def draw_curves(logs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> 
         axis.grid(alpha=0.3)
     for axis in axes[2:]:
         axis.set_xlabel("optimiser step")
-    axes[0].legend(fontsize=8)
+    if len(logs) <= 2:
+        axes[0].legend(fontsize=8)
+    else:  # inside, so many lines would cover the curves
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle("Training: thin lines are single batches, thick lines their running mean")
     return figure
 
