@@ -155,12 +155,15 @@ class QuadrantDataset:
     def __len__(self) -> int:
         return self.size
 
-    def recipe_batch(self, step: int, batch_size: int) -> QuadrantRecipe:
-        """The recipes of batch ``step``: every epoch is a new permutation of the table, none is left out.
+    def row_batch(self, step: int, batch_size: int) -> NDArray[np.int64]:
+        """The table's rows of batch ``step``: every epoch is a new permutation of the table, none is left out.
 
         Args:
             step: >= 0; batches follow each other without a gap, across the end of an epoch too.
-            batch_size: at least 1.
+            batch_size: B, at least 1.
+
+        Shape:
+            result: (B,).
         """
         require_int("step", step, 0)
         require_int("batch_size", batch_size, 1)
@@ -170,7 +173,11 @@ class QuadrantDataset:
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             chosen = epochs == epoch
             rows[chosen] = self._permutation(epoch)[within[chosen]]
-        return self.recipes[rows]
+        return rows
+
+    def recipe_batch(self, step: int, batch_size: int) -> QuadrantRecipe:
+        """The recipes of :meth:`row_batch`."""
+        return self.recipes[self.row_batch(step, batch_size)]
 
     def batch(self, step: int, batch_size: int) -> Tensor:
         """The images of batch ``step``: (batch_size, 3, S, S) float32 in [-1, 1], ground -1."""
