@@ -144,6 +144,37 @@ def test_refusals_are_one_line_and_status_1(tmp_path: Path, capsys: pytest.Captu
     assert "invalid choice" in capsys.readouterr().err
 
 
+_TRAINING = {"--steps": "3", "--perceptual": "none", "--bf16": None, "--device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("command", "unused"),
+    [
+        (["prepare"], [*_TRAINING, "--threads"]),
+        (["exactness", "--arm", "integer_exact"], list(_TRAINING)),
+        (["report"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
+        (["compare"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
+        (["audit"], [*_TRAINING, "--preset", "--data", "--data-dir"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_options_that_a_command_does_not_use_are_refused(
+    command: list[str], unused: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not taken and ignored, and not taken for the beginning of another option; training takes them all."""
+    values = {**_TRAINING, "--threads": "1", "--seed": "1", "--data-dir": str(tmp_path)}
+    values |= {"--preset": "smoke", "--data": "digits"}
+    for option in unused:
+        words = [option] if values[option] is None else [option, values[option]]
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, "--out", str(tmp_path), *words])
+        assert f"unrecognized arguments: {' '.join(words)}" in capsys.readouterr().err
+    words = [word for pair in values.items() for word in pair if word is not None]
+    stage1 = ["stage1", "--arm", "vqgan", "--out", str(tmp_path), *words]
+    assert main([*stage1, "--data-dir", str(tmp_path)]) == 1
+    assert "data_dir must be None" in capsys.readouterr().err
+
+
 def test_a_failing_process_shows_the_end_of_its_output(tmp_path: Path) -> None:
     """The reason must not be buried in a file nobody knows of."""
     job = Job("broken", ["stage1", "--preset", "smoke", "--arm", "vqgan", "--steps", "0"], tmp_path / "run", 6)
@@ -207,5 +238,5 @@ def test_help_names_every_command() -> None:
     environment = {**os.environ, "COLUMNS": "100"}
     command = [sys.executable, "-m", "examples.te_vqgan", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    for name in ("prepare", "stage1", "report", "run"):
+    for name in ("prepare", "stage1", "exactness", "report", "compare", "audit", "run"):
         assert re.search(rf"^\s+{name}\s+\w", text, re.MULTILINE)

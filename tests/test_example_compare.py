@@ -20,7 +20,10 @@ def test_arms_of_a_run_are_compared(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = ["--preset", "smoke", "--out", str(tmp_path)]
     assert main(["run", *out, "--arms", "vqgan", "integer_exact", "--threads", "1"]) == 0
     assert main(["exactness", *out, "--arm", "integer_exact", "--tokens", "4096", "--threads", "1"]) == 0
-    printed = re.search(r"float64: 0 of ([\d,]+) indices differ", capsys.readouterr().out)
+    assert main(["exactness", *out, "--arm", "integer_exact", "--data", "mnist"]) == 1
+    output = capsys.readouterr()
+    assert "data must be 'digits' as in" in output.err
+    printed = re.search(r"float64: 0 of ([\d,]+) indices differ", output.out)
     assert printed
     assert int(printed[1].replace(",", "")) >= 4096
     assert main(["report", *out]) == 0
@@ -33,7 +36,7 @@ def test_arms_of_a_run_are_compared(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"| {run['evaluation']['test']['l1']:.4f} |" in table
     assert "| VQGAN | polyphase (integer-exact) |" in (folder / "metrics.md").read_text()
     counts = (folder / "exactness.md").read_text()
-    assert f"| float64 | {printed[1]} | 0 |" in counts
+    assert f"| float64 | {printed[1]} | 0 | 64 | 1,024 |" in counts
     assert "VQGAN" not in counts
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
@@ -42,7 +45,8 @@ def test_unfinished_runs_are_not_counted(tmp_path: Path, capsys: pytest.CaptureF
     """A count is of the run that the options name, or of none."""
     out = ["--preset", "smoke", "--out", str(tmp_path)]
     assert main(["exactness", *out, "--arm", "integer_exact", "--tokens", "1"]) == 1
-    assert "out must hold a finished run of these settings, got none in" in capsys.readouterr().err
+    expected = "out must be a folder with a finished run of this arm and seed, got none in"
+    assert expected in capsys.readouterr().err
 
 
 def test_folder_without_results_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.te_vqgan import stage1 as stage1_module
+from examples.te_vqgan import running
 from examples.te_vqgan.checkpoint import load_checkpoint
 from examples.te_vqgan.presets import (
     ARMS,
@@ -219,7 +219,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, source: DigitSource)
 def test_a_folder_in_use_is_refused(tmp_path: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes in one folder would mix their logs."""
     fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(stage1_module, "_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(running, "_LOCK_SECONDS", 0.1)
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="must not be in use, but another process works there"):

@@ -28,6 +28,7 @@ _AGREEMENTS = {
     "sub_stride": "below a token",
     "sub_stride_foreground": "below a token, ink alone",
 }
+_DISTINCT = {"distinct_images": "distinct images", "distinct_pairs": "distinct (image, shift) pairs"}
 _HEADER = [
     "tokenizer",
     *(f"{label}: κ" for label in _AGREEMENTS.values()),
@@ -78,11 +79,13 @@ def comparison(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def exactness(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the counts of indices that differ after circular shifts in Markdown."""
-    lines = [_row(["tokenizer", "shifts", "precision", "indices compared", "differing"])]
-    lines.append(_row(["---", "---", "---", "---:", "---:"]))
+    header = ["tokenizer", "shifts", "precision", "indices compared", "differing", *_DISTINCT.values()]
+    lines = [_row(header), _row(["---", "---", "---", *["---:"] * (len(header) - 3)])]
     for run in runs:
         for precision, count in run["exactness"]["counts"].items():
             numbers = [f"{count['compared']:,}", f"{count['differing']:,}"]
+            # Counts of before comparisons were kept distinct do not say.
+            numbers += [f"{count[name]:,}" if name in count else "not recorded" for name in _DISTINCT]
             lines.append(_row([_name(run, runs), run["exactness"]["shifts"], precision, *numbers]))
     return "\n".join(lines) + "\n"
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from examples.te_vqgan.heldout import allowed
 from examples.te_vqgan.presets import Stage1Settings
 from examples.te_vqgan.quadrants import QuadrantDataset
 from examples.te_vqgan.recipes import LAYOUTS
@@ -41,6 +42,7 @@ def dataset(settings: Stage1Settings, source: DigitSource, split: str) -> Quadra
         size=settings.train_images if training else settings.eval_images,
         seed=settings.seed if training else _EVALUATION_SEED,
         layouts=LAYOUTS,
+        allowed=allowed(split, len(source.class_names)) if settings.held_out else None,
     )
 
 

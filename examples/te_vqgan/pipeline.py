@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.te_vqgan.checks import require
 from examples.te_vqgan.logs import last_step
 
 __all__ = ["Job", "JobFailed", "run_jobs"]
@@ -28,12 +29,14 @@ class Job(NamedTuple):
         arguments: of ``python -m examples.te_vqgan``.
         folder: of the run; its ``log.jsonl`` tells the progress.
         steps: of the whole run.
+        after: names of jobs that must have ended before; those that are not among the jobs are done already.
     """
 
     name: str
     arguments: Sequence[str]
     folder: Path
     steps: int
+    after: Sequence[str] = ()
 
 
 class JobFailed(Exception):  # noqa: N818
@@ -48,7 +51,7 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, threads: int) -> None:
     same way.
 
     Args:
-        jobs: in the order in which they start.
+        jobs: in the order in which they start, but that one whose turn has not come lets others pass.
         workers: processes at once, at least 1.
         threads: of each process.
 
@@ -61,9 +64,12 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, threads: int) -> None:
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while waiting or running:
-            while waiting and len(running) < workers:
-                number, job = waiting.pop(0)
-                running[number] = _Process(job, number, threads)
+            pending = {job.name for _, job in waiting} | {process.job.name for process in running.values()}
+            for number, job in list(waiting):
+                if len(running) < workers and not pending.intersection(job.after):
+                    waiting.remove((number, job))
+                    running[number] = _Process(job, number, threads)
+            require(bool(running), "jobs", "without a circle of dependencies", ", ".join(sorted(pending)))
             time.sleep(_POLL_SECONDS)
             for number in list(running):
                 if running[number].poll():

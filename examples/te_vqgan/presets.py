@@ -36,6 +36,7 @@ class Stage1Settings:
         model: the autoencoder, codebook included.
         data: name of the digits, as ``prepare`` takes it.
         canvas_size: side of the square images, pixels.
+        held_out: keep the combinations of :mod:`~.heldout` out of training, and validate and test on them alone.
         train_images: size of the training set; 300,000 in the paper.
         seed: of the initial weights and of the images drawn; equal seeds give two arms the same both.
         steps: optimiser steps, at least 1.
@@ -64,6 +65,7 @@ class Stage1Settings:
     model: AutoencoderConfig
     data: str = "digits"
     canvas_size: int = 32
+    held_out: bool = False
     train_images: int = 300_000
     seed: int = 0
     steps: int = 1200
@@ -153,6 +155,9 @@ ARMS: dict[str, Arm] = {
     "k16": Arm("SC, K = 16", {"downsample": "strided_conv", "num_codes": 16}),
     # Exact by construction: for multiples of the stride, and for every integer shift.
     "stride_exact": Arm("circular (stride-exact)", {"downsample": "strided_conv", **_CIRCULAR}),
+    "stride_exact_te": Arm(
+        "circular (stride-exact), λ = 10", {"downsample": "strided_conv", **_CIRCULAR, "orthogonal_reg": 10.0}
+    ),
     "integer_exact": Arm("polyphase (integer-exact)", _POLYPHASE),
 }
 # What `run` trains if it is not told which.
@@ -182,6 +187,44 @@ PRESETS: dict[str, Stage1Settings] = {
         eval_sprites=4,
     ),
     "quick": Stage1Settings(_SMALL_MODEL),
+    # The whole paper on two CPU cores: half the canvas, an eighth of the width.
+    "small": Stage1Settings(
+        _SMALL_MODEL,
+        data="mnist",
+        held_out=True,
+        steps=2_400,
+        learning_rate=1e-3,
+        bf16=True,
+        validate_every=100,
+        checkpoint_every=250,
+        eval_images=1_500,
+    ),
+    # As its authors ran it: 40 epochs in batches of 192, Adam at 8e-6 times the batch, no schedule, no clipping.
+    "paper": Stage1Settings(
+        AutoencoderConfig(),
+        data="mnist",
+        canvas_size=64,
+        held_out=True,
+        steps=62_500,
+        batch_size=192,
+        learning_rate=1.5e-3,
+        codebook_lr_factor=1.0,
+        warmup_steps=0,
+        final_lr_share=1.0,
+        clip_norm=0.0,
+        l2_weight=0.0,
+        perceptual="lpips",
+        perceptual_weight=1.0,
+        adversarial_weight=0.8,
+        adversarial_start=30_000,
+        adversarial_adaptive=True,
+        bf16=True,
+        log_every=50,
+        validate_every=500,
+        checkpoint_every=500,
+        eval_images=3_000,
+        eval_sprites=1_000,
+    ),
 }
 
 

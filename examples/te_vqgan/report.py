@@ -1,7 +1,7 @@
 """The report of a comparison: ``report.html``, ``report.md``, PNGs, ``results.json`` and ``samples/``.
 
 ``results.json`` and ``samples/`` hold everything that the other files are made of, so that a published report can
-be written anew without the runs.
+be written anew without the runs, and so that runs of several machines can be brought together in one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from examples.te_vqgan.document import Block, Bullets, Heading, Paragraph, Pictu
 from examples.te_vqgan.figures import draw_curves, draw_placements, draw_reconstructions, draw_shifts
 from examples.te_vqgan.files import write_bytes_atomically, write_text_atomically
 from examples.te_vqgan.findings import findings
-from examples.te_vqgan.results import METRICS, by_arm, cell, collect
+from examples.te_vqgan.generation_report import generation_blocks, generation_figures, generation_tables
+from examples.te_vqgan.paper_tables import full_size, generations
+from examples.te_vqgan.results import METRICS, by_arm, cell, collect, merged
 from te_quant import EquivarianceReport
 from te_quant.equivariance import plot_reports
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["render", "write_report"]
 
+_RESULTS = "results.json"
 _CAPTIONS = {
     "token_grids.png": "One test digit at the centre and in the four quadrants, and the index of the code at "
     "every token. Equal numbers and colours within an arm are equal codes; outlined is the block of tokens that "
@@ -43,25 +46,32 @@ _CAPTIONS = {
 }
 
 
-def write_report(out: Path, *, command: str, wall_seconds: float | None = None) -> Path:
-    """Gather the finished runs below ``out`` and write ``out/report/``.
+def write_report(out: Path, *, command: str, wall_seconds: float | None = None, into: Path | None = None) -> Path:
+    """Gather the finished runs below ``out`` and write the report.
 
     Args:
         out: the folder of a preset.
         command: what was typed to get the results.
         wall_seconds: how long that took, if it did everything.
+        into: folder of the report, ``out/report`` by default. The runs of a report that is there already stay, but
+            for those that are in ``out`` too.
 
     Returns:
         The folder of the report.
     """
     results = collect(out, command=command, wall_seconds=wall_seconds)
-    folder = out / "report"
+    folder = out / "report" if into is None else into
+    results["samples"] = {}
     for title, runs in by_arm(results).items():
         first = runs[0]
         name = f"samples/{first['arm']}.safetensors"
         write_bytes_atomically(folder / name, (out / first["folder"] / "samples.safetensors").read_bytes())
-        results.setdefault("samples", {})[title] = name
-    write_text_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        results["samples"][title] = name
+    _add_generated(results, out, folder)
+    before = folder / _RESULTS
+    if into is not None and before.is_file():
+        results = merged(json.loads(before.read_text(encoding="utf-8")), results)
+    write_text_atomically(before, json.dumps(results, indent=1) + "\n")
     render(folder)
     return folder
 
@@ -72,16 +82,36 @@ def render(folder: Path) -> None:
     Raises:
         ValueError: there is no ``results.json``.
     """
-    path = folder / "results.json"
+    path = folder / _RESULTS
     require(path.is_file(), "results", "a folder with results.json", str(folder))
     results = json.loads(path.read_text(encoding="utf-8"))
     samples = {title: _samples(folder / name) for title, name in results["samples"].items()}
-    pictures = {name: _png(figure) for name, figure in _figures(results, samples).items()}
+    generated = {arm: _samples(folder / name) for arm, name in results.get("generated", {}).items()}
+    figures = _figures(results, samples) | generation_figures(results, generated)
+    pictures = {name: _png(figure) for name, figure in figures.items()}
     for name, content in pictures.items():
         write_bytes_atomically(folder / name, content)
     blocks = _blocks(results)
     write_text_atomically(folder / "report.md", to_markdown(blocks))
     write_text_atomically(folder / "report.html", to_html(blocks, pictures, _title(results)))
+    if full_size(results) is not None:
+        for name, table in generation_tables(results).items():
+            write_text_atomically(folder / f"{name}.md", to_markdown([table]))
+
+
+def _add_generated(results: dict[str, Any], out: Path, folder: Path) -> None:
+    """Copy the pictures of the first seed of each arm that generated some, and note the captions of all."""
+    images = full_size(results)
+    if images is None:
+        return
+    results["generated"] = {}
+    for arm, runs in generations(results, images).items():
+        source = out / runs[0]["folder"] / f"stage2-{images}" / "generation.safetensors"
+        name = f"samples/{arm}-generated.safetensors"
+        write_bytes_atomically(folder / name, source.read_bytes())
+        results["generated"][arm] = name
+        _, texts = load_checkpoint(source)
+        results["captions"] = {split: part["captions"] for split, part in texts.items()}
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -140,6 +170,7 @@ def _blocks(results: Mapping[str, Any]) -> list[Block]:
             f"image, and against the quantized Fourier-shifted latents. “Used at least once” grows with the "
             f"number of tokens; perplexity and codes above 0.1 % hardly do."
         ),
+        *generation_blocks(results),
         Heading(2, "Pictures"),
         *pictures,
         Heading(2, "How it was made"),

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from examples.te_vqgan.checks import require
 from examples.te_vqgan.logs import read_log
-from examples.te_vqgan.presets import ARMS
+from examples.te_vqgan.presets import ARMS, differing
 from te_quant import EquivarianceReport
 
-__all__ = ["METRICS", "Metric", "by_arm", "cell", "collect", "run_folder", "values_of"]
+__all__ = ["METRICS", "Metric", "by_arm", "cell", "collect", "merged", "run_folder", "values_of"]
 
 # The curves need no more points than a figure has pixels.
 _LOG_LINES = 400
@@ -94,6 +94,24 @@ def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> di
     Raises:
         ValueError: no run is finished.
     """
+    runs = _runs_in(out)
+    require(bool(runs), "out", "a folder with finished runs", str(out))
+    results: dict[str, Any] = {"command": command, "wall_seconds": wall_seconds, "runs": runs}
+    classifier = _parts(out / "classifier", "settings", "evaluation", "provenance")
+    if "evaluation" in classifier:
+        results["classifier"] = classifier
+    other = {folder.parent.parent.name for folder in out.glob("*/*-seed*/evaluation.json")}
+    for data in sorted(other):
+        runs = _runs_in(out / data)
+        if runs:
+            results.setdefault("other", {})[data] = {
+                "runs": runs,
+                "classifier": _parts(out / data / "classifier", "settings", "evaluation", "provenance"),
+            }
+    return results
+
+
+def _runs_in(out: Path) -> list[dict[str, Any]]:
     runs = []
     for arm in ARMS:
         folders = sorted(out.glob(f"{arm}-seed*"), key=lambda folder: int(folder.name.rpartition("seed")[2]))
@@ -101,16 +119,63 @@ def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> di
             if folder.name.rpartition("-seed")[0] != arm or not (folder / "evaluation.json").exists():
                 continue
             run: dict[str, Any] = {"arm": arm, "title": ARMS[arm].title, "folder": folder.name}
-            for part in ("settings", "evaluation", "provenance"):
-                run[part] = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
-            counted = folder / "exactness.json"
-            if counted.exists():
-                run["exactness"] = json.loads(counted.read_text(encoding="utf-8"))
+            run |= _parts(folder, "settings", "evaluation", "provenance", "exactness", "reading")
             run["seed"] = run["settings"]["seed"]
             run["log"] = _thinned(read_log(folder / "log.jsonl"))
+            second = {}
+            for inner in sorted(folder.glob("stage2-*")):
+                if (inner / "evaluation.json").exists():
+                    part = _parts(inner, "settings", "evaluation", "provenance", "generation")
+                    second[inner.name.removeprefix("stage2-")] = part | {
+                        "log": _thinned(read_log(inner / "log.jsonl"))
+                    }
+            if second:
+                run["stage2"] = second
             runs.append(run)
-    require(bool(runs), "out", "a folder with finished runs", str(out))
-    return {"command": command, "wall_seconds": wall_seconds, "runs": runs}
+    return runs
+
+
+def _parts(folder: Path, *names: str) -> dict[str, Any]:
+    """Read those of the JSON files in ``folder`` that are there, by name."""
+    paths = {name: folder / f"{name}.json" for name in names}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``before`` with everything that ``after`` has anew or in addition.
+
+    A run is known by its arm and seed; one that is in both is taken from ``after``, but for trainings of Stage 2
+    that ``after`` lacks.
+
+    Raises:
+        ValueError: the results are of different data, or of a run in other settings.
+    """
+    result = {**before, **{name: value for name, value in after.items() if name != "runs"}}
+    result["runs"] = _merged_runs(before["runs"], after["runs"])
+    for name in ("samples", "generated"):
+        if name in before or name in after:
+            result[name] = {**before.get(name, {}), **after.get(name, {})}
+    result["other"] = {**before.get("other", {}), **after.get("other", {})}
+    for data in set(before.get("other", {})) & set(after.get("other", {})):
+        runs = _merged_runs(before["other"][data]["runs"], after["other"][data]["runs"])
+        result["other"][data] = {**after["other"][data], "runs": runs}
+    commands = dict.fromkeys([*before.get("commands", [before["command"]]), after["command"]])
+    return {**result, "commands": list(commands), "wall_seconds": None}
+
+
+def _merged_runs(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    known = {(run["arm"], run["seed"]): dict(run) for run in before}
+    for run in after:
+        old = known.get((run["arm"], run["seed"]), {})
+        second = (
+            {**old.get("stage2", {}), **run.get("stage2", {})} if old.get("settings") == run["settings"] else {}
+        )
+        known[run["arm"], run["seed"]] = {**run, **({"stage2": second} if second else {})}
+    for (arm, _), run in known.items():
+        others = [other["settings"] for (name, _), other in known.items() if name == arm]
+        changes = differing({**others[0], "seed": 0}, {**run["settings"], "seed": 0})
+        require(not changes, "settings", f"the same for every seed of {arm}", "; ".join(changes))
+    return sorted(known.values(), key=lambda run: (list(ARMS).index(run["arm"]), run["seed"]))
 
 
 def by_arm(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

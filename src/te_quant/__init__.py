@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     )
     from te_quant.contract import Encoding, EquivarianceContract
     from te_quant.equivariance import EquivarianceReport, measure_equivariance
+    from te_quant.gpt import GPT, GPTConfig, Segment
     from te_quant.layers import BlurPool2d
 
-__all__ = [
+__all__ = [  # noqa: RUF022  (GPT is a class, for all its capitals)
     "AutoencoderConfig",
     "AutoencoderOutput",
     "BlurPool2d",
@@ -32,7 +33,10 @@ __all__ = [
     "Encoding",
     "EquivarianceContract",
     "EquivarianceReport",
+    "GPT",
+    "GPTConfig",
     "QuantizerOutput",
+    "Segment",
     "VQAutoencoder",
     "VectorQuantizer",
     "__version__",
@@ -48,6 +52,9 @@ _HOMES = {
     "Encoding": "contract",
     "EquivarianceContract": "contract",
     "EquivarianceReport": "equivariance",
+    "GPT": "gpt",
+    "GPTConfig": "gpt",
+    "Segment": "gpt",
     "VQAutoencoder": "autoencoder",
     "build_decoder": "autoencoder",
     "build_encoder": "autoencoder",

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from te_quant._checks import require
 from te_quant._files import write_atomically
 
-__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "WEIGHTS_FILE", "locate", "read_config", "read_weights", "save"]
+__all__ = [
+    "CONFIG_FILE",
+    "FORMAT_VERSION",
+    "WEIGHTS_FILE",
+    "load",
+    "locate",
+    "read_config",
+    "read_weights",
+    "save",
+]
+
+_Config = TypeVar("_Config")
+_Model = TypeVar("_Model", bound=nn.Module)
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -38,6 +51,43 @@ def save(
     metadata = {"te_quant": json.dumps(content["config"])}
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load(
+    class_name: str,
+    make_config: Callable[[Mapping[str, Any]], _Config],
+    make_model: Callable[[_Config], _Model],
+    source: str | os.PathLike[str],
+    revision: str | None,
+    cache_dir: str | Path | None,
+) -> _Model:
+    """The model that :func:`save` wrote, in evaluation mode, on the CPU, in the saved dtypes.
+
+    Args:
+        class_name: what :func:`save` was told.
+        make_config: its options to a config; refuses wrong ones with ``TypeError`` or ``ValueError``.
+        make_model: the config to a model, of any weights.
+        source: a local folder, else a hub id ``owner/name``.
+        revision: as :func:`locate`.
+        cache_dir: as :func:`locate`.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file is missing in it.
+        ValueError: a file is damaged, of another format version, or does not fit the other.
+        ImportError: safetensors or huggingface_hub is not installed.
+    """
+    config_path, weights_path = locate(source, revision, cache_dir)
+    options = read_config(config_path, class_name)
+    try:
+        config = make_config(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_path} must hold a valid config, got: {error}") from error
+    # The weights are replaced at once, so drawing them must not move the caller's random state.
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(config)
+    # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
+    model.load_state_dict(read_weights(weights_path, options, model.state_dict()), assign=True)
+    return model.eval()
 
 
 def locate(

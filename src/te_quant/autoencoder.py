@@ -181,15 +181,4 @@ class VQAutoencoder(nn.Module):
             ValueError: a file is damaged, of another format version, or does not fit the other.
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
-        config_path, weights_path = _pretrained.locate(source, revision, cache_dir)
-        options = _pretrained.read_config(config_path, "VQAutoencoder")
-        try:
-            config = AutoencoderConfig.from_dict(options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{config_path} must hold a valid config, got: {error}") from error
-        # The weights are replaced at once, so drawing them must not move the caller's random state.
-        with torch.random.fork_rng(devices=[]):
-            model = cls(config)
-        # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
-        model.load_state_dict(_pretrained.read_weights(weights_path, options, model.state_dict()), assign=True)
-        return model.eval()
+        return _pretrained.load("VQAutoencoder", AutoencoderConfig.from_dict, cls, source, revision, cache_dir)

@@ -1,0 +1,168 @@
+"""The paper's tables from our results, each cell ours beside the paper's.
+
+Ours are means over seeds, the standard deviation between seeds in brackets where there are several.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from examples.te_vqgan.document import Table
+from examples.te_vqgan.paper import TABLE1, TABLE2, TABLE3, Printed
+from examples.te_vqgan.presets import ARMS
+
+__all__ = ["accuracies", "generations", "table1", "table2", "table3"]
+
+Run = Mapping[str, Any]
+
+_CASES = ("quad1", "quad2", "quad3", "quad4")
+# The paper's order, then what it lacks.
+_ORDER = ("mb", "mp", "cb", "vqgan", "te_vqgan", *(arm for arm in ARMS if arm not in TABLE1))
+_DASH = "–"
+
+
+def generations(results: Mapping[str, Any], images: int) -> dict[str, list[Run]]:
+    """Return the runs of each arm, in the tables' order, whose GPT of that training size was measured."""
+    found = {
+        arm: [
+            run
+            for run in results["runs"]
+            if run["arm"] == arm and "generation" in run.get("stage2", {}).get(str(images), {})
+        ]
+        for arm in _ORDER
+    }
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
+def accuracies(runs: Iterable[Run], images: int, task: str, case: str, split: str = "held_out") -> list[float]:
+    """Return the digit accuracy of one case, a value a seed."""
+    parts = (run["stage2"][str(images)]["generation"][split][task]["cases"][case] for run in runs)
+    return [part["digit_accuracy"] for part in parts if part["digit_accuracy"] is not None]
+
+
+def full_size(results: Mapping[str, Any]) -> int | None:
+    """Return the larger training set of Stage 2, ``None`` if no GPT was measured."""
+    sizes = {
+        int(size)
+        for run in results["runs"]
+        for size, part in run.get("stage2", {}).items()
+        if "generation" in part
+    }
+    return max(sizes, default=None)
+
+
+def table1(results: Mapping[str, Any], task: str) -> Table:
+    """Digit accuracy by number of digits, over held-out combinations; and what bounds it.
+
+    Args:
+        results: as ``collect`` gives them, with a Stage 2.
+        task: ``"text_to_image"`` or ``"image_to_text"``.
+    """
+    images = _full(results)
+    header = ["tokenizer", *(f"Quad{number}" for number in range(1, 5)), "centre", "seen, Quad1", "seen, Quad4"]
+    if task == "text_to_image":
+        header.append("read in reconstructions")
+    rows = []
+    for arm, runs in generations(results, images).items():
+        printed = TABLE1.get(arm, {}).get(task)
+        cells = [
+            _beside(accuracies(runs, images, task, case), None if printed is None else printed[number])
+            for number, case in enumerate(_CASES)
+        ]
+        cells.append(_ours(accuracies(runs, images, task, "centre")))
+        cells += [_ours(accuracies(runs, images, task, case, "seen")) for case in ("quad1", "quad4")]
+        if task == "text_to_image":
+            cells.append(_ours([_read(run, "reconstruction") for run in runs if "reading" in run]))
+        rows.append([f"{ARMS[arm].title}{_count(runs)}", *cells])
+    return Table(header, rows)
+
+
+def table2(results: Mapping[str, Any]) -> Table | None:
+    """Quad1 of text to image by size of the training set, or ``None`` if only one size was trained."""
+    images = _full(results)
+    sizes = sorted({int(size) for run in results["runs"] for size in run.get("stage2", {})}, reverse=True)
+    arms = ("vqgan", "te_vqgan")
+    values = {
+        (size, arm): accuracies(generations(results, size).get(arm, []), size, "text_to_image", "quad1")
+        for size in sizes
+        for arm in arms
+    }
+    if len(sizes) < 2 or not any(values[sizes[-1], arm] for arm in arms):
+        return None
+    rows = []
+    for size, printed_size in zip((images, sizes[-1]), TABLE2, strict=True):
+        printed = TABLE2[printed_size]
+        cells = [_beside(values[size, arm], printed[arm]) for arm in arms]
+        rows.append([f"{size:,} (paper: {printed_size:,})", *cells])
+    differences = []
+    for arm in arms:
+        large, small = (values[size, arm] for size in (images, sizes[-1]))
+        ours = _DASH if not large or not small else f"{statistics.fmean(large) - statistics.fmean(small):.3f}"
+        paper = TABLE2[300_000][arm].mean - TABLE2[100_000][arm].mean
+        differences.append(f"{ours} / {paper:.3f}")
+    return Table(["training images", *(ARMS[arm].title for arm in arms)], [*rows, ["difference", *differences]])
+
+
+def table3(results: Mapping[str, Any]) -> Table:
+    """Code usage, reconstruction error and distance in the classifier's features, by data set."""
+    header = [
+        "data, tokenizer",
+        "codes used",
+        "codes > 0.1 %",
+        "reconstruction L1",
+        "feature distance",
+        "perceptual (paper)",
+    ]
+    main = results["runs"][0]["settings"]["data"]
+    groups = {main: results["runs"], **{name: part["runs"] for name, part in results.get("other", {}).items()}}
+    rows = []
+    for data, runs in groups.items():
+        for arm in ("vqgan", "te_vqgan"):
+            chosen = [run for run in runs if run["arm"] == arm]
+            if not chosen:
+                continue
+            printed = TABLE3.get(data, {}).get(arm)
+            codes, error, perceptual = printed or (_DASH, _DASH, _DASH)
+            tests = [run["evaluation"]["test"] for run in chosen]
+            distances = [run["reading"]["feature_distance"] for run in chosen if "reading" in run]
+            cells = [
+                f"{_ours([test['used_codes'] for test in tests], '.0f')} / {codes}",
+                _ours([test["frequent_codes"] for test in tests], ".0f"),
+                f"{_ours([test['l1'] for test in tests], '.4f')} / {error}",
+                _ours(distances, ".4f"),
+                str(perceptual),
+            ]
+            rows.append([f"{data}, {ARMS[arm].title}{_count(chosen)}", *cells])
+    return Table(header, rows)
+
+
+def _full(results: Mapping[str, Any]) -> int:
+    images = full_size(results)
+    if images is None:
+        raise ValueError("results must hold a measured Stage 2, got none.")
+    return images
+
+
+def _read(run: Run, what: str) -> float:
+    """Share of the digits in all test images that the classifier reads right."""
+    cases = run["reading"][what]["cases"].values()
+    right, digits = (sum(int(case[name]) for case in cases) for name in ("digits_right", "digits"))
+    return right / digits
+
+
+def _count(runs: Sequence[Run]) -> str:
+    return "" if len(runs) >= 3 else f", {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+
+
+def _beside(values: Sequence[float], printed: Printed | None) -> str:
+    paper = _DASH if printed is None else f"{printed.mean:.3f} ({printed.deviation:.3f})"
+    return f"{_ours(values)} / {paper}"
+
+
+def _ours(values: Sequence[float], pattern: str = ".3f") -> str:
+    if not values:
+        return _DASH
+    text = format(statistics.fmean(values), pattern)
+    return text if len(values) == 1 else f"{text} ({format(statistics.stdev(values), pattern)})"
