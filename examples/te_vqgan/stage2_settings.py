@@ -38,7 +38,9 @@ class Stage2Settings:
         seed: of the weights, and of what training and sampling draw.
         steps: optimiser steps, at least 1.
         batch_size: pairs a step.
-        directions: names out of :data:`DIRECTIONS`; step i trains number i modulo their count.
+        directions: names out of :data:`DIRECTIONS`, trained in turn.
+        first_alone: for so many steps the first direction alone is trained. With both in turn from the start a
+            small network takes several times as long to learn to bind digits to places.
         target_weight: of the loss of the second segment, where the first has weight 1; the sum is divided by
             ``target_weight`` + 1.
         optimizer: ``"adam"``, or ``"muon"`` for the matrices within the blocks (and Adam for the rest).
@@ -72,6 +74,7 @@ class Stage2Settings:
     steps: int = 30_000
     batch_size: int = 200
     directions: tuple[str, ...] = ("text_to_image", "image_to_text")
+    first_alone: int = 0
     target_weight: float = 7.0
     optimizer: str = "adam"
     learning_rate: float = 1e-3
@@ -93,7 +96,8 @@ class Stage2Settings:
             require_int(name, getattr(self, name), 1)
         require_int("eval_images", self.eval_images, 2)
         require_int("seed", self.seed, 0)
-        require_int("warmup_steps", self.warmup_steps, 0)
+        for name in ("warmup_steps", "first_alone"):
+            require_int(name, getattr(self, name), 0)
         # A list, as JSON gives it, would make the settings unhashable and unequal to their own copy.
         object.__setattr__(self, "directions", tuple(self.directions))
         require(len(self.directions) > 0, "directions", "at least one name", "none")
@@ -104,6 +108,9 @@ class Stage2Settings:
         for name in ("learning_rate", "muon_learning_rate", "clip_norm", "target_weight", "temperature"):
             require_number(name, getattr(self, name), 0.0)
         require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
+        require(self.width % self.num_heads == 0, "num_heads", f"a divisor of width={self.width}", self.num_heads)
+        require_number("dropout", self.dropout, 0.0, 1.0)
+        require(self.dropout < 1, "dropout", "below 1", self.dropout)
         require_number("top_fraction", self.top_fraction, 0.0, 1.0)
         require(self.top_fraction > 0, "top_fraction", "above 0", self.top_fraction)
         require(
@@ -112,6 +119,10 @@ class Stage2Settings:
             f"a multiple of log_every={self.log_every}",
             self.validate_every,
         )
+
+    def direction(self, step: int) -> str:
+        """Return the direction that ``step``, counted from 0, trains."""
+        return self.directions[max(0, step - self.first_alone) % len(self.directions)]
 
     def to_dict(self) -> dict[str, Any]:
         """All settings in the form in which JSON gives them back."""
@@ -143,8 +154,9 @@ STAGE2: dict[str, Stage2Settings | None] = {
         caption_style="terse",
         train_images=40_000,
         eval_images=1_500,
-        steps=1_000,
-        batch_size=64,
+        steps=2_400,
+        batch_size=32,
+        first_alone=1_000,
         optimizer="muon",
         warmup_steps=50,
         bf16=True,

@@ -95,7 +95,7 @@ class Stage2Trainer:
             text: (B, L). image: (B, h, w). Both int64.
         """
         settings = self.settings
-        direction = settings.directions[self.step % len(settings.directions)]
+        direction = settings.direction(self.step)
         self.model.train()
         losses = self.losses(text, image, direction)
         condition, target = (losses[name] for name in DIRECTIONS[direction])
