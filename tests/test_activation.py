@@ -14,8 +14,9 @@ from torch import nn
 
 from te_quant.layers import ACTIVATIONS, FilteredActivation, PolynomialActivation, build_activation
 from te_quant.shifts import fourier_shift
+from te_quant.testing import image_sides
 
-SIDES = st.tuples(st.integers(1, 8), st.integers(1, 8))
+SIDES = image_sides(1, largest=8)
 FRACTIONS = st.tuples(st.floats(-5, 5), st.floats(-5, 5))
 
 

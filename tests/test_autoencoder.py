@@ -124,6 +124,41 @@ def test_no_attention_level_means_no_attention_at_all() -> None:
     assert len([m for m in everywhere.modules() if isinstance(m, SelfAttention2d)]) == len(blocks) - 2
 
 
+def test_attention_false_is_a_model_without_attention() -> None:
+    """One word for ``attention_levels=()``: an equal config, for any number of levels; True changes nothing."""
+    options = {
+        "downsample": "polyphase",
+        "upsample": "polyphase",
+        "encoder_padding": "circular",
+        "norm": "channel",
+    }
+    config = AutoencoderConfig(**options, base_channels=8, code_dim=8, attention=False)
+    assert config == AutoencoderConfig(**options, base_channels=8, code_dim=8, attention_levels=())
+    assert config.attention_levels == ()
+    assert not [m for m in VQAutoencoder(config).modules() if isinstance(m, SelfAttention2d)]
+    assert AutoencoderConfig(attention=False, channel_multipliers=(1,)).attention_levels == ()
+    assert AutoencoderConfig(attention=False, attention_levels=()).attention_levels == ()
+    assert AutoencoderConfig(attention=True) == AutoencoderConfig(attention=None) == AutoencoderConfig()
+    assert AutoencoderConfig(attention=True, attention_levels=(0, 1)).attention_levels == (0, 1)
+    assert [m for m in build_encoder(small(attention=True)).modules() if isinstance(m, SelfAttention2d)]
+
+
+def test_attention_is_an_argument_and_not_an_option_to_store() -> None:
+    """Saved configs keep one spelling, old ones load, and replaced levels need no second word."""
+    config = AutoencoderConfig(attention=False)
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert "attention" not in stored
+    assert stored["attention_levels"] == []
+    assert AutoencoderConfig.from_dict(stored) == config
+    assert AutoencoderConfig.from_dict({"attention": False}) == config
+    assert hash(AutoencoderConfig.from_dict({"attention": False})) == hash(config)
+    assert dataclasses.replace(config, attention_levels=(1,)).attention_levels == (1,)
+    assert dataclasses.replace(AutoencoderConfig(), attention_levels=()) == config
+    assert type(AutoencoderConfig().attention_levels) is tuple
+    with pytest.raises(ValueError, match=r"attention_levels must be \(\) with attention=False, got \(2,\)"):
+        dataclasses.replace(AutoencoderConfig(), attention=False)
+
+
 @pytest.mark.parametrize("kind", DOWNSAMPLERS)
 def test_padding_modes_reach_every_layer_of_their_half(kind: str) -> None:
     """No convolution, blur or pool keeps a mode of its own."""
@@ -415,6 +450,33 @@ def test_images_that_do_not_fit_are_refused(images: Tensor, error: type[Exceptio
             use(images)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in DOWNSAMPLERS if kind != "fourier"])
+@pytest.mark.parametrize("levels", [(1,), (1, 1), (1, 1, 2)])
+def test_images_too_small_to_reflect_are_refused_by_the_encoder(kind: str, levels: tuple[int, ...]) -> None:
+    """A sentence about the images, not of a layer inside; twice the stride is enough, other modes need less."""
+    options = {"channel_multipliers": levels, "downsample": kind, "attention_levels": ()}
+    encoder = build_encoder(small(**options, encoder_padding="reflect"))
+    stride = encoder.config.stride
+    assert encoder(images_of(1, 1, 2 * stride, 2 * stride)).shape[-2:] == (2, 2)
+    for height, width in ((stride, 3 * stride), (2 * stride, stride)):
+        expected = f"images sides must be at least {2 * stride} for encoder_padding='reflect', got images shape "
+        with pytest.raises(ValueError, match=expected + rf"\(1, 1, {height}, {width}\)\.$"):
+            encoder(images_of(1, 1, height, width))
+        build_encoder(small(**options, encoder_padding="replicate"))(images_of(1, 1, height, width))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in UPSAMPLERS if kind != "fourier"])
+def test_codes_too_few_to_reflect_are_refused_by_the_decoder(kind: str) -> None:
+    """The same behind the quantizer: a grid of 2x2 is enough."""
+    sampling = {"upsample": kind, "downsample": "polyphase" if kind == "polyphase" else "max_pool"}
+    decoder = build_decoder(small(**sampling, decoder_padding="reflect"))
+    assert decoder(images_of(1, 6, 2, 2)).shape == (1, 1, 8, 8)
+    expected = r"codes sides must be at least 2 for decoder_padding='reflect', got codes shape \(1, 6, 1, 3\)\.$"
+    with pytest.raises(ValueError, match=expected):
+        decoder(images_of(1, 6, 1, 3))
+    build_decoder(small(**sampling, decoder_padding="zeros"))(images_of(1, 6, 1, 3))
+
+
 @pytest.mark.parametrize(
     ("codes", "error", "match"),
     [
@@ -460,6 +522,22 @@ def test_config_refuses_counts_that_are_none(name: str, value: object, error: ty
         ({"attention_levels": (3,)}, ValueError, "attention_levels entry must be an int >= 0 and <= 2, got 3"),
         ({"attention_levels": (-1,)}, ValueError, "attention_levels entry must be an int >= 0 and <= 2, got -1"),
         ({"attention_levels": (1, 1)}, ValueError, r"attention_levels must be without repetition, got \(1, 1\)"),
+        (
+            {"attention": False, "attention_levels": (2,)},
+            ValueError,
+            r"attention_levels must be \(\) with attention=False, got \(2,\)",
+        ),
+        (
+            {"attention": True, "attention_levels": ()},
+            ValueError,
+            r"attention_levels must be at least one level with attention=True, got \(\)",
+        ),
+        ({"attention": 0}, TypeError, "attention must be True, False or None, got 0"),
+        (
+            {"attention": True, "attention_levels": 2},
+            TypeError,
+            "attention_levels must be a sequence of ints, got 2",
+        ),
         ({"downsample": "stride"}, ValueError, r"downsample must be one of 'strided_conv', .*got 'stride'"),
         ({"upsample": "bilinear"}, ValueError, r"upsample must be one of 'nearest', .*got 'bilinear'"),
         ({"norm": "batch"}, ValueError, r"norm must be one of 'group', 'channel', got 'batch'"),

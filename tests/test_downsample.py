@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from te_quant.filters import PADDING_MODES
 from te_quant.layers import DOWNSAMPLERS, BlurPool2d, build_downsample
+from te_quant.testing import image_sides, shifts
 
 KINDS = ("strided_conv", "max_pool", "max_blur_pool", "conv_blur_pool")
-SIDES = st.tuples(st.integers(1, 9), st.integers(1, 9))
+SIDES = image_sides(1, largest=9)
 
 
 def pascal(size: int) -> np.ndarray:
@@ -52,7 +53,7 @@ def test_blur_pool_keeps_constants(size: int, stride: int, value: float) -> None
     assert (faded - images).abs().max() >= 0.1 * value
 
 
-@given(size=st.integers(1, 6), stride=st.integers(1, 4), k=st.tuples(st.integers(0, 3), st.integers(0, 3)))
+@given(size=st.integers(1, 6), stride=st.integers(1, 4), k=shifts(3))
 @settings(deadline=None, max_examples=40)
 def test_circular_blur_pool_commutes_with_stride_multiples(size: int, stride: int, k: tuple[int, int]) -> None:
     """Shifting the input by s·k shifts the output by k, exactly, if s divides the sides."""
@@ -140,7 +141,7 @@ def test_downsamplings_agree_with_loops(kind: str, mode: str) -> None:
     np.testing.assert_allclose(layer(images).detach().numpy(), expected, atol=1e-12)
 
 
-@given(kind=st.sampled_from(KINDS), k=st.tuples(st.integers(0, 3), st.integers(0, 4)))
+@given(kind=st.sampled_from(KINDS), k=shifts(4))
 @settings(deadline=None, max_examples=40)
 def test_circular_downsampling_commutes_with_even_shifts(kind: str, k: tuple[int, int]) -> None:
     """All four are exactly equivariant under multiples of the stride."""

@@ -15,7 +15,7 @@ from torch import nn
 from te_quant import AutoencoderConfig, VQAutoencoder, build_encoder
 from te_quant.equivariance.audit import audit
 from te_quant.equivariance.audit_constant import constant_image_probe
-from te_quant.equivariance.audit_report import decibels
+from te_quant.equivariance.audit_report import AuditReport, decibels
 from te_quant.layers import MaxPool, SelfAttention2d
 from tests.grid_oracles import convolve, fresh, normalize
 
@@ -406,7 +406,9 @@ def test_odd_grids_and_named_tuples():
     assert row(report, "sum").part("aliasing") > 0
     assert row(report, "sum").part("border") == 0
     infinite = replace(report, rows=(replace(report.rows[0], border_error=math.inf),))
-    assert json.loads(json.dumps(infinite.to_dict(), allow_nan=False))["rows"][0]["border_error"] == "inf"
+    text = json.dumps(infinite.to_dict(), allow_nan=False)
+    assert json.loads(text)["rows"][0]["border_error"] == "inf"
+    assert AuditReport.from_dict(json.loads(text)) == infinite
 
 
 def test_result_does_not_depend_on_the_batch_size():
@@ -501,6 +503,15 @@ def test_report_as_values():
     assert json.loads(text)["rows"][0]["border_error"] == report.rows[0].border_error
     with pytest.raises(FrozenInstanceError):
         report.stride = 2
+    again = AuditReport.from_dict(json.loads(text))
+    assert again == report
+    assert AuditReport.from_dict(report.to_dict()) == report
+    with pytest.raises(ValueError, match="format must be 1, got 2"):
+        AuditReport.from_dict({**report.to_dict(), "format": 2})
+    with pytest.raises(ValueError, match=r"AuditReport fields must be \['image_size', .*'extra'"):
+        AuditReport.from_dict({**report.to_dict(), "extra": 1})
+    with pytest.raises(ValueError, match=r"AuditRow fields must be \['aliasing_error', .*got \['name'\]"):
+        AuditReport.from_dict({**report.to_dict(), "rows": [{"name": "0"}]})
     table = report.to_markdown()
     assert "- border: `0` (Conv2d, pads (zeros)) at" in table
     assert "- aliasing: none adds more than rounding" in table
@@ -525,16 +536,27 @@ def test_constant_features_have_no_signal_to_lose():
 
 
 def test_pictures_show_every_row_and_the_culprits(tmp_path):
-    """One tick a module; the legend names the worst."""
+    """One tick a module, bars as long as the losses, the worst in the legend; also where nothing is lost."""
     report = audit(encoder("zeros"), fresh(1, 1, 32, 32))
     figure = report.plot()
-    labels = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
-    assert len(labels) == len(report.rows)
-    legend = " ".join(text.get_text() for text in figure.axes[1].get_legend().get_texts())
-    assert report.worst("aliasing").name in legend
+    after, added = figure.axes
+    labels = [tick.get_text() for tick in after.get_yticklabels()]
+    assert labels == [f"{r.name} ({r.kind})" for r in report.rows]
+    legend = " ".join(text.get_text() for text in added.get_legend().get_texts())
+    assert all(worst.name in legend for worst in report.culprits().values())
+    ends = sorted(bar.get_x() + bar.get_width() for bar in added.patches if not math.isnan(bar.get_width()))
+    parts = ("border", "global", "aliasing")
+    losses = [decibels(r.part(p)) for r in report.rows for p in parts if r.part(p)]
+    assert ends == pytest.approx(sorted(losses))
+    assert all(bar.get_x() > max(losses) for bar in added.patches)
+    first, last = after.get_xlim()
+    assert first > max(losses) > min(losses) > last
     figure.savefig(tmp_path / "audit.png")
+    assert f"stride {report.stride}" in [text.get_text() for text in after.texts]
     exact = audit(nn.Sequential(nn.SiLU()), fresh(1, 1, 16, 16)).plot()
-    assert "border (none)" in [t.get_text() for t in exact.axes[1].get_legend().get_texts()]
+    assert "border: nothing" in [t.get_text() for t in exact.axes[1].get_legend().get_texts()]
+    infinite = replace(report, rows=(replace(report.rows[0], border_error=math.inf, whole_error=math.inf),))
+    infinite.plot().savefig(tmp_path / "infinite.png")
 
 
 def test_constant_image_probe_measures_a_known_pattern():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from te_quant.equivariance import _tally, measure_equivariance, placement_agreement
+from te_quant.equivariance import _bootstrap, _tally, measure_equivariance, placement_agreement
 from te_quant.equivariance._bootstrap import ImageSums, Resamples
 from te_quant.equivariance._tally import PairTally
 
@@ -83,6 +83,45 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         naive += abs(rate - 2 / 3) <= half
     assert 0.90 <= held / repetitions <= 0.98
     assert naive / repetitions < 0.75
+
+
+@pytest.mark.parametrize("per_image", [1, 2, 9])
+@pytest.mark.parametrize("count", [1, 11, 301])
+def test_interval_of_a_median_is_that_of_the_sorted_resamples(per_image, count, monkeypatch):
+    """One resample at a time in NumPy: ties, infinities, even and odd numbers, several blocks of draws."""
+    n, seed = 9, 5
+    values = torch.randn(n, per_image).mul(2).round() / 2
+    values[torch.rand(n, per_image) < 0.3] = math.inf
+    values[0] -= 3
+    monkeypatch.setattr(_bootstrap, "_MOST_ELEMENTS", 100 * n)
+    resamples = Resamples(n, count, seed)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.cat(
+        [torch.randint(0, n, (rows, n), generator=generator) for rows in [100] * (count // 100) + [count % 100]]
+    )
+    medians = [np.sort(values.numpy()[rows].ravel())[round((n * per_image - 1) / 2)] for rows in drawn.numpy()]
+    medians.sort()
+    expected = (medians[math.floor(0.025 * (count - 1))], medians[math.ceil(0.975 * (count - 1))])
+    assert resamples.interval_of_median(values) == expected
+    assert resamples.interval_of_median(torch.full((n, 3), math.inf)) == (math.inf, math.inf)
+
+
+def test_intervals_of_a_median_cover_the_truth_about_as_often_as_they_say():
+    """Images of unequal level: 95 % intervals hold the true median in 88 to 99 % of 300 repetitions.
+
+    Negative control: intervals that take all tokens for independent hold it far less often.
+    """
+    generator = torch.Generator().manual_seed(8)
+    n, tokens, repetitions = 60, 25, 300
+    held = naive = 0
+    for repetition in range(repetitions):
+        values = torch.randn(n, 1, generator=generator) + torch.randn(n, tokens, generator=generator)
+        low, high = Resamples(n, 300, repetition).interval_of_median(values)
+        held += low <= 0 <= high
+        low, high = Resamples(n * tokens, 100, repetition).interval_of_median(values.reshape(-1, 1))
+        naive += low <= 0 <= high
+    assert 0.88 <= held / repetitions <= 0.99
+    assert naive / repetitions < 0.6
 
 
 def test_undefined_and_infinite_resamples():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from te_quant.equivariance import Spread, code_margins, margin, measure_equivariance
 from te_quant.equivariance._bootstrap import Resamples
 from te_quant.functional import nearest_code
+from te_quant.testing import codebooks, latents_off_boundaries
 
 
 def loop_margins(z: np.ndarray, codebook: np.ndarray, indices: np.ndarray) -> list[float]:
@@ -43,6 +44,18 @@ def test_margins_match_the_definition(num_codes, dim, count, copies, seed):
         result.numpy(), loop_margins(z.numpy(), codebook.numpy(), indices.numpy()), rtol=1e-8, atol=1e-9
     )
     assert torch.all(code_margins(z, codebook, nearest_code(z, codebook)) >= -1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(codebooks(), st.floats(0, 0.24), st.data())
+def test_latents_drawn_off_boundaries_have_the_margin_they_were_drawn_with(codebook, least, data):
+    """The strategy of te_quant.testing and the measurement mean the same; exact copies of codes change nothing."""
+    latents, indices = data.draw(latents_off_boundaries(codebook, margin=least))
+    rows = latents.movedim(1, -1).flatten(0, 2)
+    found = code_margins(rows, codebook, indices.flatten())
+    assert float(found.min()) >= least - 1e-12
+    again = code_margins(rows, torch.cat([codebook, codebook]), indices.flatten())
+    torch.testing.assert_close(again, found, rtol=1e-9, atol=1e-12)
 
 
 def test_margin_is_how_far_one_may_go_in_the_worst_direction():
@@ -171,6 +184,15 @@ def test_margin_report_matches_loops():
         ordered = np.sort(np.array(values))
         picked = [ordered[round(share * (len(ordered) - 1))] for share in (0.05, 0.5, 0.95)]
         assert (spread.low, spread.median, spread.high) == pytest.approx(picked, rel=1e-6)
+        by_image = np.array(values).reshape(4, -1)
+        medians = []
+        for rows in drawn:
+            ordered = np.sort(by_image[rows].ravel())
+            medians.append(ordered[round(0.5 * (len(ordered) - 1))])
+        expected = [np.percentile(medians, 2.5, method="lower"), np.percentile(medians, 97.5, method="higher")]
+        assert spread.median_interval == pytest.approx(expected, rel=1e-6)
+    # Of the movement it is a point: here no image moves otherwise than another.
+    assert found.margin.median_interval[0] < found.margin.median_interval[1]
 
 
 def test_codebook_alone_gives_the_fourier_form_too():
@@ -245,6 +267,8 @@ def test_spread_of_nothing_is_not_a_number():
     """No value, no percentile; infinities are values."""
     assert math.isnan(Spread.of(torch.zeros(0)).median)
     assert Spread.of(torch.tensor([math.inf, 1.0, 2.0])) == Spread(1.0, 2.0, math.inf)
+    for resamples, values in ((Resamples(2, 9, 0), torch.zeros(2, 0)), (Resamples(1, 9, 0), torch.ones(1, 3))):
+        assert all(math.isnan(bound) for bound in Spread.of(values, resamples).median_interval)
 
 
 Z, E, INDICES = torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3).long()

@@ -59,12 +59,32 @@ def test_infinite_psnr_survives_json():
 def test_other_dictionaries_are_refused():
     """Another format, a missing field, an unknown field."""
     data = make_report().to_dict()
-    with pytest.raises(ValueError, match=r"format must be 2 \(measure anew: another format lacks fields\), got 1"):
+    with pytest.raises(ValueError, match=r"format must be 2 or 3 \(measure anew: another format lacks .*, got 1"):
         EquivarianceReport.from_dict(data | {"format": 1})
     with pytest.raises(ValueError, match="report fields must be"):
         EquivarianceReport.from_dict({k: v for k, v in data.items() if k != "aligned"})
     with pytest.raises(ValueError, match="report fields must be"):
         EquivarianceReport.from_dict(data | {"surprise": 1})
+
+
+def test_reports_of_the_former_format_are_read():
+    """Without intervals of the medians, which then print as a median alone; all else is as it was."""
+    report = make_report()
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["format"] == 3
+    data["format"] = 2
+    for name in ("margin", "movement", "ratio"):
+        assert len(data["margin"][name].pop("median_interval")) == 2
+    again = EquivarianceReport.from_dict(data)
+    assert all(math.isnan(bound) for bound in again.margin.margin.median_interval)
+    spread = again.margin.margin
+    row = cells(again.to_markdown())["margin, median (5 % to 95 %)"]
+    assert row == [f"{spread.median:.3g} ({spread.low:.3g} to {spread.high:.3g})"]
+    whole = replace(
+        again,
+        margin=replace(again.margin, **{n: getattr(report.margin, n) for n in ("margin", "movement", "ratio")}),
+    )
+    assert repr(whole) == repr(report)
 
 
 def test_reports_are_frozen():
@@ -125,7 +145,10 @@ def test_markdown_shows_every_agreement_with_kappa_code_use_and_reconstruction()
         ("movement under whole-token shifts, median (5 % to 95 %)", margin.movement),
         ("movement / margin, median (5 % to 95 %)", margin.ratio),
     ]:
-        assert rows[label] == [f"{spread.median:.3g} ({spread.low:.3g} to {spread.high:.3g})"]
+        median = bracket(spread.median, spread.median_interval, ".3g")
+        assert rows[label] == [f"{median} ({spread.low:.3g} to {spread.high:.3g})"]
+    low, high = margin.margin.median_interval
+    assert low <= margin.margin.median <= high
     assert rows["batch of one"] == ["0", f"{report.numerical_floor['batch of one'].tokens}"]
     assert rows["used codes"] == [f"{report.code_use.used_codes} of 4"]
     assert rows["codes above 0.1 % of use"] == [str(report.code_use.frequent_codes)]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from te_quant.filters import PADDING_MODES, binomial_kernel, filter2d, pad2d
+from te_quant.testing import image_sides
 
 MODES = st.sampled_from(PADDING_MODES)
 
@@ -53,7 +54,7 @@ def test_binomial_kernel_refuses_sizes_that_are_none(size: object, error: type[E
         binomial_kernel(size)
 
 
-@given(mode=MODES, sides=st.tuples(*[st.integers(1, 5)] * 2), margins=st.tuples(*[st.integers(0, 4)] * 4))
+@given(mode=MODES, sides=image_sides(1, largest=5), margins=st.tuples(*[st.integers(0, 4)] * 4))
 @settings(deadline=None, max_examples=60)
 def test_pad2d_agrees_with_numpy(mode: str, sides: tuple[int, int], margins: tuple[int, int, int, int]) -> None:
     """Every mode, every margin, sides smaller than the margin included."""
@@ -99,7 +100,7 @@ def test_pad2d_refuses_what_is_no_image_or_mode() -> None:
         pad2d(fresh(2, 2), (1, 1, 1, 1), "zeros")
 
 
-@given(mode=MODES, sides=st.tuples(*[st.integers(5, 8)] * 2), size=st.integers(1, 5), stride=st.integers(1, 4))
+@given(mode=MODES, sides=image_sides(1, smallest=5, largest=8), size=st.integers(1, 5), stride=st.integers(1, 4))
 @settings(deadline=None, max_examples=40)
 def test_filter2d_agrees_with_loops(mode: str, sides: tuple[int, int], size: int, stride: int) -> None:
     """Any kernel, not only symmetric ones: correlation, not convolution, aligned at (k - 1) // 2."""

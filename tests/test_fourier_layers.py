@@ -23,8 +23,9 @@ from te_quant.layers import (
     build_upsample,
 )
 from te_quant.shifts import fourier_shift
+from te_quant.testing import image_sides
 
-SIDES = st.tuples(st.integers(1, 9), st.integers(1, 9))
+SIDES = image_sides(1, largest=9)
 STRIDES = st.integers(1, 4)
 FRACTIONS = st.tuples(st.floats(-6, 6), st.floats(-6, 6))
 

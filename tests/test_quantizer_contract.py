@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from te_quant import QuantizerOutput
+from te_quant.testing import assert_shift_equivariant, image_sides, images, shifts
 from tests.quantizer_cases import EMPTY_SHAPES, QUANTIZERS, SHAPES, latents_for, state_of
 
 pytestmark = pytest.mark.parametrize("name", QUANTIZERS)
@@ -118,6 +121,27 @@ def test_other_precisions(name: str, dtype: torch.dtype) -> None:
         message = f"latents must be {dtype} as the codebook, got torch.float32."
         with pytest.raises(TypeError, match=exactly(message)):
             quantizer(latents_for(quantizer, (3, -1, 4, 5)))
+
+
+def test_quantizing_commutes_with_token_shifts(name: str) -> None:
+    """Tokens, codes and what the decoder sees move with the latents by any shift; the losses stay."""
+    quantizer = build(name).double()
+
+    @given(shifts(9), st.data())
+    @settings(deadline=None, max_examples=6)
+    def holds(shift: tuple[int, int], data: st.DataObject) -> None:
+        latents = data.draw(images(image_sides(1, largest=6), channels=quantizer.code_dim))
+        for function in (quantizer.encode, lambda z: quantizer(z).quantized, lambda z: quantizer(z).codes):
+            assert_shift_equivariant(function, latents, shifts=[shift], tolerance=0)
+        before, after = quantizer(latents), quantizer(latents.roll(shift, (-2, -1)))
+        torch.testing.assert_close(after.loss, before.loss, rtol=1e-12, atol=0)
+
+    holds()
+    # The control: a quantizer that knows where a token lies does not.
+    places = torch.arange(12.0, dtype=torch.float64).view(3, 4)
+    latents = latents_for(quantizer, (2, -1, 3, 4), torch.float64)
+    with pytest.raises(AssertionError, match=r"not equivariant at shift \(0, 1\)"):
+        assert_shift_equivariant(lambda z: quantizer(z).codes + places, latents, shifts=[(0, 1)])
 
 
 def test_layouts_agree(name: str) -> None:

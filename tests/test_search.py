@@ -16,6 +16,7 @@ from torch import Tensor
 
 from te_quant import VectorQuantizer, _precision, _search
 from te_quant.functional import nearest_code
+from te_quant.testing import codebooks, latents_off_boundaries
 from tests.quantizer_oracles import LargestTensor, assert_nearest
 
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -68,6 +69,27 @@ def test_finds_the_nearest_code_across_tiles(seed: int, n: int, k: int, c: int, 
     """Many tiles and ragged edges change nothing."""
     latents, codebook = draw(seed, n, k, c, dtype)
     assert_nearest(nearest_code(latents, codebook), latents, codebook)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@given(
+    codebook=codebooks(num_codes=(1, 40), code_dim=(1, 20)),
+    margin=st.floats(0.01, 0.24),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    data=st.data(),
+)
+@quick
+def test_finds_the_code_that_latents_were_drawn_around(
+    codebook: Tensor, margin: float, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Off the boundaries there is one right answer, in every tile, and no push below the margin changes it."""
+    codebook = codebook.to(dtype)
+    latents, indices = data.draw(latents_off_boundaries(codebook, margin=margin, grid=(3, 4)))
+    rows = latents.movedim(1, -1).flatten(0, 2)
+    assert torch.equal(nearest_code(rows, codebook), indices.flatten())
+    push = torch.randn(rows.shape, dtype=dtype)
+    push *= 0.99 * margin / push.norm(dim=1, keepdim=True)
+    assert torch.equal(nearest_code(rows + push, codebook), indices.flatten())
 
 
 @pytest.mark.usefixtures("small_tiles")

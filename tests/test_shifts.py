@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from te_quant import shifts
+from te_quant import shifts, testing
 from te_quant.shifts import align, canvas, crop, fourier_shift, place, roll, valid_tokens
 
 quick = settings(deadline=None, max_examples=30)
-sides = st.tuples(st.integers(1, 7), st.integers(1, 7))
-small_shifts = st.tuples(st.integers(-9, 9), st.integers(-9, 9))
+sides = testing.image_sides(1, largest=7)
+small_shifts = testing.shifts(9)
 
 
 def moved_by_loops(image: np.ndarray, shift: tuple[int, int], *, wrap: bool, fill: float = 0.0) -> np.ndarray:
@@ -62,14 +62,11 @@ def test_canvas_moves_tokens_and_leaves_its_input_alone():
 
 
 @quick
-@given(sides, st.tuples(st.integers(0, 3), st.integers(0, 3)), st.data())
-def test_crop_moves_content_like_a_roll_seen_through_the_window(size, play, data):
+@given(sides, testing.shifts(3), st.tuples(st.integers(0, 3), st.integers(0, 3)))
+def test_crop_moves_content_like_a_roll_seen_through_the_window(size, shift, spare):
     """A window that moves against the shift shows what a fixed window shows of rolled content."""
+    play = (abs(shift[0]) + spare[0], abs(shift[1]) + spare[1])
     images = torch.randn(2, size[0] + 2 * play[0], size[1] + 2 * play[1])
-    shift = (
-        data.draw(st.integers(-play[0], play[0])),
-        data.draw(st.integers(-play[1], play[1])),
-    )
     window = (slice(play[0], play[0] + size[0]), slice(play[1], play[1] + size[1]))
     assert torch.equal(crop(images, shift, size=size), roll(images, shift)[:, window[0], window[1]])
 

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from te_quant import VectorQuantizer
 from te_quant.functional import rotation_trick
+from te_quant.testing import assert_shift_equivariant, codebooks, latents_off_boundaries, shifts
 from tests.quantizer_cases import state_of
 from tests.quantizer_oracles import assert_nearest, orthogonality_oracle
 
@@ -107,6 +110,34 @@ def test_assignment_is_the_nearest_or_most_alike(metric: str) -> None:
     if metric == "l2":
         assert_nearest(indices, latents, quantizer.codebook.detach(), clear_share=1.0)
     assert torch.equal(indices, cosines.argmax(1)) == (metric == "cosine")
+
+
+@given(codebooks(), st.floats(0.01, 0.24), shifts(5), st.data())
+@settings(deadline=None, max_examples=40)
+def test_tokens_follow_latents_that_move_and_stir_less_than_their_margin(
+    codebook: Tensor, margin: float, shift: tuple[int, int], data: st.DataObject
+) -> None:
+    """What the certified rate rests on: moved, and disturbed by less than the margin, latents keep their codes."""
+    quantizer = double_vq(codes=len(codebook), dim=codebook.shape[1]).eval()
+    quantizer.codebook.data.copy_(codebook)
+    latents, indices = data.draw(latents_off_boundaries(codebook, margin=margin, grid=(3, 5), batch=2))
+    assert torch.equal(quantizer.encode(latents), indices)
+    assert_shift_equivariant(quantizer.encode, latents, shifts=[shift])
+    stir = torch.randn_like(latents)
+    stir *= 0.99 * margin / stir.norm(dim=1, keepdim=True)
+    moved = quantizer(latents.roll(shift, (-2, -1)) + stir)
+    assert torch.equal(moved.indices, indices.roll(shift, (-2, -1)))
+    assert torch.equal(moved.codes, quantizer(latents).codes.roll(shift, (-2, -1)))
+
+
+def test_tokens_do_not_follow_latents_that_stir_more_than_their_margin() -> None:
+    """The control: twice the way to the boundary is another code."""
+    quantizer = double_vq(codes=2, dim=1).eval()
+    quantizer.codebook.data.copy_(torch.tensor([[0.0], [1.0]]))
+    latents = torch.tensor([[[[0.2, 0.9]]]], dtype=torch.float64)
+    margins = torch.tensor([[[[0.3, -0.4]]]])
+    assert quantizer.encode(latents + 0.99 * margins).tolist() == [[[0, 1]]]
+    assert quantizer.encode(latents + 1.01 * margins).tolist() == [[[1, 0]]]
 
 
 @pytest.mark.parametrize("update", ["gradient", "ema"])

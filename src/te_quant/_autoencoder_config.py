@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal
 
 from te_quant._checks import require, require_choice, require_int, require_number
@@ -19,6 +19,10 @@ __all__ = ["AutoencoderConfig"]
 _SEQUENCES = ("channel_multipliers", "attention_levels")
 
 
+class _Default(tuple[int, ...]):
+    """The levels of a config that was given none: equal to those given by name, and yet told apart."""
+
+
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Every option of a :class:`~te_quant.autoencoder.VQAutoencoder`; the defaults are the paper's stage 1.
@@ -31,8 +35,7 @@ class AutoencoderConfig:
             the last halves the sides: L levels make a stride of 2^(L-1) pixels.
         num_res_blocks: residual blocks a level in the encoder, at least 1; the decoder has one more a level.
         attention_levels: the levels, counted from 0 (finest), whose residual blocks are each followed by
-            attention. If there are any, the middle of encoder and decoder has one as well; ``()`` is a model
-            without attention.
+            attention. If there are any, the middle of encoder and decoder has one as well.
         downsample: a name of :func:`~te_quant.layers.build_downsample`. ``polyphase`` (with circular padding)
             makes tokens exact for every integer shift; ``fourier`` needs circular padding.
         upsample: a name of :func:`~te_quant.layers.build_upsample`. ``polyphase`` goes with that downsampling
@@ -56,6 +59,8 @@ class AutoencoderConfig:
         decay: of the moving averages, in [0, 1).
         orthogonal_reg: λ of the orthogonality penalty, >= 0; 10 for TE-VQGAN.
         gradient_estimator: ``straight_through`` or ``rotation_trick``.
+        attention: ``False`` is a model without attention, ``attention_levels=()`` in one word; beside levels that
+            say otherwise it is refused. It is read here alone and not stored: the config has ``attention_levels``.
 
     Raises:
         ValueError: an option is out of range, ``norm_groups`` does not divide ``base_channels``, or two options
@@ -71,7 +76,7 @@ class AutoencoderConfig:
     base_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 2)
     num_res_blocks: int = 1
-    attention_levels: tuple[int, ...] = (2,)
+    attention_levels: tuple[int, ...] = _Default((2,))
     downsample: str = "strided_conv"
     upsample: str = "nearest"
     encoder_padding: PaddingMode = "replicate"
@@ -88,8 +93,10 @@ class AutoencoderConfig:
     decay: float = 0.99
     orthogonal_reg: float = 0.0
     gradient_estimator: Literal["straight_through", "rotation_trick"] = "straight_through"
+    attention: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, attention: bool | None) -> None:
+        self._resolve_attention(attention)
         for name in _SEQUENCES:
             # A list, as JSON gives it, would make the config unhashable and unequal to its own copy.
             object.__setattr__(self, name, _tuple_of_ints(name, getattr(self, name)))
@@ -97,6 +104,18 @@ class AutoencoderConfig:
         self._check_combinations()
         self._check_levels()
         self._check_quantizer()
+
+    def _resolve_attention(self, attention: bool | None) -> None:
+        if attention is None:
+            return
+        if not isinstance(attention, bool):
+            raise TypeError(f"attention must be True, False or None, got {attention!r}.")
+        if not attention and isinstance(self.attention_levels, _Default):
+            object.__setattr__(self, "attention_levels", ())
+            return
+        levels = _tuple_of_ints("attention_levels", self.attention_levels)
+        expected = "at least one level" if attention else "()"
+        require(bool(levels) == attention, "attention_levels", f"{expected} with attention={attention}", levels)
 
     def _check_networks(self) -> None:
         for name in ("image_channels", "base_channels", "num_res_blocks", "norm_groups"):
@@ -168,7 +187,7 @@ class AutoencoderConfig:
             ValueError: an option does not exist, or is out of range.
             TypeError: an option has the wrong type.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls)] + ["attention"]
         for name in options:
             require(name in known, "config key", "one of " + ", ".join(known), repr(name))
         return cls(**options)

@@ -31,6 +31,10 @@ from te_quant.layers import (
 __all__ = ["build_decoder", "build_encoder"]
 
 
+# A 3x3 convolution on the token grid reflects one row, which needs another to mirror it at.
+_REFLECTED = 2
+
+
 class _Level(nn.Sequential):
     """Layers in a row, the phase given to the one that wants it."""
 
@@ -102,6 +106,9 @@ class Encoder(nn.Module):
         if height % divisor or width % divisor or height == 0 or width == 0:
             expected = f"positive multiples of the divisor {divisor}"
             require(False, "images sides", expected, f"images shape {tuple(images.shape)}")
+        if self.config.encoder_padding == "reflect" and min(height, width) < _REFLECTED * divisor:
+            expected = f"at least {_REFLECTED * divisor} for encoder_padding='reflect'"
+            require(False, "images sides", expected, f"images shape {tuple(images.shape)}")
 
 
 class Decoder(nn.Module):
@@ -132,6 +139,9 @@ class Decoder(nn.Module):
         require_rank("codes", codes, (4,), f"(B, {self.config.code_dim}, h, w)")
         require_floating("codes", codes)
         require_axis("codes", codes, 1, self.config.code_dim, "code_dim")
+        if self.config.decoder_padding == "reflect" and min(codes.shape[-2:]) < _REFLECTED:
+            expected = f"at least {_REFLECTED} for decoder_padding='reflect'"
+            require(False, "codes sides", expected, f"codes shape {tuple(codes.shape)}")
         phases = self._phases(codes, phases)
         # Convolutions choose their algorithm by the strides: equal codes must give bit-equal images.
         hidden = self.middle(self.conv_in(self.from_codes(codes.clone(memory_format=torch.contiguous_format))))
@@ -162,7 +172,8 @@ def build_encoder(config: AutoencoderConfig) -> Encoder:
     (:class:`~te_quant.contract.EquivarianceContract`).
 
     Shape:
-        images: (B, I, H, W) floating point in [-1, 1], sides divisible by ``config.divisor``.
+        images: (B, I, H, W) floating point in [-1, 1], sides divisible by ``config.divisor``, and at least twice
+            that for ``encoder_padding="reflect"``.
         latents: (B, C, h, w).
         phases: (B, L, 2) int64.
 
@@ -177,7 +188,7 @@ def build_decoder(config: AutoencoderConfig) -> Decoder:
     """The network behind the quantizer: the encoder mirrored, with one more residual block a level.
 
     Shape:
-        codes: (B, C, h, w) floating point.
+        codes: (B, C, h, w) floating point, h and w at least 2 for ``decoder_padding="reflect"``.
         phases: (B, L, 2) int64 in {0, 1}, as the encoder gave them, or None for zeros; of no effect unless
             ``config.upsample`` is ``polyphase``.
         images: (B, I, s·h, s·w).

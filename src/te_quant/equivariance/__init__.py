@@ -3,7 +3,7 @@
 from te_quant.equivariance.agreement import Agreement, PairCounts, count_pairs, foreground_tokens
 from te_quant.equivariance.audit import audit
 from te_quant.equivariance.audit_constant import ConstantImageReport, constant_image_probe
-from te_quant.equivariance.audit_report import AuditReport, AuditRow
+from te_quant.equivariance.audit_report import AuditReport, AuditRow, decibels
 from te_quant.equivariance.errors import ShiftError
 from te_quant.equivariance.floor import numerical_floor
 from te_quant.equivariance.margin import Margin, Spread, code_margins
@@ -35,6 +35,7 @@ __all__ = [
     "comparison_table",
     "constant_image_probe",
     "count_pairs",
+    "decibels",
     "foreground_tokens",
     "measure_equivariance",
     "numerical_floor",

@@ -3,7 +3,7 @@
 Tokens of one image depend on each other, images do not: so whole images are drawn with replacement, every pooled
 sum is formed again from the sums of the drawn images, and the percentiles of the results are the interval.
 
-Shape letters: N images, R resamples, B batch, M sums an image.
+Shape letters: N images, R resamples, B batch, M sums an image, T values an image.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from torch import Tensor
 
 from te_quant._checks import require_int
 
-__all__ = ["NO_INTERVAL", "ImageSums", "Interval", "Resamples"]
+__all__ = ["NO_INTERVAL", "ImageSums", "Interval", "Resamples", "percentile_place"]
 
 Interval = tuple[float, float]
 NO_INTERVAL: Interval = (math.nan, math.nan)
 _LEVEL = 0.95
 # Elements of the largest temporary: 32 MiB of float64.
 _MOST_ELEMENTS = 2**22
+
+
+def percentile_place(share: float, count: int) -> int:
+    """Which of ``count`` sorted values, counted from 0, stands for the percentile ``share``: the nearest one."""
+    return round(share * (count - 1))
 
 
 class Resamples:
@@ -66,8 +71,8 @@ class Resamples:
         ordered = joined[~joined.isnan()].sort().values
         if len(ordered) == 0:
             return NO_INTERVAL
-        tail, last = (1 - _LEVEL) / 2, len(ordered) - 1
-        return float(ordered[math.floor(tail * last)]), float(ordered[math.ceil((1 - tail) * last)])
+        low, high = _bounds(len(ordered))
+        return float(ordered[low]), float(ordered[high])
 
     def interval_of_sums(self, sums: Tensor, estimate: Callable[[Tensor], Tensor]) -> Interval:
         """Return the interval of an estimate that follows from sums.
@@ -80,6 +85,47 @@ class Resamples:
             sums: (N, M) float64.
         """
         return self.interval(lambda times: estimate(times @ sums))
+
+    def interval_of_median(self, values: Tensor) -> Interval:
+        """Return the interval of the median over all values, of which every image has equally many.
+
+        A resample has N·T values. Its median is at most v if enough of them are, which counts by image tell; so
+        the two medians that bound the interval are found by bisection, without a median of any resample.
+
+        Args:
+            values: may be infinite, not NaN.
+
+        Shape:
+            values: (N, T).
+        """
+        if not self._times or values.numel() == 0:
+            return NO_INTERVAL
+        by_image, ordered = values.sort(dim=1).values, values.flatten().sort().values
+        enough = percentile_place(0.5, len(ordered)) + 1
+
+        def medians_up_to(value: Tensor) -> int:
+            counts = torch.searchsorted(by_image, value.repeat(len(by_image), 1), right=True).double()
+            return sum(int((times.double() @ counts >= enough).sum()) for times in self._times)
+
+        def median(place: int) -> float:
+            """The median that comes at ``place`` among the sorted medians of the resamples."""
+            low, high = 0, len(ordered) - 1
+            while low < high:
+                middle = (low + high) // 2
+                if medians_up_to(ordered[middle]) > place:
+                    high = middle
+                else:
+                    low = middle + 1
+            return float(ordered[low])
+
+        first, last = _bounds(sum(len(times) for times in self._times))
+        return median(first), median(last)
+
+
+def _bounds(count: int) -> tuple[int, int]:
+    """Which of ``count`` sorted estimates bound the interval: order statistics, rounded outwards."""
+    tail, last = (1 - _LEVEL) / 2, count - 1
+    return math.floor(tail * last), math.ceil((1 - tail) * last)
 
 
 class ImageSums:

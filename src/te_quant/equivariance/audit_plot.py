@@ -21,11 +21,15 @@ _COLOURS = {"border": "#D55E00", "global": "#CC79A7", "aliasing": "#0072B2"}
 _OFFSETS = {"border": -0.28, "global": 0.0, "aliasing": 0.28}
 _MARKS = {"border": "o", "global": "D", "aliasing": "s"}
 # Better than this is drawn on the line that says exact; float32 rounds at about 100 dB.
-_EXACT = 80.0
+_BEST = 80.0
+# Worse than this is drawn here.
+_WORST = -40.0
+_STEP = 10
+_LONGEST = 48
 
 
 def plot_audit(report: AuditReport) -> Figure:
-    """Draw the error after each module, and under it what each module adds, by part; down is worse.
+    """Draw a line a module, in the order of execution: the error after it, and what it adds, by part.
 
     Args:
         report: of :func:`~te_quant.equivariance.audit`.
@@ -37,38 +41,41 @@ def plot_audit(report: AuditReport) -> Figure:
 
     rows = report.rows
     places = range(len(rows))
-    width = min(30.0, max(7.0, 2.5 + 0.22 * len(rows)))
-    figure = Figure(figsize=(width, 7.5), layout="constrained")
-    after, added = figure.subplots(2, 1, sharex=True)
-    for label, field, colour, style in (
-        ("shifts by whole strides", "whole_error", "#000000", "-"),
-        ("shifts below the stride", "sub_stride_error", "#009E73", "--"),
+    figure = Figure(figsize=(10.5, 1.9 + 0.17 * max(4, len(rows))), layout="constrained")
+    after, added = figure.subplots(1, 2, sharey=True)
+    exact = _exact_line(report)
+    for label, field, colour, dash in (
+        ("whole strides", "whole_error", "#000000", "-"),
+        ("less than the stride", "sub_stride_error", "#009E73", "--"),
     ):
-        heights = [_height(row, getattr(row, field)) for row in rows]
-        after.plot(places, heights, style, color=colour, marker=".", label=label)
+        values = [_decibels(row, getattr(row, field), exact) for row in rows]
+        after.plot(values, places, dash, color=colour, marker=".", label=label, clip_on=False)
     for part in PARTS:
-        heights = [_height(row, row.part(part)) if row.part(part) else math.nan for row in rows]
-        colour = _COLOURS[part]
-        drops = [math.nan if math.isnan(height) else height - _EXACT for height in heights]
+        values = [_decibels(row, row.part(part), exact) if row.part(part) else math.nan for row in rows]
         beside = [place + _OFFSETS[part] for place in places]
-        added.bar(beside, drops, 0.28, bottom=_EXACT, color=colour)
+        lengths = [value - exact for value in values]
+        added.barh(beside, lengths, 0.28, left=exact, color=_COLOURS[part], zorder=2)
         worst = report.worst(part)
-        name = "none" if worst is None else f"most by {worst.name or 'the model'}"
-        added.plot(beside, heights, _MARKS[part], ls="", color=colour, label=f"{part} ({name})", markersize=4)
-    after.set_title("Error after each module", fontsize=10)
-    added.set_title("Error that each module adds", fontsize=10)
-    for axes in (after, added):
-        axes.axhline(_EXACT, color="0.6", lw=0.8)
-        low = min([0.0, *(y for line in axes.lines for y in line.get_ydata() if math.isfinite(y))])
-        axes.set_ylim(low - 4, _EXACT + 4)
-        axes.set_yticks([*range(0, int(_EXACT), 20), _EXACT], [*map(str, range(0, int(_EXACT), 20)), "exact"])
-        axes.set_ylabel("dB (more is better)")
-        axes.grid(axis="y", color="0.9")
+        name = "nothing" if worst is None else f"most by {worst.name or 'the model'}"
+        style: dict[str, Any] = {"ls": "", "markersize": 4, "zorder": 3}
+        added.plot(values, beside, _MARKS[part], color=_COLOURS[part], label=f"{part}: {name}", **style)
+    for axes, title in ((after, "Error after each module, shifts by"), (added, "Error that each module adds")):
+        axes.axvline(exact, color="0.6", lw=0.8)
+        worst_seen = min([0.0, *(x for line in axes.lines for x in line.get_xdata() if math.isfinite(x))])
+        # Worse is further to the right, so that a longer bar is a larger loss.
+        axes.set_xlim(exact + _STEP / 4, worst_seen - _STEP / 4)
+        ticks = list(range(int(worst_seen / _STEP) * _STEP, int(exact), _STEP))
+        axes.set_xticks([exact, *ticks], ["exact", *map(str, ticks)], fontsize=8)
+        axes.set_xlabel("dB below the signal", fontsize=8)
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _mark_strides(after, rows)
-    added.set_xticks(places, [_label(row) for row in rows], rotation=90, fontsize=6.5)
-    added.set_xlim(-0.8, len(rows) - 0.2)
+        placed = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+        axes.legend(title=title, title_fontsize=9, fontsize=8, alignment="left", frameon=False, **placed)
+    _mark_strides(after, rows, exact)
+    added.tick_params(axis="y", left=False)
+    after.set_yticks(places, [_label(row) for row in rows], fontsize=7)
+    after.set_ylim(max(4, len(rows)) - 0.4, -0.6)
     return figure
 
 
@@ -112,10 +119,19 @@ def plot_constant_image(report: ConstantImageReport) -> Figure:
     return figure
 
 
-def _height(row: AuditRow, error: float | None) -> float:
+def _exact_line(report: AuditReport) -> float:
+    """Where to draw what is exact: one step better than the best value that is not."""
+    errors = [(row, error) for row in report.rows for error in (row.whole_error, row.sub_stride_error)]
+    errors += [(row, row.part(part)) for row in report.rows for part in PARTS]
+    shown = [decibels(error) for row, error in errors if error is not None and error > row.floor]
+    best = max([0.0, *(value for value in shown if value < _BEST)])
+    return _STEP * (math.floor(best / _STEP) + 2.0)
+
+
+def _decibels(row: AuditRow, error: float | None, exact: float) -> float:
     if error is None:
         return math.nan
-    return _EXACT if error <= row.floor else max(-40.0, min(_EXACT, decibels(error)))
+    return exact if error <= row.floor else max(_WORST, min(exact, decibels(error)))
 
 
 def _label(row: AuditRow) -> str:
@@ -124,15 +140,11 @@ def _label(row: AuditRow) -> str:
     return f"{short} ({row.kind})"
 
 
-_LONGEST = 34
-
-
-def _mark_strides(axes: Any, rows: tuple[AuditRow, ...]) -> None:
+def _mark_strides(axes: Any, rows: tuple[AuditRow, ...], exact: float) -> None:
     previous = None
     for place, row in enumerate(rows):
         if row.stride != previous:
-            axes.axvline(place - 0.5, color="0.8", lw=0.8)
-            axes.text(
-                place - 0.4, 0.02, f"stride {row.stride:g}", transform=axes.get_xaxis_transform(), fontsize=7
-            )
+            axes.axhline(place - 0.5, color="0.7", lw=0.8, zorder=0)
+            text = {"xytext": (5, -1), "textcoords": "offset points", "fontsize": 7, "va": "top"}
+            axes.annotate(f"stride {row.stride:g}", (exact, place - 0.5), **text)
         previous = row.stride

@@ -7,10 +7,11 @@ for each channel. In decibels, -10·log10 of it: more is better, 0 dB is an erro
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from te_quant._checks import require_choice
+from te_quant._checks import require, require_choice
 from te_quant.shifts import Shift
 
 if TYPE_CHECKING:
@@ -160,6 +161,19 @@ class AuditReport:
         plain: dict[str, Any] = _plain(asdict(self))
         return {"format": FORMAT, **plain}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AuditReport:
+        """Rebuild a report from :meth:`to_dict`, before or after JSON.
+
+        Raises:
+            ValueError: another format, or missing or unknown fields.
+        """
+        require(data.get("format") == FORMAT, "format", str(FORMAT), repr(data.get("format")))
+        values = _fields(cls, {name: value for name, value in data.items() if name != "format"})
+        values["rows"] = tuple(AuditRow(**_fields(AuditRow, row)) for row in data["rows"])
+        values["skipped"] = tuple(SkippedModule(**_fields(SkippedModule, row)) for row in data["skipped"])
+        return cls(**values)
+
 
 def _cell(row: AuditRow, error: float | None) -> str:
     if error is None:
@@ -176,6 +190,21 @@ def _culprit(part: Part, row: AuditRow | None) -> str:
 
 def _shifts(shifts: tuple[Shift, ...]) -> str:
     return " ".join(f"({dy},{dx})" for dy, dx in shifts) or "none"
+
+
+_TEXTS = ("name", "kind", "padding", "reason", "unaudited")
+
+
+def _fields(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo :func:`_plain` for the fields of ``kind``: lists were tuples, strings in place of numbers floats."""
+    names = {field.name for field in fields(kind)}
+    require(set(data) == names, f"{kind.__name__} fields", str(sorted(names)), sorted(data))
+    values = {name: _tuples(value) for name, value in data.items()}
+    return {name: float(v) if isinstance(v, str) and name not in _TEXTS else v for name, v in values.items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,13 @@ from te_quant._checks import (
     require_rank,
 )
 from te_quant._values import require_in_range
-from te_quant.equivariance._bootstrap import ImageSums, Interval, Resamples
+from te_quant.equivariance._bootstrap import (
+    NO_INTERVAL,
+    ImageSums,
+    Interval,
+    Resamples,
+    percentile_place,
+)
 
 __all__ = ["Margin", "MarginTally", "Spread", "code_margins"]
 
@@ -41,21 +47,34 @@ _CLOSE = 1e-6
 
 @dataclass(frozen=True)
 class Spread:
-    """Percentiles of a quantity over tokens: 5 %, 50 % and 95 %; order statistics, so inf may be among them."""
+    """Percentiles of a quantity over tokens; order statistics, so inf may be among them.
+
+    Attributes:
+        low: 5 %.
+        median: 50 %.
+        high: 95 %.
+        median_interval: 95 % confidence interval of the median, by percentile bootstrap over images; NaN for fewer
+            than two images, without resamples, and in reports from before it was measured.
+    """
 
     low: float
     median: float
     high: float
+    median_interval: Interval = NO_INTERVAL
 
     @classmethod
-    def of(cls, values: Tensor) -> Spread:
-        """Take the percentiles of any number of values; NaN without any."""
+    def of(cls, values: Tensor, resamples: Resamples | None = None) -> Spread:
+        """Take the percentiles of any number of values; NaN without any.
+
+        Args:
+            values: of any shape; one row an image where there are ``resamples``.
+            resamples: for the interval of the median.
+        """
         if values.numel() == 0:
             return cls(math.nan, math.nan, math.nan)
         ordered = values.flatten().sort().values
-        last = len(ordered) - 1
-        low, median, high = (float(ordered[round(share * last)]) for share in (0.05, 0.5, 0.95))
-        return cls(low, median, high)
+        low, median, high = (float(ordered[percentile_place(s, len(ordered))]) for s in (0.05, 0.5, 0.95))
+        return cls(low, median, high, NO_INTERVAL if resamples is None else resamples.interval_of_median(values))
 
 
 @dataclass(frozen=True)
@@ -160,7 +179,7 @@ def _close_walls(away: Tensor, to_others: Tensor) -> Tensor:
 class MarginTally:
     """Margins and movements over all images.
 
-    Keeps two float32 for every pair, for the percentiles.
+    Keeps two float32 for every pair, for the percentiles; each list has an entry a batch, (B, ·).
 
     Args:
         codebook: all codes.
@@ -175,6 +194,8 @@ class MarginTally:
         self._margins: list[Tensor] = []
         self._movements: list[Tensor] = []
         self._ratios: list[Tensor] = []
+        # Those of the batch under way, (B, ·) a shift.
+        self._moved: list[tuple[Tensor, Tensor]] = []
 
     def margins(self, latents: Tensor, tokens: Tensor) -> Tensor:
         """Return r of the reference images.
@@ -196,7 +217,7 @@ class MarginTally:
             "such that tokenize(images) is the code nearest to latents(images) in L2",
             f"another code at {misplaced:.1%} of the tokens",
         )
-        self._margins.append(margins.float().cpu().flatten())
+        self._margins.append(margins.float().cpu().flatten(1))
         return margins
 
     def add(self, margins: Tensor, movement: Tensor, kept: Tensor) -> None:
@@ -219,22 +240,26 @@ class MarginTally:
         )
         # A vector on a wall, or beyond it, has nothing left to lose.
         ratio = torch.where(margins > 0, delta / margins, torch.inf)
-        self._movements.append(delta.float().cpu().flatten())
-        self._ratios.append(ratio.float().cpu().flatten())
+        self._moved.append((delta.float().cpu().flatten(1), ratio.float().cpu().flatten(1)))
 
     def close(self) -> None:
         """End the batch; what is added next belongs to other images."""
         self._sums.close()
+        if self._moved:
+            movements, ratios = zip(*self._moved, strict=True)
+            self._movements.append(torch.cat(movements, dim=1))
+            self._ratios.append(torch.cat(ratios, dim=1))
+            self._moved = []
 
     def margin(self, resamples: Resamples) -> Margin:
-        """Return the percentiles and the certified rate with its interval."""
+        """Return the percentiles and the certified rate, with intervals."""
         certified, contradictions, tokens = (float(value) for value in self._sums.total[0])
         return Margin(
             certified_rate=certified / tokens if tokens else math.nan,
             certified_interval=resamples.interval_of_sums(self._sums.rows, lambda sums: sums[:, 0] / sums[:, 2]),
-            margin=Spread.of(torch.cat(self._margins)),
-            movement=Spread.of(torch.cat(self._movements)),
-            ratio=Spread.of(torch.cat(self._ratios)),
+            margin=Spread.of(torch.cat(self._margins), resamples),
+            movement=Spread.of(torch.cat(self._movements), resamples),
+            ratio=Spread.of(torch.cat(self._ratios), resamples),
             contradictions=int(contradictions),
             tokens=int(tokens),
         )

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AGREEMENT_LABELS", "ERROR_LABELS", "EquivarianceReport"]
 
-FORMAT = 2
+FORMAT = 3
+# Lacks the intervals of the medians of margins; they read as not measured.
+_FORMER = 2
 
 
 @dataclass(frozen=True)
@@ -116,15 +118,14 @@ class EquivarianceReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EquivarianceReport:
-        """Rebuild a report from :meth:`to_dict`, before or after JSON.
+        """Rebuild a report from :meth:`to_dict`, before or after JSON, of this format or of the one before it.
 
         Raises:
             ValueError: another format, or missing or unknown fields.
         """
-        current = data.get("format") == FORMAT
-        require(
-            current, "format", f"{FORMAT} (measure anew: another format lacks fields)", repr(data.get("format"))
-        )
+        known = data.get("format") in (_FORMER, FORMAT)
+        expected = f"{_FORMER} or {FORMAT} (measure anew: another format lacks fields)"
+        require(known, "format", expected, repr(data.get("format")))
         names = {field.name for field in fields(cls)}
         require(set(data) == names | {"format"}, "report fields", f"{sorted(names | {'format'})}", sorted(data))
         settings = dict(data["settings"])

@@ -110,7 +110,8 @@ def _bracket(interval: Interval, pattern: str = ".3f") -> str:
 
 
 def _spread(spread: Spread) -> str:
-    return f"{spread.median:.3g} ({spread.low:.3g} to {spread.high:.3g})"
+    interval = _bracket(spread.median_interval, ".3g")
+    return f"{spread.median:.3g}{interval} ({spread.low:.3g} to {spread.high:.3g})"
 
 
 _MARGIN_ROWS: dict[str, Callable[[Margin], str]] = {

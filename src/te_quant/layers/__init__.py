@@ -2,9 +2,9 @@
 
 from te_quant.layers.activation import ACTIVATIONS, FilteredActivation, PolynomialActivation, build_activation
 from te_quant.layers.blocks import PaddedConv2d, ResidualBlock, SelfAttention2d
+from te_quant.layers.blur import BlurPool2d
 from te_quant.layers.downsample import (
     DOWNSAMPLERS,
-    BlurPool2d,
     ConvBlurPool,
     ConvFourier,
     ConvPolyphase,

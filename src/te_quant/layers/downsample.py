@@ -1,11 +1,11 @@
-"""Downsampling by two: the four of the paper with the blur two of them use, and the two that lose no shift.
+"""Downsampling by two: the four of the paper, and the two that lose no shift.
 
 Every layer here commutes with circular shifts by multiples of its stride when it pads circularly: output
 pixel u depends on input pixels around s·u in the same way for all u. Of shifts below the stride,
 :class:`ConvPolyphase` commutes with the integer ones and :class:`ConvFourier` with all in the sense of
 :func:`te_quant.shifts.fourier_shift`; the others with none, and the blurred ones only come closer.
 
-Shape letters: B batch, C channels, H W pixels, k taps, s stride.
+Shape letters: B batch, C channels, H W pixels, s stride.
 
 Source: Shin et al. 2021, arXiv:2112.00384, section 4 (StridedConv, ConvBlurpool, MaxPool, MaxBlurpool).
 """
@@ -14,19 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_choice, require_int, require_rank
-from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter2d, pad2d
+from te_quant.filters import PADDING_MODES, PaddingMode, pad2d
 from te_quant.layers.blocks import PaddedConv2d
+from te_quant.layers.blur import BlurPool2d
 from te_quant.layers.fourier import FourierDownsample2d
 from te_quant.layers.polyphase import PolyphaseDownsample2d
 
 __all__ = [
     "DOWNSAMPLERS",
-    "BlurPool2d",
     "ConvBlurPool",
     "ConvFourier",
     "ConvPolyphase",
@@ -35,50 +34,6 @@ __all__ = [
     "StridedConv",
     "build_downsample",
 ]
-
-
-class BlurPool2d(nn.Module):
-    """A binomial low-pass filter, then one pixel in ``stride``.
-
-    It takes any number of channels, any floating dtype and any side; it has no weights and adds nothing to
-    a ``state_dict``. Constants stay as they are, except beside a border that is padded with zeros.
-
-    Args:
-        kernel_size: k, at least 1, odd or even; 5 in the paper.
-        stride: s, pixels, at least 1.
-        padding_mode: ``zeros``, ``replicate``, ``reflect`` or ``circular``; ``(k - 1) // 2`` pixels before
-            and ``k // 2`` after.
-
-    Shape:
-        images: (B, C, H, W).
-        result: (B, C, ⌈H/s⌉, ⌈W/s⌉).
-
-    Raises:
-        ValueError: an option is out of range; a side is too small to be reflected.
-
-    Source: Zhang 2019, arXiv:1904.11486. Differs: the size is ⌈H/s⌉ for even k too, and for any k and s.
-    """
-
-    taps: Tensor
-
-    def __init__(self, *, kernel_size: int = 5, stride: int = 2, padding_mode: PaddingMode = "replicate") -> None:
-        super().__init__()
-        require_int("kernel_size", kernel_size, 1)
-        require_int("stride", stride, 1)
-        require_choice("padding_mode", padding_mode, PADDING_MODES)
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.padding_mode: PaddingMode = padding_mode
-        taps = binomial_kernel(kernel_size, dtype=torch.get_default_dtype())
-        self.register_buffer("taps", taps, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Filter, then subsample."""
-        return filter2d(images, self.taps, stride=self.stride, padding_mode=self.padding_mode)
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding_mode={self.padding_mode}"
 
 
 class StridedConv(nn.Module):

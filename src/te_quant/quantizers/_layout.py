@@ -14,8 +14,10 @@ from torch import Tensor
 
 from te_quant._checks import (
     require_axis,
+    require_choice,
     require_device,
     require_floating,
+    require_int,
     require_integer_tensor,
     require_rank,
 )
@@ -38,6 +40,11 @@ class Rows(NamedTuple):
     searchable: Tensor
     weights: Tensor | None
 
+    @property
+    def counted(self) -> Tensor:
+        """(·, C), the values of the rows that count."""
+        return self.searchable if self.weights is None else self.searchable[self.weights.squeeze(1) > 0]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -46,6 +53,11 @@ class Layout:
     code_dim: int
     channel_dim: int
     nonfinite: str | None
+
+    def __post_init__(self) -> None:
+        require_int("channel_dim", self.channel_dim)
+        require_choice("channel_dim", self.channel_dim, (1, -1))
+        require_choice("nonfinite", self.nonfinite, (None, "raise", "skip", "off"))
 
     def check(self, latents: Tensor, codebook: Tensor) -> None:
         """Refuse latents that do not fit ``codebook``; call it before autocast is switched off."""

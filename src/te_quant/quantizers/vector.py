@@ -16,26 +16,17 @@ from te_quant._checks import require, require_choice, require_int, require_numbe
 from te_quant._precision import HALF, full_precision, unit_rows, widen
 from te_quant._search import sample_codes, search_codes
 from te_quant.functional import orthogonality, rotation_trick, straight_through
-from te_quant.quantizers._codebook import (
-    Penalized,
-    draw_penalized,
-    kmeans,
-    move_codebook,
-    replacements,
-    row_sums,
-)
-from te_quant.quantizers._distributed import GroupReference, all_reduce_sum
-from te_quant.quantizers._ema import smoothed
+from te_quant.quantizers._codebook import kmeans, replacements
+from te_quant.quantizers._distributed import GroupReference
 from te_quant.quantizers._layout import Layout, Rows
+from te_quant.quantizers._losses import distance_losses
+from te_quant.quantizers._state import CodebookState, observe, restart, revive
 from te_quant.quantizers.base import QuantizerOutput
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["VectorQuantizer"]
-
-# Laplace smoothing of the running counts; the value of van den Oord et al. 2017.
-_EPSILON = 1e-5
 
 
 class VectorQuantizer(nn.Module):
@@ -122,17 +113,12 @@ class VectorQuantizer(nn.Module):
         require_number("orthogonal_reg", orthogonal_reg, 0.0)
         if orthogonal_max_codes is not None:
             require_int("orthogonal_max_codes", orthogonal_max_codes, 1)
-        for name, value in (
-            ("orthogonal_active_only", orthogonal_active_only),
-            ("orthogonal_max_codes", orthogonal_max_codes),
-        ):
+        subset = {"orthogonal_active_only": orthogonal_active_only, "orthogonal_max_codes": orthogonal_max_codes}
+        for name, value in subset.items():
             require(not value or orthogonal_reg > 0, name, "unset while orthogonal_reg is 0", repr(value))
         require_choice("gradient_estimator", gradient_estimator, ("straight_through", "rotation_trick"))
         require_number("temperature", temperature, 0.0)
         require_number("decay", decay, 0.0, below=1.0)
-        require_int("channel_dim", channel_dim)
-        require_choice("channel_dim", channel_dim, (1, -1))
-        require_choice("nonfinite", nonfinite, (None, "raise", "skip", "off"))
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.metric = metric
@@ -172,11 +158,26 @@ class VectorQuantizer(nn.Module):
                 chosen = sample_codes(rows.searchable, table, self.temperature, generator)
             else:
                 chosen = search_codes(rows.searchable, table)
-            penalized, moved = self._observe(rows, chosen, generator)
+            updating = self.training and not self.frozen
+            penalized, moved = observe(
+                self._state(),
+                rows,
+                chosen,
+                updating=updating,
+                active_only=self.orthogonal_active_only,
+                max_codes=self.orthogonal_max_codes,
+                decay=self.decay,
+                orthogonal_reg=self.orthogonal_reg,
+                unit=self.metric == "cosine",
+                generator=generator,
+                group=self._group.resolve() if updating else None,
+            )
             # Under "ema" the codebook has just moved, and decode(indices) will read it where it is now.
             table = table if moved is None else self._project(widen(moved))
             codes = F.embedding(chosen, table)
-            codebook_loss, commitment_loss = self._distances(rows, codes)
+            codebook_loss, commitment_loss = distance_losses(
+                rows, codes, self.commitment_weight, codebook_follows=self.codebook_update == "gradient"
+            )
             penalty = torch.zeros_like(commitment_loss)
             if self.orthogonal_reg:
                 penalty = self.orthogonal_reg * orthogonality(penalized.rows(table), penalized.mask)
@@ -249,12 +250,8 @@ class VectorQuantizer(nn.Module):
         group = self._group.resolve()
         with full_precision(latents.device):
             centers = kmeans(rows, self._table(), iterations, self._project, generator, group)
-        if centers is None:
-            return
-        self.codebook.copy_(centers)
-        self.usage.fill_(1)
-        if self.codebook_update == "ema":
-            self.code_sums.copy_(self.codebook)
+        if centers is not None:
+            restart(self._state(), centers)
 
     @torch.no_grad()
     def revive_dead_codes(
@@ -278,13 +275,7 @@ class VectorQuantizer(nn.Module):
         require_number("threshold", threshold, 0.0, 1.0)
         rows = self._counted_rows(latents, "revive_dead_codes")
         revived, fresh = replacements(rows, self.usage, threshold, generator, self._group.resolve())
-        column = revived.unsqueeze(1)
-        self.codebook.copy_(torch.where(column, fresh.to(self.codebook.dtype), self.codebook))
-        self.usage.copy_(torch.where(revived, self.usage.mean(), self.usage))
-        if self.codebook_update == "ema":
-            # Without this the next step would write the old means over the revived codes.
-            weighted = widen(self.codebook) * smoothed(self.usage, _EPSILON).unsqueeze(1)
-            self.code_sums.copy_(torch.where(column, weighted, self.code_sums))
+        revive(self._state(), revived, fresh)
         return revived
 
     def extra_repr(self) -> str:
@@ -302,6 +293,10 @@ class VectorQuantizer(nn.Module):
                 self._buffers[name] = buffer.float()
         return self
 
+    def _state(self) -> CodebookState:
+        sums = self.code_sums if self.codebook_update == "ema" else None
+        return CodebookState(self.codebook, self.usage, sums)
+
     def _project(self, vectors: Tensor) -> Tensor:
         return unit_rows(vectors) if self.metric == "cosine" else vectors
 
@@ -318,63 +313,4 @@ class VectorQuantizer(nn.Module):
         self._layout.check(latents, self.codebook)
         with full_precision(latents.device):
             rows = self._rows(latents)
-        return rows.searchable if rows.weights is None else rows.searchable[rows.weights.squeeze(1) > 0]
-
-    @torch.no_grad()
-    def _observe(
-        self, rows: Rows, chosen: Tensor, generator: torch.Generator | None
-    ) -> tuple[Penalized, Tensor | None]:
-        """Count; choose the codes to penalize; update the statistics, and the codebook, returned if it moved."""
-        updating = self.training and not self.frozen
-        group = self._group.resolve() if updating else None
-        active = None
-        if updating or self.orthogonal_active_only:
-            ones = torch.ones_like(rows.searchable[:, :1]) if rows.weights is None else rows.weights
-            counts = all_reduce_sum(row_sums(chosen, ones, self.num_codes).squeeze(1), group)
-            active = counts > 0
-        penalized = draw_penalized(
-            active if self.orthogonal_active_only else None,
-            self.orthogonal_max_codes if updating else None,
-            self.codebook,
-            generator,
-            group,
-        )
-        return penalized, self._update(rows, chosen, counts, penalized, group) if updating else None
-
-    def _update(
-        self, rows: Rows, chosen: Tensor, counts: Tensor, penalized: Penalized, group: ProcessGroup | None
-    ) -> Tensor | None:
-        # All processes may have been empty; then nothing changes, decided without waiting for the device.
-        seen = counts.any()
-        usage = torch.where(seen, self.usage.lerp(counts.to(self.usage.dtype), 1 - self.decay), self.usage)
-        codebook = None
-        if self.codebook_update == "ema":
-            sums = all_reduce_sum(row_sums(chosen, rows.searchable, self.num_codes), group)
-            sums = self.code_sums.lerp(sums.to(self.code_sums.dtype), 1 - self.decay)
-            codebook = move_codebook(
-                widen(self.codebook),
-                (self.usage, self.code_sums),
-                (usage, sums),
-                _EPSILON,
-                self.orthogonal_reg,
-                penalized,
-                self.metric == "cosine",
-            )
-            codebook = torch.where(seen, codebook.to(self.codebook.dtype), self.codebook)
-            self.codebook.copy_(codebook)
-            self.code_sums.copy_(torch.where(seen, sums, self.code_sums))
-        self.usage.copy_(usage)
-        return codebook
-
-    def _distances(self, rows: Rows, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted codebook and commitment terms: mean squared differences over the rows that count."""
-        vectors = rows.vectors
-        weights = vectors.new_ones(()) if rows.weights is None else rows.weights
-        counted = vectors.shape[0] if rows.weights is None else rows.weights.sum()
-        # An empty batch has a loss of zero, not of 0/0.
-        size = counted * self.code_dim + (counted == 0)
-        commitment = (weights * (vectors - codes.detach()).square()).sum() / size
-        if self.codebook_update == "ema":
-            return torch.zeros_like(commitment), self.commitment_weight * commitment
-        codebook = (weights * (vectors.detach() - codes).square()).sum() / size
-        return codebook, self.commitment_weight * commitment
+        return rows.counted
