@@ -84,7 +84,10 @@ def test_shifts_are_drawn_without_replacement(multiple: int, count: int, data: s
     """Multiples within the image, none twice, never the identity; all there are if as many are asked for."""
     sides = data.draw(image_sides(multiple, largest=8 * multiple))
     others = {
-        (dy, dx) for dy in range(0, sides[0], multiple) for dx in range(0, sides[1], multiple) if (dy, dx) != (0, 0)
+        (dy, dx)
+        for dy in range(0, sides[0], multiple)
+        for dx in range(0, sides[1], multiple)
+        if (dy, dx) != (0, 0)
     }
     drawn = draw_shifts(sides, multiple, count, _generator())
     assert len(drawn) == len(set(drawn)) == min(count, len(others))
@@ -186,7 +189,9 @@ def test_settings_are_those_of_the_finished_run(tmp_path: Path) -> None:
     """Read from its folder, so that no option has to repeat them; an unfinished run has nothing to count."""
     chosen = settings_for("smoke", "integer_exact", {"steps": 3, "seed": 5})
     (tmp_path / "settings.json").write_text(json.dumps(to_dict(chosen)))
-    with pytest.raises(ValueError, match="out must be a folder with a finished run of this arm and seed, got none"):
+    with pytest.raises(
+        ValueError, match="out must be a folder with a finished run of this arm and seed, got none"
+    ):
         finished_settings(tmp_path)
     (tmp_path / "evaluation.json").write_text("{}")
     assert finished_settings(tmp_path) == chosen

@@ -120,8 +120,8 @@ def count_differences(
         batches: (·, C, H, W) each, in the model's dtype.
 
     Returns:
-        ``compared`` and ``differing`` indices, ``distinct_images``, ``distinct_pairs`` of an image and a shift, and
-        ``unaligned``: pairs where t + o - o' is no multiple of s.
+        ``compared`` and ``differing`` indices, ``distinct_images``, ``distinct_pairs`` of an image and a shift,
+        and ``unaligned``: pairs where t + o - o' is no multiple of s.
 
     Raises:
         ValueError: the distinct images are too few for so many comparisons.
