@@ -22,8 +22,8 @@ from examples.te_vqgan.sources import SPLITS, DigitSource
 __all__ = ["CellBatch", "CellDataset", "Distortion"]
 
 _ORDER, _COLORS, _DISTORTION = range(3)
-# Smaller cells are distorted at this canvas's resolution and averaged down afterwards: at 14 pixels a digit, bilinear
-# resampling alone would blur what the test cells show sharply.
+# Smaller cells are distorted at this canvas's resolution and averaged down afterwards: at 14 pixels a digit,
+# bilinear resampling alone would blur what the test cells show sharply.
 _FINE_CANVAS = 64
 # One row of the binomial filter; its outer product is the 3x3 blur.
 _BLUR = (0.25, 0.5, 0.25)

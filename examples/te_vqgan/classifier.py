@@ -5,9 +5,8 @@ Shape letters: B images or cells, S canvas side, c side of a cell, P places, L c
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.te_vqgan.cells import Distortion
 from examples.te_vqgan.checkpoint import load_checkpoint, save_checkpoint
-from examples.te_vqgan.checks import require, require_int, require_number
+from examples.te_vqgan.checks import require, require_int
+from examples.te_vqgan.classifier_settings import ClassifierSettings, check_widths
 from examples.te_vqgan.files import write_text_atomically
 from examples.te_vqgan.recipes import PLACES
 
@@ -34,97 +33,6 @@ __all__ = [
 _CONFIG, _WEIGHTS, _MODEL = "config.json", "model.safetensors", "model"
 # As in the published LPIPS: added to a norm, so that features of zero stay zero.
 _TINY = 1e-10
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassifierSettings:
-    """Everything that decides the numbers of a classifier's training, and nothing else.
-
-    Args:
-        data: name of the digits, as ``prepare`` takes it.
-        canvas_size: side of the images whose cells are read, pixels; a multiple of 32.
-        seed: of the initial weights and of the cells drawn.
-        steps: optimiser steps, at least 1.
-        batch_size: cells a step.
-        learning_rate: peak rate of AdamW.
-        weight_decay: of AdamW, for the weights of convolutions and heads alone.
-        warmup_steps: the rate rises linearly for so many steps.
-        final_lr_share: ...and then falls on half a cosine to this share of its peak, in [0, 1].
-        label_smoothing: of the digit's cross entropy, in [0, 1).
-        widths: channels of the stages, as :class:`CellClassifier` takes them.
-        blocks: residual blocks a stage.
-        stem_stride: as :class:`CellClassifier` takes it.
-        shift: as all below, a field of :class:`~.cells.Distortion`.
-        rotation: see there.
-        scale: see there.
-        shear: see there.
-        flaws: see there.
-        bf16: compute the network in bfloat16 (the losses stay in float32).
-        log_every: a line in the log after so many steps.
-        validate_every: validation numbers in that line after so many steps; a multiple of ``log_every``.
-        checkpoint_every: a checkpoint after so many steps.
-        validation_cells: cells on which the validation during training looks.
-    """
-
-    data: str = "mnist"
-    canvas_size: int = 32
-    seed: int = 0
-    steps: int = 4800
-    batch_size: int = 128
-    learning_rate: float = 5e-3
-    weight_decay: float = 0.02
-    warmup_steps: int = 100
-    final_lr_share: float = 0.0
-    label_smoothing: float = 0.0
-    widths: tuple[int, ...] = (32, 64, 128)
-    blocks: int = 1
-    stem_stride: int = 2
-    shift: float = 0.0625
-    rotation: float = 10.0
-    scale: float = 0.1
-    shear: float = 0.1
-    flaws: float = 0.2
-    bf16: bool = False
-    log_every: int = 10
-    validate_every: int = 200
-    checkpoint_every: int = 200
-    validation_cells: int = 1000
-
-    def __post_init__(self) -> None:
-        for name in ("canvas_size", "steps", "batch_size", "blocks", "stem_stride", "validation_cells"):
-            require_int(name, getattr(self, name), 1)
-        for name in ("log_every", "validate_every", "checkpoint_every"):
-            require_int(name, getattr(self, name), 1)
-        for name in ("seed", "warmup_steps"):
-            require_int(name, getattr(self, name), 0)
-        for name in ("learning_rate", "weight_decay"):
-            require_number(name, getattr(self, name), 0.0)
-        require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
-        require_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
-        _check_widths(self.widths)
-        self.distortion.check()
-        require(self.canvas_size % 32 == 0, "canvas_size", "a multiple of 32", self.canvas_size)
-        require(
-            self.validate_every % self.log_every == 0,
-            "validate_every",
-            f"a multiple of log_every={self.log_every}",
-            self.validate_every,
-        )
-
-    @property
-    def distortion(self) -> Distortion:
-        """How far training cells may differ from the digits."""
-        return Distortion(**{name: getattr(self, name) for name in Distortion._fields})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings in the form in which JSON gives them back."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**plain, "widths": list(self.widths)}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> ClassifierSettings:
-        """Undo :meth:`to_dict`."""
-        return cls(**{**plain, "widths": tuple(plain["widths"])})
 
 
 class ClassifierOutput(NamedTuple):
@@ -156,7 +64,8 @@ class CellClassifier(nn.Module):
         ValueError: an option is out of range, or the cells are not (B, 3, c, c).
 
     Source: He et al. 2016, arXiv:1512.03385; widths (64, 128, 256, 512) with two blocks are its ResNet-18.
-        Differs: no max pooling behind the stem, since cells are small; two heads.
+        Differs: no max pooling behind the stem, since cells are small; the stem also sees each pixel's
+        brightest channel; two heads.
     """
 
     def __init__(
@@ -172,7 +81,7 @@ class CellClassifier(nn.Module):
         for name, value in {"num_classes": num_classes, "num_colors": num_colors, "blocks": blocks}.items():
             require_int(name, value, 1)
         require_int("stem_stride", stem_stride, 1)
-        _check_widths(widths)
+        check_widths(widths)
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "num_colors": num_colors,
@@ -210,7 +119,8 @@ class CellClassifier(nn.Module):
             images: (B, 3, H, W) in [-1, 1], cells or whole images. result: (B, widths[i], h_i, w_i).
         """
         require(images.ndim == 4 and images.shape[1] == 3, "images", "(B, 3, H, W)", tuple(images.shape))
-        # The ground becomes 0, which is also what the convolutions pad with: there is no border to see.
+        # The ground becomes 0, with which the stem pads too, so it sees no border. The brightest channel is the
+        # digit whatever its colour; given it, fewer steps are needed.
         light = (images + 1.0) / 2.0
         hidden = self.stem(torch.cat([light, light.amax(dim=1, keepdim=True)], dim=1))
         found = []
@@ -264,14 +174,15 @@ def crop_places(images: Tensor, places: Sequence[int] | None = None) -> Tensor:
 
 
 def feature_distance(classifier: CellClassifier, first: Tensor, second: Tensor) -> Tensor:
-    """Compare images by what the classifier sees in them: 0 for equal ones, at most 4 a stage.
+    """Compare images by what the classifier sees in them: 0 for equal ones, at most 2 a stage.
 
     At each pixel of each stage the channels are scaled to unit length; the squared differences are summed over
     channels, averaged over pixels and summed over stages.
 
     Args:
         classifier: in evaluation mode.
-        first, second: images in [-1, 1].
+        first: images in [-1, 1].
+        second: those they are compared with.
 
     Shape:
         first, second: (B, 3, H, W). result: (B,).
@@ -292,7 +203,8 @@ def feature_distance(classifier: CellClassifier, first: Tensor, second: Tensor) 
 
 
 def _unit(features: Tensor) -> Tensor:
-    return features / (features.norm(dim=1, keepdim=True) + _TINY)
+    norms: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    return features / (norms + _TINY)
 
 
 def save_classifier(classifier: CellClassifier, folder: Path) -> None:
@@ -318,9 +230,3 @@ def load_classifier(folder: Path) -> CellClassifier:
     tensors, _ = load_checkpoint(where / _WEIGHTS)
     classifier.load_state_dict(tensors)
     return classifier.eval()
-
-
-def _check_widths(widths: Sequence[int]) -> None:
-    require(isinstance(widths, tuple) and len(widths) > 0, "widths", "a tuple of one or more ints", repr(widths))
-    for width in widths:
-        require_int("widths", width, 1)
