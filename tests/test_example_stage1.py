@@ -298,7 +298,7 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None
 
 def test_unknown_presets_and_arms_are_refused() -> None:
     """With the list of those that exist."""
-    with pytest.raises(ValueError, match="preset must be one of 'smoke', 'quick', got 'huge'"):
+    with pytest.raises(ValueError, match=r"preset must be one of 'smoke', 'quick', .*, got 'huge'"):
         settings_for("huge", "vqgan")
     with pytest.raises(ValueError, match=r"arm must be one of 'vqgan', 'te_vqgan', .*, got 'x'"):
         settings_for("smoke", "x")

@@ -1,17 +1,20 @@
 """Command line: ``python -m examples.te_vqgan prepare|stage1|exactness|report|compare|run``.
 
 ``run`` does everything for a preset; the other commands are its steps. Each step that was interrupted goes on
-where it was, each that is finished is skipped.
+where it was, each that is finished is skipped. Started by ``torchrun --nproc-per-node 2 -m examples.te_vqgan``, on
+one host or on several, the same commands let all processes train each model together.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from examples.te_vqgan import distributed
 from examples.te_vqgan.options import SETTINGS, WHERE, add_options, announce, out_folder, stage1_settings
 from examples.te_vqgan.presets import ARMS
 from examples.te_vqgan.stage2_commands import add_stage2_commands
@@ -20,25 +23,54 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 1 refused or failed, 130 interrupted)."""
+    """Run one command; returns the exit status (0 done, 1 refused or failed, 130 interrupted).
+
+    Of several processes that stop together, the main one tells it and has the status.
+    """
     from examples.te_vqgan.pipeline import STOPPED, JobFailed
     from examples.te_vqgan.stage1 import Interrupted
 
     words = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(words, argparse.Namespace(words=words))
-    command: Callable[[argparse.Namespace], None] = options.command
+    options = _parse(words)
     try:
-        command(options)
-    except Interrupted as outcome:
-        print(outcome, file=sys.stderr)
-        return STOPPED
-    except KeyboardInterrupt:
-        print("\nInterrupted. Give the same command again to go on (stage1: with --resume).", file=sys.stderr)
+        distributed.start(getattr(options, "device", "cpu"))
+        with _quiet_unless_main():
+            _perform(options)
+        distributed.stop()
+    except distributed.MainFailed:
+        return 0
+    except (Interrupted, KeyboardInterrupt) as outcome:
+        if not distributed.is_main():
+            return 0
+        again = "\nInterrupted. Give the same command again to go on (stage1: with --resume)."
+        print(outcome if isinstance(outcome, Interrupted) else again, file=sys.stderr)
         return STOPPED
     except (ValueError, OSError, ImportError, FloatingPointError, JobFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+        whose = "" if distributed.is_main() else f"process {distributed.rank()}: "
+        print(f"{whose}error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    return _parser().parse_args(words, argparse.Namespace(words=list(words)))
+
+
+def _perform(options: argparse.Namespace) -> None:
+    """Run the command on all processes, or, if it does not share its work, on the main one while they wait."""
+    if options.together:
+        options.command(options)
+    else:
+        distributed.from_main(lambda: options.command(options))
+
+
+@contextlib.contextmanager
+def _quiet_unless_main() -> Iterator[None]:
+    if distributed.is_main():
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -91,7 +123,7 @@ def _report(options: argparse.Namespace) -> None:
         render(options.results)
         folder = options.results
     else:
-        folder = write_report(out_folder(options), command=command_line(options.words))
+        folder = write_report(out_folder(options), command=command_line(options.words), into=options.into)
     announce(folder)
 
 
@@ -151,8 +183,8 @@ def _audit(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from examples.te_vqgan.run_command import run_plan
 
-    _prepare(options)
-    run_plan(options)
+    distributed.from_main(lambda: _prepare(options))
+    run_plan(options, perform=lambda words: _perform(_parse(words)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,13 +196,14 @@ def _parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         # No abbreviations: "--seed" must not pass for "--seeds" where only that one is taken.
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        added.set_defaults(command=command)
+        added.set_defaults(command=command, together=False)
         add_options(added, *options)
         return added
 
     compute = (*SETTINGS, "data-dir", "device", "threads")
     add("prepare", _prepare, "fetch and check the data, draw some images", *WHERE, "data-dir", "seed")
     stage1 = add("stage1", _stage1, "train the tokenizer of one arm", *WHERE, *compute)
+    stage1.set_defaults(together=True)
     stage1.add_argument("--arm", choices=tuple(ARMS), required=True, help="which tokenizer")
     stage1.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     stage1.add_argument("--parent", type=int, help=argparse.SUPPRESS)
@@ -180,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     exactness.add_argument("--arm", choices=tuple(ARMS), required=True, help="which tokenizer")
     exactness.add_argument("--tokens", type=int, default=10_000_000, help="comparisons (default: 10 million)")
     report = add("report", _report, "write the report of the finished runs", *WHERE)
+    report.add_argument("--into", type=Path, help="add the runs to the report in this folder")
     report.add_argument("--results", type=Path, help="write a report anew from the results.json in this folder")
     compare = add("compare", _compare, "table and scatter plot of the arms in a report", *WHERE)
     compare.add_argument("--results", type=Path, help="folder of a results.json (default: that of --out)")
@@ -188,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--modules", nargs="+", help="names of what to audit (default: all of it)")
     audit.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
     run = add("run", _run, "all steps of the preset's plan, then the report", *WHERE, *compute)
+    run.set_defaults(together=True)
     run.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="these tokenizers alone (default: the plan's)")
     run.add_argument("--stage2-steps", type=int, help="optimiser steps of the GPT, instead of the preset's")
     run.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")

@@ -27,7 +27,11 @@ def generation_findings(results: Mapping[str, Any]) -> list[str]:
     images = full_size(results)
     if images is None:
         return []
-    arms = generations(results, images)
+    # A tiny test set may have no single digit.
+    every = generations(results, images)
+    arms = {arm: runs for arm, runs in every.items() if accuracies(runs, images, "text_to_image", "quad1")}
+    if not arms:
+        return []
     sentences = []
     for task, words in _TASKS.items():
         if _BASE not in arms:
@@ -55,6 +59,8 @@ def _against(words: str, question: str, values: Sequence[float], base: Sequence[
     """Say whether ``values`` lie above ``base`` by more than the spread between seeds."""
     gap = statistics.fmean(values) - statistics.fmean(base)
     numbers = f"{statistics.fmean(values):.3f} against {statistics.fmean(base):.3f} at Quad1"
+    if f"{abs(gap):.3f}" == "0.000":
+        return f"{words.capitalize()}: {question} changes nothing to the digits shown ({numbers})."
     text = f"{words.capitalize()}: {question} {'gains' if gap > 0 else 'loses'} {abs(gap):.3f} ({numbers})"
     if len(values) > 1 and len(base) > 1:
         spread = (statistics.variance(values) / len(values) + statistics.variance(base) / len(base)) ** 0.5

@@ -19,6 +19,7 @@ from examples.te_vqgan.generation_figures import (
 from examples.te_vqgan.generation_findings import generation_findings
 from examples.te_vqgan.paper_tables import accuracies, full_size, generations, table1, table2, table3
 from examples.te_vqgan.presets import ARMS
+from examples.te_vqgan.sources import CLASS_NAMES
 from te_quant import EquivarianceReport
 
 if TYPE_CHECKING:
@@ -105,16 +106,16 @@ def generation_figures(results: Mapping[str, Any], samples: Samples) -> dict[str
             run["stage2"][str(images)]["generation"]["held_out"]["text_to_image"]["confusion"] for run in runs
         ]
         counts[ARMS[arm].title] = np.sum([np.array(table) for table in tables], axis=0)
-        for run, accuracy in zip(runs, accuracies(runs, images, "text_to_image", "quad1"), strict=True):
-            kappa = (
-                EquivarianceReport.from_dict(run["evaluation"]["equivariance"]).agreements()["sub_stride"].kappa
-            )
-            points.append(Point(ARMS[arm].title, kappa, run["evaluation"]["test"]["perplexity"], accuracy))
-    names = [str(label) for label in range(len(next(iter(counts.values()))))]
+        for run in runs:
+            report = EquivarianceReport.from_dict(run["evaluation"]["equivariance"])
+            kappa, perplexity = report.agreements()["sub_stride"].kappa, run["evaluation"]["test"]["perplexity"]
+            # None if a tiny test set has no single digit.
+            found = accuracies([run], images, "text_to_image", "quad1")
+            points += [Point(ARMS[arm].title, kappa, perplexity, accuracy) for accuracy in found]
     return {
         "captions.png": draw_captions(originals[:8], texts["held_out"][:8]),
         "generated.png": draw_generated(texts["held_out"], originals, generated),
-        "confusions.png": draw_confusions(counts, results.get("class_names", names)),
+        "confusions.png": draw_confusions(counts, CLASS_NAMES[results["runs"][0]["settings"]["data"]]),
         "tradeoff.png": draw_tradeoff(points),
     }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from examples.te_vqgan import distributed
 from examples.te_vqgan.checks import require, require_choice
 
 __all__ = [
@@ -88,6 +89,8 @@ def adaptive_weight(
 ) -> Tensor:
     """Return the factor that gives the adversarial term a gradient as large as the reconstruction's.
 
+    Both are the gradients of the mean of all processes' losses, so that the factor is the same everywhere.
+
     Args:
         reconstruction: the reconstruction loss, ().
         adversarial: the generator's loss, ().
@@ -98,6 +101,7 @@ def adaptive_weight(
     """
     rec = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0]
     adv = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0]
+    distributed.average([rec, adv])
     ratio: Tensor = rec.norm() / (adv.norm() + 1e-6)
     return ratio.clamp(0.0, maximum).detach()
 

@@ -13,7 +13,7 @@ from examples.te_vqgan.document import Table
 from examples.te_vqgan.paper import TABLE1, TABLE2, TABLE3, Printed
 from examples.te_vqgan.presets import ARMS
 
-__all__ = ["accuracies", "generations", "table1", "table2", "table3"]
+__all__ = ["accuracies", "full_size", "generations", "table1", "table2", "table3"]
 
 Run = Mapping[str, Any]
 
@@ -43,14 +43,8 @@ def accuracies(runs: Iterable[Run], images: int, task: str, case: str, split: st
 
 
 def full_size(results: Mapping[str, Any]) -> int | None:
-    """Return the larger training set of Stage 2, ``None`` if no GPT was measured."""
-    sizes = {
-        int(size)
-        for run in results["runs"]
-        for size, part in run.get("stage2", {}).items()
-        if "generation" in part
-    }
-    return max(sizes, default=None)
+    """Return the largest training set of a measured Stage 2, ``None`` if no GPT was measured."""
+    return max(_sizes(results), default=None)
 
 
 def table1(results: Mapping[str, Any], task: str) -> Table:
@@ -80,9 +74,8 @@ def table1(results: Mapping[str, Any], task: str) -> Table:
 
 
 def table2(results: Mapping[str, Any]) -> Table | None:
-    """Quad1 of text to image by size of the training set, or ``None`` if only one size was trained."""
-    images = _full(results)
-    sizes = sorted({int(size) for run in results["runs"] for size in run.get("stage2", {})}, reverse=True)
+    """Quad1 of text to image, largest and smallest training set; ``None`` if only one size was measured."""
+    sizes = sorted(_sizes(results), reverse=True)
     arms = ("vqgan", "te_vqgan")
     values = {
         (size, arm): accuracies(generations(results, size).get(arm, []), size, "text_to_image", "quad1")
@@ -91,17 +84,18 @@ def table2(results: Mapping[str, Any]) -> Table | None:
     }
     if len(sizes) < 2 or not any(values[sizes[-1], arm] for arm in arms):
         return None
+    ends = sizes[0], sizes[-1]
     rows = []
-    for size, printed_size in zip((images, sizes[-1]), TABLE2, strict=True):
+    for size, printed_size in zip(ends, TABLE2, strict=True):
         printed = TABLE2[printed_size]
         cells = [_beside(values[size, arm], printed[arm]) for arm in arms]
         rows.append([f"{size:,} (paper: {printed_size:,})", *cells])
     differences = []
     for arm in arms:
-        large, small = (values[size, arm] for size in (images, sizes[-1]))
+        large, small = (values[size, arm] for size in ends)
         ours = _DASH if not large or not small else f"{statistics.fmean(large) - statistics.fmean(small):.3f}"
-        paper = TABLE2[300_000][arm].mean - TABLE2[100_000][arm].mean
-        differences.append(f"{ours} / {paper:.3f}")
+        largest, smallest = (printed[arm].mean for printed in TABLE2.values())
+        differences.append(f"{ours} / {largest - smallest:.3f}")
     return Table(["training images", *(ARMS[arm].title for arm in arms)], [*rows, ["difference", *differences]])
 
 
@@ -136,6 +130,11 @@ def table3(results: Mapping[str, Any]) -> Table:
             ]
             rows.append([f"{data}, {ARMS[arm].title}{_count(chosen)}", *cells])
     return Table(header, rows)
+
+
+def _sizes(results: Mapping[str, Any]) -> set[int]:
+    parts = (item for run in results["runs"] for item in run.get("stage2", {}).items())
+    return {int(size) for size, part in parts if "generation" in part}
 
 
 def _full(results: Mapping[str, Any]) -> int:

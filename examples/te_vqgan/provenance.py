@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from examples.te_vqgan import distributed
+
 __all__ = ["Execution", "command_line", "git_commit", "versions"]
 
 
@@ -22,8 +24,8 @@ class Execution:
     """Where a run is computed. Does not change what is computed beyond rounding.
 
     Args:
-        device: as torch names it.
-        threads: of torch's CPU kernels; 0 leaves torch's own choice.
+        device: as torch names it; under a launcher ``cuda`` is each process's own GPU.
+        threads: of torch's CPU kernels, shared by the processes of a host; 0 leaves torch's own choice.
     """
 
     device: str = "cpu"
@@ -32,8 +34,8 @@ class Execution:
     def apply(self) -> torch.device:
         """Set the number of threads and return the device."""
         if self.threads:
-            torch.set_num_threads(self.threads)
-        return torch.device(self.device)
+            torch.set_num_threads(max(1, self.threads // distributed.local_size()))
+        return distributed.own_device(self.device)
 
 
 def command_line(arguments: Sequence[str]) -> str:

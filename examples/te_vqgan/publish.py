@@ -1,6 +1,7 @@
 """The step ``publish``: the weights of one arm, small enough to lie beside the results, for the notebook.
 
-Writes ``tokenizer/`` and ``gpt/`` (for ``from_pretrained``), ``classifier/`` (for ``load_classifier``) and ``about.json``.
+Writes ``tokenizer/`` and ``gpt/`` (for ``from_pretrained``), ``classifier/`` (for ``load_classifier``) and
+``about.json``.
 """
 
 from __future__ import annotations

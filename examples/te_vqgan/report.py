@@ -23,7 +23,7 @@ from examples.te_vqgan.files import write_bytes_atomically, write_text_atomicall
 from examples.te_vqgan.findings import findings
 from examples.te_vqgan.generation_report import generation_blocks, generation_figures, generation_tables
 from examples.te_vqgan.paper_tables import full_size, generations
-from examples.te_vqgan.results import METRICS, by_arm, cell, collect, merged
+from examples.te_vqgan.results import METRICS, by_arm, cell, collect, commands, merged
 from te_quant import EquivarianceReport
 from te_quant.equivariance import plot_reports
 
@@ -58,20 +58,19 @@ def write_report(out: Path, *, command: str, wall_seconds: float | None = None, 
 
     Returns:
         The folder of the report.
+
+    Raises:
+        ValueError: no run is finished, or as :func:`~.results.merged`.
     """
-    results = collect(out, command=command, wall_seconds=wall_seconds)
+    collected = collect(out, command=command, wall_seconds=wall_seconds)
     folder = out / "report" if into is None else into
-    results["samples"] = {}
-    for title, runs in by_arm(results).items():
-        first = runs[0]
-        name = f"samples/{first['arm']}.safetensors"
-        write_bytes_atomically(folder / name, (out / first["folder"] / "samples.safetensors").read_bytes())
-        results["samples"][title] = name
-    _add_generated(results, out, folder)
-    before = folder / _RESULTS
-    if into is not None and before.is_file():
-        results = merged(json.loads(before.read_text(encoding="utf-8")), results)
-    write_text_atomically(before, json.dumps(results, indent=1) + "\n")
+    path = folder / _RESULTS
+    results = collected
+    if into is not None and path.is_file():
+        results = merged(json.loads(path.read_text(encoding="utf-8")), collected)
+    results["samples"] = _copied_samples(results, collected, out, folder)
+    _add_generated(results, collected, out, folder)
+    write_text_atomically(path, json.dumps(results, indent=1) + "\n")
     render(folder)
     return folder
 
@@ -99,19 +98,35 @@ def render(folder: Path) -> None:
             write_text_atomically(folder / f"{name}.md", to_markdown([table]))
 
 
-def _add_generated(results: dict[str, Any], out: Path, folder: Path) -> None:
-    """Copy the pictures of the first seed of each arm that generated some, and note the captions of all."""
+def _copied_samples(
+    results: Mapping[str, Any], collected: Mapping[str, Any], out: Path, folder: Path
+) -> dict[str, str]:
+    """Copy the samples of each arm's first seed, if it is among those in ``out``, and return all of them."""
+    here = {(run["arm"], run["seed"]) for run in collected["runs"]}
+    names = {}
+    for title, (first, *_) in by_arm(results).items():
+        names[title] = results.get("samples", {}).get(title, f"samples/{first['arm']}.safetensors")
+        if (first["arm"], first["seed"]) in here:
+            source = out / first["folder"] / "samples.safetensors"
+            write_bytes_atomically(folder / names[title], source.read_bytes())
+    return names
+
+
+def _add_generated(results: dict[str, Any], collected: Mapping[str, Any], out: Path, folder: Path) -> None:
+    """Copy what each arm's first seed generated, if it is among those in ``out``, and note the captions of all."""
     images = full_size(results)
     if images is None:
         return
-    results["generated"] = {}
-    for arm, runs in generations(results, images).items():
-        source = out / runs[0]["folder"] / f"stage2-{images}" / "generation.safetensors"
-        name = f"samples/{arm}-generated.safetensors"
-        write_bytes_atomically(folder / name, source.read_bytes())
-        results["generated"][arm] = name
-        _, texts = load_checkpoint(source)
-        results["captions"] = {split: part["captions"] for split, part in texts.items()}
+    here = {(arm, run["seed"]) for arm, runs in generations(collected, images).items() for run in runs}
+    names = {}
+    for arm, (first, *_) in generations(results, images).items():
+        names[arm] = f"samples/{arm}-generated.safetensors"
+        if (arm, first["seed"]) in here:
+            source = out / first["folder"] / f"stage2-{images}" / "generation.safetensors"
+            write_bytes_atomically(folder / names[arm], source.read_bytes())
+            _, texts = load_checkpoint(source)
+            results["captions"] = {split: part["captions"] for split, part in texts.items()}
+    results["generated"] = names
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -174,7 +189,7 @@ def _blocks(results: Mapping[str, Any]) -> list[Block]:
         Heading(2, "Pictures"),
         *pictures,
         Heading(2, "How it was made"),
-        Paragraph(f"Command: `{results['command']}`" + _took(results["wall_seconds"])),
+        Paragraph(_commands(results) + _took(results["wall_seconds"])),
         _runs_table(results),
         Paragraph(_provenance(first["provenance"]) + f" Seeds: {', '.join(map(str, seeds))}."),
         Paragraph("Settings of each arm that differ from the first arm's:"),
@@ -237,6 +252,11 @@ def _budget(results: Mapping[str, Any]) -> str:
         return "trained with budgets or seeds that differ, see below"
     steps, size = budgets.pop()
     return f"trained with equal seeds and budget ({steps:,} steps of {size} images)"
+
+
+def _commands(results: Mapping[str, Any]) -> str:
+    typed = commands(results)
+    return f"Command{'s' if len(typed) > 1 else ''}: " + ", ".join(f"`{command}`" for command in typed)
 
 
 def _took(seconds: float | None) -> str:

@@ -14,7 +14,7 @@ from examples.te_vqgan.logs import read_log
 from examples.te_vqgan.presets import ARMS, differing
 from te_quant import EquivarianceReport
 
-__all__ = ["METRICS", "Metric", "by_arm", "cell", "collect", "merged", "run_folder", "values_of"]
+__all__ = ["METRICS", "Metric", "by_arm", "cell", "collect", "commands", "merged", "run_folder", "values_of"]
 
 # The curves need no more points than a figure has pixels.
 _LOG_LINES = 400
@@ -96,7 +96,7 @@ def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> di
     """
     runs = _runs_in(out)
     require(bool(runs), "out", "a folder with finished runs", str(out))
-    results: dict[str, Any] = {"command": command, "wall_seconds": wall_seconds, "runs": runs}
+    results: dict[str, Any] = {"commands": [command], "wall_seconds": wall_seconds, "runs": runs}
     classifier = _parts(out / "classifier", "settings", "evaluation", "provenance")
     if "evaluation" in classifier:
         results["classifier"] = classifier
@@ -141,41 +141,57 @@ def _parts(folder: Path, *names: str) -> dict[str, Any]:
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
+def commands(results: Mapping[str, Any]) -> list[str]:
+    """Return what was typed, a line for each time that runs were added."""
+    # Results of before runs could be added have one, under another name.
+    return list(results["commands"] if "commands" in results else [results["command"]])
+
+
 def merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``before`` with everything that ``after`` has anew or in addition.
 
     A run is known by its arm and seed; one that is in both is taken from ``after``, but for trainings of Stage 2
-    that ``after`` lacks.
+    that ``after`` lacks, if they stand on a tokenizer of the same settings.
 
     Raises:
-        ValueError: the results are of different data, or of a run in other settings.
+        ValueError: the results are of different data, or two seeds of an arm, or two trainings of Stage 2 on as
+            many images, differ in other settings than the seed.
     """
-    result = {**before, **{name: value for name, value in after.items() if name != "runs"}}
-    result["runs"] = _merged_runs(before["runs"], after["runs"])
-    for name in ("samples", "generated"):
-        if name in before or name in after:
-            result[name] = {**before.get(name, {}), **after.get(name, {})}
-    result["other"] = {**before.get("other", {}), **after.get("other", {})}
+    result = {**before, **after, "runs": _merged_runs(before["runs"], after["runs"])}
+    result.pop("command", None)
+    other = {**before.get("other", {}), **after.get("other", {})}
     for data in set(before.get("other", {})) & set(after.get("other", {})):
         runs = _merged_runs(before["other"][data]["runs"], after["other"][data]["runs"])
-        result["other"][data] = {**after["other"][data], "runs": runs}
-    commands = dict.fromkeys([*before.get("commands", [before["command"]]), after["command"]])
-    return {**result, "commands": list(commands), "wall_seconds": None}
+        other[data] = {**after["other"][data], "runs": runs}
+    if other:
+        result["other"] = dict(sorted(other.items()))
+    typed = dict.fromkeys([*commands(before), *commands(after)])
+    return {**result, "commands": list(typed), "wall_seconds": None}
 
 
 def _merged_runs(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     known = {(run["arm"], run["seed"]): dict(run) for run in before}
     for run in after:
         old = known.get((run["arm"], run["seed"]), {})
-        second = (
-            {**old.get("stage2", {}), **run.get("stage2", {})} if old.get("settings") == run["settings"] else {}
-        )
+        kept = old.get("stage2", {}) if old.get("settings") == run["settings"] else {}
+        second = {**kept, **run.get("stage2", {})}
         known[run["arm"], run["seed"]] = {**run, **({"stage2": second} if second else {})}
-    for (arm, _), run in known.items():
-        others = [other["settings"] for (name, _), other in known.items() if name == arm]
-        changes = differing({**others[0], "seed": 0}, {**run["settings"], "seed": 0})
-        require(not changes, "settings", f"the same for every seed of {arm}", "; ".join(changes))
-    return sorted(known.values(), key=lambda run: (list(ARMS).index(run["arm"]), run["seed"]))
+    runs = sorted(known.values(), key=lambda run: (list(ARMS).index(run["arm"]), run["seed"]))
+    data = list(dict.fromkeys(run["settings"]["data"] for run in runs))
+    require(len(data) == 1, "data", "the same in both results", " and ".join(data))
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        _require_alike(f"every seed of {arm}", [run["settings"] for run in runs if run["arm"] == arm])
+    trainings = [(size, part["settings"]) for run in runs for size, part in run.get("stage2", {}).items()]
+    for size in dict.fromkeys(size for size, _ in trainings):
+        of_size = [{**settings, "stage1": None} for number, settings in trainings if number == size]
+        _require_alike(f"every Stage 2 of {size} images", of_size)
+    return runs
+
+
+def _require_alike(whose: str, settings: Sequence[Mapping[str, Any]]) -> None:
+    for other in settings[1:]:
+        changes = differing({**settings[0], "seed": 0}, {**other, "seed": 0})
+        require(not changes, "settings", f"the same for {whose}", "; ".join(changes))
 
 
 def by_arm(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -1,4 +1,7 @@
-"""The command ``run``: every step of a preset's plan that is not done yet, several at once, then the report."""
+"""The command ``run``: every step of a preset's plan that is not done yet, several at once, then the report.
+
+Under a launcher its processes, all together, take one step after the other.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import argparse
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.te_vqgan import distributed
 from examples.te_vqgan.checks import require
 from examples.te_vqgan.options import announce, out_folder, stage1_settings
 from examples.te_vqgan.pipeline import Job, run_jobs
@@ -27,19 +31,42 @@ def other_data_folder(out: Path, data: str) -> Path:
     return out / data
 
 
-def run_plan(options: argparse.Namespace) -> None:
-    """Do what is not done yet, and write the report."""
+def run_plan(options: argparse.Namespace, *, perform: Callable[[Sequence[str]], None]) -> None:
+    """Do what is not done yet, and write the report.
+
+    Args:
+        options: of the command line.
+        perform: runs another command, given its words, in this process; for the processes of a launcher.
+
+    Raises:
+        ValueError: a folder holds a run of other settings, or ``--workers`` is given under a launcher.
+        JobFailed: a step ended with an error.
+        KeyboardInterrupt: the user, or SIGTERM, stopped it.
+    """
     from examples.te_vqgan.provenance import command_line
     from examples.te_vqgan.report import write_report
 
     start = time.perf_counter()
-    jobs = list(plan_jobs(options))
-    if jobs:
+    jobs = distributed.from_main(lambda: list(plan_jobs(options)))
+    if distributed.launched():
+        _run_here(jobs, perform)
+    elif jobs:
         workers, threads = _share_of_cores(options)
         run_jobs(jobs, workers=workers, threads=threads)
     seconds = time.perf_counter() - start
     out = out_folder(options)
-    announce(write_report(out, command=command_line(options.words), wall_seconds=seconds if jobs else None))
+    spent, words = seconds if jobs else None, command_line(options.words)
+    distributed.from_main(lambda: announce(write_report(out, command=words, wall_seconds=spent)))
+
+
+def _run_here(jobs: Sequence[Job], perform: Callable[[Sequence[str]], None]) -> None:
+    from examples.te_vqgan.running import Interrupted
+
+    try:
+        for job in jobs:
+            perform(job.arguments)
+    except Interrupted as outcome:
+        raise KeyboardInterrupt from outcome
 
 
 def plan_jobs(options: argparse.Namespace) -> Iterator[Job]:
@@ -172,9 +199,12 @@ def _share_of_cores(options: argparse.Namespace) -> tuple[int, int]:
     """Return trainings at once and threads of each.
 
     Counts all runs asked for, finished or not: a training that goes on later has as many threads as before,
-    since their number changes the last bits.
+    since their number changes the last bits. Under a launcher all cores take part in one training after the other.
     """
     plan = _plan(options)
     cores = options.threads or os.cpu_count() or 1
+    if distributed.launched():
+        require(not options.workers, "workers", "unset under a launcher", options.workers)
+        return 1, cores
     workers = options.workers or min(cores, len(plan.arms) * len(plan.seeds))
     return workers, max(1, cores // workers)

@@ -1,7 +1,8 @@
 """What every training run does alike: one process a folder, a stop at any step, and the same bits after it.
 
 A run's folder holds ``settings.json``, ``log.jsonl`` and ``checkpoint.safetensors``; and when it is finished
-``provenance.json`` and, last of all, ``evaluation.json``, whose presence says that nothing is left to do.
+``provenance.json`` and, last of all, ``evaluation.json``, whose presence says that nothing is left to do. Of the
+processes of :mod:`~examples.te_vqgan.distributed` the main one alone needs the folder.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from examples.te_vqgan.checkpoint import save_checkpoint
+from examples.te_vqgan import distributed
+from examples.te_vqgan.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.checks import require
+from examples.te_vqgan.files import write_text_atomically
 from examples.te_vqgan.logs import RunLog
 from examples.te_vqgan.presets import differing
 from examples.te_vqgan.provenance import Execution, git_commit, versions
@@ -30,6 +33,7 @@ __all__ = [
     "Interrupted",
     "RunSettings",
     "RunTrainer",
+    "begun_run",
     "finished_run",
     "only_process_in",
     "provenance",
@@ -101,12 +105,42 @@ def finished_run(folder: Path, settings: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: it holds a run of other settings.
     """
-    path = folder / "settings.json"
-    if not path.exists():
-        return False
-    changes = differing(json.loads(path.read_text(encoding="utf-8")), settings)
-    require(not changes, "settings", f"those of the run in {folder}", "; ".join(changes))
-    return (folder / "evaluation.json").exists()
+
+    def finished() -> bool:
+        path = folder / "settings.json"
+        if not path.exists():
+            return False
+        changes = differing(json.loads(path.read_text(encoding="utf-8")), settings)
+        require(not changes, "settings", f"those of the run in {folder}", "; ".join(changes))
+        return (folder / "evaluation.json").exists()
+
+    return distributed.from_main(finished)
+
+
+@contextlib.contextmanager
+def begun_run(
+    folder: Path, settings: Mapping[str, Any], *, resume: bool
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]] | None]:
+    """Keep ``folder`` for the unfinished run of ``settings``, and give its checkpoint, ``None`` at the beginning.
+
+    Args:
+        folder: the run's own; made if it is not there.
+        settings: as JSON gives them back.
+        resume: accept a folder with a checkpoint.
+
+    Raises:
+        ValueError: there is a checkpoint and ``resume`` is not set, or another process works in ``folder``.
+    """
+    path = folder / CHECKPOINT
+    with contextlib.ExitStack() as kept:
+
+        def begin() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+            require(resume or not path.exists(), "resume", f"set, as {folder} holds an unfinished run", "False")
+            kept.enter_context(only_process_in(folder))
+            write_text_atomically(folder / "settings.json", json.dumps(dict(settings), indent=2) + "\n")
+            return load_checkpoint(path) if path.exists() else None
+
+        yield distributed.from_main(begin)
 
 
 def run_steps(
@@ -122,44 +156,50 @@ def run_steps(
     progress: bool = True,
     shown: Mapping[str, str] | None = None,
 ) -> None:
-    """Take the steps that are left, with log and checkpoints.
+    """Take the steps that are left, with log and checkpoints, which the main process writes.
 
     Args:
         trainer: what is trained.
         settings: of the run.
         plain: the same settings as JSON gives them back, for the checkpoint.
         folder: the run's own.
-        advance: take one step and return the numbers of it, each (); ``loss`` is among them.
+        advance: take one step and return the numbers of it, each (); ``loss`` is among them. The log has their
+            means over all processes; integers are alike on all of them.
         validate: return the numbers that ``settings.validate_every`` adds to a line of the log.
         clock: the seconds spent on the run, for the checkpoint.
-        stop: asked after every step, given the steps done, whether to stop there.
+        stop: asked after every step, given the steps done, whether to stop there; one process's answer is enough.
         progress: show a progress bar.
         shown: what the bar shows beside the loss: the name there, and that of the number.
 
     Raises:
-        Interrupted: ``stop``, Ctrl-C or SIGTERM ended the training early.
+        Interrupted: ``stop``, Ctrl-C or SIGTERM ended the training early, on all processes at the same step.
         FloatingPointError: the loss is no longer finite.
     """
     from tqdm import tqdm
 
-    bar = tqdm(total=settings.steps, initial=trainer.step, disable=not progress, desc=folder.name, unit="step")
-    log = RunLog(folder / "log.jsonl", trainer.step, folder / "tensorboard")
-    with bar, log, stop_signals() as signalled:
+    main = distributed.is_main()
+    hidden = not (progress and main)
+    bar = tqdm(total=settings.steps, initial=trainer.step, disable=hidden, desc=folder.name, unit="step")
+    log = RunLog(folder / "log.jsonl", trainer.step, folder / "tensorboard") if main else None
+    with bar, log or contextlib.nullcontext(), stop_signals() as signalled:
         while trainer.step < settings.steps:
             numbers = advance()
             done = trainer.step
             if done % settings.log_every == 0 or done == settings.steps:
-                line = {"step": done, **{name: value.item() for name, value in numbers.items()}}
+                means = distributed.mean_of(numbers)
+                line = {"step": done, **{name: value.item() for name, value in means.items()}}
                 if not math.isfinite(line["loss"]):
                     raise FloatingPointError(f"loss must be finite, got {line['loss']} at step {done}.")
-                if done % settings.validate_every == 0 or done == settings.steps:
-                    line |= validate()
-                log.write(**line)
+                if log is not None:
+                    if done % settings.validate_every == 0 or done == settings.steps:
+                        line |= validate()
+                    log.write(**line)
                 others = {title: f"{line[name]:.4g}" for title, name in (shown or {}).items()}
                 bar.set_postfix(loss=f"{line['loss']:.3f}", **others)
             bar.update()
-            interrupted = done < settings.steps and (signalled() or (stop is not None and stop(done)))
-            if interrupted or done % settings.checkpoint_every == 0 or done == settings.steps:
+            wish = done < settings.steps and (signalled() or (stop is not None and stop(done)))
+            interrupted = distributed.agree(wish)
+            if main and (interrupted or done % settings.checkpoint_every == 0 or done == settings.steps):
                 facts = {"step": done, "settings": plain, "spent": clock.spent()}
                 save_checkpoint(folder / CHECKPOINT, trainer.tensors(), facts)
             if interrupted:
@@ -169,15 +209,21 @@ def run_steps(
 
 
 def provenance(
-    command: str | None, where: Execution, trained: Mapping[str, float], all_in_all: Mapping[str, float]
+    command: str | None,
+    where: Execution,
+    trained: Mapping[str, float],
+    all_in_all: Mapping[str, float],
+    *,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Return the content of ``provenance.json``.
 
     Args:
         command: what was typed.
         where: it was computed.
-        trained: seconds of the training, as :meth:`Clock.spent` gives them.
+        trained: seconds of the training, as :meth:`Clock.spent` gives them for the main process.
         all_in_all: seconds with the evaluation.
+        processes: that trained together.
     """
     import torch
 
@@ -185,6 +231,7 @@ def provenance(
         "command": command,
         "commit": git_commit(),
         "device": where.device,
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "training": dict(trained),
         "training_and_evaluation": dict(all_in_all),

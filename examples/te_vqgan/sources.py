@@ -26,7 +26,7 @@ from examples.te_vqgan.archives import (
 from examples.te_vqgan.checks import require_choice
 from examples.te_vqgan.idx import read_idx
 
-__all__ = ["SOURCES", "SPLITS", "DigitSource", "DigitSplit", "load_digits"]
+__all__ = ["CLASS_NAMES", "SOURCES", "SPLITS", "DigitSource", "DigitSplit", "load_digits"]
 
 SOURCES = ("mnist", "fashion-mnist", "digits")
 SPLITS = ("train", "validation", "test")
@@ -46,6 +46,9 @@ _GARMENTS = (
     "bag",
     "ankle boot",
 )
+
+CLASS_NAMES = {"mnist": _NUMERALS, "fashion-mnist": _GARMENTS, "digits": _NUMERALS}
+"""Of labels 0, 1, ..., by data set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +158,7 @@ def load_digits(name: str, data_dir: str | Path | None = None, cache_dir: str | 
     cut = len(images) - _NUM_VALIDATION
     return DigitSource(
         name,
-        _NUMERALS if name == "mnist" else _GARMENTS,
+        CLASS_NAMES[name],
         DigitSplit(images[:cut], labels[:cut]),
         DigitSplit(images[cut:], labels[cut:]),
         DigitSplit(read(TEST_IMAGES, 3), read(TEST_LABELS, 1).astype(np.int64)),
@@ -176,4 +179,6 @@ def _load_sklearn() -> DigitSource:
         for part, rows in zip(parts, np.split(order, [len(order) * 3 // 5, len(order) * 4 // 5]), strict=True):
             part.append(rows)
     rows_of = [np.sort(np.concatenate(part)) for part in parts]
-    return DigitSource("digits", _NUMERALS, *(DigitSplit(scaled[rows], labels[rows]) for rows in rows_of))
+    return DigitSource(
+        "digits", CLASS_NAMES["digits"], *(DigitSplit(scaled[rows], labels[rows]) for rows in rows_of)
+    )

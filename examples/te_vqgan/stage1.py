@@ -11,8 +11,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from examples.te_vqgan.checkpoint import load_checkpoint, save_checkpoint
-from examples.te_vqgan.checks import require
+from torch import Tensor
+
+from examples.te_vqgan import distributed
+from examples.te_vqgan.checkpoint import save_checkpoint
 from examples.te_vqgan.evaluation import dataset, evaluate, quality
 from examples.te_vqgan.files import write_text_atomically
 from examples.te_vqgan.presets import Stage1Settings, to_dict
@@ -21,8 +23,8 @@ from examples.te_vqgan.running import (
     CHECKPOINT,
     Clock,
     Interrupted,
+    begun_run,
     finished_run,
-    only_process_in,
     provenance,
     run_steps,
 )
@@ -30,7 +32,7 @@ from examples.te_vqgan.sources import DigitSource
 from examples.te_vqgan.trainer import Stage1Trainer
 from te_quant.functional import orthogonality
 
-__all__ = ["Interrupted", "is_finished", "train_stage1"]
+__all__ = ["CHECKPOINT", "Interrupted", "is_finished", "train_stage1"]
 
 _VALIDATION_IMAGES = 128
 
@@ -77,22 +79,22 @@ def train_stage1(
     """
     if is_finished(folder, settings):
         return False
-    checkpoint = folder / CHECKPOINT
-    require(resume or not checkpoint.exists(), "resume", f"set, as {folder} holds an unfinished run", "False")
     plain = to_dict(settings)
-    with only_process_in(folder):
-        write_text_atomically(folder / "settings.json", json.dumps(plain, indent=2) + "\n")
+    with begun_run(folder, plain, resume=resume) as checkpoint:
         where = execution or Execution()
         trainer = Stage1Trainer(settings, where.apply())
         train = dataset(settings, source, "train")
         validation = dataset(settings, source, "validation")
         spent = None
-        if checkpoint.exists():
-            tensors, facts = load_checkpoint(checkpoint)
-            trainer.load(tensors, facts)
-            spent = facts["spent"]
-        else:
+        if checkpoint is None:
             trainer.initialize(lambda number: train.batch(number, settings.batch_size))
+        else:
+            trainer.load(*checkpoint)
+            spent = checkpoint[1]["spent"]
+
+        def advance() -> dict[str, Tensor]:
+            rows = distributed.share(train.row_batch(trainer.step, settings.batch_size))
+            return trainer.train_step(train.images.render(train.recipes[rows]))
 
         def validate() -> dict[str, float]:
             measured = quality(trainer.model, validation, _VALIDATION_IMAGES, trainer.device)
@@ -105,18 +107,22 @@ def train_stage1(
             settings,
             plain,
             folder,
-            advance=lambda: trainer.train_step(train.batch(trainer.step, settings.batch_size)),
+            advance=advance,
             validate=validate,
             clock=clock,
             stop=stop,
             progress=progress,
             shown={"codes": "batch_used_codes"},
         )
-        trained = clock.spent()
-        trainer.model.save_pretrained(folder / "model")
-        numbers, samples = evaluate(trainer.model, settings, source, trainer.device)
-        save_checkpoint(folder / "samples.safetensors", samples, {})
-        facts = provenance(command, where, trained, clock.spent())
-        write_text_atomically(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
-        write_text_atomically(folder / "evaluation.json", json.dumps(numbers, indent=2) + "\n")
+        trained, processes = clock.spent(), distributed.size()
+
+        def finish() -> None:
+            trainer.model.save_pretrained(folder / "model")
+            numbers, samples = evaluate(trainer.model, settings, source, trainer.device)
+            save_checkpoint(folder / "samples.safetensors", samples, {})
+            facts = provenance(command, where, trained, clock.spent(), processes=processes)
+            write_text_atomically(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
+            write_text_atomically(folder / "evaluation.json", json.dumps(numbers, indent=2) + "\n")
+
+        distributed.from_main(finish)
     return True

@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.te_vqgan.checkpoint import load_checkpoint
+from examples.te_vqgan import distributed
 from examples.te_vqgan.checks import require
 from examples.te_vqgan.files import write_text_atomically
 from examples.te_vqgan.pairs import CaptionedImages
 from examples.te_vqgan.presets import Stage1Settings, from_dict
 from examples.te_vqgan.provenance import Execution
 from examples.te_vqgan.running import (
-    CHECKPOINT,
     Clock,
+    begun_run,
     finished_run,
-    only_process_in,
     provenance,
     run_steps,
 )
@@ -69,8 +68,7 @@ def load_tokenizer(folder: Path, device: torch.device) -> tuple[VQAutoencoder, S
     Raises:
         ValueError: ``folder`` holds no finished run.
     """
-    require((folder / "evaluation.json").is_file(), "out", "a folder with a finished stage1 run", str(folder))
-    settings = from_dict(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+    settings = _tokenizer_settings(folder)
     return VQAutoencoder.from_pretrained(folder / "model").to(device), settings
 
 
@@ -108,36 +106,37 @@ def train_stage2(
     """
     where = execution or Execution()
     device = where.apply()
-    autoencoder, stage1 = load_tokenizer(tokenizer, device)
+    stage1 = distributed.from_main(lambda: _tokenizer_settings(tokenizer))
     require(source.name == stage1.data, "data", f"that of the tokenizer, {stage1.data!r}", repr(source.name))
     folder = stage2_folder(tokenizer, settings)
     plain = plain_settings(settings, stage1)
     if finished_run(folder, plain):
         return False
-    checkpoint = folder / CHECKPOINT
-    require(resume or not checkpoint.exists(), "resume", f"set, as {folder} holds an unfinished run", "False")
-    with only_process_in(folder):
-        write_text_atomically(folder / "settings.json", json.dumps(plain, indent=2) + "\n")
+    with begun_run(folder, plain, resume=resume) as checkpoint:
+        clock = Clock(None if checkpoint is None else checkpoint[1]["spent"])
         train = _pairs(settings, stage1, source, "train", settings.train_images, settings.seed)
         side = stage1.canvas_size // stage1.model.stride
         config = gpt_config(settings, train.tokenizer, stage1.model.num_codes, (side, side))
-        trainer = Stage2Trainer(settings, config, device)
-        clock = Clock()
-        if checkpoint.exists():
-            tensors, facts = load_checkpoint(checkpoint)
-            trainer.load(tensors, facts)
-            clock = Clock(facts["spent"])
-        else:
-            trainer.initialize()
-        facts = {"images": settings.train_images, "seed": settings.seed, "stage1": plain["stage1"]}
-        tokens = cached_tokens(folder / TOKENS, facts, lambda: _encoded(autoencoder, train, device, progress))
         held = _pairs(settings, stage1, source, "validation", _VALIDATION_IMAGES, _VALIDATION_SEED)
-        held_tokens = encode_dataset(autoencoder, held.dataset, device)
+
+        def encode() -> tuple[Tensor, Tensor]:
+            autoencoder, _ = load_tokenizer(tokenizer, device)
+            facts = {"images": settings.train_images, "seed": settings.seed, "stage1": plain["stage1"]}
+            tokens = cached_tokens(folder / TOKENS, facts, lambda: _encoded(autoencoder, train, device, progress))
+            return tokens, encode_dataset(autoencoder, held.dataset, device)
+
+        # Before the trainer takes torch's generator, from which a new autoencoder draws the weights it then loads.
+        tokens, held_tokens = distributed.from_main(encode)
+        trainer = Stage2Trainer(settings, config, device)
+        if checkpoint is None:
+            trainer.initialize()
+        else:
+            trainer.load(*checkpoint)
 
         def advance() -> dict[str, Tensor]:
             rows = train.rows(trainer.step, settings.batch_size)
-            text = train.caption_tokens(rows, trainer.step)
-            return trainer.train_step(text, tokens[torch.from_numpy(rows)].long())
+            text = distributed.share(train.caption_tokens(rows, trainer.step))
+            return trainer.train_step(text, tokens[torch.from_numpy(distributed.share(rows))].long())
 
         run_steps(
             trainer,
@@ -150,13 +149,22 @@ def train_stage2(
             stop=stop,
             progress=progress,
         )
-        trained = clock.spent()
-        trainer.model.save_pretrained(folder / "model")
-        numbers = _validate(trainer, held, held_tokens)
-        facts = provenance(command, where, trained, clock.spent())
-        write_text_atomically(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
-        write_text_atomically(folder / "evaluation.json", json.dumps(numbers, indent=2) + "\n")
+        trained, processes = clock.spent(), distributed.size()
+
+        def finish() -> None:
+            trainer.model.save_pretrained(folder / "model")
+            numbers = _validate(trainer, held, held_tokens)
+            facts = provenance(command, where, trained, clock.spent(), processes=processes)
+            write_text_atomically(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
+            write_text_atomically(folder / "evaluation.json", json.dumps(numbers, indent=2) + "\n")
+
+        distributed.from_main(finish)
     return True
+
+
+def _tokenizer_settings(folder: Path) -> Stage1Settings:
+    require((folder / "evaluation.json").is_file(), "out", "a folder with a finished stage1 run", str(folder))
+    return from_dict(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
 
 
 def _pairs(

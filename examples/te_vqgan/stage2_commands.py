@@ -8,13 +8,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from examples.te_vqgan.options import out_folder
+from examples.te_vqgan.options import WHERE, out_folder
 from examples.te_vqgan.presets import ARMS, PRESETS
 
 __all__ = ["add_stage2_commands", "classifier_folder"]
 
 Add = Callable[..., argparse.ArgumentParser]
-_WHERE = ("preset", "data", "out", "data-dir", "device", "threads")
+_COMPUTE = (*WHERE, "data-dir", "device", "threads")
 
 
 def add_stage2_commands(add: Add) -> None:
@@ -24,19 +24,23 @@ def add_stage2_commands(add: Add) -> None:
         add: makes the parser of one command from its name, function, help text and shared options.
     """
     classifier = add(
-        "classifier", _classifier, "train the reader of generated images", *_WHERE, "seed", "steps", "bf16"
+        "classifier", _classifier, "train the reader of generated images", *_COMPUTE, "seed", "steps", "bf16"
     )
     _add_run_options(classifier)
-    stage2 = add("stage2", _stage2, "train the GPT on one arm's tokens", *_WHERE, "seed", "steps", "bf16")
+    stage2 = add("stage2", _stage2, "train the GPT on one arm's tokens", *_COMPUTE, "seed", "steps", "bf16")
+    stage2.set_defaults(together=True)
     _add_arm(stage2)
     _add_run_options(stage2)
-    evaluate = add("evaluate", _evaluate, "measure a tokenizer and the GPT on its tokens", *_WHERE, "seed")
+    evaluate = add("evaluate", _evaluate, "measure a tokenizer and the GPT on its tokens", *_COMPUTE, "seed")
     _add_arm(evaluate)
     evaluate.add_argument(
         "--stage2-steps", type=int, help="those that the GPT was trained for, if not the preset's"
     )
     evaluate.add_argument("--tokenizer-alone", action="store_true", help="read reconstructions, no more")
     evaluate.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    share = add("publish", _publish, "copy the weights of one arm, in half precision", *WHERE, "seed")
+    _add_arm(share)
+    share.add_argument("--into", type=Path, required=True, help="folder that is made")
 
 
 def classifier_folder(out: Path) -> Path:
@@ -120,6 +124,24 @@ def _evaluate(options: argparse.Namespace) -> None:
             settings, tokenizer, classifier, source, execution=execution, progress=progress, command=command
         )
     _tell(tokenizer, measured)
+
+
+def _publish(options: argparse.Namespace) -> None:
+    from examples.te_vqgan.provenance import command_line
+    from examples.te_vqgan.publish import publish
+    from examples.te_vqgan.stage2_settings import stage2_settings_for
+
+    seed = PRESETS[options.preset].seed if options.seed is None else options.seed
+    settings = stage2_settings_for(options.preset, {"seed": seed, "train_images": options.train_images})
+    out = out_folder(options)
+    size = publish(
+        settings,
+        _tokenizer_folder(options, seed),
+        classifier_folder(out),
+        options.into,
+        command=command_line(options.words),
+    )
+    print(f"{options.into}: {size / 2**20:.1f} MiB of weights.")
 
 
 def _data(options: argparse.Namespace) -> str:

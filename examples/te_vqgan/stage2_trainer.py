@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples.te_vqgan import distributed
 from examples.te_vqgan.caption_tokens import CaptionTokenizer
 from examples.te_vqgan.checkpoint import adam_state, load_adam_state, under
 from examples.te_vqgan.schedule import rate_factor
@@ -55,7 +56,7 @@ class Stage2Trainer:
         device: where to train.
 
     The initial weights depend on ``settings.seed`` alone: they are drawn on the CPU from a generator state that
-    is put back afterwards.
+    is put back afterwards. Several processes keep the same weights, as :mod:`~examples.te_vqgan.distributed` says.
     """
 
     def __init__(self, settings: Stage2Settings, config: GPTConfig, device: torch.device) -> None:
@@ -92,17 +93,24 @@ class Stage2Trainer:
         """Take one step and return the numbers of it, each ().
 
         Shape:
-            text: (B, L). image: (B, h, w). Both int64.
+            text: (B, L). image: (B, h, w). Both int64, this process's share of the batch.
         """
         settings = self.settings
+        distributed.seed_step(settings.seed, self.step)
         direction = settings.direction(self.step)
         self.model.train()
         losses = self.losses(text, image, direction)
+        if distributed.size() > 1:
+            # Captions differ in length: not the mean of the processes' means, but that over all their tokens.
+            tokens = (text != self._pad).sum().cpu()
+            share = tokens * distributed.size() / distributed.total(tokens.clone())
+            losses["text"] = losses["text"] * share.item()
         condition, target = (losses[name] for name in DIRECTIONS[direction])
         loss = (condition + settings.target_weight * target) / (1.0 + settings.target_weight)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
+        distributed.average_gradients(self.model.parameters())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or float("inf"))
         factor = rate_factor(
             self.step,
@@ -115,7 +123,6 @@ class Stage2Trainer:
                 group["lr"] = group["peak"] * factor
             optimizer.step()
         self.step += 1
-        # Text and image losses under the name of what they are conditioned on, or not.
         numbers = {"loss": loss, f"{direction}_loss": target, "grad_norm": norm}
         return {name: value.detach() for name, value in numbers.items()}
 

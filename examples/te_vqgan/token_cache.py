@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from examples.te_vqgan.checkpoint import load_checkpoint, save_checkpoint
+from examples.te_vqgan.checks import require
 from examples.te_vqgan.quadrants import QuadrantDataset
 from te_quant import VQAutoencoder
 
 __all__ = ["cached_tokens", "encode_dataset"]
 
 _BATCH = 128
+_MAX_CODES = 2**15
 
 
 @torch.no_grad()
@@ -32,11 +34,16 @@ def encode_dataset(
     """Return the tokens of every image of ``images`` in the table's order, (N, h, w) int16 on the CPU.
 
     Args:
-        model: in evaluation mode, on ``device``; K at most 32,768.
+        model: in evaluation mode, on ``device``.
         images: the data set.
         device: where to encode, in float32.
         progress: told the number of images after each batch.
+
+    Raises:
+        ValueError: the model has more codes than int16 can count.
     """
+    codes = model.config.num_codes
+    require(codes <= _MAX_CODES, "num_codes", f"at most {_MAX_CODES:,}", codes)
     parts = []
     for start in range(0, len(images), _BATCH):
         batch = images.fixed(start, start + _BATCH).to(device)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples.te_vqgan import distributed
 from examples.te_vqgan.checkpoint import adam_state, load_adam_state, under
 from examples.te_vqgan.discriminator import PatchDiscriminator
 from examples.te_vqgan.losses import (
@@ -46,7 +47,7 @@ class Stage1Trainer:
         device: where to train.
 
     The initial weights depend on ``settings.seed`` alone: they are drawn on the CPU from a generator state that
-    is put back afterwards.
+    is put back afterwards. Several processes keep the same weights, as :mod:`~examples.te_vqgan.distributed` says.
     """
 
     def __init__(self, settings: Stage1Settings, device: torch.device) -> None:
@@ -67,7 +68,11 @@ class Stage1Trainer:
         )
 
     def initialize(self, batch: Callable[[int], Tensor]) -> None:
-        """Prepare the very first step: seed torch, and place the codes if k-means is to do it."""
+        """Prepare the very first step: seed torch, and place the codes if k-means is to do it.
+
+        Args:
+            batch: gives the images of a step, all rows, whatever the number of processes.
+        """
         torch.manual_seed(self.settings.seed)
         if self.settings.codebook_init != "kmeans":
             return
@@ -75,15 +80,18 @@ class Stage1Trainer:
         with torch.no_grad(), autocast(self.settings, self.device):
             latents = torch.cat([self.model.encode(batch(number).to(self.device)) for number in range(count)])
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
-        self.model.quantizer.kmeans_init(latents.float(), generator=generator)
+        # The quantizer collects the latents of all processes, who have the same ones here.
+        own = latents.float() if distributed.is_main() else latents[:0].float()
+        self.model.quantizer.kmeans_init(own, generator=generator)
 
     def train_step(self, images: Tensor) -> dict[str, Tensor]:
         """Take one step and return the numbers of it, each ().
 
         Shape:
-            images: (B, C, H, W) in [-1, 1].
+            images: (B, C, H, W) in [-1, 1], this process's share of the batch.
         """
         settings = self.settings
+        distributed.seed_step(settings.seed, self.step)
         factor = rate_factor(
             self.step,
             steps=settings.steps,
@@ -121,6 +129,7 @@ class Stage1Trainer:
             difference = reconstruction - images
             numbers |= {"l1": difference.abs().mean(), "l2": difference.square().mean()}
             counts = torch.bincount(output.indices.flatten(), minlength=settings.model.num_codes)
+            distributed.total(counts)
             numbers |= {"batch_used_codes": (counts > 0).sum(), "batch_perplexity": perplexity(counts)}
         numbers["learning_rate"] = torch.tensor(settings.learning_rate * factor)
         self.step += 1
@@ -167,6 +176,7 @@ class Stage1Trainer:
         optimizer.zero_grad(set_to_none=True)
         # The generator's loss leaves gradients in the discriminator too, hence zero_grad right before backward.
         torch.autograd.backward(loss)
+        distributed.average_gradients(module.parameters())
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.settings.clip_norm or float("inf"))
         optimizer.step()
         return norm
