@@ -1,4 +1,4 @@
-"""Command line: ``python -m examples.te_vqgan prepare|stage1|exactness|report|compare|run``.
+"""Command line: ``python -m examples.te_vqgan prepare|stage1|exactness|audit|report|compare|run``.
 
 ``run`` does everything for a preset; the other commands are its steps. Each step that was interrupted goes on
 where it was, each that is finished is skipped. Started by ``torchrun --nproc-per-node 2 -m examples.te_vqgan``, on

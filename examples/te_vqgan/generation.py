@@ -92,7 +92,8 @@ def read_tokenizer(
 ) -> dict[str, Any]:
     """Say what survives the tokenizer: digits read in images, and in what is decoded from their tokens.
 
-    The second is the most that any text-to-image model on these tokens can be expected to reach.
+    The second says what the tokens can show. It is no bound on a text-to-image model: images that are more typical
+    than test images, as those of a GPT that samples from few codes, are easier to read.
 
     Args:
         autoencoder: the tokenizer, in evaluation mode, as the classifier.

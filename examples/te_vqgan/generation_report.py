@@ -128,8 +128,9 @@ def _conditions(results: Mapping[str, Any], settings: Mapping[str, Any], images:
         f"{', '.join(settings['directions'])}. Digit accuracy over held-out combinations of digit, quadrant and "
         f"colour; digits counted: {digits}. {_classifier(results)} Every cell: ours / the paper's, mean (standard "
         "deviation between seeds). “Seen” are combinations that training had, on test digits. “Read in "
-        "reconstructions” is what the classifier reads in test images decoded from their own tokens: more "
-        "cannot be expected of any model on these tokens."
+        "reconstructions” is what the classifier reads in test images decoded from their own tokens, a "
+        "measure of what the tokens can show. It is no bound: images that are more typical than test images are "
+        "easier to read."
     )
 
 

@@ -17,7 +17,7 @@ from te_quant import EquivarianceReport
 __all__ = ["METRICS", "Metric", "by_arm", "cell", "collect", "commands", "merged", "run_folder", "values_of"]
 
 # The curves need no more points than a figure has pixels.
-_LOG_LINES = 400
+_LOG_LINES = 120
 
 
 class Metric(NamedTuple):
