@@ -302,6 +302,38 @@ def chain(source: DigitSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 GPT_SETTINGS = dataclasses.replace(stage2_settings_for("smoke"), steps=2, train_images=8, eval_images=7)
 
 
+def test_candidates_are_a_measurement_of_their_own(
+    chain: tuple[Path, Path], source: DigitSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the settings' share gives its numbers again; another number is another share, in its own file."""
+    tokenizer, classifier = chain
+    settings = dataclasses.replace(GPT_SETTINGS, train_images=9, top_fraction=0.5)
+    folder = stage2_folder(tokenizer, settings)
+    train_stage2(settings, tokenizer, source, progress=False)
+    num_codes = load_tokenizer(tokenizer, torch.device("cpu"))[1].model.num_codes
+    shares = []
+
+    def spy(*models: Any, **options: Any) -> Any:
+        shares.append(models[-1].top_fraction)
+        return evaluate_pairs(*models, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate_pairs", spy)
+    for candidates in (None, num_codes // 2, 1):
+        assert evaluate_gpt(settings, tokenizer, classifier, source, candidates=candidates, progress=False)
+        assert not evaluate_gpt(settings, tokenizer, classifier, source, candidates=candidates, progress=False)
+    assert shares == [0.5, 0.5, 0.5, 0.5, 1 / num_codes, 1 / num_codes]
+    names = ("generation", f"generation-{num_codes // 2}", "generation-1")
+    usual, equal, single = (json.loads((folder / f"{name}.json").read_text()) for name in names)
+    assert usual["held_out"] == equal["held_out"]
+    assert usual["held_out"]["image_to_text"] == single["held_out"]["image_to_text"]
+    for wrong, message in (
+        (0, "candidates must be an int >= 1, got 0"),
+        (num_codes + 1, "candidates must be at most"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_gpt(settings, tokenizer, classifier, source, candidates=wrong, progress=False)
+
+
 def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSource, tmp_path: Path) -> None:
     """Everything that the report asks for; what is there is not measured again; anew it is the same."""
     tokenizer, classifier = chain

@@ -6,6 +6,7 @@ Writes ``reading.json`` into the folder of the Stage 1 run, and ``generation.jso
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from examples.te_vqgan.checkpoint import save_checkpoint
-from examples.te_vqgan.checks import require
+from examples.te_vqgan.checks import require, require_int
 from examples.te_vqgan.classifier import CellClassifier, load_classifier
 from examples.te_vqgan.evaluation import dataset
 from examples.te_vqgan.files import write_text_atomically
@@ -80,6 +81,7 @@ def evaluate_gpt(
     source: DigitSource,
     *,
     execution: Execution | None = None,
+    candidates: int | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> bool:
@@ -93,6 +95,8 @@ def evaluate_gpt(
         classifier: folder of the finished classifier.
         source: the digits.
         execution: where to compute.
+        candidates: sample from so many codes, the likeliest, instead of the settings' share of all, to compare
+            codebooks of different size. The numbers go to a file of their own, without pictures.
         progress: show progress bars.
         command: what was typed, for the record.
 
@@ -100,14 +104,16 @@ def evaluate_gpt(
         False if that had been done before.
 
     Raises:
-        ValueError: a run is not finished.
+        ValueError: a run is not finished, or ``candidates`` is not in [1, K].
     """
     folder = stage2_folder(tokenizer, settings)
-    if (folder / GENERATION).exists():
+    path = folder / (GENERATION if candidates is None else f"generation-{candidates}.json")
+    if path.exists():
         return False
     device = (execution or Execution()).apply()
     autoencoder, stage1 = load_tokenizer(tokenizer, device)
     require(is_finished(folder, settings, stage1), "out", "a folder with a finished stage2 run", str(folder))
+    sampling = settings if candidates is None else _sampling(settings, candidates, stage1.model.num_codes)
     gpt = GPT.from_pretrained(folder / "model").to(device)
     reader: CellClassifier = load_classifier(classifier).to(device)
     seen = allowed("train", len(source.class_names))
@@ -125,13 +131,20 @@ def evaluate_gpt(
             allowed=table,
         )
         numbers[name], shown = evaluate_pairs(
-            gpt, autoencoder, reader, pairs, settings, device=device, progress=_bar(progress, name, size)
+            gpt, autoencoder, reader, pairs, sampling, device=device, progress=_bar(progress, name, size)
         )
         pictures |= {f"{name}.{key}": shown[key] for key in ("images", "generated")}
         texts[name] = {key: shown[key] for key in ("captions", "written")}
-    save_checkpoint(folder / _PICTURES, pictures, texts)
-    _write(folder / GENERATION, numbers, command)
+    if candidates is None:
+        save_checkpoint(folder / _PICTURES, pictures, texts)
+    _write(path, numbers, command)
     return True
+
+
+def _sampling(settings: Stage2Settings, candidates: int, num_codes: int) -> Stage2Settings:
+    require_int("candidates", candidates, 1)
+    require(candidates <= num_codes, "candidates", f"at most the {num_codes} codes", candidates)
+    return dataclasses.replace(settings, top_fraction=candidates / num_codes)
 
 
 def _write(path: Path, numbers: dict[str, Any], command: str | None) -> None:

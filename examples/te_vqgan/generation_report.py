@@ -17,7 +17,15 @@ from examples.te_vqgan.generation_figures import (
     draw_tradeoff,
 )
 from examples.te_vqgan.generation_findings import generation_findings
-from examples.te_vqgan.paper_tables import accuracies, full_size, generations, table1, table2, table3
+from examples.te_vqgan.paper_tables import (
+    accuracies,
+    full_size,
+    generations,
+    sampling_table,
+    table1,
+    table2,
+    table3,
+)
 from examples.te_vqgan.presets import ARMS
 from examples.te_vqgan.sources import CLASS_NAMES
 from te_quant import EquivarianceReport
@@ -47,6 +55,9 @@ def generation_tables(results: Mapping[str, Any]) -> dict[str, Table]:
     if second is not None:
         tables["table2"] = second
     tables["table3"] = table3(results)
+    control = sampling_table(results)
+    if control is not None:
+        tables["sampling"] = control
     return tables
 
 
@@ -72,6 +83,12 @@ def generation_blocks(results: Mapping[str, Any]) -> list[Block]:
     ]
     if "table2" in tables:
         blocks += [Heading(3, "Table 2: Quad1 of text to image, by size of the training set"), tables["table2"]]
+    if "sampling" in tables:
+        blocks += [
+            Heading(3, "Control: how many codes sampling chooses from"),
+            tables["sampling"],
+            Paragraph("Text to image, held-out combinations, all digits in quadrants."),
+        ]
     blocks += [
         Heading(3, "Table 3: code usage and reconstruction"),
         tables["table3"],

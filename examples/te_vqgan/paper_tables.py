@@ -13,7 +13,7 @@ from examples.te_vqgan.document import Table
 from examples.te_vqgan.paper import TABLE1, TABLE2, TABLE3, Printed
 from examples.te_vqgan.presets import ARMS
 
-__all__ = ["accuracies", "full_size", "generations", "table1", "table2", "table3"]
+__all__ = ["accuracies", "full_size", "generations", "sampling_table", "table1", "table2", "table3"]
 
 Run = Mapping[str, Any]
 
@@ -97,6 +97,39 @@ def table2(results: Mapping[str, Any]) -> Table | None:
         largest, smallest = (printed[arm].mean for printed in TABLE2.values())
         differences.append(f"{ours} / {largest - smallest:.3f}")
     return Table(["training images", *(ARMS[arm].title for arm in arms)], [*rows, ["difference", *differences]])
+
+
+def sampling_table(results: Mapping[str, Any]) -> Table | None:
+    """Digit accuracy of text to image over all quadrants, by the number of codes that sampling chooses from.
+
+    ``None`` if no number but the settings' own was measured.
+    """
+    images = _full(results)
+    arms = {
+        arm: [run["stage2"][str(images)] for run in runs] for arm, runs in generations(results, images).items()
+    }
+    names = {name for parts in arms.values() for part in parts for name in part.get("sampling", {})}
+    if not names:
+        return None
+    numbers = sorted(int(name.removeprefix("generation-")) for name in names)
+    rows = []
+    for arm, parts in arms.items():
+        if not any("sampling" in part for part in parts):
+            continue
+        cells = [_ours([_quadrants(part["generation"]) for part in parts])]
+        for number in numbers:
+            found = [part["sampling"].get(f"generation-{number}") for part in parts if "sampling" in part]
+            cells.append(_ours([_quadrants(generation) for generation in found if generation is not None]))
+        rows.append([ARMS[arm].title, *cells])
+    share = next(iter(arms.values()))[0]["settings"]["top_fraction"]
+    return Table(["tokenizer", f"top {100 * share:g} % of its codes", *(f"{n} codes" for n in numbers)], rows)
+
+
+def _quadrants(generation: Mapping[str, Any]) -> float:
+    """Share of the held-out digits in quadrants that are read right."""
+    cases = [generation["held_out"]["text_to_image"]["cases"][case] for case in _CASES]
+    right, digits = (sum(int(case[name]) for case in cases) for name in ("digits_right", "digits"))
+    return right / digits
 
 
 def table3(results: Mapping[str, Any]) -> Table:

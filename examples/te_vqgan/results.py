@@ -126,6 +126,8 @@ def _runs_in(out: Path) -> list[dict[str, Any]]:
             for inner in sorted(folder.glob("stage2-*")):
                 if (inner / "evaluation.json").exists():
                     part = _parts(inner, "settings", "evaluation", "provenance", "generation")
+                    controls = [path.stem for path in inner.glob("generation-*.json")]
+                    part |= {"sampling": _parts(inner, *controls)} if controls else {}
                     second[inner.name.removeprefix("stage2-")] = part | {
                         "log": _thinned(read_log(inner / "log.jsonl"))
                     }

@@ -36,6 +36,7 @@ def add_stage2_commands(add: Add) -> None:
     evaluate.add_argument(
         "--stage2-steps", type=int, help="those that the GPT was trained for, if not the preset's"
     )
+    evaluate.add_argument("--candidates", type=int, help="sample from so many codes instead of the preset's share")
     evaluate.add_argument("--tokenizer-alone", action="store_true", help="read reconstructions, no more")
     evaluate.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     share = add("publish", _publish, "copy the weights of one arm, in half precision", *WHERE, "seed")
@@ -121,7 +122,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         settings = stage2_settings_for(options.preset, changes)
         progress = options.parent is None
         measured |= evaluate_gpt(
-            settings, tokenizer, classifier, source, execution=execution, progress=progress, command=command
+            settings,
+            tokenizer,
+            classifier,
+            source,
+            execution=execution,
+            candidates=options.candidates,
+            progress=progress,
+            command=command,
         )
     _tell(tokenizer, measured)
 
