@@ -32,6 +32,8 @@ PICTURES = (
     *("captions", "generated", "confusions", "tradeoff"),
 )
 TABLES = ("table1-text-to-image", "table1-image-to-text", "table2", "table3")
+# Seconds. Tells a process that hangs from a slow machine, no more.
+_PATIENCE = 600
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +284,7 @@ def test_a_stopped_run_keeps_its_checkpoint(out: Path, tmp_path: Path, number: i
     _wait(lambda: (folder / "checkpoint.safetensors").exists() or process.poll() is not None)
     assert process.poll() is None
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=_PATIENCE)
     if number == signal.SIGINT:
         assert process.returncode == STOPPED
         assert b"Give the same command again" in errors
@@ -327,7 +329,7 @@ def test_a_run_killed_at_random_points_ends_like_one_that_was_not(
         assert process.poll() is None, told
         time.sleep(delay)
         process.send_signal(number)
-        process.communicate(timeout=60)
+        process.communicate(timeout=_PATIENCE)
     monkeypatch.setattr(report, "render", lambda folder: None)
     monkeypatch.setattr(run_command, "announce", lambda folder: None)
     arguments = ["--preset", "smoke", "--out", str(tmp_path), "--arms", "vqgan", "--threads", "1"]
@@ -366,9 +368,9 @@ def _free(fcntl: object, file: object) -> bool:
     return True
 
 
-def _wait(condition: object, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
 
