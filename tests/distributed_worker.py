@@ -12,6 +12,7 @@ import dataclasses
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,10 @@ def trainers(folder: Path) -> int:
             patch.setattr(distributed, "average_gradients", lambda _: None)
             result |= {"apart-ema": train_stage1("ema"), "apart-stage2": train_stage2()}
     result |= {"dropout": _dropout(), "functions": _functions()}
-    torch.save(result, folder / f"{distributed.rank()}.pt")
+    group, rank = weakref.ref(torch.distributed.group.WORLD), distributed.rank()
     distributed.stop()
+    result["group_is_gone"] = group() is None
+    torch.save(result, folder / f"{rank}.pt")
     return 0
 
 

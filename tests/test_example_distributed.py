@@ -143,6 +143,11 @@ def test_dropout_differs_by_process_and_resumes_bit_for_bit(ranks: list[Any]) ->
         assert _identical(result["whole"], results[0]["whole"])
 
 
+def test_nothing_outlives_the_group(ranks: list[Any]) -> None:
+    """Threads that still serve it while the interpreter shuts down may abort the process after all is done."""
+    assert [rank["group_is_gone"] for rank in ranks] == [True, True]
+
+
 def test_what_two_processes_tell_each_other(ranks: list[Any]) -> None:
     """Sums, means, wishes and the main process's word arrive everywhere; its failure too."""
     results = [rank["functions"] for rank in ranks]
@@ -396,10 +401,13 @@ def test_the_main_process_speaks_for_all(
         sys.stdout.write("out\n")
         raise error
 
+    left: list[int] = []
     monkeypatch.setattr(command_line, "_stage1", fail)
+    monkeypatch.setattr(distributed, "stop", lambda: left.append(distributed.rank()))
     for rank in range(2):
         _pretend(monkeypatch, rank, 2)
         assert command_line.main(["stage1", "--arm", ARM]) == status[rank]
+        assert left[-1] == rank
         captured = capsys.readouterr()
         assert captured.err == told[rank]
         assert captured.out == ("out\n" if rank == 0 else "")

@@ -27,16 +27,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Of several processes that stop together, the main one tells it and has the status.
     """
+    options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        return _status(options)
+    finally:
+        distributed.stop()
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    return _parser().parse_args(words, argparse.Namespace(words=list(words)))
+
+
+def _status(options: argparse.Namespace) -> int:
     from examples.te_vqgan.pipeline import STOPPED, JobFailed
     from examples.te_vqgan.stage1 import Interrupted
 
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parse(words)
     try:
         distributed.start(getattr(options, "device", "cpu"))
         with _quiet_unless_main():
             _perform(options)
-        distributed.stop()
     except distributed.MainFailed:
         return 0
     except (Interrupted, KeyboardInterrupt) as outcome:
@@ -50,10 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{whose}error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _parse(words: Sequence[str]) -> argparse.Namespace:
-    return _parser().parse_args(words, argparse.Namespace(words=list(words)))
 
 
 def _perform(options: argparse.Namespace) -> None:

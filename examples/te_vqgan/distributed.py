@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import datetime
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -68,6 +69,9 @@ def start(device: str = "cpu") -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
+    # Its functions have the default group as default of an argument. Imported later, by the first optimizer, they
+    # would hold on to this one for ever, and its threads would meet an interpreter that is shutting down.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "gloo"
     if torch.device(device).type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
