@@ -112,7 +112,7 @@ def test_the_paper_is_all_arms_and_seeds_both_sizes_and_both_data_sets(tmp_path:
 def test_what_a_job_trains_is_what_the_plan_asks_for(preset: str, tmp_path: Path) -> None:
     """Its words, read back, name the folder that the plan looks into, and the settings that it compares."""
     words = ["--steps", "7", "--seeds", "3", "4", "--no-bf16"]
-    words += [] if STAGE2[preset] is None else ["--stage2-steps", "5"]
+    words += [] if STAGE2[preset] is None else ["--stage2-steps", "1005"]
     options = _options(tmp_path, *words, preset=preset)
     for job in plan_jobs(options):
         read = _read(job)
@@ -125,10 +125,12 @@ def test_what_a_job_trains_is_what_the_plan_asks_for(preset: str, tmp_path: Path
             assert run_folder(out_folder(read), read.arm, expected.seed) == job.folder
             assert read.seed in (3, 4)
         if command == "stage2":
-            assert read.steps == job.steps == 5
+            assert read.steps == job.steps == 1005
+            assert read.bf16 is False
             assert job.folder == run_folder(out_folder(read), read.arm, read.seed) / f"stage2-{read.train_images}"
         if command == "evaluate" and not read.tokenizer_alone:
-            assert read.stage2_steps == 5
+            assert read.stage2_steps == 1005
+            assert read.bf16 is False
             assert job.folder == run_folder(out_folder(read), read.arm, read.seed) / f"stage2-{read.train_images}"
         if command != "evaluate":
             assert read.resume

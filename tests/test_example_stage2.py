@@ -481,9 +481,8 @@ def test_settings_survive_json_and_presets_end_where_they_say() -> None:
     """What is written is what was; None changes nothing; the demo has no Stage 2."""
     for preset, base in STAGE2.items():
         if base is None:
-            with pytest.raises(
-                ValueError, match=f"preset must be one of 'smoke', 'small', 'paper', got '{preset}'"
-            ):
+            known = "'smoke', 'small', 'paper', 'small-long', 'small-fine'"
+            with pytest.raises(ValueError, match=f"preset must be one of {known}, got '{preset}'"):
                 stage2_settings_for(preset)
             continue
         settings = stage2_settings_for(preset, {"seed": 3, "steps": None})
@@ -502,6 +501,7 @@ def test_settings_survive_json_and_presets_end_where_they_say() -> None:
         ({"eval_images": 1}, "eval_images must be an int >= 2, got 1"),
         ({"seed": -1}, "seed must be an int >= 0, got -1"),
         ({"first_alone": -1}, "first_alone must be an int >= 0, got -1"),
+        ({"first_alone": 6}, "steps must be above first_alone=6, or directions a single one, got 6"),
         ({"num_heads": 3}, "num_heads must be a divisor of width=16, got 3"),
         ({"dropout": 1.0}, r"dropout must be below 1, got 1\.0"),
         ({"dropout": -0.1}, "dropout must be a finite number >= 0 and <= 1, got -0.1"),

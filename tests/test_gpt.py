@@ -357,6 +357,25 @@ def test_compiled_losses_and_gradients_equal_eager() -> None:
             torch.testing.assert_close(a, b, msg=name)
 
 
+def test_attention_is_wide_where_it_takes_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU under autocast, where that in half precision is slow; without one it is as narrow as the rest."""
+    gpt, tokens = build(dtype=torch.float32), draw(BOTH, 3, LENGTH)
+    attention, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        mixed = attention(*arguments, **options)
+        seen.append(mixed.dtype)
+        return mixed
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gpt(tokens).dtype == torch.bfloat16
+        assert set(seen) == {torch.float32}
+        with torch.no_grad():
+            gpt(tokens)
+    assert seen[len(seen) // 2 :] == [torch.bfloat16] * (len(seen) // 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast_are_close(dtype: torch.dtype) -> None:
     """Weights in half precision or under autocast give the same losses to a few digits; losses stay float32."""

@@ -25,7 +25,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "help": "of weights and images (default: the preset's, 0)"},
     "steps": {"type": int, "help": "optimiser steps, instead of the preset's"},
     "perceptual": {"choices": ("none", "lpips"), "help": "perceptual distance in the loss (default: none)"},
-    "bf16": {"action": argparse.BooleanOptionalAction, "help": "bfloat16 in encoder and decoder"},
+    "bf16": {"action": argparse.BooleanOptionalAction, "help": "the networks in bfloat16 while training"},
     "device": {"default": "cpu", "help": "as torch names it (default: cpu)"},
     "threads": {"type": int, "default": 0, "help": "of the CPU in all (default: every core)"},
 }

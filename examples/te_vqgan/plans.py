@@ -45,5 +45,7 @@ PLANS: dict[str, Plan] = {
     "quick": Plan(),
     # A third, as in the paper (100,000 of 300,000).
     "small": Plan(_ALL, (0, 1, 2), smaller_images=13_333, other_data="fashion-mnist"),
+    "small-long": Plan(),
+    "small-fine": Plan(),
     "paper": Plan(_ALL, (0, 1, 2), smaller_images=100_000, other_data="fashion-mnist"),
 }

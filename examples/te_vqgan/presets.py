@@ -227,6 +227,14 @@ PRESETS: dict[str, Stage1Settings] = {
     ),
 }
 
+# What differs between `small` and the paper, one thing at a time.
+PRESETS["small-long"] = dataclasses.replace(PRESETS["small"], steps=3 * PRESETS["small"].steps)
+# A token spans a seventh of a digit's side, as in the paper, not two.
+PRESETS["small-fine"] = dataclasses.replace(
+    PRESETS["small"],
+    model=dataclasses.replace(_SMALL_MODEL, channel_multipliers=(1, 2), attention_levels=(1,)),
+)
+
 
 def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None) -> Stage1Settings:
     """Return the settings of ``arm`` under ``preset``.

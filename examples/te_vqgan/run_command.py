@@ -117,7 +117,7 @@ def _arm_jobs(options: argparse.Namespace, plan: Plan, out: Path, arm: str, seed
         sizes.append(plan.smaller_images)
     for images in sizes:
         changes = {"seed": seed, "steps": options.stage2_steps, "train_images": images}
-        second = stage2_settings_for(options.preset, changes)
+        second = stage2_settings_for(options.preset, changes | {"bf16": options.bf16})
         yield from _stage2_jobs(options, out, arm, first, second)
         yield from _evaluate_jobs(options, out, arm, first, second)
     if not sizes:
@@ -158,7 +158,7 @@ def _stage2_jobs(
         return
     given = {"data": first.data, "out": out, "arm": arm, "seed": second.seed}
     given |= {"steps": options.stage2_steps, "train-images": second.train_images}
-    words = ["stage2", *_words(options, given), "--resume"]
+    words = ["stage2", *_words(options, given), *_bf16(options), "--resume"]
     yield Job(_name(folder), words, folder, second.steps, (_name(tokenizer),))
 
 
@@ -175,7 +175,7 @@ def _evaluate_jobs(
     given = {"data": first.data, "out": out, "arm": arm, "seed": first.seed}
     if second is not None:
         given |= {"train-images": second.train_images, "stage2-steps": options.stage2_steps}
-    words = ["evaluate", *_words(options, given), *(["--tokenizer-alone"] if second is None else [])]
+    words = ["evaluate", *_words(options, given), *(["--tokenizer-alone"] if second is None else _bf16(options))]
     needs = (_name(folder), _name(classifier_folder(out)))
     yield Job(f"{_name(folder)}, evaluation", words, folder, (second or first).steps, needs)
 

@@ -31,7 +31,9 @@ def add_stage2_commands(add: Add) -> None:
     stage2.set_defaults(together=True)
     _add_arm(stage2)
     _add_run_options(stage2)
-    evaluate = add("evaluate", _evaluate, "measure a tokenizer and the GPT on its tokens", *_COMPUTE, "seed")
+    evaluate = add(
+        "evaluate", _evaluate, "measure a tokenizer and the GPT on its tokens", *_COMPUTE, "seed", "bf16"
+    )
     _add_arm(evaluate)
     evaluate.add_argument(
         "--stage2-steps", type=int, help="those that the GPT was trained for, if not the preset's"
@@ -39,7 +41,7 @@ def add_stage2_commands(add: Add) -> None:
     evaluate.add_argument("--candidates", type=int, help="sample from so many codes instead of the preset's share")
     evaluate.add_argument("--tokenizer-alone", action="store_true", help="read reconstructions, no more")
     evaluate.add_argument("--parent", type=int, help=argparse.SUPPRESS)
-    share = add("publish", _publish, "copy the weights of one arm, in half precision", *WHERE, "seed")
+    share = add("publish", _publish, "copy the weights of one arm, in half precision", *WHERE, "seed", "bf16")
     _add_arm(share)
     share.add_argument("--into", type=Path, required=True, help="folder that is made")
 
@@ -119,7 +121,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     measured = evaluate_tokenizer(tokenizer, classifier, source, execution=execution, command=command)
     if not options.tokenizer_alone:
         changes = {"seed": seed, "steps": options.stage2_steps, "train_images": options.train_images}
-        settings = stage2_settings_for(options.preset, changes)
+        settings = stage2_settings_for(options.preset, changes | {"bf16": options.bf16})
         progress = options.parent is None
         measured |= evaluate_gpt(
             settings,
@@ -140,7 +142,8 @@ def _publish(options: argparse.Namespace) -> None:
     from examples.te_vqgan.stage2_settings import stage2_settings_for
 
     seed = PRESETS[options.preset].seed if options.seed is None else options.seed
-    settings = stage2_settings_for(options.preset, {"seed": seed, "train_images": options.train_images})
+    changes = {"seed": seed, "train_images": options.train_images, "bf16": options.bf16}
+    settings = stage2_settings_for(options.preset, changes)
     out = out_folder(options)
     size = publish(
         settings,

@@ -113,6 +113,8 @@ class Stage2Settings:
         require(self.dropout < 1, "dropout", "below 1", self.dropout)
         require_number("top_fraction", self.top_fraction, 0.0, 1.0)
         require(self.top_fraction > 0, "top_fraction", "above 0", self.top_fraction)
+        alone = 0 if len(self.directions) == 1 else self.first_alone
+        require(alone < self.steps, "steps", f"above first_alone={alone}, or directions a single one", self.steps)
         require(
             self.validate_every % self.log_every == 0,
             "validate_every",
@@ -166,6 +168,7 @@ STAGE2: dict[str, Stage2Settings | None] = {
     "paper": Stage2Settings(bf16=True),
 }
 """By preset; ``None`` where it ends with Stage 1."""
+STAGE2 |= {"small-long": STAGE2["small"], "small-fine": STAGE2["small"]}
 
 
 def stage2_settings_for(preset: str, changes: Mapping[str, Any] | None = None) -> Stage2Settings:

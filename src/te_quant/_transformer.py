@@ -8,12 +8,14 @@ Source: Radford et al. 2019, "Language models are unsupervised multitask learner
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._gpt_config import GPTConfig, Segment
+from te_quant._precision import full_precision, widen
 
 __all__ = ["INITIAL_STD", "Block", "SegmentEnds"]
 
@@ -94,16 +96,22 @@ class Block(nn.Module):
         if memory is not None:
             memory[..., past : past + t, :] = stored
             stored = memory[..., : past + t, :]
-        mixed = F.scaled_dot_product_attention(
-            queries.to(stored.dtype),
-            stored[0],
-            stored[1],
-            attn_mask=visible,
-            dropout_p=dropout,
-            # It would align the first query with the first key, which is right only if nothing is past.
-            is_causal=visible is None and past == 0,
-        )
-        mixed = mixed.to(queries.dtype).transpose(1, 2).reshape(B, t, D)
+        queries = queries.to(stored.dtype)
+        # In half precision its gradient costs a CPU four times as much as in float32.
+        widened = stored.requires_grad and stored.device.type == "cpu"
+        if widened:
+            queries, stored = widen(queries), widen(stored)
+        with full_precision(stored.device) if widened else nullcontext():
+            mixed = F.scaled_dot_product_attention(
+                queries,
+                stored[0],
+                stored[1],
+                attn_mask=visible,
+                dropout_p=dropout,
+                # It would align the first query with the first key, which is right only if nothing is past.
+                is_causal=visible is None and past == 0,
+            )
+        mixed = mixed.to(packed.dtype).transpose(1, 2).reshape(B, t, D)
         stream = stream + F.dropout(self.out(mixed), dropout, self.training)
         hidden = self.contract(F.gelu(self.expand(self.norm2(stream))))
         return stream + F.dropout(hidden, dropout, self.training)
