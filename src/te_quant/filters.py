@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_quant._checks import require, require_choice, require_floating, require_int, require_rank
+from te_quant._padding import pad_borders
 
 __all__ = ["PADDING_MODES", "Margins", "PaddingMode", "binomial_kernel", "filter2d", "fourier_resample", "pad2d"]
 
@@ -62,7 +63,8 @@ def pad2d(images: Tensor, margins: Margins, mode: PaddingMode) -> Tensor:
         result: (B, C, top + H + bottom, left + W + right).
 
     Raises:
-        ValueError: mode is unknown, or a reflected margin is not smaller than the side it mirrors.
+        ValueError: mode is unknown, there is no pixel to repeat, or a reflected margin is not
+            smaller than the side it mirrors.
     """
     require_choice("mode", mode, PADDING_MODES)
     require_rank("images", images, (4,), "(B, C, H, W)")
@@ -71,16 +73,20 @@ def pad2d(images: Tensor, margins: Margins, mode: PaddingMode) -> Tensor:
     if mode == "zeros":
         return F.pad(images, margins)
     height, width = images.shape[-2:]
+    shape = f"shape {tuple(images.shape)}"
+    require(height > 0 and width > 0, "images sides", f"at least 1 for mode={mode!r}", shape)
     left, right, top, bottom = margins
     wide, high = max(left, right), max(top, bottom)
     if mode == "circular" and (wide > width or high > height):
         rows = torch.arange(-top, height + bottom, device=images.device) % height
         columns = torch.arange(-left, width + right, device=images.device) % width
         return images[:, :, rows[:, None], columns]
-    if mode == "reflect" and (wide >= width or high >= height):
+    if mode == "reflect":
         expected = f"larger than the reflected margins (rows {high}, columns {wide})"
-        require(False, "images sides", expected, f"shape {tuple(images.shape)}")
-    return F.pad(images, margins, mode=mode)
+        fits = wide < width and high < height
+        require(fits, "images sides", expected, shape)
+        return F.pad(images, margins, mode=mode)
+    return pad_borders(images, margins, mode == "circular")
 
 
 def filter2d(images: Tensor, taps: Tensor, *, stride: int = 1, padding_mode: PaddingMode) -> Tensor:
