@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from examples.te_vqgan import __main__, report, run_command
 from examples.te_vqgan.__main__ import main
 from examples.te_vqgan.classifier import load_classifier
+from examples.te_vqgan.options import execution
 from examples.te_vqgan.pipeline import STOPPED, Job, JobFailed, run_jobs
 from examples.te_vqgan.results import collect, run_folder
 from te_quant import GPT, VQAutoencoder
@@ -390,3 +391,25 @@ def test_help_names_every_command() -> None:
     shown = re.findall(r"^    (\w+)\s+\w", text, re.MULTILINE)
     steps = ["prepare", "stage1", "classifier", "stage2", "evaluate", "publish", "exactness"]
     assert shown == [*steps, "report", "compare", "audit", "run"]
+
+
+def test_paper_is_compiled_and_the_others_if_asked() -> None:
+    """And a plan hands on what was asked for, to the steps that train."""
+    for words, expected in (
+        (["--preset", "paper"], (True, True)),
+        (["--preset", "paper", "--no-compile"], (True, False)),
+        (["--preset", "small"], (False, False)),
+        (["--preset", "small", "--compile", "--channels-last"], (True, True)),
+    ):
+        found = execution(__main__._parse(["stage1", "--arm", "vqgan", *words]))
+        assert (found.channels_last, found.compiled) == expected
+    assert execution(__main__._parse(["stage2", "--arm", "vqgan", "--preset", "paper"])).compiled
+
+
+def test_a_plan_hands_on_how_to_compute(tmp_path: Path) -> None:
+    """To the steps that train, in the words that were given."""
+    words = ["run", "--preset", "smoke", "--out", str(tmp_path), "--compile", "--no-channels-last"]
+    given = {job.arguments[0]: set(job.arguments) for job in run_command.plan_jobs(__main__._parse(words))}
+    assert {"--compile", "--no-channels-last"} <= given["stage1"]
+    assert "--compile" in given["stage2"]
+    assert not {"--compile", "--channels-last", "--no-channels-last"} & (given["evaluate"] | given["classifier"])

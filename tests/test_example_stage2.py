@@ -70,6 +70,22 @@ def _trainer(**changes: Any) -> Stage2Trainer:
     return Stage2Trainer(settings, gpt_config(settings, TEXT, CODES, (SIDE, SIDE)), CPU)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")
+def test_a_compiler_changes_rounding_alone() -> None:
+    """Both directions, as eager steps train them."""
+    torch._dynamo.reset()
+    settings = _settings()
+    config = gpt_config(settings, TEXT, CODES, (SIDE, SIDE))
+    plain, other = (Stage2Trainer(settings, config, CPU, compiled=compiled) for compiled in (False, True))
+    for number in range(2):
+        batch = _batch()
+        wanted, found = plain.train_step(*batch), other.train_step(*batch)
+        assert found.keys() == wanted.keys(), number
+        for name, value in wanted.items():
+            assert found[name].item() == pytest.approx(value.item(), rel=1e-3), (number, name)
+
+
 def _batch(size: int = 4) -> tuple[Tensor, Tensor]:
     """(B, T) captions of different lengths and (B, h, w) tokens."""
     rng = np.random.default_rng()

@@ -15,7 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from examples.te_vqgan import distributed
-from examples.te_vqgan.options import SETTINGS, WHERE, add_options, announce, out_folder, stage1_settings
+from examples.te_vqgan.options import (
+    COMPUTE,
+    SETTINGS,
+    WHERE,
+    add_options,
+    announce,
+    execution,
+    out_folder,
+    stage1_settings,
+)
 from examples.te_vqgan.presets import ARMS
 from examples.te_vqgan.stage2_commands import add_stage2_commands
 
@@ -99,7 +108,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _stage1(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.provenance import Execution, command_line
+    from examples.te_vqgan.provenance import command_line
     from examples.te_vqgan.results import run_folder
     from examples.te_vqgan.sources import load_digits
     from examples.te_vqgan.stage1 import train_stage1
@@ -111,7 +120,7 @@ def _stage1(options: argparse.Namespace) -> None:
         settings,
         folder,
         load_digits(settings.data, options.data_dir),
-        execution=Execution(options.device, options.threads),
+        execution=execution(options),
         resume=options.resume,
         stop=orphaned,
         progress=options.parent is None,
@@ -205,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         add_options(added, *options)
         return added
 
-    compute = (*SETTINGS, "data-dir", "device", "threads")
+    compute = (*SETTINGS, *COMPUTE)
     add("prepare", _prepare, "fetch and check the data, draw some images", *WHERE, "data-dir", "seed")
     stage1 = add("stage1", _stage1, "train the tokenizer of one arm", *WHERE, *compute)
     stage1.set_defaults(together=True)

@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from examples.te_vqgan.presets import PRESETS, Stage1Settings, settings_for
+from examples.te_vqgan.provenance import Execution
 from examples.te_vqgan.sources import SOURCES
 
-__all__ = ["SETTINGS", "WHERE", "add_options", "announce", "out_folder", "stage1_settings"]
+__all__ = ["COMPUTE", "SETTINGS", "WHERE", "add_options", "announce", "execution", "out_folder", "stage1_settings"]
 
 WHERE = ("preset", "data", "out")
 """Which folder of results; without ``--out`` preset and data name it."""
 
 SETTINGS = ("seed", "steps", "perceptual", "bf16")
 """What a training changes in its preset."""
+
+COMPUTE = ("data-dir", "device", "threads", "channels-last", "compile")
+"""Where and how a training is computed."""
+
+# Made for a GPU, whose time is worth that of a compiler.
+_COMPILED = ("paper",)
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "preset": {"choices": tuple(PRESETS), "default": "quick", "help": "size of everything (default: quick)"},
@@ -27,6 +34,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "perceptual": {"choices": ("none", "lpips"), "help": "perceptual distance in the loss (default: none)"},
     "bf16": {"action": argparse.BooleanOptionalAction, "help": "the networks in bfloat16 while training"},
     "device": {"default": "cpu", "help": "as torch names it (default: cpu)"},
+    "channels-last": {"action": argparse.BooleanOptionalAction, "help": "in memory (default: for paper alone)"},
+    "compile": {"action": argparse.BooleanOptionalAction, "help": "what is trained (default: for paper alone)"},
     "threads": {"type": int, "default": 0, "help": "of the CPU in all (default: every core)"},
 }
 
@@ -49,6 +58,14 @@ def stage1_settings(options: argparse.Namespace, arm: str) -> Stage1Settings:
     if changes["perceptual"] not in (None, "none"):
         changes["perceptual_weight"] = 1.0
     return settings_for(options.preset, arm, changes)
+
+
+def execution(options: argparse.Namespace) -> Execution:
+    """Return where to compute under the options; a command that does not train has only some of these."""
+    given = {name: getattr(options, name, None) for name in ("channels_last", "compile")}
+    default = options.preset in _COMPILED
+    channels_last, compiled = (default if value is None else value for value in given.values())
+    return Execution(options.device, options.threads, channels_last, compiled)
 
 
 def announce(folder: Path) -> None:

@@ -26,10 +26,14 @@ class Execution:
     Args:
         device: as torch names it; under a launcher ``cuda`` is each process's own GPU.
         threads: of torch's CPU kernels, shared by the processes of a host; 0 leaves torch's own choice.
+        channels_last: keep images and convolutions in that order in memory.
+        compiled: train what :func:`torch.compile` makes of the networks.
     """
 
     device: str = "cpu"
     threads: int = 0
+    channels_last: bool = False
+    compiled: bool = False
 
     def apply(self) -> torch.device:
         """Set the number of threads and return the device."""

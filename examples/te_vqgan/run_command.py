@@ -142,7 +142,7 @@ def _stage1_jobs(options: argparse.Namespace, out: Path, arm: str, settings: Sta
         return
     given = {"data": settings.data, "out": out, "arm": arm, "seed": settings.seed}
     given |= {"steps": options.steps, "perceptual": options.perceptual}
-    words = ["stage1", *_words(options, given), *_bf16(options), "--resume"]
+    words = ["stage1", *_words(options, given), *_flags(options, "bf16", "channels_last", "compile"), "--resume"]
     yield Job(_name(folder), words, folder, settings.steps)
 
 
@@ -158,7 +158,7 @@ def _stage2_jobs(
         return
     given = {"data": first.data, "out": out, "arm": arm, "seed": second.seed}
     given |= {"steps": options.stage2_steps, "train-images": second.train_images}
-    words = ["stage2", *_words(options, given), *_bf16(options), "--resume"]
+    words = ["stage2", *_words(options, given), *_flags(options, "bf16", "compile"), "--resume"]
     yield Job(_name(folder), words, folder, second.steps, (_name(tokenizer),))
 
 
@@ -175,7 +175,11 @@ def _evaluate_jobs(
     given = {"data": first.data, "out": out, "arm": arm, "seed": first.seed}
     if second is not None:
         given |= {"train-images": second.train_images, "stage2-steps": options.stage2_steps}
-    words = ["evaluate", *_words(options, given), *(["--tokenizer-alone"] if second is None else _bf16(options))]
+    words = [
+        "evaluate",
+        *_words(options, given),
+        *(["--tokenizer-alone"] if second is None else _flags(options, "bf16")),
+    ]
     needs = (_name(folder), _name(classifier_folder(out)))
     yield Job(f"{_name(folder)}, evaluation", words, folder, (second or first).steps, needs)
 
@@ -191,8 +195,10 @@ def _words(options: argparse.Namespace, given: Mapping[str, object]) -> list[str
     return [word for name, value in everything.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def _bf16(options: argparse.Namespace) -> list[str]:
-    return [] if options.bf16 is None else ["--bf16" if options.bf16 else "--no-bf16"]
+def _flags(options: argparse.Namespace, *names: str) -> list[str]:
+    """The switches that were given, as they were."""
+    given = {name.replace("_", "-"): getattr(options, name) for name in names}
+    return [f"--{name}" if value else f"--no-{name}" for name, value in given.items() if value is not None]
 
 
 def _share_of_cores(options: argparse.Namespace) -> tuple[int, int]:

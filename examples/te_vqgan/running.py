@@ -231,6 +231,8 @@ def provenance(
         "command": command,
         "commit": git_commit(),
         "device": where.device,
+        "channels_last": where.channels_last,
+        "compiled": where.compiled,
         "processes": processes,
         "threads": torch.get_num_threads(),
         "training": dict(trained),

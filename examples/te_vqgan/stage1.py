@@ -82,7 +82,8 @@ def train_stage1(
     plain = to_dict(settings)
     with begun_run(folder, plain, resume=resume) as checkpoint:
         where = execution or Execution()
-        trainer = Stage1Trainer(settings, where.apply())
+        device = where.apply()
+        trainer = Stage1Trainer(settings, device, channels_last=where.channels_last, compiled=where.compiled)
         train = dataset(settings, source, "train")
         validation = dataset(settings, source, "validation")
         spent = None

@@ -127,7 +127,7 @@ def train_stage2(
 
         # Before the trainer takes torch's generator, from which a new autoencoder draws the weights it then loads.
         tokens, held_tokens = distributed.from_main(encode)
-        trainer = Stage2Trainer(settings, config, device)
+        trainer = Stage2Trainer(settings, config, device, compiled=where.compiled)
         if checkpoint is None:
             trainer.initialize()
         else:

@@ -8,13 +8,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from examples.te_vqgan.options import WHERE, out_folder
+from examples.te_vqgan.options import WHERE, execution, out_folder
 from examples.te_vqgan.presets import ARMS, PRESETS
 
 __all__ = ["add_stage2_commands", "classifier_folder"]
 
 Add = Callable[..., argparse.ArgumentParser]
-_COMPUTE = (*WHERE, "data-dir", "device", "threads")
+_MEASURE = (*WHERE, "data-dir", "device", "threads")
 
 
 def add_stage2_commands(add: Add) -> None:
@@ -23,17 +23,16 @@ def add_stage2_commands(add: Add) -> None:
     Args:
         add: makes the parser of one command from its name, function, help text and shared options.
     """
-    classifier = add(
-        "classifier", _classifier, "train the reader of generated images", *_COMPUTE, "seed", "steps", "bf16"
-    )
+    reader = "train the reader of generated images"
+    classifier = add("classifier", _classifier, reader, *_MEASURE, "seed", "steps", "bf16")
     _add_run_options(classifier)
-    stage2 = add("stage2", _stage2, "train the GPT on one arm's tokens", *_COMPUTE, "seed", "steps", "bf16")
+    gpt = "train the GPT on one arm's tokens"
+    stage2 = add("stage2", _stage2, gpt, *_MEASURE, "compile", "seed", "steps", "bf16")
     stage2.set_defaults(together=True)
     _add_arm(stage2)
     _add_run_options(stage2)
-    evaluate = add(
-        "evaluate", _evaluate, "measure a tokenizer and the GPT on its tokens", *_COMPUTE, "seed", "bf16"
-    )
+    measured = "measure a tokenizer and the GPT on its tokens"
+    evaluate = add("evaluate", _evaluate, measured, *_MEASURE, "seed", "bf16")
     _add_arm(evaluate)
     evaluate.add_argument(
         "--stage2-steps", type=int, help="those that the GPT was trained for, if not the preset's"
@@ -64,7 +63,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 def _classifier(options: argparse.Namespace) -> None:
     from examples.te_vqgan.checks import require_choice
     from examples.te_vqgan.classifier_trainer import CLASSIFIERS, train_classifier
-    from examples.te_vqgan.provenance import Execution, command_line
+    from examples.te_vqgan.provenance import command_line
     from examples.te_vqgan.sources import load_digits
 
     require_choice("preset", options.preset, tuple(CLASSIFIERS))
@@ -77,7 +76,7 @@ def _classifier(options: argparse.Namespace) -> None:
         settings,
         folder,
         load_digits(settings.data, options.data_dir),
-        execution=Execution(options.device, options.threads),
+        execution=execution(options),
         resume=options.resume,
         stop=_orphaned(options),
         progress=options.parent is None,
@@ -87,7 +86,7 @@ def _classifier(options: argparse.Namespace) -> None:
 
 
 def _stage2(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.provenance import Execution, command_line
+    from examples.te_vqgan.provenance import command_line
     from examples.te_vqgan.sources import load_digits
     from examples.te_vqgan.stage2 import stage2_folder, train_stage2
     from examples.te_vqgan.stage2_settings import stage2_settings_for
@@ -99,7 +98,7 @@ def _stage2(options: argparse.Namespace) -> None:
         settings,
         tokenizer,
         load_digits(_data(options), options.data_dir),
-        execution=Execution(options.device, options.threads),
+        execution=execution(options),
         resume=options.resume,
         stop=_orphaned(options),
         progress=options.parent is None,
@@ -110,15 +109,15 @@ def _stage2(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from examples.te_vqgan.evaluate import evaluate_gpt, evaluate_tokenizer
-    from examples.te_vqgan.provenance import Execution, command_line
+    from examples.te_vqgan.provenance import command_line
     from examples.te_vqgan.sources import load_digits
     from examples.te_vqgan.stage2_settings import stage2_settings_for
 
     source = load_digits(_data(options), options.data_dir)
     seed = PRESETS[options.preset].seed if options.seed is None else options.seed
     tokenizer, classifier = _tokenizer_folder(options, seed), classifier_folder(out_folder(options))
-    execution, command = Execution(options.device, options.threads), command_line(options.words)
-    measured = evaluate_tokenizer(tokenizer, classifier, source, execution=execution, command=command)
+    where, command = execution(options), command_line(options.words)
+    measured = evaluate_tokenizer(tokenizer, classifier, source, execution=where, command=command)
     if not options.tokenizer_alone:
         changes = {"seed": seed, "steps": options.stage2_steps, "train_images": options.train_images}
         settings = stage2_settings_for(options.preset, changes | {"bf16": options.bf16})
@@ -128,7 +127,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             tokenizer,
             classifier,
             source,
-            execution=execution,
+            execution=where,
             candidates=options.candidates,
             progress=progress,
             command=command,

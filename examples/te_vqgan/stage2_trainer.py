@@ -54,18 +54,22 @@ class Stage2Trainer:
         settings: decide, with the pairs, every number.
         config: of the GPT, as :func:`gpt_config` makes it.
         device: where to train.
+        compiled: run what :func:`torch.compile` makes of the losses.
 
     The initial weights depend on ``settings.seed`` alone: they are drawn on the CPU from a generator state that
     is put back afterwards. Several processes keep the same weights, as :mod:`~examples.te_vqgan.distributed` says.
     """
 
-    def __init__(self, settings: Stage2Settings, config: GPTConfig, device: torch.device) -> None:
+    def __init__(
+        self, settings: Stage2Settings, config: GPTConfig, device: torch.device, *, compiled: bool = False
+    ) -> None:
         self.settings = settings
         self.device = device
         self.step = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = GPT(config).to(device)
+        self._losses = torch.compile(self.model.losses) if compiled else self.model.losses
         text = config.segments[0]
         # None pads nothing, and no token is -1.
         self._pad = -1 if text.pad_token is None else text.pad_token
@@ -87,7 +91,7 @@ class Stage2Trainer:
         parts["text"] = torch.where(parts["text"] == self._pad, _IGNORED, parts["text"])
         targets = torch.cat([parts[name] for name in order], 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            return self.model.losses(tokens, order=order, targets=targets, ignore_index=_IGNORED)
+            return self._losses(tokens, order=order, targets=targets, ignore_index=_IGNORED)
 
     def train_step(self, text: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Take one step and return the numbers of it, each ().

@@ -45,12 +45,21 @@ class Stage1Trainer:
     Args:
         settings: decide, with the batches, every number.
         device: where to train.
+        channels_last: keep images and convolutions in that order in memory.
+        compiled: run what :func:`torch.compile` makes of the autoencoder.
 
     The initial weights depend on ``settings.seed`` alone: they are drawn on the CPU from a generator state that
     is put back afterwards. Several processes keep the same weights, as :mod:`~examples.te_vqgan.distributed` says.
     """
 
-    def __init__(self, settings: Stage1Settings, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: Stage1Settings,
+        device: torch.device,
+        *,
+        channels_last: bool = False,
+        compiled: bool = False,
+    ) -> None:
         self.settings = settings
         self.device = device
         self.step = 0
@@ -58,6 +67,10 @@ class Stage1Trainer:
             torch.manual_seed(settings.seed)
             self.model = VQAutoencoder(settings.model).to(device)
             self.discriminator = PatchDiscriminator(settings.model.image_channels).to(device)
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        for module in (self.model, self.discriminator):
+            module.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self._run = torch.compile(self.model) if compiled else self.model
         self.perceptual = load_perceptual(settings.perceptual, device)
         codebook = self.model.quantizer.codebook
         others = [parameter for parameter in self.model.parameters() if parameter is not codebook]
@@ -99,9 +112,9 @@ class Stage1Trainer:
             final_share=settings.final_lr_share,
         )
         self.model.train()
-        images = images.to(self.device)
+        images = images.to(self.device, memory_format=self._layout)
         with autocast(settings, self.device):
-            output = self.model(images)
+            output = self._run(images)
         reconstruction = output.reconstruction.float()
         rebuilt = reconstruction_loss(
             reconstruction,
