@@ -329,3 +329,42 @@ def test_one_code_far_away_does_not_cost_the_others_their_accuracy() -> None:
     shifted, moved = codebook - mean, latents - mean
     dragged = (shifted.square().sum(1) / 2 - moved @ shifted.T).argmin(1)
     assert (dragged == exact).double().mean() < 0.5
+
+
+@given(
+    n=st.integers(0, 40),
+    k=st.integers(1, 60),
+    c=st.integers(1, 9),
+    long_code=st.sampled_from([1, 5, 100]),
+    tiles=st.sampled_from([(7, 35), (16, 64), (1, 3), (64, 4096)]),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None, max_examples=150)
+def test_both_searches_find_the_first_nearest_code(
+    n: int, k: int, c: int, long_code: int, tiles: tuple[int, int], seed: int
+) -> None:
+    """The CPU's and the other devices', on small integers: their arithmetic is exact, and ties abound."""
+    generator = torch.Generator().manual_seed(seed)
+    latents, codebook = (torch.randint(-2, 3, (rows, c), generator=generator).float() for rows in (n, k))
+    expected = torch.cdist(latents.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_search, "_MAX_TILE_CODES", tiles[0])
+        patch.setattr(_search, "_MAX_TILE_LONG_CODES", tiles[0] // 2 + 1)
+        patch.setattr(_search, "_LONG_CODE", long_code)
+        patch.setattr(_search, "_CPU_TILE", tiles[1])
+        found = [_search._grouped_argmin(latents, codebook), _search._tiled_argmin(latents, codebook, 0.0, None)]
+    first = [int((row == row.min()).nonzero()[0]) for row in expected]
+    assert found[0].tolist() == found[1].tolist() == first
+
+
+@pytest.mark.parametrize("k", [5, 1000])
+def test_what_is_no_number_finds_a_code_that_is_there(k: int) -> None:
+    """Not one of those that fill the last group; rows beside it are not disturbed."""
+    latents, codebook = torch.randn(7, 4), torch.randn(k, 4)
+    expected = nearest_code(latents, codebook)
+    latents[2, 1], latents[4, 0] = torch.nan, torch.inf
+    found = nearest_code(latents, codebook)
+    assert found.min() >= 0
+    assert found.max() < k
+    rest = [0, 1, 3, 5, 6]
+    assert torch.equal(found[rest], expected[rest])
