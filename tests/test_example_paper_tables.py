@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import statistics
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from examples.te_vqgan import __main__ as command_line
 from examples.te_vqgan.document import Table
 from examples.te_vqgan.generation_figures import (
     Point,
@@ -32,9 +35,11 @@ from examples.te_vqgan.paper_tables import (
 )
 from examples.te_vqgan.presets import ARMS
 from examples.te_vqgan.recipes import LAYOUTS
+from te_quant import EquivarianceReport
 
 TASKS = ("text_to_image", "image_to_text")
 LARGE, SMALL = 300, 100
+RESULTS = Path(__file__).parents[1] / "examples" / "te_vqgan" / "results" / "small"
 
 
 def _cases(rng: np.random.Generator, **accuracy: float | None) -> dict[str, Any]:
@@ -331,3 +336,60 @@ def test_sampling_is_compared_over_all_quadrant_digits() -> None:
     assert row["top 10 % of its codes"] == _text([pooled(part["generation"]) for part in parts])
     assert row["16 codes"] == _text([pooled(part["sampling"]["generation-16"]) for part in parts])
     assert _row(table, ARMS["vqgan"].title)["16 codes"] == "–"
+
+
+def test_regimes_are_told_by_what_differs_from_the_first(tmp_path: Path) -> None:
+    """From the published results: the table of two copies, one of them trained for longer and measured worse."""
+    base = json.loads((RESULTS / "results.json").read_text(encoding="utf-8"))
+    base["runs"] = [run for run in base["runs"] if run["arm"] in ("vqgan", "te_vqgan") and run["seed"] == 0]
+    longer = copy.deepcopy(base)
+    images = str(full_size(base))
+    for run in longer["runs"]:
+        run["settings"]["steps"] *= 3
+        for case in run["stage2"][images]["generation"]["held_out"]["text_to_image"]["cases"].values():
+            case["digits_right"] = 0
+        del run["stage2"][images]["sampling"]
+    folders = [tmp_path / "base", tmp_path / "longer"]
+    for folder, results in zip(folders, (base, longer), strict=True):
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(results))
+    words = ["regimes", "--results", *map(str, folders), "--into", str(tmp_path / "regimes.md")]
+    assert command_line.main(words) == 0
+    lines = (tmp_path / "regimes.md").read_text().strip().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    steps = base["runs"][0]["settings"]["steps"]
+    assert [row[0] for row in table[2:]] == ["(the preset `small`)"] * 2 + [
+        f"steps was {steps}, now {3 * steps}"
+    ] * 2
+    assert [row[1] for row in table[2:]] == [f"{ARMS[arm].title}, 1 seed" for arm in ("vqgan", "te_vqgan")] * 2
+    for row, run in zip(table[2:4], base["runs"], strict=True):
+        part, test = run["stage2"][images], run["evaluation"]["test"]
+
+        def share(cases: Any) -> str:
+            return f"{sum(c['digits_right'] for c in cases) / sum(c['digits'] for c in cases):.3f}"
+
+        def in_quadrants(generation: Any, task: str) -> str:
+            cases = generation["held_out"][task]["cases"]
+            return share([cases[f"quad{number}"] for number in (1, 2, 3, 4)])
+
+        assert row[2:] == [
+            "64",
+            str(test["used_codes"]),
+            f"{EquivarianceReport.from_dict(run['evaluation']['equivariance']).sub_stride.kappa:.3f}",
+            share(run["reading"]["reconstruction"]["cases"].values()),
+            in_quadrants(part["generation"], "text_to_image"),
+            in_quadrants(part["sampling"]["generation-2"], "text_to_image"),
+            in_quadrants(part["generation"], "image_to_text"),
+        ]
+    assert [row[6:8] for row in table[4:]] == [["0.000", "–"]] * 2
+
+
+def test_regimes_need_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without them, or without a GPT, is named."""
+    words = ["regimes", "--results", str(tmp_path), "--into", str(tmp_path / "regimes.md")]
+    assert command_line.main(words) == 1
+    assert f"results must be folders with results.json, got {tmp_path}." in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"runs": []}')
+    assert command_line.main(words) == 1
+    assert "results must hold a measured Stage 2, got none." in capsys.readouterr().err
+    assert not (tmp_path / "regimes.md").exists()

@@ -1,4 +1,4 @@
-"""Command line: ``python -m examples.te_vqgan prepare|stage1|exactness|audit|report|compare|run``.
+"""Command line: ``python -m examples.te_vqgan prepare|stage1|report|run|...``.
 
 ``run`` does everything for a preset; the other commands are its steps. Each step that was interrupted goes on
 where it was, each that is finished is skipped. Started by ``torchrun --nproc-per-node 2 -m examples.te_vqgan``, on
@@ -185,6 +185,13 @@ def _compare(options: argparse.Namespace) -> None:
     print((folder / "comparison.md").read_text(encoding="utf-8"))
 
 
+def _regimes(options: argparse.Namespace) -> None:
+    from examples.te_vqgan.regimes import write_regimes
+
+    write_regimes(options.results, options.into)
+    print(options.into.read_text(encoding="utf-8"))
+
+
 def _audit(options: argparse.Namespace) -> None:
     from examples.te_vqgan.audits import AUDITED, write_audits
     from examples.te_vqgan.provenance import command_line
@@ -231,6 +238,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--results", type=Path, help="write a report anew from the results.json in this folder")
     compare = add("compare", _compare, "table and scatter plot of the arms in a report", *WHERE)
     compare.add_argument("--results", type=Path, help="folder of a results.json (default: that of --out)")
+    several = add("regimes", _regimes, "one table over the reports of presets that differ in one thing each")
+    several.add_argument("--results", type=Path, nargs="+", required=True, help="folders, the first the base")
+    several.add_argument("--into", type=Path, required=True, help="Markdown file that is written")
     audit = add("audit", _audit, "say which module of some models, of others and of ours, loses equivariance")
     audit.add_argument("--out", type=Path, default=Path("runs/te_vqgan/audits"), help="folder of the results")
     audit.add_argument("--modules", nargs="+", help="names of what to audit (default: all of it)")

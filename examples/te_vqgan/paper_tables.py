@@ -13,7 +13,19 @@ from examples.te_vqgan.document import Table
 from examples.te_vqgan.paper import TABLE1, TABLE2, TABLE3, Printed
 from examples.te_vqgan.presets import ARMS
 
-__all__ = ["accuracies", "full_size", "generations", "sampling_table", "table1", "table2", "table3"]
+__all__ = [
+    "accuracies",
+    "counted",
+    "full_size",
+    "generations",
+    "mean",
+    "quadrants",
+    "read_right",
+    "sampling_table",
+    "table1",
+    "table2",
+    "table3",
+]
 
 Run = Mapping[str, Any]
 
@@ -65,11 +77,11 @@ def table1(results: Mapping[str, Any], task: str) -> Table:
             _beside(accuracies(runs, images, task, case), None if printed is None else printed[number])
             for number, case in enumerate(_CASES)
         ]
-        cells.append(_ours(accuracies(runs, images, task, "centre")))
-        cells += [_ours(accuracies(runs, images, task, case, "seen")) for case in ("quad1", "quad4")]
+        cells.append(mean(accuracies(runs, images, task, "centre")))
+        cells += [mean(accuracies(runs, images, task, case, "seen")) for case in ("quad1", "quad4")]
         if task == "text_to_image":
-            cells.append(_ours([_read(run, "reconstruction") for run in runs if "reading" in run]))
-        rows.append([f"{ARMS[arm].title}{_count(runs)}", *cells])
+            cells.append(mean([read_right(run, "reconstruction") for run in runs if "reading" in run]))
+        rows.append([f"{ARMS[arm].title}{counted(runs)}", *cells])
     return Table(header, rows)
 
 
@@ -116,20 +128,30 @@ def sampling_table(results: Mapping[str, Any]) -> Table | None:
     for arm, parts in arms.items():
         if not any("sampling" in part for part in parts):
             continue
-        cells = [_ours([_quadrants(part["generation"]) for part in parts])]
+        cells = [mean([quadrants(part["generation"], "text_to_image") for part in parts])]
         for number in numbers:
             found = [part["sampling"].get(f"generation-{number}") for part in parts if "sampling" in part]
-            cells.append(_ours([_quadrants(generation) for generation in found if generation is not None]))
+            cells.append(
+                mean([quadrants(generation, "text_to_image") for generation in found if generation is not None])
+            )
         rows.append([ARMS[arm].title, *cells])
     share = next(iter(arms.values()))[0]["settings"]["top_fraction"]
     return Table(["tokenizer", f"top {100 * share:g} % of its codes", *(f"{n} codes" for n in numbers)], rows)
 
 
-def _quadrants(generation: Mapping[str, Any]) -> float:
-    """Share of the held-out digits in quadrants that are read right."""
-    cases = [generation["held_out"]["text_to_image"]["cases"][case] for case in _CASES]
-    right, digits = (sum(int(case[name]) for case in cases) for name in ("digits_right", "digits"))
-    return right / digits
+def quadrants(generation: Mapping[str, Any], task: str) -> float:
+    """Return the share of the held-out digits in quadrants that are right."""
+    return _share(generation["held_out"][task]["cases"][case] for case in _CASES)
+
+
+def read_right(run: Run, what: str) -> float:
+    """Return the share of the digits in all test images, or reconstructions, that the classifier reads right."""
+    return _share(run["reading"][what]["cases"].values())
+
+
+def _share(cases: Iterable[Mapping[str, Any]]) -> float:
+    counts = [(int(case["digits_right"]), int(case["digits"])) for case in cases]
+    return sum(right for right, _ in counts) / sum(digits for _, digits in counts)
 
 
 def table3(results: Mapping[str, Any]) -> Table:
@@ -155,13 +177,13 @@ def table3(results: Mapping[str, Any]) -> Table:
             tests = [run["evaluation"]["test"] for run in chosen]
             distances = [run["reading"]["feature_distance"] for run in chosen if "reading" in run]
             cells = [
-                f"{_ours([test['used_codes'] for test in tests], '.0f')} / {codes}",
-                _ours([test["frequent_codes"] for test in tests], ".0f"),
-                f"{_ours([test['l1'] for test in tests], '.4f')} / {error}",
-                _ours(distances, ".4f"),
+                f"{mean([test['used_codes'] for test in tests], '.0f')} / {codes}",
+                mean([test["frequent_codes"] for test in tests], ".0f"),
+                f"{mean([test['l1'] for test in tests], '.4f')} / {error}",
+                mean(distances, ".4f"),
                 str(perceptual),
             ]
-            rows.append([f"{data}, {ARMS[arm].title}{_count(chosen)}", *cells])
+            rows.append([f"{data}, {ARMS[arm].title}{counted(chosen)}", *cells])
     return Table(header, rows)
 
 
@@ -177,23 +199,18 @@ def _full(results: Mapping[str, Any]) -> int:
     return images
 
 
-def _read(run: Run, what: str) -> float:
-    """Share of the digits in all test images that the classifier reads right."""
-    cases = run["reading"][what]["cases"].values()
-    right, digits = (sum(int(case[name]) for case in cases) for name in ("digits_right", "digits"))
-    return right / digits
-
-
-def _count(runs: Sequence[Run]) -> str:
+def counted(runs: Sequence[Run]) -> str:
+    """Name the number of seeds where it is smaller than the three that are meant to be."""
     return "" if len(runs) >= 3 else f", {len(runs)} seed{'s' if len(runs) > 1 else ''}"
 
 
 def _beside(values: Sequence[float], printed: Printed | None) -> str:
     paper = _DASH if printed is None else f"{printed.mean:.3f} ({printed.deviation:.3f})"
-    return f"{_ours(values)} / {paper}"
+    return f"{mean(values)} / {paper}"
 
 
-def _ours(values: Sequence[float], pattern: str = ".3f") -> str:
+def mean(values: Sequence[float], pattern: str = ".3f") -> str:
+    """Write the mean over seeds, with the standard deviation in brackets if they are several."""
     if not values:
         return _DASH
     text = format(statistics.fmean(values), pattern)
