@@ -232,8 +232,11 @@ _TRAINING = {"--steps": "3", "--perceptual": "none", "--bf16": None, "--device":
         (["exactness", "--arm", "integer_exact"], list(_TRAINING)),
         (["classifier"], ["--perceptual", "--arm"]),
         (["stage2", "--arm", "vqgan"], ["--perceptual"]),
-        (["evaluate", "--arm", "vqgan"], ["--perceptual", "--steps"]),
-        (["publish", "--arm", "vqgan", "--into", "unused"], [*_TRAINING, "--threads", "--data-dir"]),
+        (["evaluate", "--arm", "vqgan"], ["--steps", "--compile"]),
+        (
+            ["publish", "--arm", "vqgan", "--into", "unused"],
+            [*(name for name in _TRAINING if name != "--bf16"), "--threads", "--data-dir"],
+        ),
         (["report"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
         (["compare"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
         (["audit"], [*_TRAINING, "--preset", "--data", "--data-dir"]),
@@ -247,7 +250,7 @@ def test_options_that_a_command_does_not_use_are_refused(
     values = {**_TRAINING, "--threads": "1", "--seed": "1", "--data-dir": str(tmp_path)}
     values |= {"--preset": "smoke", "--data": "digits"}
     for option in unused:
-        value = {**values, "--arm": "vqgan"}[option]
+        value = {**values, "--arm": "vqgan", "--compile": None}[option]
         words = [option] if value is None else [option, value]
         with pytest.raises(SystemExit, match="2"):
             main([*command, "--out", str(tmp_path), *words])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from examples.te_vqgan.caption_parser import parse
 from examples.te_vqgan.checkpoint import load_checkpoint
 from examples.te_vqgan.classifier import CellClassifier, crop_places, feature_distance, load_classifier
 from examples.te_vqgan.evaluate import evaluate_gpt, evaluate_tokenizer
+from examples.te_vqgan.evaluation import dataset
 from examples.te_vqgan.generation import draw_images, evaluate_pairs, read_places, read_tokenizer, write_captions
 from examples.te_vqgan.heldout import allowed
 from examples.te_vqgan.pairs import CaptionedImages
@@ -332,6 +335,38 @@ def test_candidates_are_a_measurement_of_their_own(
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_gpt(settings, tokenizer, classifier, source, candidates=wrong, progress=False)
+
+
+def test_lpips_is_measured_where_it_is_installed(
+    chain: tuple[Path, Path], source: DigitSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over all test images, by a stand-in whose distance is known; without the package nothing is written."""
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(chain[0], tokenizer, ignore=shutil.ignore_patterns("reading.json", "stage2-*"))
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ImportError, match="pip install lpips"):
+        evaluate_tokenizer(tokenizer, chain[1], source, perceptual="lpips")
+    assert not (tokenizer / "reading.json").exists()
+
+    class Squares(torch.nn.Module):
+        def __init__(self, net: str, verbose: bool) -> None:
+            super().__init__()
+            assert (net, verbose) == ("vgg", False)
+
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return (first - second).square().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Squares))
+    monkeypatch.setattr(generation, "_BATCH", 3)
+    assert evaluate_tokenizer(tokenizer, chain[1], source, perceptual="lpips")
+    reading = json.loads((tokenizer / "reading.json").read_text())
+    model, settings = load_tokenizer(tokenizer, torch.device("cpu"))
+    images = dataset(settings, source, "test").fixed(0, settings.eval_images)
+    with torch.no_grad():
+        rebuilt = model(images).reconstruction.clamp(-1, 1)
+    assert reading["perceptual"] == "lpips"
+    expected = (rebuilt - images).double().square().mean().item()
+    assert reading["perceptual_distance"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSource, tmp_path: Path) -> None:

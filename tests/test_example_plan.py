@@ -247,6 +247,17 @@ def test_trainings_share_the_cores(
     assert called["wall_seconds"] is None
 
 
+def test_the_other_data_set_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after hours of training on the first; a plan of named arms needs none."""
+    monkeypatch.setattr(run_command, "run_jobs", lambda jobs, **options: pytest.fail("trained"))
+    options = _options(tmp_path, "--data-dir", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="data_dir must hold the files of 'fashion-mnist'"):
+        run_plan(options, perform=lambda words: None)
+    options.arms = ["vqgan"]
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        run_plan(options, perform=lambda words: None)
+
+
 def test_plans_name_arms_that_exist() -> None:
     """And every preset has one."""
     assert PLANS.keys() == STAGE2.keys()

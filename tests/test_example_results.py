@@ -160,6 +160,23 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
         merged(before, other)
 
 
+def test_classifiers_of_other_settings_are_refused(tmp_path: Path) -> None:
+    """Accuracies that different readers gave do not stand in one table; a result without a reader has no say."""
+    before, after = (_collected(tmp_path / name, ("vqgan", seed)) for name, seed in (("a", 0), ("b", 1)))
+    before["classifier"] = {"settings": {"steps": 5, "seed": 0}, "evaluation": {}}
+    after.pop("classifier", None)
+    assert merged(before, after)["classifier"] == merged(after, before)["classifier"] == before["classifier"]
+    after["classifier"] = {"settings": {"steps": 5, "seed": 3}, "evaluation": {}}
+    assert merged(before, after)["classifier"] == after["classifier"]
+    after["classifier"]["settings"]["steps"] = 6
+    message = r"settings must be the same for the classifiers of the data, got steps was 5, now 6\."
+    with pytest.raises(ValueError, match=message):
+        merged(before, after)
+    others = [{**one, "classifier": {}, "other": {"mnist": one}} for one in (before, after)]
+    with pytest.raises(ValueError, match=r"the classifiers of mnist, got steps was 5, now 6\."):
+        merged(*others)
+
+
 def test_other_data_sets_are_merged_too(tmp_path: Path) -> None:
     """Added, and seed by seed within one; a main result without any keeps those of the other."""
 

@@ -18,18 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.te_vqgan.cells import CellBatch, CellDataset
-from examples.te_vqgan.checkpoint import adam_state, load_adam_state, load_checkpoint, under
-from examples.te_vqgan.checks import require
+from examples.te_vqgan.checkpoint import adam_state, load_adam_state, under
 from examples.te_vqgan.classifier import CellClassifier, ClassifierOutput, ClassifierSettings, save_classifier
 from examples.te_vqgan.files import write_text_atomically
 from examples.te_vqgan.provenance import Execution
 from examples.te_vqgan.recipes import COLORS
 from examples.te_vqgan.running import (
-    CHECKPOINT,
     Clock,
     Interrupted,
+    begun_run,
     finished_run,
-    only_process_in,
     provenance,
     run_steps,
 )
@@ -245,19 +243,13 @@ def train_classifier(
     plain = settings.to_dict()
     if finished_run(folder, plain):
         return False
-    checkpoint = folder / CHECKPOINT
-    require(resume or not checkpoint.exists(), "resume", f"set, as {folder} holds an unfinished run", "False")
-    with only_process_in(folder):
-        write_text_atomically(folder / "settings.json", json.dumps(plain, indent=2) + "\n")
+    with begun_run(folder, plain, resume=resume) as checkpoint:
         where = execution or Execution()
         trainer = ClassifierTrainer(settings, len(source.class_names), where.apply())
         train = CellDataset(source, "train", canvas_size=settings.canvas_size, seed=settings.seed)
         validation = CellDataset(source, "validation", canvas_size=settings.canvas_size, seed=_EVALUATION_SEED)
-        spent = None
-        if checkpoint.exists():
-            tensors, facts = load_checkpoint(checkpoint)
-            trainer.load(tensors, facts)
-            spent = facts["spent"]
+        if checkpoint is not None:
+            trainer.load(*checkpoint)
 
         def advance() -> dict[str, Tensor]:
             return trainer.train_step(train.batch(trainer.step, settings.batch_size, settings.distortion))
@@ -266,7 +258,7 @@ def train_classifier(
             found = accuracy(trainer.model, validation, settings.validation_cells)
             return {f"validation_{name}": found[name] for name in ("digit_accuracy", "color_accuracy")}
 
-        clock = Clock(spent)
+        clock = Clock(None if checkpoint is None else checkpoint[1]["spent"])
         run_steps(
             trainer,
             settings,

@@ -21,6 +21,7 @@ from examples.te_vqgan.evaluation import dataset
 from examples.te_vqgan.files import write_text_atomically
 from examples.te_vqgan.generation import evaluate_pairs, read_tokenizer
 from examples.te_vqgan.heldout import allowed
+from examples.te_vqgan.losses import load_perceptual
 from examples.te_vqgan.pairs import CaptionedImages
 from examples.te_vqgan.provenance import Execution, git_commit, versions
 from examples.te_vqgan.sources import DigitSource
@@ -42,6 +43,7 @@ def evaluate_tokenizer(
     source: DigitSource,
     *,
     execution: Execution | None = None,
+    perceptual: str = "none",
     command: str | None = None,
 ) -> bool:
     """Read the digits in a tokenizer's reconstructions of the test images.
@@ -51,6 +53,7 @@ def evaluate_tokenizer(
         classifier: folder of the finished classifier.
         source: the digits.
         execution: where to compute.
+        perceptual: name of a perceptual distance to measure too, as Stage 1 has them.
         command: what was typed, for the record.
 
     Returns:
@@ -58,6 +61,7 @@ def evaluate_tokenizer(
 
     Raises:
         ValueError: a run is not finished.
+        ImportError: the package behind ``perceptual`` is not installed.
     """
     if (tokenizer / READING).exists():
         return False
@@ -69,7 +73,10 @@ def evaluate_tokenizer(
         dataset(settings, source, "test"),
         len(source.class_names),
         device=device,
+        perceptual=load_perceptual(perceptual, device),
     )
+    if perceptual != "none":
+        numbers["perceptual"] = perceptual
     _write(tokenizer / READING, numbers, command)
     return True
 

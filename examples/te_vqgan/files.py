@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_bytes_atomically", "write_text_atomically"]
+__all__ = ["sha256", "write_bytes_atomically", "write_text_atomically"]
+
+
+def sha256(path: str | Path) -> str:
+    """Return the hash of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_bytes_atomically(path: str | Path, content: bytes) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from examples.te_vqgan.caption_parser import parse
 from examples.te_vqgan.classifier import CellClassifier, crop_places, feature_distance
+from examples.te_vqgan.losses import Perceptual
 from examples.te_vqgan.pairs import CaptionedImages
 from examples.te_vqgan.quadrants import QuadrantDataset
 from examples.te_vqgan.scores import Scores
@@ -89,6 +90,7 @@ def read_tokenizer(
     num_classes: int,
     *,
     device: torch.device,
+    perceptual: Perceptual | None = None,
 ) -> dict[str, Any]:
     """Say what survives the tokenizer: digits read in images, and in what is decoded from their tokens.
 
@@ -101,14 +103,15 @@ def read_tokenizer(
         images: the data.
         num_classes: L.
         device: of both models.
+        perceptual: a distance to measure too.
 
     Returns:
         Numbers for JSON: ``original`` and ``reconstruction``, as :meth:`~.scores.Scores.to_dict` gives them, and
         ``feature_distance``, the mean distance of an image and its reconstruction in the classifier's features,
-        which is not LPIPS.
+        which is not LPIPS; ``perceptual_distance``, their mean distance by ``perceptual``, if there is one.
     """
     tasks = {name: Scores(num_classes) for name in ("original", "reconstruction")}
-    distance = 0.0
+    distance, perceived = 0.0, 0.0
     for start in range(0, len(images), _BATCH):
         recipe = images.recipes[start : start + _BATCH]
         truth = (images.classes(recipe), recipe.colors)
@@ -117,10 +120,11 @@ def read_tokenizer(
         for name, pictures in (("original", originals), ("reconstruction", rebuilt)):
             tasks[name].update(truth, read_places(classifier, pictures))
         distance += float(feature_distance(classifier, rebuilt, originals).double().sum())
-    return {
-        **{name: scores.to_dict() for name, scores in tasks.items()},
-        "feature_distance": distance / len(images),
-    }
+        if perceptual is not None:
+            perceived += float(perceptual(rebuilt, originals).double().mean()) * len(originals)
+    numbers: dict[str, Any] = {name: scores.to_dict() for name, scores in tasks.items()}
+    numbers["feature_distance"] = distance / len(images)
+    return numbers if perceptual is None else numbers | {"perceptual_distance": perceived / len(images)}
 
 
 @torch.inference_mode()

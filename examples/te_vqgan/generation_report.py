@@ -93,10 +93,10 @@ def generation_blocks(results: Mapping[str, Any]) -> list[Block]:
         Heading(3, "Table 3: code usage and reconstruction"),
         tables["table3"],
         Paragraph(
-            "Codes used and reconstruction L1: ours / the paper's. Our L1 is of images in [-1, 1]; the range of "
-            "the paper's is not stated. Feature distance is the mean distance in the features of our own "
-            "classifier; it is not LPIPS and not comparable with the paper's perceptual loss, which stands "
-            "beside it."
+            "Codes used, reconstruction L1 and LPIPS: ours / the paper's. Our L1 is of images in [-1, 1]; the "
+            "range of the paper's is not stated. LPIPS is measured where its package and weights are installed "
+            "(`--perceptual lpips`). Feature distance is the mean distance in the features of our own "
+            "classifier; it is not LPIPS and not comparable with the paper's perceptual loss."
         ),
         *(Picture(name, caption) for name, caption in _PICTURES.items()),
     ]

@@ -15,6 +15,7 @@ from examples.te_vqgan import distributed
 from examples.te_vqgan.checks import require, require_choice
 
 __all__ = [
+    "Perceptual",
     "adaptive_weight",
     "discriminator_loss",
     "generator_loss",

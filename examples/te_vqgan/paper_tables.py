@@ -162,7 +162,7 @@ def table3(results: Mapping[str, Any]) -> Table:
         "codes > 0.1 %",
         "reconstruction L1",
         "feature distance",
-        "perceptual (paper)",
+        "LPIPS",
     ]
     main = results["runs"][0]["settings"]["data"]
     groups = {main: results["runs"], **{name: part["runs"] for name, part in results.get("other", {}).items()}}
@@ -175,13 +175,14 @@ def table3(results: Mapping[str, Any]) -> Table:
             printed = TABLE3.get(data, {}).get(arm)
             codes, error, perceptual = printed or (_DASH, _DASH, _DASH)
             tests = [run["evaluation"]["test"] for run in chosen]
-            distances = [run["reading"]["feature_distance"] for run in chosen if "reading" in run]
+            readings = [run["reading"] for run in chosen if "reading" in run]
+            perceived = [one["perceptual_distance"] for one in readings if one.get("perceptual") == "lpips"]
             cells = [
                 f"{mean([test['used_codes'] for test in tests], '.0f')} / {codes}",
                 mean([test["frequent_codes"] for test in tests], ".0f"),
                 f"{mean([test['l1'] for test in tests], '.4f')} / {error}",
-                mean(distances, ".4f"),
-                str(perceptual),
+                mean([one["feature_distance"] for one in readings], ".4f"),
+                f"{mean(perceived, '.4f')} / {perceptual}",
             ]
             rows.append([f"{data}, {ARMS[arm].title}{counted(chosen)}", *cells])
     return Table(header, rows)

@@ -157,12 +157,14 @@ def merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
 
     Raises:
         ValueError: the results are of different data, or two seeds of an arm, or two trainings of Stage 2 on as
-            many images, differ in other settings than the seed.
+            many images, differ in other settings than the seed; or their classifiers do.
     """
+    _require_one_reader("the data", before, after)
     result = {**before, **after, "runs": _merged_runs(before["runs"], after["runs"])}
     result.pop("command", None)
     other = {**before.get("other", {}), **after.get("other", {})}
     for data in set(before.get("other", {})) & set(after.get("other", {})):
+        _require_one_reader(data, before["other"][data], after["other"][data])
         runs = _merged_runs(before["other"][data]["runs"], after["other"][data]["runs"])
         other[data] = {**after["other"][data], "runs": runs}
     if other:
@@ -188,6 +190,11 @@ def _merged_runs(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[st
         of_size = [{**settings, "stage1": None} for number, settings in trainings if number == size]
         _require_alike(f"every Stage 2 of {size} images", of_size)
     return runs
+
+
+def _require_one_reader(whose: str, *results: Mapping[str, Any]) -> None:
+    read = [one["classifier"]["settings"] for one in results if "settings" in one.get("classifier", {})]
+    _require_alike(f"the classifiers of {whose}", read)
 
 
 def _require_alike(whose: str, settings: Sequence[Mapping[str, Any]]) -> None:

@@ -40,6 +40,7 @@ def run_plan(options: argparse.Namespace, *, perform: Callable[[Sequence[str]], 
 
     Raises:
         ValueError: a folder holds a run of other settings, or ``--workers`` is given under a launcher.
+        FileNotFoundError: the plan's other data set is not in ``--data-dir``.
         JobFailed: a step ended with an error.
         KeyboardInterrupt: the user, or SIGTERM, stopped it.
     """
@@ -47,6 +48,7 @@ def run_plan(options: argparse.Namespace, *, perform: Callable[[Sequence[str]], 
     from examples.te_vqgan.report import write_report
 
     start = time.perf_counter()
+    distributed.from_main(lambda: _require_other_data(options))
     jobs = distributed.from_main(lambda: list(plan_jobs(options)))
     if distributed.launched():
         _run_here(jobs, perform)
@@ -57,6 +59,15 @@ def run_plan(options: argparse.Namespace, *, perform: Callable[[Sequence[str]], 
     out = out_folder(options)
     spent, words = seconds if jobs else None, command_line(options.words)
     distributed.from_main(lambda: announce(write_report(out, command=words, wall_seconds=spent)))
+
+
+def _require_other_data(options: argparse.Namespace) -> None:
+    """Find the plan's other data set before hours go into the first."""
+    from examples.te_vqgan.sources import load_digits
+
+    other = _plan(options).other_data
+    if other is not None:
+        load_digits(other, options.data_dir)
 
 
 def _run_here(jobs: Sequence[Job], perform: Callable[[Sequence[str]], None]) -> None:
@@ -172,7 +183,7 @@ def _evaluate_jobs(
     folder = tokenizer if second is None else stage2_folder(tokenizer, second)
     if (folder / (READING if second is None else GENERATION)).exists():
         return
-    given = {"data": first.data, "out": out, "arm": arm, "seed": first.seed}
+    given = {"data": first.data, "out": out, "arm": arm, "seed": first.seed, "perceptual": options.perceptual}
     if second is not None:
         given |= {"train-images": second.train_images, "stage2-steps": options.stage2_steps}
     words = [

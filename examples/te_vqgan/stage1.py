@@ -86,12 +86,10 @@ def train_stage1(
         trainer = Stage1Trainer(settings, device, channels_last=where.channels_last, compiled=where.compiled)
         train = dataset(settings, source, "train")
         validation = dataset(settings, source, "validation")
-        spent = None
         if checkpoint is None:
             trainer.initialize(lambda number: train.batch(number, settings.batch_size))
         else:
             trainer.load(*checkpoint)
-            spent = checkpoint[1]["spent"]
 
         def advance() -> dict[str, Tensor]:
             rows = distributed.share(train.row_batch(trainer.step, settings.batch_size))
@@ -102,7 +100,7 @@ def train_stage1(
             penalty = float(orthogonality(trainer.model.quantizer.codebook.detach()))
             return {**{f"validation_{name}": value for name, value in measured.items()}, "orthogonality": penalty}
 
-        clock = Clock(spent)
+        clock = Clock(None if checkpoint is None else checkpoint[1]["spent"])
         run_steps(
             trainer,
             settings,

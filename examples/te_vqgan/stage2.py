@@ -16,7 +16,7 @@ from torch import Tensor
 
 from examples.te_vqgan import distributed
 from examples.te_vqgan.checks import require
-from examples.te_vqgan.files import write_text_atomically
+from examples.te_vqgan.files import sha256, write_text_atomically
 from examples.te_vqgan.pairs import CaptionedImages
 from examples.te_vqgan.presets import Stage1Settings, from_dict
 from examples.te_vqgan.provenance import Execution
@@ -122,6 +122,8 @@ def train_stage2(
         def encode() -> tuple[Tensor, Tensor]:
             autoencoder, _ = load_tokenizer(tokenizer, device)
             facts = {"images": settings.train_images, "seed": settings.seed, "stage1": plain["stage1"]}
+            # A tokenizer that was trained anew, on another machine say, has other tokens under the same settings.
+            facts["weights"] = sha256(tokenizer / "model" / "model.safetensors")
             tokens = cached_tokens(folder / TOKENS, facts, lambda: _encoded(autoencoder, train, device, progress))
             return tokens, encode_dataset(autoencoder, held.dataset, device)
 

@@ -32,7 +32,7 @@ def add_stage2_commands(add: Add) -> None:
     _add_arm(stage2)
     _add_run_options(stage2)
     measured = "measure a tokenizer and the GPT on its tokens"
-    evaluate = add("evaluate", _evaluate, measured, *_MEASURE, "seed", "bf16")
+    evaluate = add("evaluate", _evaluate, measured, *_MEASURE, "seed", "bf16", "perceptual")
     _add_arm(evaluate)
     evaluate.add_argument(
         "--stage2-steps", type=int, help="those that the GPT was trained for, if not the preset's"
@@ -117,7 +117,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     seed = PRESETS[options.preset].seed if options.seed is None else options.seed
     tokenizer, classifier = _tokenizer_folder(options, seed), classifier_folder(out_folder(options))
     where, command = execution(options), command_line(options.words)
-    measured = evaluate_tokenizer(tokenizer, classifier, source, execution=where, command=command)
+    perceptual = options.perceptual or "none"
+    measured = evaluate_tokenizer(
+        tokenizer, classifier, source, execution=where, perceptual=perceptual, command=command
+    )
     if not options.tokenizer_alone:
         changes = {"seed": seed, "steps": options.stage2_steps, "train_images": options.train_images}
         settings = stage2_settings_for(options.preset, changes | {"bf16": options.bf16})
