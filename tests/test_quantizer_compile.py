@@ -200,3 +200,16 @@ def test_compiled_codes_are_the_bits_that_eager_decode_gives(update: str) -> Non
         quantizer.codebook.normal_()
     out = torch.compile(quantizer, fullgraph=True)(torch.randn(32, 16))
     assert torch.equal(quantizer.decode(out.indices), out.codes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rvq", "rvq-ema-shared-dropout", "fsq", "lfq", "lfq-groups", "sim-rotation"])
+def test_the_default_backend_gives_the_bits_that_eager_decode_gives(name: str) -> None:
+    """Optimised, over several batch sizes: codes, quantized and the decoded indices are the same bits."""
+    quantizer = spread(QUANTIZERS[name]())
+    compiled = torch.compile(quantizer, fullgraph=True)
+    for batch in (3, 5, 2):
+        output, gradient = run(quantizer, latents_for(quantizer, (batch, -1, 4, 5)), compiled)
+        assert torch.equal(quantizer.decode(output.indices), output.codes)
+        assert torch.equal(output.quantized, output.codes)
+        assert gradient.isfinite().all()

@@ -24,6 +24,7 @@ from te_quant._checks import (
 )
 from te_quant._precision import AUTOCAST_DEVICES, HALF, widen
 from te_quant._values import require_finite, require_in_range
+from te_quant.quantizers.base import QuantizerOutput
 
 __all__ = ["Layout", "Rows"]
 
@@ -88,6 +89,11 @@ class Layout:
             return Rows(vectors, vectors.detach(), finite.to(vectors.dtype))
         return Rows(vectors, vectors.detach(), None)
 
+    def counted(self, latents: Tensor, codebook: Tensor) -> Tensor:
+        """(B, C, h, w) -> (·, C), the checked vectors that count, in the dtype of ``codebook``."""
+        self.check(latents, codebook)
+        return self.to_rows(latents).counted.to(codebook.dtype)
+
     def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """(N, C) -> the layout of latents of ``shape``."""
         if self.channel_dim == -1:
@@ -98,6 +104,30 @@ class Layout:
         """(N,) or (N, Q) -> the shape of latents of ``shape`` without the channel axis, and Q behind."""
         grid = shape[:-1] if self.channel_dim == -1 else (shape[0], *shape[2:])
         return rows.view(*grid, *rows.shape[1:])
+
+    def output(
+        self, latents: Tensor, dtype: torch.dtype, quantized: Tensor, chosen: Tensor, codes: Tensor, *terms: Tensor
+    ) -> QuantizerOutput:
+        """What was computed for rows, in the layout of ``latents``: codes of ``dtype``, and the sum of the terms.
+
+        Args:
+            latents: what was quantized.
+            dtype: of the codes.
+            quantized: (N, C) with a gradient path.
+            chosen: (N,) or (N, Q).
+            codes: (N, C).
+            terms: codebook, commitment and regularization loss.
+        """
+        codebook_loss, commitment_loss, regularization_loss = terms
+        return QuantizerOutput(
+            quantized=self.from_rows(quantized.to(dtype), latents.shape),
+            indices=self.indices_from_rows(chosen, latents.shape),
+            loss=codebook_loss + commitment_loss + regularization_loss,
+            codebook_loss=codebook_loss,
+            commitment_loss=commitment_loss,
+            regularization_loss=regularization_loss,
+            codes=self.from_rows(codes.detach().to(dtype), latents.shape),
+        )
 
     def check_indices(
         self,

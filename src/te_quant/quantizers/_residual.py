@@ -5,6 +5,7 @@ Shape letters: N latent vectors, C code size, K codes a codebook, Q codebooks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,15 @@ from torch import Tensor
 from te_quant._search import search_codes
 from te_quant.quantizers._layout import Rows
 
-__all__ = ["joined", "partial_sums", "residuals", "search_residuals", "step_codes"]
+__all__ = ["draw_depths", "joined", "partial_sums", "residuals", "search_residuals", "step_codes"]
+
+
+def draw_depths(latents: Tensor, code_dim: int, steps: int, generator: torch.Generator | None) -> Tensor:
+    """How many steps each row takes, uniform in 1..Q, one value for each element of axis 0: -> (N,) int64."""
+    batch, positions = latents.shape[0], math.prod(latents.shape[1:]) // code_dim
+    # In place, because a compiler that knows no batch size cannot trace torch.randint with a generator.
+    drawn = torch.empty(batch, 1, device=latents.device).uniform_(generator=generator) * steps
+    return (drawn.long().clamp_max(steps - 1) + 1).expand(batch, positions).reshape(-1)
 
 
 def step_codes(chosen: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:

@@ -6,22 +6,29 @@ Shape letters: N latent vectors, C code size, K codes a codebook, Q steps, S cod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from te_quant._precision import widen
+from te_quant.functional import orthogonality
 from te_quant.quantizers._layout import Rows
 from te_quant.quantizers._residual import joined
 from te_quant.quantizers._state import observe
 from te_quant.quantizers.vector import VectorQuantizer
 
-__all__ = ["observe_stages", "revive_stages", "stages_of", "start_stages"]
+__all__ = ["mean_penalty", "observe_stages", "revive_stages", "start_stages", "tables_of"]
 
 
-def stages_of(modules: nn.ModuleList) -> list[VectorQuantizer]:
-    """The same quantizers, for the type checker too."""
-    return [cast("VectorQuantizer", stage) for stage in modules]
+def tables_of(stages: Sequence[VectorQuantizer], steps: int) -> list[Tensor]:
+    """The codebook of every step as it is now, at least float32: -> Q of (K, C)."""
+    tables = [widen(stage.codebook) for stage in stages]
+    return tables * (steps // len(tables))
+
+
+def mean_penalty(stages: Sequence[VectorQuantizer]) -> Tensor:
+    """The orthogonality penalty without λ, the mean over the codebooks: -> ()."""
+    return torch.stack([orthogonality(stage.codebook) for stage in stages]).mean()
 
 
 def observe_stages(stages: Sequence[VectorQuantizer], steps: Sequence[Rows], chosen: Tensor) -> None:
@@ -60,16 +67,16 @@ def start_stages(
 
 def revive_stages(
     stages: Sequence[VectorQuantizer],
-    repeats: int,
+    steps: int,
     left: Tensor,
     threshold: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Revive the dead codes of every codebook from the rows of the ``repeats`` steps that it serves: -> (S, K)."""
+    """Revive the dead codes of every codebook from the rows of the steps, of Q, that it serves: -> (S, K) bool."""
     revived = []
     for stage in stages:
         pool = [left]
-        while len(pool) < repeats:
+        while len(pool) < steps // len(stages):
             pool.append(_after(stage, pool[-1]))
         revived.append(stage.revive_dead_codes(torch.cat(pool), threshold=threshold, generator=generator))
         left = _after(stage, left)

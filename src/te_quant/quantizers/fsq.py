@@ -104,16 +104,10 @@ class FSQ(nn.Module):
             # The paper has no loss. A weight of zero gives that, and still something to call backward on.
             compared = Rows(scaled, scaled.detach(), rows.weights)
             codebook_loss, commitment_loss = distance_losses(compared, codes, 0.0, codebook_follows=False)
-            dtype, shape = self.grid.dtype, latents.shape
-            return QuantizerOutput(
-                quantized=self._layout.from_rows(straight_through(scaled, codes).to(dtype), shape),
-                indices=self._layout.indices_from_rows((digits * self.strides).sum(1), shape),
-                loss=codebook_loss + commitment_loss,
-                codebook_loss=codebook_loss,
-                commitment_loss=commitment_loss,
-                regularization_loss=torch.zeros_like(commitment_loss),
-                codes=self._layout.from_rows(codes.to(dtype), shape),
-            )
+            nothing = torch.zeros_like(commitment_loss)
+            quantized, dtype = straight_through(scaled, codes), self.grid.dtype
+            terms = (codebook_loss, commitment_loss, nothing)
+            return self._layout.output(latents, dtype, quantized, (digits * self.strides).sum(1), codes, *terms)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:

@@ -129,16 +129,9 @@ class LFQ(nn.Module):
                 rows, codes, self.commitment_weight, codebook_follows=False
             )
             penalty = self._penalty(rows) if self.entropy_weight else torch.zeros_like(commitment_loss)
-            dtype, shape = self.signs.dtype, latents.shape
-            return QuantizerOutput(
-                quantized=self._layout.from_rows(straight_through(rows.vectors, codes).to(dtype), shape),
-                indices=self._layout.indices_from_rows(self._pack(bits), shape),
-                loss=codebook_loss + commitment_loss + penalty,
-                codebook_loss=codebook_loss,
-                commitment_loss=commitment_loss,
-                regularization_loss=penalty,
-                codes=self._layout.from_rows(codes.to(dtype), shape),
-            )
+            quantized, dtype = straight_through(rows.vectors, codes), self.signs.dtype
+            terms = (codebook_loss, commitment_loss, penalty)
+            return self._layout.output(latents, dtype, quantized, self._pack(bits), codes, *terms)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:

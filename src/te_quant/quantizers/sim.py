@@ -138,16 +138,10 @@ class SimVQ(nn.Module):
                 rows, codes, self.commitment_weight, codebook_follows=True
             )
             estimate = rotation_trick if self.gradient_estimator == "rotation_trick" else straight_through
-            dtype, shape = self.basis.dtype, latents.shape
-            return QuantizerOutput(
-                quantized=self._layout.from_rows(estimate(rows.vectors, codes).to(dtype), shape),
-                indices=self._layout.indices_from_rows(chosen, shape),
-                loss=codebook_loss + commitment_loss,
-                codebook_loss=codebook_loss,
-                commitment_loss=commitment_loss,
-                regularization_loss=torch.zeros_like(commitment_loss),
-                codes=self._layout.from_rows(codes.detach().to(dtype), shape),
-            )
+            nothing = torch.zeros_like(commitment_loss)
+            quantized, dtype = estimate(rows.vectors, codes), self.basis.dtype
+            terms = (codebook_loss, commitment_loss, nothing)
+            return self._layout.output(latents, dtype, quantized, chosen, codes, *terms)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:

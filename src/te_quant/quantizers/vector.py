@@ -182,16 +182,9 @@ class VectorQuantizer(nn.Module):
             if self.orthogonal_reg:
                 penalty = self.orthogonal_reg * orthogonality(penalized.rows(table), penalized.mask)
             estimate = rotation_trick if self.gradient_estimator == "rotation_trick" else straight_through
-            dtype, shape = self.codebook.dtype, latents.shape
-            return QuantizerOutput(
-                quantized=self._layout.from_rows(estimate(rows.vectors, codes).to(dtype), shape),
-                indices=self._layout.indices_from_rows(chosen, shape),
-                loss=codebook_loss + commitment_loss + penalty,
-                codebook_loss=codebook_loss,
-                commitment_loss=commitment_loss,
-                regularization_loss=penalty,
-                codes=self._layout.from_rows(codes.detach().to(dtype), shape),
-            )
+            quantized, dtype = estimate(rows.vectors, codes), self.codebook.dtype
+            terms = (codebook_loss, commitment_loss, penalty)
+            return self._layout.output(latents, dtype, quantized, chosen, codes, *terms)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
