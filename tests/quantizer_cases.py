@@ -34,7 +34,14 @@ __all__ = [
 
 _vq = partial(VectorQuantizer, 11, 6)
 _rvq = partial(ResidualVectorQuantizer, 11, 6, 3)
-_sim = partial(SimVQ, 11, 6)
+
+
+def _sim(num_codes: int = 11, code_dim: int = 6, **options: Any) -> SimVQ:
+    """With a basis that training has turned away from the identity."""
+    quantizer = SimVQ(num_codes, code_dim, **options)
+    torch.nn.init.normal_(quantizer.basis)
+    return quantizer
+
 
 QUANTIZERS: dict[str, Callable[..., Any]] = {
     "vq": _vq,
@@ -76,9 +83,11 @@ QUANTIZERS: dict[str, Callable[..., Any]] = {
     "lfq-one-channel": partial(LFQ, 1, temperature=1.0),
     "lfq-skip": partial(LFQ, 4, nonfinite="skip"),
     "sim": _sim,
+    "sim-fresh": partial(SimVQ, 11, 6),
+    "sim-wide": partial(_sim, 300, 40),
     "sim-rotation": partial(_sim, gradient_estimator="rotation_trick", decay=0.0),
     "sim-skip": partial(_sim, nonfinite="skip"),
-    "sim-one-channel": partial(SimVQ, 5, 1),
+    "sim-one-channel": partial(_sim, 5, 1),
 }
 
 # (channel_dim, shape with C left as -1)

@@ -275,6 +275,10 @@ def test_revival_uses_what_is_left(shared: bool) -> None:
     for code in after[0][:3]:
         assert (rows - code).abs().amax(1).min() < 1e-12
     assert torch.equal(after[0][3:], before[0][3:])
+    if not shared:
+        left = latents - after[0][(latents[:, None] - after[0]).square().sum(2).argmin(1)]
+        for code in after[1][:3]:
+            assert (left - code).abs().amax(1).min() < 1e-12
     if shared:
         for seed in range(20):
             for stage in quantizer.stages:

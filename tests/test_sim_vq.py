@@ -51,6 +51,7 @@ def test_the_nearest_of_the_transformed_codes(codes: int, dim: int) -> None:
     torch.testing.assert_close(quantizer.codebook.detach(), table, rtol=1e-12, atol=1e-12)
     assert_nearest(output.indices, latents, table, clear_share=0.9)
     torch.testing.assert_close(output.codes, table[output.indices])
+    assert torch.equal(quantizer.decode(output.indices), output.codes)
     mean_square = (latents - table[output.indices]).square().mean()
     torch.testing.assert_close(output.codebook_loss, mean_square)
     torch.testing.assert_close(output.commitment_loss, 0.5 * mean_square)
