@@ -77,7 +77,7 @@ def missing_entropy(logits: Tensor, weights: Tensor | None, group: ProcessGroup 
 def _products(logits: Tensor) -> Tensor:
     """Probability of every combination of bits, the first channel the lowest bit: (N, G) -> (N, 2^G)."""
     ones, zeros = torch.sigmoid(logits), torch.sigmoid(-logits)
-    table = torch.ones_like(logits[:, :1]) if logits.shape[1] else logits.new_ones(logits.shape[0], 1)
+    table = logits.new_ones(logits.shape[0], 1)
     for channel in range(logits.shape[1]):
         column = slice(channel, channel + 1)
         table = torch.cat([table * zeros[:, column], table * ones[:, column]], dim=1)
