@@ -2,7 +2,8 @@
 
 A new quantizer joins every test of ``test_quantizer_contract.py`` by one line here. A factory takes the
 ``channel_dim`` and builds a quantizer from the global random state; it must expose ``code_dim``, ``num_codes``,
-``forward``, ``encode`` and ``decode``.
+``forward``, ``encode`` and ``decode``. What is different about a quantizer is said by the functions below the
+table, from its public attributes, and nowhere in the tests.
 """
 
 from __future__ import annotations
@@ -14,11 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_quant import VectorQuantizer
+from te_quant import FSQ, LFQ, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 
-__all__ = ["EMPTY_SHAPES", "QUANTIZERS", "SHAPES", "latents_for", "state_of"]
+__all__ = [
+    "EMPTY_SHAPES",
+    "QUANTIZERS",
+    "SHAPES",
+    "dtype_of",
+    "has_loss",
+    "index_axes",
+    "index_layout",
+    "index_shape",
+    "is_random",
+    "latents_for",
+    "lowest_index",
+    "state_of",
+]
 
 _vq = partial(VectorQuantizer, 11, 6)
+_rvq = partial(ResidualVectorQuantizer, 11, 6, 3)
+
+
+def _sim(num_codes: int = 11, code_dim: int = 6, **options: Any) -> SimVQ:
+    """With a basis that training has turned away from the identity."""
+    quantizer = SimVQ(num_codes, code_dim, **options)
+    torch.nn.init.normal_(quantizer.basis)
+    return quantizer
+
 
 QUANTIZERS: dict[str, Callable[..., Any]] = {
     "vq": _vq,
@@ -42,6 +65,29 @@ QUANTIZERS: dict[str, Callable[..., Any]] = {
     "vq-ema-cosine-penalty": partial(_vq, codebook_update="ema", metric="cosine", orthogonal_reg=3.0, decay=0.0),
     "vq-one-code": partial(VectorQuantizer, 1, 6, orthogonal_reg=1.0),
     "vq-one-channel": partial(VectorQuantizer, 5, 1, codebook_update="ema", orthogonal_reg=1.0),
+    "rvq": _rvq,
+    "rvq-shared": partial(_rvq, shared_codebook=True, orthogonal_reg=10.0),
+    "rvq-dropout": partial(_rvq, quantizer_dropout=True, gradient_estimator="rotation_trick"),
+    "rvq-ema": partial(_rvq, codebook_update="ema", orthogonal_reg=10.0, decay=0.5),
+    "rvq-ema-shared-dropout": partial(_rvq, codebook_update="ema", shared_codebook=True, quantizer_dropout=True),
+    "rvq-skip-dropout": partial(_rvq, nonfinite="skip", codebook_update="ema", quantizer_dropout=True),
+    "rvq-one-step": partial(ResidualVectorQuantizer, 11, 6, 1, quantizer_dropout=True),
+    "fsq": partial(FSQ, (8, 5, 5, 5)),
+    "fsq-even": partial(FSQ, [4, 2, 6]),
+    "fsq-one-channel": partial(FSQ, (7,)),
+    "fsq-skip": partial(FSQ, (3, 4), nonfinite="skip"),
+    "lfq": partial(LFQ, 5),
+    "lfq-groups": partial(LFQ, 9, entropy_group_dim=4, temperature=0.5),
+    "lfq-sure": partial(LFQ, 30, diversity_weight=0.0),
+    "lfq-plain": partial(LFQ, 6, entropy_weight=0.0),
+    "lfq-one-channel": partial(LFQ, 1, temperature=1.0),
+    "lfq-skip": partial(LFQ, 4, nonfinite="skip"),
+    "sim": _sim,
+    "sim-fresh": partial(SimVQ, 11, 6),
+    "sim-wide": partial(_sim, 300, 40),
+    "sim-rotation": partial(_sim, gradient_estimator="rotation_trick", decay=0.0),
+    "sim-skip": partial(_sim, nonfinite="skip"),
+    "sim-one-channel": partial(_sim, 5, 1),
 }
 
 # (channel_dim, shape with C left as -1)
@@ -75,3 +121,40 @@ def latents_for(quantizer: Any, shape: tuple[int, ...], dtype: torch.dtype = tor
 def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
     """A copy of everything in ``state_dict``."""
     return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def dtype_of(quantizer: Any) -> torch.dtype:
+    """The module's floating dtype: that of its first parameter, else of its first constant."""
+    return next(t.dtype for t in (*quantizer.parameters(), *quantizer.buffers()) if t.is_floating_point())
+
+
+def index_axes(quantizer: Any) -> tuple[int, ...]:
+    """The axes that indices have behind those of the tokens: (Q,) where a token has Q of them."""
+    return (quantizer.num_quantizers,) if hasattr(quantizer, "num_quantizers") else ()
+
+
+def index_layout(quantizer: Any) -> str:
+    """The shape of indices, as errors name it."""
+    return "(B, h, w, Q), (B, N, Q) or (N, Q)" if index_axes(quantizer) else "(B, h, w), (B, N) or (N,)"
+
+
+def index_shape(quantizer: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the indices of latents of ``shape``, in which -1 stands for the code size."""
+    return tuple(size for size in shape if size != -1) + index_axes(quantizer)
+
+
+def lowest_index(quantizer: Any) -> int:
+    """0; -1 for codebooks left out, where they may be."""
+    return -1 if getattr(quantizer, "quantizer_dropout", False) else 0
+
+
+def has_loss(quantizer: Any) -> bool:
+    """Whether anything is learnt or asked of the latents; FSQ has no loss at all, by construction."""
+    return not isinstance(quantizer, FSQ)
+
+
+def is_random(quantizer: Any) -> bool:
+    """Whether a training step draws anything at random."""
+    if isinstance(quantizer, VectorQuantizer):
+        return quantizer.temperature > 0 or quantizer.orthogonal_max_codes is not None
+    return bool(getattr(quantizer, "quantizer_dropout", False))

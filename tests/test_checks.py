@@ -154,17 +154,17 @@ def test_require_finite_carries_no_gradient() -> None:
     assert not _values.require_finite("x", torch.zeros(2, requires_grad=True)).requires_grad
 
 
-@given(st.lists(st.integers(-3, 8), max_size=12), st.integers(1, 6))
+@given(st.lists(st.integers(-3, 8), max_size=12), st.integers(1, 6), st.integers(-2, 0))
 @settings(deadline=None, max_examples=60)
-def test_require_in_range(values: list[int], stop: int) -> None:
-    """Accepted exactly when all lie in [0, stop); a negative offender is named before a large one."""
+def test_require_in_range(values: list[int], stop: int, start: int) -> None:
+    """Accepted exactly when all lie in [start, stop); one below is named before one above."""
     tensor = torch.tensor(values, dtype=torch.int64)
-    if all(0 <= v < stop for v in values):
-        assert torch.equal(_values.require_in_range("i", tensor, stop, "K"), tensor)
+    if all(start <= v < stop for v in values):
+        assert torch.equal(_values.require_in_range("i", tensor, stop, "K", start), tensor)
     else:
-        named = min(values) if min(values) < 0 else max(values)
-        with pytest.raises(ValueError, match=exactly(f"i must be in [0, K={stop}), got {named}.")):
-            _values.require_in_range("i", tensor, stop, "K")
+        named = min(values) if min(values) < start else max(values)
+        with pytest.raises(ValueError, match=exactly(f"i must be in [{start}, K={stop}), got {named}.")):
+            _values.require_in_range("i", tensor, stop, "K", start)
 
 
 def test_value_operators_are_well_registered() -> None:
@@ -172,6 +172,7 @@ def test_value_operators_are_well_registered() -> None:
     for values in (torch.randn(3, 4), torch.randn(4, 3).T, torch.randn(3, 1).expand(3, 4)):
         torch.library.opcheck(torch.ops.te_quant.check_finite, (values, "x"))
     torch.library.opcheck(torch.ops.te_quant.check_range, (torch.tensor([0, 1]), "i", 2, "K"))
+    torch.library.opcheck(torch.ops.te_quant.check_range, (torch.tensor([-1, 1]), "i", 2, "K", -1))
 
 
 def test_value_checks_are_operators_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Vector quantizers for image tokenizers that stay translation-equivariant, and the tools to measure it.
 
-The quantizer is imported at once; the names that need more are imported when they are first used.
+The quantizers are imported at once; the names that need more are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from te_quant._version import __version__
-from te_quant.quantizers import QuantizerOutput, VectorQuantizer
+from te_quant.quantizers import FSQ, LFQ, QuantizerOutput, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant.usage import CodebookUsage, CodebookUsageReport
 
 if TYPE_CHECKING:
@@ -33,10 +33,14 @@ __all__ = [  # noqa: RUF022  (GPT is a class, for all its capitals)
     "Encoding",
     "EquivarianceContract",
     "EquivarianceReport",
+    "FSQ",
     "GPT",
     "GPTConfig",
+    "LFQ",
     "QuantizerOutput",
+    "ResidualVectorQuantizer",
     "Segment",
+    "SimVQ",
     "VQAutoencoder",
     "VectorQuantizer",
     "__version__",
@@ -63,7 +67,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module (PEP 562), so that the quantizer alone stays quick to import."""
+    """Import a public name from its module (PEP 562), so that the quantizers alone stay quick to import."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -5,12 +5,13 @@ Shape letters: N rows, C row length.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["AUTOCAST_DEVICES", "HALF", "full_precision", "unit_rows", "widen"]
+__all__ = ["AUTOCAST_DEVICES", "HALF", "full_precision", "unit_rows", "widen", "widen_buffers"]
 
 HALF = (torch.float16, torch.bfloat16)
 # Asked once: older compilers cannot trace the question.
@@ -32,6 +33,13 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 def widen(tensor: Tensor) -> Tensor:
     """Half precision to float32; float32 and float64 as they are."""
     return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def widen_buffers(module: nn.Module, names: Collection[str]) -> None:
+    """Bring statistics back to float32: in half precision counts stop growing, or overflow."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name in names:
+            module._buffers[name] = widen(buffer)
 
 
 def unit_rows(rows: Tensor) -> Tensor:

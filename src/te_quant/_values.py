@@ -15,7 +15,7 @@ __all__ = ["require_finite", "require_in_range"]
 _library = torch.library.Library("te_quant", "FRAGMENT")
 _library.define("check_finite(Tensor values, str name) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    "check_range(Tensor values, str name, SymInt stop, str stop_name) -> Tensor",
+    "check_range(Tensor values, str name, SymInt stop, str stop_name, SymInt start=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -29,12 +29,12 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def require_in_range(name: str, tensor: Tensor, stop: int, stop_name: str) -> Tensor:
-    """Refuse integers outside ``[0, stop)``. Reads the values: waits for the device."""
+def require_in_range(name: str, tensor: Tensor, stop: int, stop_name: str, start: int = 0) -> Tensor:
+    """Refuse integers outside ``[start, stop)``. Reads the values: waits for the device."""
     if torch.compiler.is_compiling():
-        checked: Tensor = torch.ops.te_quant.check_range(tensor, name, stop, stop_name)
+        checked: Tensor = torch.ops.te_quant.check_range(tensor, name, stop, stop_name, start)
         return checked
-    _refuse_outside(tensor, name, stop, stop_name)
+    _refuse_outside(tensor, name, stop, stop_name, start)
     return tensor
 
 
@@ -48,12 +48,12 @@ def _refuse_nonfinite(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be finite, got {nonfinite} NaN or infinite of {tensor.numel()} values.")
 
 
-def _refuse_outside(tensor: Tensor, name: str, stop: int, stop_name: str) -> None:
+def _refuse_outside(tensor: Tensor, name: str, stop: int, stop_name: str, start: int) -> None:
     if not tensor.numel():
         return
     low, high = (int(v) for v in torch.aminmax(tensor))
-    if low < 0 or high >= stop:
-        raise ValueError(f"{name} must be in [0, {stop_name}={stop}), got {low if low < 0 else high}.")
+    if low < start or high >= stop:
+        raise ValueError(f"{name} must be in [{start}, {stop_name}={stop}), got {low if low < start else high}.")
 
 
 def _check_finite(values: Tensor, name: str) -> Tensor:
@@ -61,12 +61,12 @@ def _check_finite(values: Tensor, name: str) -> Tensor:
     return values.clone()
 
 
-def _check_range(values: Tensor, name: str, stop: int, stop_name: str) -> Tensor:
-    _refuse_outside(values, name, stop, stop_name)
+def _check_range(values: Tensor, name: str, stop: int, stop_name: str, start: int = 0) -> Tensor:
+    _refuse_outside(values, name, stop, stop_name, start)
     return values.clone()
 
 
-def _same(values: Tensor, *_: object) -> Tensor:
+def _same(values: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty_like(values)
 
 

@@ -1,6 +1,6 @@
 """From latents in any layout to rows of vectors and back, with every check on the way.
 
-Shape letters: B batch, C code size, h w token grid, N = B*h*w latent vectors.
+Shape letters: B batch, C code size, h w token grid, N = B*h*w latent vectors, Q indices a vector.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from te_quant._checks import (
+    require,
     require_axis,
     require_choice,
     require_device,
@@ -23,6 +24,7 @@ from te_quant._checks import (
 )
 from te_quant._precision import AUTOCAST_DEVICES, HALF, widen
 from te_quant._values import require_finite, require_in_range
+from te_quant.quantizers.base import QuantizerOutput
 
 __all__ = ["Layout", "Rows"]
 
@@ -87,6 +89,11 @@ class Layout:
             return Rows(vectors, vectors.detach(), finite.to(vectors.dtype))
         return Rows(vectors, vectors.detach(), None)
 
+    def counted(self, latents: Tensor, codebook: Tensor) -> Tensor:
+        """(B, C, h, w) -> (·, C), the checked vectors that count, in the dtype of ``codebook``."""
+        self.check(latents, codebook)
+        return self.to_rows(latents).counted.to(codebook.dtype)
+
     def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """(N, C) -> the layout of latents of ``shape``."""
         if self.channel_dim == -1:
@@ -94,13 +101,61 @@ class Layout:
         return rows.view(shape[0], *shape[2:], self.code_dim).movedim(-1, 1)
 
     def indices_from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """(N,) -> the shape of latents of ``shape`` without the channel axis."""
-        return rows.view(shape[:-1] if self.channel_dim == -1 else (shape[0], *shape[2:]))
+        """(N,) or (N, Q) -> the shape of latents of ``shape`` without the channel axis, and Q behind."""
+        grid = shape[:-1] if self.channel_dim == -1 else (shape[0], *shape[2:])
+        return rows.view(*grid, *rows.shape[1:])
 
-    def check_indices(self, indices: Tensor, codebook: Tensor) -> Tensor:
-        """Refuse what no code belongs to; return the indices as int64."""
+    def output(
+        self, latents: Tensor, dtype: torch.dtype, quantized: Tensor, chosen: Tensor, codes: Tensor, *terms: Tensor
+    ) -> QuantizerOutput:
+        """What was computed for rows, in the layout of ``latents``: codes of ``dtype``, and the sum of the terms.
+
+        Args:
+            latents: what was quantized.
+            dtype: of the codes.
+            quantized: (N, C) with a gradient path.
+            chosen: (N,) or (N, Q).
+            codes: (N, C).
+            terms: codebook, commitment and regularization loss.
+        """
+        codebook_loss, commitment_loss, regularization_loss = terms
+        return QuantizerOutput(
+            quantized=self.from_rows(quantized.to(dtype), latents.shape),
+            indices=self.indices_from_rows(chosen, latents.shape),
+            loss=codebook_loss + commitment_loss + regularization_loss,
+            codebook_loss=codebook_loss,
+            commitment_loss=commitment_loss,
+            regularization_loss=regularization_loss,
+            codes=self.from_rows(codes.detach().to(dtype), latents.shape),
+        )
+
+    def check_indices(
+        self,
+        indices: Tensor,
+        device: torch.device,
+        num_codes: int,
+        *,
+        num_quantizers: int | None = None,
+        lowest: int = 0,
+    ) -> Tensor:
+        """Refuse what no code belongs to; return the indices as int64.
+
+        Args:
+            indices: one for each vector, or 1 to ``num_quantizers`` of them in the last axis.
+            device: where the codebook lives.
+            num_codes: K; indices are below it.
+            num_quantizers: Q; None where a vector has one index and no axis for it.
+            lowest: indices start here.
+        """
         require_integer_tensor("indices", indices)
-        require_rank("indices", indices, (1, 2, 3, 4), "(B, h, w), (B, N) or (N,)")
-        require_device("indices", indices, codebook.device, "codebook")
+        if num_quantizers is None:
+            require_rank("indices", indices, (1, 2, 3, 4), "(B, h, w), (B, N) or (N,)")
+        else:
+            require_rank("indices", indices, (2, 3, 4, 5), "(B, h, w, Q), (B, N, Q) or (N, Q)")
+            stages, shape = indices.shape[-1], tuple(indices.shape)
+            expected = f"1 to num_quantizers={num_quantizers}"
+            fits = 1 <= stages <= num_quantizers
+            require(fits, f"indices axis {indices.ndim - 1}", expected, f"{stages} (indices shape {shape})")
+        require_device("indices", indices, device, "codebook")
         # A negative index would silently count from the end.
-        return require_in_range("indices", indices.long(), codebook.shape[0], "num_codes")
+        return require_in_range("indices", indices.long(), num_codes, "num_codes", lowest)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_choice, require_int, require_number
-from te_quant._precision import HALF, full_precision, unit_rows, widen
+from te_quant._precision import full_precision, unit_rows, widen, widen_buffers
 from te_quant._search import sample_codes, search_codes
 from te_quant.functional import orthogonality, rotation_trick, straight_through
 from te_quant.quantizers._codebook import kmeans, replacements
@@ -182,16 +182,9 @@ class VectorQuantizer(nn.Module):
             if self.orthogonal_reg:
                 penalty = self.orthogonal_reg * orthogonality(penalized.rows(table), penalized.mask)
             estimate = rotation_trick if self.gradient_estimator == "rotation_trick" else straight_through
-            dtype, shape = self.codebook.dtype, latents.shape
-            return QuantizerOutput(
-                quantized=self._layout.from_rows(estimate(rows.vectors, codes).to(dtype), shape),
-                indices=self._layout.indices_from_rows(chosen, shape),
-                loss=codebook_loss + commitment_loss + penalty,
-                codebook_loss=codebook_loss,
-                commitment_loss=commitment_loss,
-                regularization_loss=penalty,
-                codes=self._layout.from_rows(codes.detach().to(dtype), shape),
-            )
+            quantized, dtype = estimate(rows.vectors, codes), self.codebook.dtype
+            terms = (codebook_loss, commitment_loss, penalty)
+            return self._layout.output(latents, dtype, quantized, chosen, codes, *terms)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
@@ -211,7 +204,7 @@ class VectorQuantizer(nn.Module):
             ValueError: an index is negative or >= K, or the rank or device does not fit.
             TypeError: the indices are not integers.
         """
-        indices = self._layout.check_indices(indices, self.codebook)
+        indices = self._layout.check_indices(indices, self.codebook.device, self.num_codes)
         with full_precision(indices.device):
             codes = F.embedding(indices, self._table()).to(self.codebook.dtype)
         return codes if self.channel_dim == -1 else codes.movedim(-1, 1)
@@ -286,11 +279,9 @@ class VectorQuantizer(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizer:
-        """Keep the statistics in float32 at least: in half precision counts stop growing, or overflow."""
+        """Keep the statistics in float32 at least."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.dtype in HALF:
-                self._buffers[name] = buffer.float()
+        widen_buffers(self, ("usage", "code_sums"))
         return self
 
     def _state(self) -> CodebookState:

@@ -1,0 +1,168 @@
+"""Finite scalar quantization: every channel is rounded to a few levels of its own, and nothing is learnt.
+
+Shape letters: B batch, C channels (one a list entry of ``levels``), h w token grid, K = Π levels codes,
+N = B*h*w latent vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from te_quant._checks import require, require_int
+from te_quant._precision import full_precision
+from te_quant.functional import straight_through
+from te_quant.quantizers._layout import Layout, Rows
+from te_quant.quantizers._losses import distance_losses
+from te_quant.quantizers.base import QuantizerOutput
+
+__all__ = ["FSQ"]
+
+
+class FSQ(nn.Module):
+    """Bound each channel and round it to the nearest of its levels.
+
+    A channel with L levels is squashed to tanh(z + s)·(L - 1)/2 - o, which spans L - 1, rounded to an integer and
+    divided by ⌊L/2⌋. An odd L puts its levels symmetrically about zero (o = s = 0). An even one cannot and still
+    have zero among them, so it is shifted down by half a step (o = 1/2), with s chosen such that z = 0 lies on the
+    level 0: {-1, -1/2, 0, 1/2} for L = 4. For L = 2 no finite s does that, and the boundary lies at z = 0 (s = 0).
+
+    Nothing here is remembered or learnt: there is no codebook to collapse, no statistic and nothing to freeze.
+    To see which codes are used, count the indices with :class:`~te_quant.CodebookUsage`.
+
+    Args:
+        levels: L of each channel, each at least 2, product below 2^63; the paper advises 5 or more a channel, for
+            instance (8, 5, 5, 5) for about 2^10 codes and (7, 5, 5, 5, 5) for about 2^12.
+        channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
+        nonfinite: what to do about NaN and infinite latents, as for :class:`~te_quant.VectorQuantizer`. Vectors
+            that are skipped are quantized as if zero. Under ``"off"`` NaN becomes the lowest level.
+
+    Shape:
+        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the module's dtype; under
+            autocast also half precision, which is computed in float32.
+        quantized, codes: as latents, in [-1, 1]. indices: the latents' shape without the channel axis, int64 in
+            [0, K). losses: (), all zero.
+
+    Attributes:
+        num_codes: K. ``decode(torch.arange(K))`` lists the codes.
+        code_dim: C.
+
+    Raises:
+        ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does
+            not fit, or latents are not finite.
+        TypeError: latents are not floating point, or of another dtype than the module.
+
+    Source: Mentzer et al. 2023, arXiv:2309.15505, Section 3.1 and appendix A.1, whose order of digits this is:
+        index = Σ_i digit_i · Π_{j<i} L_j, so the first channel changes fastest. Differs: the range is not
+        narrowed or widened by 10⁻³, as rounding cannot leave it; s is atanh(o / half range), where the paper's
+        listing has tan; codes are read from a table by their digits, and so are the bits that ``decode`` gives.
+    """
+
+    grid: Tensor
+    sizes: Tensor
+    starts: Tensor
+    strides: Tensor
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        *,
+        channel_dim: int = 1,
+        nonfinite: Literal["raise", "skip", "off"] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(levels, Sequence) or isinstance(levels, (str, bytes)):
+            raise TypeError(f"levels must be a sequence of int, got {levels!r}.")
+        require(len(levels) >= 1, "levels", "at least one int", "none")
+        for place, size in enumerate(levels):
+            require_int(f"levels[{place}]", size, 2)
+        self.levels = tuple(levels)
+        self.num_codes = math.prod(self.levels)
+        require(self.num_codes < 2**63, "levels", "of a product below 2^63", self.num_codes)
+        self.code_dim = len(self.levels)
+        self.channel_dim = channel_dim
+        self.nonfinite = nonfinite
+        self._layout = Layout(self.code_dim, channel_dim, nonfinite)
+        self._register_constants(None, None)
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        """Quantize ``latents``; the same in training and in evaluation.
+
+        The gradient passes the rounding unchanged and then the bounding function.
+        """
+        self._layout.check(latents, self.grid)
+        with full_precision(latents.device):
+            rows = self._layout.to_rows(latents)
+            bounded = self._bound(rows.vectors)
+            digits = self._digits(self._bound(rows.searchable))
+            codes = self._codes(digits).to(bounded.dtype)
+            scaled = bounded / (self.sizes // 2)
+            # The paper has no loss. A weight of zero gives that, and still something to call backward on.
+            compared = Rows(scaled, scaled.detach(), rows.weights)
+            codebook_loss, commitment_loss = distance_losses(compared, codes, 0.0, codebook_follows=False)
+            nothing = torch.zeros_like(commitment_loss)
+            quantized, dtype = straight_through(scaled, codes), self.grid.dtype
+            terms = (codebook_loss, commitment_loss, nothing)
+            return self._layout.output(latents, dtype, quantized, (digits * self.strides).sum(1), codes, *terms)
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        """The index of each latent vector."""
+        self._layout.check(latents, self.grid)
+        with full_precision(latents.device):
+            digits = self._digits(self._bound(self._layout.to_rows(latents).searchable))
+        return self._layout.indices_from_rows((digits * self.strides).sum(1), latents.shape)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """The codes of ``indices``, with C at ``channel_dim``.
+
+        Args:
+            indices: (B, h, w), (B, N) or (N,), integer, in [0, K).
+
+        Raises:
+            ValueError: an index is negative or >= K, or the rank or device does not fit.
+            TypeError: the indices are not integers.
+        """
+        indices = self._layout.check_indices(indices, self.grid.device, self.num_codes)
+        codes = self._codes(indices.unsqueeze(-1) // self.strides % self.sizes)
+        return codes if self.channel_dim == -1 else codes.movedim(-1, 1)
+
+    def extra_repr(self) -> str:
+        """The options that tell one quantizer from the next."""
+        return f"levels={self.levels}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSQ:
+        """Make the constants anew, so that they are exact in every dtype, also after one of fewer digits."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._register_constants(self.grid.device, self.grid.dtype)
+        return self
+
+    def _register_constants(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """What follows from ``levels``: moves with the module, is no state and so not saved."""
+        # The values of all levels, channel after channel: a code is looked up, never rounded in two ways.
+        grid = [(digit - size // 2) / (size // 2) for size in self.levels for digit in range(size)]
+        starts = [sum(self.levels[:place]) for place in range(self.code_dim)]
+        strides = [math.prod(self.levels[:place]) for place in range(self.code_dim)]
+        self.register_buffer("grid", torch.tensor(grid, device=device, dtype=dtype), persistent=False)
+        for name, values in (("sizes", self.levels), ("starts", starts), ("strides", strides)):
+            self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
+
+    def _bound(self, vectors: Tensor) -> Tensor:
+        """(N, C) -> (N, C), a channel of L levels in [-⌊L/2⌋, ⌈L/2⌉ - 1]."""
+        half = (self.sizes - 1).to(vectors.dtype) / 2
+        offset = (1 - self.sizes % 2).to(vectors.dtype) / 2
+        shift = torch.where(self.sizes > 2, offset / half, 0.0).atanh()
+        return torch.tanh(vectors + shift) * half - offset
+
+    def _digits(self, bounded: Tensor) -> Tensor:
+        """(N, C) -> (N, C) int64, of a channel of L levels in [0, L)."""
+        digits = bounded.round().long() + self.sizes // 2
+        # Only NaN that nobody looked for lies outside, as some far integer, and that would be no code at all.
+        return torch.minimum(digits.clamp_min(0), self.sizes - 1)
+
+    def _codes(self, digits: Tensor) -> Tensor:
+        return self.grid[self.starts + digits]

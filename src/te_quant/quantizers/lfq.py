@@ -1,0 +1,178 @@
+"""Lookup-free quantization: the sign of every channel is one bit of the index.
+
+Shape letters: B batch, C channels, h w token grid, K = 2^C codes, N = B*h*w latent vectors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from te_quant._checks import require, require_int, require_number
+from te_quant._precision import full_precision
+from te_quant.functional import straight_through
+from te_quant.quantizers._distributed import GroupReference
+from te_quant.quantizers._entropy import assignment_entropy, missing_entropy
+from te_quant.quantizers._layout import Layout, Rows
+from te_quant.quantizers._losses import distance_losses
+from te_quant.quantizers.base import QuantizerOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["LFQ"]
+
+# 2^24 probabilities are 64 MiB in float32, and as much again for their gradient.
+_MAX_JOINT = 24
+
+
+class LFQ(nn.Module):
+    """Replace each channel by its sign: codes are the corners {-1, 1}^C of a cube.
+
+    There is no codebook, so nothing is looked up, learnt or remembered. That the corners are used evenly is asked
+    for in the loss: ``regularization_loss`` is
+
+        entropy_weight · (E[H(q(c|z))] + diversity_weight · (log K - H(E[q(c|z)]))),
+
+    with the soft assignment q(c|z) ∝ exp(-‖z - c‖² / (2 · temperature)). The first term wants every latent near
+    one corner, the second all corners used alike; both are in nats, >= 0, and zero at their optimum. To see which
+    codes are used, count the indices with :class:`~te_quant.CodebookUsage`.
+
+    Args:
+        code_dim: C = log2 K, from 1 to 62. 18 in the paper.
+        commitment_weight: β of the commitment term ‖z - sg(c)‖², >= 0.
+        entropy_weight: of both entropy terms, >= 0.
+        diversity_weight: of the second relative to the first, >= 0; 1 in the paper.
+        temperature: of the soft assignment, > 0, in squared units of the latents; as in ``VectorQuantizer``.
+        entropy_group_dim: None takes the entropy of the mean assignment over all K codes exactly, which holds K
+            numbers and so wants C <= 24. Otherwise channels are grouped, so many at a time, and log K - H becomes
+            the sum over the groups: what is missing within groups but not what they share, hence never more.
+        channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
+        nonfinite: what to do about NaN and infinite latents, as for :class:`~te_quant.VectorQuantizer`. Vectors
+            that are skipped are quantized as if zero. Under ``"off"`` NaN becomes -1.
+        process_group: while training, the mean assignment is that over all its processes. ``None`` is
+            torch.distributed's default group, looked up at each call, and this process alone when there is none.
+
+    Shape:
+        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the module's dtype; under
+            autocast also half precision, which is computed in float32.
+        quantized, codes: as latents, -1 or 1. indices: the latents' shape without the channel axis, int64 in
+            [0, K). losses: ().
+
+    Attributes:
+        num_codes: K.
+
+    Raises:
+        ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does
+            not fit, or latents are not finite.
+        TypeError: latents are not floating point, or of another dtype than the module.
+
+    Source: Yu et al. 2023, arXiv:2310.05737 (MAGVIT-v2), Eq. 3 (sign, zero counting as -1), Eq. 4 (index =
+        Σ_i 2^(i-1)·[z_i > 0], so the first channel is the lowest bit) and Eq. 5 (entropy terms). Differs: log K is
+        added, so that no term is negative; the entropies are exact where memory allows, see
+        :mod:`te_quant.quantizers._entropy`.
+    """
+
+    signs: Tensor
+
+    def __init__(
+        self,
+        code_dim: int,
+        *,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.1,
+        diversity_weight: float = 1.0,
+        temperature: float = 0.01,
+        entropy_group_dim: int | None = None,
+        channel_dim: int = 1,
+        nonfinite: Literal["raise", "skip", "off"] | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        require_int("code_dim", code_dim, 1, 62)
+        require_number("commitment_weight", commitment_weight, 0.0)
+        require_number("entropy_weight", entropy_weight, 0.0)
+        require_number("diversity_weight", diversity_weight, 0.0)
+        require_number("temperature", temperature, 0.0)
+        require(temperature > 0, "temperature", "a finite number > 0", repr(temperature))
+        diverse = entropy_weight > 0 and diversity_weight > 0
+        if entropy_group_dim is not None:
+            require_int("entropy_group_dim", entropy_group_dim, 1, min(code_dim, _MAX_JOINT))
+            name = "entropy_group_dim"
+            require(diverse, name, "unset while entropy_weight or diversity_weight is 0", entropy_group_dim)
+        joint = code_dim <= _MAX_JOINT or not diverse or entropy_group_dim is not None
+        require(joint, "entropy_group_dim", f"an int <= {_MAX_JOINT} while code_dim={code_dim} is above", None)
+        self.code_dim = code_dim
+        self.num_codes = 2**code_dim
+        self.commitment_weight = float(commitment_weight)
+        self.entropy_weight = float(entropy_weight)
+        self.diversity_weight = float(diversity_weight)
+        self.temperature = float(temperature)
+        self.entropy_group_dim = entropy_group_dim
+        self.channel_dim = channel_dim
+        self.nonfinite = nonfinite
+        self._layout = Layout(code_dim, channel_dim, nonfinite)
+        self._group = GroupReference(process_group)
+        # No state: the values that a bit stands for, and the module's dtype and device.
+        self.register_buffer("signs", torch.tensor([-1.0, 1.0]), persistent=False)
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        """Quantize ``latents``; the same in training and, but for other processes, in evaluation."""
+        self._layout.check(latents, self.signs)
+        with full_precision(latents.device):
+            rows = self._layout.to_rows(latents)
+            bits = rows.searchable > 0
+            codes = self._codes(bits).to(rows.vectors.dtype)
+            codebook_loss, commitment_loss = distance_losses(
+                rows, codes, self.commitment_weight, codebook_follows=False
+            )
+            penalty = self._penalty(rows) if self.entropy_weight else torch.zeros_like(commitment_loss)
+            quantized, dtype = straight_through(rows.vectors, codes), self.signs.dtype
+            terms = (codebook_loss, commitment_loss, penalty)
+            return self._layout.output(latents, dtype, quantized, self._pack(bits), codes, *terms)
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        """The index of each latent vector."""
+        self._layout.check(latents, self.signs)
+        bits = self._layout.to_rows(latents).searchable > 0
+        return self._layout.indices_from_rows(self._pack(bits), latents.shape)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """The codes of ``indices``, with C at ``channel_dim``.
+
+        Args:
+            indices: (B, h, w), (B, N) or (N,), integer, in [0, K).
+
+        Raises:
+            ValueError: an index is negative or >= K, or the rank or device does not fit.
+            TypeError: the indices are not integers.
+        """
+        indices = self._layout.check_indices(indices, self.signs.device, self.num_codes)
+        places = torch.arange(self.code_dim, device=indices.device)
+        codes = self._codes((indices.unsqueeze(-1) >> places) & 1)
+        return codes if self.channel_dim == -1 else codes.movedim(-1, 1)
+
+    def extra_repr(self) -> str:
+        """The options that tell one quantizer from the next."""
+        return f"code_dim={self.code_dim}, entropy_weight={self.entropy_weight:g}"
+
+    def _codes(self, bits: Tensor) -> Tensor:
+        return self.signs[bits.long()]
+
+    def _pack(self, bits: Tensor) -> Tensor:
+        """(N, C) -> (N,)."""
+        return (bits.long() << torch.arange(self.code_dim, device=bits.device)).sum(1)
+
+    def _penalty(self, rows: Rows) -> Tensor:
+        # ‖z - c‖² is -2·z·c and a constant, so exp(-‖z - c‖² / 2T) ∝ exp(z·c / T).
+        logits = rows.vectors * (2 / self.temperature)
+        penalty = assignment_entropy(logits, rows.weights)
+        if self.diversity_weight:
+            group = self._group.resolve() if self.training else None
+            parts = logits.split(self.entropy_group_dim or self.code_dim, dim=1)
+            missing = [missing_entropy(part, rows.weights, group) for part in parts]
+            penalty = penalty + self.diversity_weight * torch.stack(missing).sum()
+        return self.entropy_weight * penalty
