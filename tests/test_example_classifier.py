@@ -446,7 +446,8 @@ def test_a_step_is_adamw_on_the_sum_of_both_losses(source: DigitSource) -> None:
 
 def _patterns(shuffle: bool) -> DigitSource:
     """Ten random pictures with a little noise; with labels that say nothing if they are to be shuffled."""
-    rng = np.random.default_rng()
+    # Some sets of ten are harder to tell apart than a hundred steps can learn.
+    rng = np.random.default_rng(0)
     base = rng.integers(0, 2, (10, 7, 7)) * 200
 
     def split(count: int) -> DigitSplit:
@@ -459,7 +460,7 @@ def _patterns(shuffle: bool) -> DigitSource:
 
 def test_it_learns_what_there_is_to_learn(tmp_path: Path) -> None:
     """Patterns and their colours within seconds; nothing but the colours where labels are shuffled."""
-    options = _settings(steps=100, batch_size=64, learning_rate=5e-3, warmup_steps=10, widths=(16, 32))
+    options = _settings(steps=150, batch_size=64, learning_rate=5e-3, warmup_steps=10, widths=(16, 32))
     options = dataclasses.replace(options, stem_stride=2, shift=0.0, rotation=0.0, scale=0.0, shear=0.0, flaws=0.0)
     for shuffle in (False, True):
         folder = tmp_path / str(shuffle)

@@ -243,7 +243,7 @@ def test_table_3_has_both_data_sets_beside_the_papers() -> None:
     # Digits that the paper does not have.
     (row,) = table3({"runs": [_run("vqgan", 0, data="digits")]}).rows
     assert row[1].endswith(" / –")
-    assert row[-1] == "–"
+    assert row[-1] == "– / –"
 
 
 def _findings(**accuracy: list[float]) -> str:
