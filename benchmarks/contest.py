@@ -21,8 +21,10 @@ OURS = "te_quant"
 """The contender that all others are compared with."""
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818
     """Why a contender takes no part.
+
+    No fault of anybody, hence no error by name.
 
     Args:
         status: ``not installed`` or ``skipped``.
@@ -99,18 +101,11 @@ def compete(
     entries: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
     for name, build in builders.items():
-        try:
-            contender = build()
-            problem = contender.check()
-        except Unavailable as absence:
-            entries[name] = {"status": absence.status, "reason": str(absence)}
-        except Exception as error:
-            entries[name] = {"status": "failed", "reason": describe(error)}
+        admitted = _admit(build)
+        if isinstance(admitted, Failure):
+            entries[name] = admitted._asdict()
         else:
-            if problem is None:
-                calls[name] = contender.call
-            else:
-                entries[name] = {"status": "refused", "reason": problem}
+            calls[name] = admitted
     for name, result in measure(calls, clock_of(context.device), limits or context.limits).items():
         if isinstance(result, Failure):
             entries[name] = result._asdict()
@@ -118,6 +113,17 @@ def compete(
             times = {key: _rounded(getattr(result, key)) for key in ("median", "low", "high")}
             entries[name] = {"status": "ok", **times, "rounds": result.rounds, "calls": result.calls}
     return {name: entries[name] for name in builders}
+
+
+def _admit(build: Callable[[], Contender]) -> Call | Failure:
+    try:
+        contender = build()
+        problem = contender.check()
+    except Unavailable as absence:
+        return Failure(absence.status, str(absence))
+    except Exception as error:
+        return Failure("failed", describe(error))
+    return contender.call if problem is None else Failure("refused", problem)
 
 
 def _rounded(value: float) -> float:

@@ -1,9 +1,9 @@
 """Cached generation against uncached, and against Hugging Face's GPT-2 with the very same weights.
 
-Without a cache every token costs a pass over all before it, minutes for the large batch. There the time of a single
-step is measured after four prompts; it is a polynomial of their length, of degree two (products by length, attention
-by its square), so that summing the cubic through the four over all lengths leaves out nothing but noise. For the
-small batch the whole is measured as well, which shows how good that is.
+Without a cache every token costs a pass over all before it, minutes for the large batch. There the time of a
+single step is measured after four prompts; it is a polynomial of their length, of degree two (products by length,
+attention by its square), so that summing the cubic through the four over all lengths leaves out nothing but noise.
+For the small batch the whole is measured as well, which shows how good that is.
 
 Shape letters: B batch, T tokens, V vocabulary, D width.
 """
@@ -211,13 +211,14 @@ def _hugging_face(gpt: GPT, setting: Setting, tokens: Tensor) -> Contender:
                 do_sample=True,
                 top_k=setting.top_k,
                 use_cache=True,
-                suppress_tokens=[setting.vocab_size],
             )
         return result
 
     @torch.no_grad()
     def check() -> str | None:
-        logits = model(input_ids=torch.cat([start, tokens[:, :-1]], 1)).logits[..., : setting.vocab_size]
+        given = torch.cat([start, tokens[:, :-1]], 1)
+        answer = model(input_ids=given, attention_mask=torch.ones_like(given))
+        logits = answer.logits[..., : setting.vocab_size]
         error = float((logits - gpt(tokens)).abs().max() / logits.abs().max())
         if error > _TOLERANCE:
             return f"its logits differ by up to {error:.1e} of the largest"

@@ -3,9 +3,9 @@
 On Linux the kernel keeps the high-water mark of a process's resident memory (``VmHWM``), and writing 5 to
 ``/proc/self/clear_refs`` lowers it to what is resident now. So: build everything, warm up on a tiny problem, lower
 the mark, make one call, read it. Reported is by how much it rose, less what the call returned: what is needed
-*beyond* input and output. A fresh process, because memory that an earlier contender has freed may still be resident
-and would then be taken again for nothing. Where the mark cannot be lowered, ``ru_maxrss`` serves, which is right as
-long as nothing before the call needed more. On CUDA the allocator counts.
+*beyond* input and output. A fresh process, because memory that an earlier contender has freed may still be
+resident and would then be taken again for nothing. Where the mark cannot be lowered, ``ru_maxrss`` serves, which
+is right as long as nothing before the call needed more. On CUDA the allocator counts.
 
 ``python -m benchmarks.memory JSON`` is such a process.
 

@@ -1,8 +1,8 @@
 """A training step of Stage 1: this library in its modes, against the same network in plain torch.
 
 All take the same step, L1 + 4 L2 + the quantizer's loss, backward, clipping and Adam, on the same images and from
-the same weights. The reference is float32, eager, contiguous. Before anything is timed, the losses of three steps have to be
-the reference's.
+the same weights. The reference is float32, eager, contiguous. Before anything is timed, the losses of three steps
+have to be the reference's.
 
 Shape letters: B batch, H W pixels.
 """
@@ -82,10 +82,8 @@ class Step:
         codebook = cast(nn.Module, self.model.quantizer).codebook
         others = [parameter for parameter in self.model.parameters() if parameter is not codebook]
         rate = settings.learning_rate
-        groups: list[dict[str, Any]] = [
-            {"params": others},
-            {"params": [codebook], "lr": rate * settings.codebook_lr_factor},
-        ]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": [codebook]}]
+        groups[1]["lr"] = rate * settings.codebook_lr_factor
         self.optimizer = torch.optim.Adam(groups, rate, betas=_BETAS)
         self.forward: Callable[[Tensor], Any] = torch.compile(self.model) if mode.compiled else self.model
 
