@@ -105,7 +105,7 @@ def build_hugging_face(gpt: GPT, setting: Setting) -> Any:
         attn_pdrop=0.0,
         bos_token_id=V,
         eos_token_id=None,
-        pad_token_id=V,
+        pad_token_id=None,
         attn_implementation="sdpa",
     )
     model = library.GPT2LMHeadModel(config).eval()

@@ -44,7 +44,7 @@ BYTES_PER_PAIR: dict[str, dict[str, int]] = {
     "diffusers": {"eval": 5, "gradient": 5, "ema": 5},
     "vector-quantize-pytorch": {"eval": 24, "gradient": 32, "ema": 32},
 }
-"""What each was measured to hold at once for each pair of a latent and a code: distances, parts of them, one-hots."""
+"""What each was measured to hold at once for each pair of a latent and a code: distances, one-hots."""
 
 
 class Adapter(NamedTuple):

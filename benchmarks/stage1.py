@@ -26,7 +26,17 @@ from examples.te_vqgan.sources import load_digits
 from te_quant import VQAutoencoder
 from te_quant.filters import PaddingMode
 
-__all__ = ["MODES", "PADDINGS", "REFERENCE", "Mode", "Step", "cells", "library_step", "reference_step"]
+__all__ = [
+    "MODES",
+    "PADDINGS",
+    "REFERENCE",
+    "Mode",
+    "Step",
+    "cells",
+    "library_step",
+    "reference_step",
+    "with_padding",
+]
 
 REFERENCE = "plain torch"
 PADDINGS = ("zeros", "replicate", "circular")
@@ -162,9 +172,7 @@ def _run_paddings(context: Context, settings: Stage1Settings) -> dict[str, Any]:
     mode = _fastest(context)
     builders: dict[str, Callable[[], Contender]] = {}
     for padding in PADDINGS:
-        name = cast(PaddingMode, padding)
-        model = dataclasses.replace(settings.model, encoder_padding=name, decoder_padding=name)
-        padded = dataclasses.replace(settings, model=model)
+        padded = with_padding(settings, padding)
 
         def build(padded: Stage1Settings = padded) -> Contender:
             expected = reference_step(padded, images).losses()
@@ -172,6 +180,13 @@ def _run_paddings(context: Context, settings: Stage1Settings) -> dict[str, Any]:
 
         builders[padding] = build
     return {"contenders": compete(builders, context, _limits(context)), "facts": {"mode": mode.name}}
+
+
+def with_padding(settings: Stage1Settings, padding: str) -> Stage1Settings:
+    """The same network with ``padding`` in both halves."""
+    mode = cast(PaddingMode, padding)
+    model = dataclasses.replace(settings.model, encoder_padding=mode, decoder_padding=mode)
+    return dataclasses.replace(settings, model=model)
 
 
 def _contender(build: Callable[[], Step], expected: list[float], *, bf16: bool) -> Contender:
