@@ -37,8 +37,14 @@ __all__ = ["FORMAT", "Store", "command_line", "commit", "stamp"]
 FORMAT = 1
 
 _ROOT = Path(__file__).resolve().parents[1]
-# Results are written while the code that made them stays as it is.
-_CODE = (":(top)", ":(top,exclude)benchmarks/results")
+# What decides the numbers: results and documents are written while the code that made them stays as it is.
+_CODE = (
+    ":(top)src",
+    ":(top)benchmarks",
+    ":(top)examples/te_vqgan",
+    ":(top,exclude)benchmarks/results",
+    ":(top,exclude)examples/te_vqgan/results",
+)
 _PEERS = ("vector-quantize-pytorch", "diffusers", "transformers", "kornia", "antialiased-cnns")
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -125,9 +131,9 @@ def stamp(*, device: torch.device, grid: str, threads: int, budget: float) -> di
 
 
 def commit(folder: Path = _ROOT) -> str | None:
-    """The commit of the code, with a hash of changes to tracked files if there are any; ``None`` without git."""
-    head = _git(folder, "rev-parse", "--short=12", "HEAD")
-    if head is None:
+    """The last commit that touched the code, with a hash of changes since, if any; ``None`` without git."""
+    head = _git(folder, "log", "-1", "--abbrev=12", "--format=%h", "--", *_CODE)
+    if not head:
         return None
     changes = _git(folder, "diff", "HEAD", "--", *_CODE)
     if not changes:

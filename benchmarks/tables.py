@@ -126,13 +126,13 @@ def _stage1(document: Document) -> str:
         label = f"{cell['facts']['mode']}, padding " if what == "padding" else ""
         for name, entry in entries.items():
             if entry["status"] != "ok":
-                rows.append([label + name, _status(entry), _NONE, _NONE])
+                rows.append([label + name, _word(entry), _NONE, _NONE])
                 continue
             plain, zeros = entries.get(REFERENCE, {}), entries.get("zeros", {})
             gain = _times(plain["median"] / entry["median"]) if plain.get("status") == "ok" else _NONE
             cost = f"{entry['median'] / zeros['median'] - 1:+.1%}" if zeros.get("status") == "ok" else _NONE
             rows.append([label + name, _milliseconds(entry), gain, cost])
-    return to_markdown([Table(header, rows)])
+    return to_markdown([Table(header, rows), *_reasons(_of(document, "stage1/"))])
 
 
 def _rendering(document: Document) -> str:
@@ -232,12 +232,13 @@ def _sizes(cells: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 def _reasons(cells: Iterable[Mapping[str, Any]]) -> list[Paragraph]:
     """Why contenders have no number, each reason once."""
-    found: dict[str, None] = {}
+    found: dict[str, dict[str, None]] = {}
     for cell in cells:
         for name, entry in cell["contenders"].items():
             if entry["status"] != "ok":
-                found[f"{name}: {_status(entry)}"] = None
-    return [Paragraph("Not measured: " + "; ".join(found) + ".")] if found else []
+                found.setdefault(_status(entry), {})[name] = None
+    sentences = [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
+    return [Paragraph("Not measured: " + "; ".join(sentences) + ".")] if found else []
 
 
 def _of(document: Document, prefix: str) -> list[Mapping[str, Any]]:

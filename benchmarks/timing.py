@@ -145,8 +145,8 @@ def spread(samples: Sequence[float], calls: int = 1) -> Spread:
 
 def describe(error: BaseException) -> str:
     """One line about an exception."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:_MAX_REASON]
+    text = f"{type(error).__name__}: " + " ".join(str(error).split())
+    return text if len(text) <= _MAX_REASON else text[: _MAX_REASON - 4] + " ..."
 
 
 def _try(call: Call, clock: Clock, limits: Limits) -> float | Failure:
