@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import OURS
-from benchmarks.peers import QUANTIZERS
+from benchmarks.peers import MODES, QUANTIZERS
 from benchmarks.targets import ratio
 from examples.te_vqgan.files import write_bytes_atomically
 
@@ -57,30 +59,45 @@ def _growth(cells: Mapping[str, Any]) -> bytes:
 
 def _ratios(cells: Mapping[str, Any]) -> bytes:
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
-    modes = sorted({cell["settings"]["mode"] for key, cell in cells.items() if key.startswith("quantizer/")})
-    figure, grid = plt.subplots(1, len(modes), figsize=(4.2 * len(modes), 6), layout="constrained", squeeze=False)
+    modes = [mode for mode in MODES if any(key.startswith(f"quantizer/{mode}-") for key in cells)]
+    sizes = {tuple(cell["settings"][name] for name in "NKC") for key, cell in cells.items() if "quantizer/" in key}
+    rows = sorted(sizes, reverse=True)
+    figure, grid = plt.subplots(
+        1,
+        len(modes),
+        figsize=(2 + 3 * len(modes), 1.5 + 0.45 * len(rows)),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
     others = [name for name in QUANTIZERS if name != OURS]
+    height = 0.8 / len(others)
     for axes, mode in zip(grid[0], modes, strict=True):
-        chosen = [cell for key, cell in cells.items() if key.startswith(f"quantizer/{mode}-")]
-        chosen.sort(key=lambda cell: [cell["settings"][name] for name in "NKC"], reverse=True)
-        height = 0.8 / len(others)
         for number, name in enumerate(others):
-            values = [ratio(cell, name, OURS) or 0.0 for cell in chosen]
-            places = [index - number * height for index in range(len(chosen))]
-            axes.barh(places, values, height=height, label=name)
-        labels = ["{N:,}, {K:,}, {C}".format(**cell["settings"]) for cell in chosen]
-        axes.set_yticks([index - 0.3 for index in range(len(chosen))], labels, fontsize="small")
-        axes.set(xscale="log", title=mode, xlabel="times slower")
+            values = []
+            for N, K, C in rows:
+                cell = cells.get(f"quantizer/{mode}-N{N}-K{K}-C{C}")
+                values.append((cell and ratio(cell, name, OURS)) or math.nan)
+            places = [index - number * height for index in range(len(rows))]
+            # From 1 to the right where they are slower than ours, to the left where they are faster.
+            axes.barh(places, [value - 1 for value in values], left=1, height=height, label=name)
+        axes.set(xscale="log", title=mode, xlabel="times ours")
         axes.axvline(1, color="black", linewidth=0.8)
+        for scale in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            scale(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.grid(axis="x", alpha=0.3)
+    labels = [f"{N:,}, {K:,}, {C}" for N, K, C in rows]
+    grid[0][0].set_yticks([index - 0.3 for index in range(len(rows))], labels, fontsize="small")
     grid[0][0].set_ylabel("N, K, C")
-    grid[0][-1].legend(frameon=False, fontsize="small")
+    handles, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(others), frameon=False, fontsize="small")
     return _png(figure)
 
 
 def _png(figure: Any) -> bytes:
-    import io
-
     from matplotlib import pyplot as plt
 
     buffer = io.BytesIO()

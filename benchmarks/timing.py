@@ -71,7 +71,7 @@ class Limits(NamedTuple):
         call: seconds; a contender whose first call takes longer gets no second.
     """
 
-    budget: float = 4.0
+    budget: float = 3.0
     min_rounds: int = 3
     max_rounds: int = 25
     sample: float = 0.004

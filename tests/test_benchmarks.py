@@ -18,10 +18,12 @@ from benchmarks.contest import OURS, Cell, Contender, Context, Unavailable, comp
 from benchmarks.floor import Tiles, tiled_product
 from benchmarks.memory import extra_peak
 from benchmarks.peers import MODES, QUANTIZERS
+from benchmarks.plots import write_plots
 from benchmarks.problem import Problem, Size, require_memory
 from benchmarks.quantizers import quantizer_contender
 from benchmarks.results import Store
 from benchmarks.search import SEARCHES, search_contender
+from benchmarks.sections import SECTIONS
 from benchmarks.tables import tables
 from benchmarks.targets import TARGETS, Target, judge
 from benchmarks.timing import Failure, Limits, Spread, measure, spread
@@ -327,6 +329,31 @@ def test_command_measures_a_section_and_writes_it_down(tmp_path: Path, capsys: p
     with pytest.raises(SystemExit):
         main(["--only", "nonsense"])
     assert "got 'nonsense'" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command ends as one that was interrupted, with the finished cell and the tables on disk."""
+    monkeypatch.setitem(SECTIONS, "floor", lambda context: counting([], "floor/1", "floor/stop"))
+    assert main(["--only", "floor", "--grid", "quick", "--threads", "1", "--out", str(tmp_path)]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "cpu" / "results.json").read_text())["cells"]) == ["floor/1"]
+    assert (tmp_path / "cpu" / "targets.md").exists()
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
+    """Ratios and growth, a contender without a time left out; nothing measured, nothing drawn."""
+    write_plots({"cells": {}}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    size = {"N": 1024, "K": 256, "C": 8}
+    both = {OURS: entry(1.0), "cdist": entry(2.0), "expanded": {"status": "skipped", "reason": "too large"}}
+    drawn = {
+        "quantizer/eval-N1024-K256-C8": {"settings": {"mode": "eval", **size}, "contenders": both},
+        "growth/time-N": {"settings": {"what": "time", "along": "N", **size}, "contenders": both},
+    }
+    write_plots({"cells": drawn}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.png", "ratios.png"]
 
 
 # Verdicts
