@@ -59,7 +59,7 @@ def _growth(cells: Mapping[str, Any]) -> bytes:
 
 def _ratios(cells: Mapping[str, Any]) -> bytes:
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     modes = [mode for mode in MODES if any(key.startswith(f"quantizer/{mode}-") for key in cells)]
     sizes = {tuple(cell["settings"][name] for name in "NKC") for key, cell in cells.items() if "quantizer/" in key}
@@ -86,8 +86,8 @@ def _ratios(cells: Mapping[str, Any]) -> bytes:
             axes.barh(places, [value - 1 for value in values], left=1, height=height, label=name)
         axes.set(xscale="log", title=mode, xlabel="times ours")
         axes.axvline(1, color="black", linewidth=0.8)
-        for scale in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            scale(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(axis="x", alpha=0.3)
     labels = [f"{N:,}, {K:,}, {C}" for N, K, C in rows]
     grid[0][0].set_yticks([index - 0.3 for index in range(len(rows))], labels, fontsize="small")

@@ -396,6 +396,25 @@ def test_targets_are_judged() -> None:
     assert judge(upper._replace(limit=2.4), measured).met is True
 
 
+def test_memory_is_judged_at_the_large_size_alone() -> None:
+    """Search and evaluation in one row, training in another, in MiB; other sizes and contenders do not count."""
+    evaluation, training = (target for target in TARGETS if target.unit == " MiB")
+    mib = 2**20
+    measured = {
+        f"memory/{mode}-{size}": {"settings": {}, "contenders": {OURS: {"status": "ok", "bytes": count * mib}}}
+        for mode, size, count in (
+            ("search", "N65536-K16384-C64", 10),
+            ("eval", "N65536-K16384-C64", 40),
+            ("ema", "N65536-K16384-C64", 80),
+            ("eval", "N16384-K1024-C64", 900),
+        )
+    }
+    verdict = judge(evaluation, measured)
+    assert (verdict.met, verdict.worst, verdict.points) == (True, 40.0, 2)
+    verdict = judge(training, measured)
+    assert (verdict.met, verdict.missed_by, verdict.points) == (False, 0.25, 1)
+
+
 def test_only_other_implementations_must_not_be_faster() -> None:
     """Floors may be faster than ours, peers may not; contenders without a time are no values."""
     (target,) = [target for target in TARGETS if target.text.startswith("any other")]
