@@ -66,7 +66,7 @@ class Setting:
 
 _SETTINGS = {
     "quick": (Setting(2, side=4, width=32, depth=2, num_heads=2, whole=True),),
-    "full": (Setting(4, whole=True), Setting(64)),
+    "full": (Setting(2, whole=True), Setting(64)),
 }
 
 
