@@ -4,7 +4,7 @@ VENV ?= .venv
 DATA ?= digits
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint types docs smoke clean
+.PHONY: demo test lint types docs smoke bench clean
 .DELETE_ON_ERROR:
 
 # One marker a set of extras, so that a changed pyproject.toml or pin installs again.
@@ -31,6 +31,10 @@ docs: $(VENV)/.dev.installed
 
 smoke: $(VENV)/.examples.installed
 	$(BIN)/python -m examples.te_vqgan run --preset smoke --data digits --out docs/_build/smoke
+
+# Half an hour on two cores that do nothing else; stopped, it goes on where it was.
+bench: $(VENV)/.bench.installed
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) docs/_build .coverage* .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,235 @@
+"""A training step of Stage 1: this library in its modes, against the same network in plain torch.
+
+All take the same step, L1 + 4 L2 + the quantizer's loss, backward, clipping and Adam, on the same images and from
+the same weights. The reference is float32, eager, contiguous. Before anything is timed, the losses of three steps
+have to be the reference's.
+
+Shape letters: B batch, H W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.contest import OURS, Cell, Contender, Context, compete
+from benchmarks.plain_network import PlainAutoencoder, load_weights
+from examples.te_vqgan.presets import PRESETS, Stage1Settings
+from examples.te_vqgan.quadrants import QuadrantDataset
+from examples.te_vqgan.sources import load_digits
+from te_quant import VQAutoencoder
+from te_quant.filters import PaddingMode
+
+__all__ = [
+    "MODES",
+    "PADDINGS",
+    "REFERENCE",
+    "Mode",
+    "Step",
+    "cells",
+    "library_step",
+    "reference_step",
+    "with_padding",
+]
+
+REFERENCE = "plain torch"
+PADDINGS = ("zeros", "replicate", "circular")
+_MODES_CELL = "stage1/modes"
+
+_BETAS = (0.5, 0.9)
+_STEPS = 3
+# Relative, of a loss: rounding, and codes that near-ties send elsewhere.
+_TOLERANCES = {False: 2e-3, True: 5e-2}
+# One network after another is compiled in one process.
+_COMPILATIONS = 64
+
+
+class Mode(NamedTuple):
+    """How the library's network is run."""
+
+    bf16: bool = False
+    channels_last: bool = False
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        parts = ("compiled" if self.compiled else "eager", "bf16" if self.bf16 else "float32")
+        return " ".join((OURS, *parts, *(["channels-last"] if self.channels_last else [])))
+
+
+MODES = (
+    Mode(),
+    Mode(bf16=True),
+    Mode(channels_last=True),
+    Mode(compiled=True),
+    Mode(bf16=True, compiled=True),
+    Mode(bf16=True, channels_last=True, compiled=True),
+)
+
+
+class Step:
+    """A network with its optimizer, and a step of both.
+
+    Args:
+        model: images to reconstruction and the quantizer's loss.
+        images: (B, 3, H, W), the batch of every step.
+        settings: weights of the losses, learning rates and the norm to clip to.
+        mode: how to run it.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, settings: Stage1Settings, mode: Mode) -> None:
+        self.settings, self.mode = settings, mode
+        layout = torch.channels_last if mode.channels_last else torch.contiguous_format
+        self.model = model.to(images.device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.images = images.contiguous(memory_format=layout)
+        codebook = cast(nn.Module, self.model.quantizer).codebook
+        others = [parameter for parameter in self.model.parameters() if parameter is not codebook]
+        rate = settings.learning_rate
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": [codebook]}]
+        groups[1]["lr"] = rate * settings.codebook_lr_factor
+        self.optimizer = torch.optim.Adam(groups, rate, betas=_BETAS)
+        self.forward: Callable[[Tensor], Any] = torch.compile(self.model) if mode.compiled else self.model
+
+    def __call__(self, _: int = 0) -> Tensor:
+        """Take a step and return the loss before it."""
+        device = self.images.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.mode.bf16):
+            output = self.forward(self.images)
+        # Ours has named fields, the plain one is a pair.
+        plain = not hasattr(output, "reconstruction")
+        reconstruction, quantizer_loss = output if plain else (output.reconstruction, output.loss)
+        reconstruction = reconstruction.float()
+        settings = self.settings
+        loss: Tensor = settings.l1_weight * F.l1_loss(reconstruction, self.images) + quantizer_loss
+        if settings.l2_weight:
+            loss = loss + settings.l2_weight * F.mse_loss(reconstruction, self.images)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        if settings.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        return loss.detach()
+
+    def losses(self) -> list[float]:
+        """Of the next few steps."""
+        return [float(self()) for _ in range(_STEPS)]
+
+
+def library_step(settings: Stage1Settings, images: Tensor, mode: Mode) -> Step:
+    """With :class:`te_quant.VQAutoencoder`."""
+    return Step(_library_network(settings), images, settings, mode)
+
+
+def reference_step(settings: Stage1Settings, images: Tensor) -> Step:
+    """With the plain network and the same weights."""
+    plain = PlainAutoencoder(settings.model)
+    load_weights(plain, _library_network(settings))
+    return Step(plain, images, settings, Mode())
+
+
+def cells(context: Context) -> list[Cell]:
+    """The modes, then the paddings under the fastest of them."""
+    settings = _settings(context)
+    shown = {"width": settings.model.base_channels, "side": settings.canvas_size, "batch": settings.batch_size}
+    return [
+        Cell(_MODES_CELL, {"what": "modes", **shown}, lambda given: _run_modes(given, settings)),
+        Cell("stage1/padding", {"what": "padding", **shown}, lambda given: _run_paddings(given, settings)),
+    ]
+
+
+def _settings(context: Context) -> Stage1Settings:
+    if context.grid == "quick":
+        return PRESETS["smoke"]
+    if context.device.type == "cpu":
+        return PRESETS["small"]
+    # Half of its batch, which is what each of the authors' two GPUs had; no perceptual network, no discriminator.
+    return dataclasses.replace(PRESETS["paper"], batch_size=96, perceptual="none", perceptual_weight=0.0)
+
+
+def _run_modes(context: Context, settings: Stage1Settings) -> dict[str, Any]:
+    _allow_compilations()
+    images = _images(context, settings)
+    expected = reference_step(settings, images).losses()
+    builders: dict[str, Callable[[], Contender]] = {
+        REFERENCE: lambda: _contender(lambda: reference_step(settings, images), expected, bf16=False)
+    }
+    for mode in MODES:
+        builders[mode.name] = partial(
+            _contender, partial(library_step, settings, images, mode), expected, bf16=mode.bf16
+        )
+    entries = compete(builders, context, _limits(context))
+    return {"contenders": entries, "facts": {"losses": [round(loss, 6) for loss in expected]}}
+
+
+def _run_paddings(context: Context, settings: Stage1Settings) -> dict[str, Any]:
+    _allow_compilations()
+    images = _images(context, settings)
+    mode = _fastest(context)
+    builders: dict[str, Callable[[], Contender]] = {}
+    for padding in PADDINGS:
+        padded = with_padding(settings, padding)
+
+        def build(padded: Stage1Settings = padded) -> Contender:
+            expected = reference_step(padded, images).losses()
+            return _contender(lambda: library_step(padded, images, mode), expected, bf16=mode.bf16)
+
+        builders[padding] = build
+    return {"contenders": compete(builders, context, _limits(context)), "facts": {"mode": mode.name}}
+
+
+def with_padding(settings: Stage1Settings, padding: str) -> Stage1Settings:
+    """The same network with ``padding`` in both halves."""
+    mode = cast(PaddingMode, padding)
+    model = dataclasses.replace(settings.model, encoder_padding=mode, decoder_padding=mode)
+    return dataclasses.replace(settings, model=model)
+
+
+def _contender(build: Callable[[], Step], expected: list[float], *, bf16: bool) -> Contender:
+    step = build()
+
+    def check() -> str | None:
+        losses = step.losses()
+        pairs = zip(losses, expected, strict=True)
+        error = max(abs(found - wanted) / abs(wanted) for found, wanted in pairs)
+        if not error <= _TOLERANCES[bf16]:
+            return f"losses {losses} are not {expected}: off by {error:.1%}"
+        return None
+
+    return Contender(step, check)
+
+
+def _allow_compilations() -> None:
+    dynamo: Any = torch._dynamo
+    dynamo.config.recompile_limit = _COMPILATIONS
+    dynamo.config.accumulated_recompile_limit = 4 * _COMPILATIONS
+
+
+def _fastest(context: Context) -> Mode:
+    """Of the modes that were measured, where they were."""
+    entries = context.finished.get(_MODES_CELL, {}).get("contenders", {})
+    times = {
+        mode: entries[mode.name]["median"] for mode in MODES if entries.get(mode.name, {}).get("status") == "ok"
+    }
+    return min(times, key=times.__getitem__) if times else MODES[-1]
+
+
+def _limits(context: Context) -> Any:
+    return context.limits._replace(budget=4 * context.limits.budget)
+
+
+def _images(context: Context, settings: Stage1Settings) -> Tensor:
+    data = QuadrantDataset(load_digits("digits"), "train", canvas_size=settings.canvas_size, size=1024)
+    return data.batch(0, settings.batch_size).to(context.device)
+
+
+def _library_network(settings: Stage1Settings) -> VQAutoencoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VQAutoencoder(settings.model)

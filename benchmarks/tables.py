@@ -1,0 +1,299 @@
+"""The measurements as Markdown, one file a table, all from the JSON alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contest import OURS
+from benchmarks.generation import HUGGING_FACE, SUMMED, WHOLE
+from benchmarks.stage1 import REFERENCE
+from benchmarks.targets import TARGETS, Target, Verdict, judge
+from examples.te_vqgan.document import Paragraph, Table, to_markdown
+from examples.te_vqgan.files import write_text_atomically
+
+__all__ = ["TABLES", "tables", "write_tables"]
+
+_MIB = 2**20
+_GIB = 2**30
+_NONE = "–"
+
+Document = Mapping[str, Any]
+
+
+def write_tables(document: Document, folder: Path) -> None:
+    """Write every table into a file of its own."""
+    for name, text in tables(document).items():
+        write_text_atomically(folder / f"{name}.md", text)
+
+
+def tables(document: Document) -> dict[str, str]:
+    """Markdown by file name without its ending."""
+    return {name: build(document) for name, build in TABLES.items()}
+
+
+def _targets(document: Document) -> str:
+    header = ("target", "at", "worst", "where", "mean", "points", "verdict")
+    rows = [_target_row(target, judge(target, document["cells"])) for target in TARGETS]
+    return to_markdown([Table(header, rows)])
+
+
+def _target_row(target: Target, verdict: Verdict) -> list[str]:
+    sign, unit = "≤" if target.at_most else "≥", target.unit
+    limit = f"{sign} {target.limit:g}{unit}"
+    if verdict.met is None:
+        return [target.text, limit, _NONE, _NONE, _NONE, "0", "not measured"]
+    if verdict.met:
+        text = "met"
+    else:
+        some = "" if target.mean else f", at {verdict.failing} of {verdict.points}"
+        text = f"**missed by {verdict.missed_by:.0%}**{some}"
+    numbers = [f"{value:.2f}{unit}" for value in (verdict.worst, verdict.mean)]
+    return [target.text, limit, numbers[0], verdict.where, numbers[1], str(verdict.points), text]
+
+
+def _search(document: Document) -> str:
+    cells = _of(document, "search/")
+    bandwidth = _bandwidth(document)
+
+    def more(cell: Mapping[str, Any]) -> list[str]:
+        tiles = cell["facts"]["tiles"]
+        shape = f"{tiles['rows']} x {tiles['codes']}" + (", transposed" if tiles["transposed"] else "")
+        return [_bytes_time(cell, bandwidth), shape]
+
+    return _contest(cells, ("N", "K", "C"), more, ("bytes alone", "tile of the floor"))
+
+
+def _quantizer(document: Document) -> str:
+    bandwidth = _bandwidth(document)
+
+    def more(cell: Mapping[str, Any]) -> list[str]:
+        return [_bytes_time(cell, bandwidth)]
+
+    return _contest(_of(document, "quantizer/"), ("mode", "N", "K", "C"), more, ("bytes alone",))
+
+
+def _memory(document: Document) -> str:
+    return _sizes(_of(document, "memory/"), ("mode", "N", "K", "C"))
+
+
+def _growth_time(document: Document) -> str:
+    return _contest(_of(document, "growth/time"), ("along", "N", "K", "C"))
+
+
+def _growth_memory(document: Document) -> str:
+    return _sizes(_of(document, "growth/memory"), ("along", "N", "K", "C"))
+
+
+def _blur(document: Document) -> str:
+    return _contest(_of(document, "blur/"), ("pass", "padding", "B", "C", "side"))
+
+
+def _generation(document: Document) -> str:
+    bandwidth, speed = _bandwidth(document), _speed(document)
+    header = ("what", "B", "T", "seconds", "by ours", "tokens a second", "by the bytes", "by the arithmetic")
+    rows = []
+    for cell in _of(document, "generation/"):
+        settings, facts = cell["settings"], cell["facts"]
+        ours = cell["contenders"].get(OURS, {})
+        for name in (OURS, HUGGING_FACE, WHOLE, SUMMED):
+            entry = cell["contenders"].get(name)
+            if entry is None:
+                continue
+            first = [name, str(settings["B"]), str(settings["T"])]
+            if entry["status"] != "ok":
+                rows.append([*first, _status(entry), *[_NONE] * 4])
+                continue
+            time = entry["median"]
+            made = settings["B"] * settings["T"]
+            # Uncached generation has to do more than the bounds of the cached one say.
+            cached = name in (OURS, HUGGING_FACE)
+            bounds = [facts["bytes"] / bandwidth, facts["operations"] / speed] if cached else [math.nan, math.nan]
+            seconds = f"{time:.3g} [{entry['low']:.3g}, {entry['high']:.3g}]"
+            against = _times(time / ours["median"]) if ours.get("status") == "ok" else _NONE
+            rows.append([*first, seconds, against, f"{made / time:,.0f}", *(_times(time / b) for b in bounds)])
+    return to_markdown([Table(header, rows)])
+
+
+def _stage1(document: Document) -> str:
+    header = ("what", "milliseconds a step", "gain over plain torch", "over zeros")
+    rows = []
+    for cell in _of(document, "stage1/"):
+        entries = cell["contenders"]
+        what = cell["settings"]["what"]
+        label = f"{cell['facts']['mode']}, padding " if what == "padding" else ""
+        for name, entry in entries.items():
+            if entry["status"] != "ok":
+                rows.append([label + name, _word(entry), _NONE, _NONE])
+                continue
+            plain, zeros = entries.get(REFERENCE, {}), entries.get("zeros", {})
+            gain = _times(plain["median"] / entry["median"]) if plain.get("status") == "ok" else _NONE
+            cost = f"{entry['median'] / zeros['median'] - 1:+.1%}" if zeros.get("status") == "ok" else _NONE
+            rows.append([label + name, _milliseconds(entry), gain, cost])
+    return to_markdown([Table(header, rows), *_reasons(_of(document, "stage1/"))])
+
+
+def _rendering(document: Document) -> str:
+    header = ("canvas", "batch", "milliseconds a batch", "images a second")
+    rows = []
+    for cell in _of(document, "rendering/"):
+        settings, entry = cell["settings"], cell["contenders"][OURS]
+        ok = entry["status"] == "ok"
+        rate = f"{settings['batch'] / entry['median']:,.0f}" if ok else _NONE
+        last = (_milliseconds(entry) if ok else _status(entry), rate)
+        rows.append([f"{settings['canvas']} px", str(settings["batch"]), *last])
+    return to_markdown([Table(header, rows)])
+
+
+def _machine(document: Document) -> str:
+    bandwidth, speed = _bandwidth(document), _speed(document)
+    rows = []
+    for record in document["runs"].values():
+        stamp = record["stamp"]
+        packages = ", ".join(f"{name} {version}" for name, version in stamp["versions"].items() if version)
+        rows += [
+            ["command", f"`{record['command']}`"],
+            ["commit", str(stamp["commit"])],
+            ["device, CPU", f"{stamp['device']}, {stamp['cpu']}, {stamp['threads']} threads"],
+            ["grid", str(stamp["grid"])],
+            ["seconds", f"{record['seconds']:,.0f}"],
+            ["versions", packages],
+        ]
+    if math.isfinite(bandwidth):
+        rows.append(["copying", f"{bandwidth / _GIB:.1f} GiB/s, read and written"])
+    if math.isfinite(speed):
+        rows.append(["a square product", f"{speed / 1e9:,.0f} GFLOP/s in float32"])
+    return to_markdown([Table(("", "of the measurements"), rows)])
+
+
+TABLES: dict[str, Callable[[Document], str]] = {
+    "targets": _targets,
+    "search": _search,
+    "quantizer": _quantizer,
+    "memory": _memory,
+    "growth-time": _growth_time,
+    "growth-memory": _growth_memory,
+    "blur": _blur,
+    "generation": _generation,
+    "stage1": _stage1,
+    "rendering": _rendering,
+    "machine": _machine,
+}
+"""By file name."""
+
+
+def _contest(
+    cells: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    more: Callable[[Mapping[str, Any]], list[str]] = lambda _: [],
+    more_columns: Sequence[str] = (),
+) -> str:
+    """Milliseconds of each contender, and how many times ours that is."""
+    names = _names(cells)
+
+    def text(cell: Mapping[str, Any], name: str) -> str:
+        entry, ours = cell["contenders"].get(name), cell["contenders"].get(OURS, {})
+        if entry is None:
+            return _NONE
+        if entry["status"] != "ok":
+            return _word(entry)
+        time = _milliseconds(entry)
+        if name == OURS or ours.get("status") != "ok":
+            return time
+        return f"{time} ({_times(entry['median'] / ours['median'])})"
+
+    header = (*columns, *(f"{name}, ms" for name in names), *more_columns)
+    rows = []
+    for cell in cells:
+        shown = (_setting(cell["settings"][column]) for column in columns)
+        rows.append([*shown, *(text(cell, name) for name in names), *more(cell)])
+    note = "Median, [quartiles] and, in parentheses, times ours."
+    return to_markdown([Table(header, rows), Paragraph(note), *_reasons(cells)])
+
+
+def _sizes(cells: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """MiB of each contender."""
+    names = _names(cells)
+
+    def text(entry: Mapping[str, Any] | None) -> str:
+        if entry is None:
+            return _NONE
+        return f"{entry['bytes'] / _MIB:,.1f}" if entry["status"] == "ok" else _word(entry)
+
+    header = (*columns, *(f"{name}, MiB" for name in names))
+    rows = []
+    for cell in cells:
+        shown = (_setting(cell["settings"][column]) for column in columns)
+        rows.append([*shown, *(text(cell["contenders"].get(name)) for name in names)])
+    return to_markdown([Table(header, rows), *_reasons(cells)])
+
+
+def _reasons(cells: Iterable[Mapping[str, Any]]) -> list[Paragraph]:
+    """Why contenders have no number, each reason once."""
+    found: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        for name, entry in cell["contenders"].items():
+            if entry["status"] != "ok":
+                found.setdefault(_status(entry), {})[name] = None
+    sentences = [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
+    return [Paragraph("Not measured: " + "; ".join(sentences) + ".")] if found else []
+
+
+def _of(document: Document, prefix: str) -> list[Mapping[str, Any]]:
+    cells = [cell for key, cell in document["cells"].items() if key.startswith(prefix)]
+
+    def place(cell: Mapping[str, Any]) -> list[tuple[bool, float, str]]:
+        values = cell["settings"].values()
+        return [(isinstance(value, str), 0 if isinstance(value, str) else value, str(value)) for value in values]
+
+    return sorted(cells, key=place)
+
+
+def _names(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of all contenders, as they follow each other."""
+    return list(dict.fromkeys(name for cell in cells for name in cell["contenders"]))
+
+
+def _bandwidth(document: Document) -> float:
+    """Bytes a second; NaN if that was not measured."""
+    return _rate(document, "floor/copy", "copy", "bytes")
+
+
+def _speed(document: Document) -> float:
+    """Operations a second."""
+    return _rate(document, "floor/product", "product", "operations")
+
+
+def _rate(document: Document, key: str, name: str, fact: str) -> float:
+    cell = document["cells"].get(key)
+    if cell is None or cell["contenders"][name]["status"] != "ok":
+        return math.nan
+    return float(cell["facts"][fact] / cell["contenders"][name]["median"])
+
+
+def _bytes_time(cell: Mapping[str, Any], bandwidth: float) -> str:
+    seconds = cell["facts"]["bytes"] / bandwidth
+    return f"{1000 * seconds:.3g}" if math.isfinite(seconds) else _NONE
+
+
+def _milliseconds(entry: Mapping[str, Any]) -> str:
+    low, median, high = (f"{1000 * entry[name]:.3g}" for name in ("low", "median", "high"))
+    return f"{median} [{low}, {high}]"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} x" if math.isfinite(value) else _NONE
+
+
+def _setting(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _word(entry: Mapping[str, Any]) -> str:
+    return str(entry["status"])
+
+
+def _status(entry: Mapping[str, Any]) -> str:
+    return f"{entry['status']} ({entry['reason']})"

@@ -1,0 +1,218 @@
+"""What the library promises about speed and memory, and whether the measurements keep it.
+
+A target looks at ratios within one cell, contender against contender in the same rounds, never at times of
+different runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from benchmarks.contest import OURS
+from benchmarks.generation import HUGGING_FACE, SUMMED
+from benchmarks.problem import Size
+from benchmarks.stage1 import REFERENCE
+
+__all__ = ["TARGETS", "Target", "Verdict", "judge", "ratio"]
+
+_FLOORS = ("tiled product", "product", "fill of the result", "copy")
+_MANY_CODES = 1024
+_WIDE = 128
+_MIB = 2**20
+_LARGE = Size(65536, 16384, 64)
+
+Cells = Mapping[str, Mapping[str, Any]]
+Values = Iterator[tuple[str, float]]
+
+
+class Target(NamedTuple):
+    """A promise.
+
+    Attributes:
+        text: what is promised.
+        limit: the value.
+        at_most: whether values must not exceed the limit, or not fall below it.
+        values: from the cells to pairs of a label and a value.
+        mean: the geometric mean counts, not the worst.
+        unit: behind values in tables.
+    """
+
+    text: str
+    limit: float
+    at_most: bool
+    values: Callable[[Cells], Values]
+    mean: bool = False
+    unit: str = " x"
+
+
+class Verdict(NamedTuple):
+    """What came out.
+
+    Attributes:
+        points: how many values there are; 0 means that nothing was measured.
+        worst: the worst of them.
+        where: its label.
+        mean: their geometric mean.
+        met: whether the promise is kept; ``None`` without values.
+        missed_by: by how much of the limit it is missed, 0.1 for a tenth; 0 where met.
+        failing: how many values break the limit.
+    """
+
+    points: int
+    worst: float
+    where: str
+    mean: float
+    met: bool | None
+    missed_by: float
+    failing: int
+
+
+def judge(target: Target, cells: Cells) -> Verdict:
+    """Hold the measurements against a promise."""
+    pairs = list(target.values(cells))
+    if not pairs:
+        return Verdict(0, math.nan, "", math.nan, None, 0.0, 0)
+    sign = 1 if target.at_most else -1
+    where, worst = max(pairs, key=lambda pair: sign * pair[1])
+    values = [value for _, value in pairs]
+    mean = math.exp(sum(math.log(max(value, 1e-12)) for value in values) / len(values))
+    counted = mean if target.mean else worst
+    met = counted <= target.limit if target.at_most else counted >= target.limit
+    quotient = counted / target.limit if target.at_most else target.limit / max(counted, 1e-12)
+    failing = sum(sign * value > sign * target.limit for value in values)
+    return Verdict(len(pairs), worst, where, mean, met, 0.0 if met else quotient - 1, failing)
+
+
+def ratio(cell: Mapping[str, Any], over: str, under: str) -> float | None:
+    """Median time of ``over`` by that of ``under``; ``None`` if one has none."""
+    entries = [cell["contenders"].get(name, {}) for name in (over, under)]
+    if any(entry.get("status") != "ok" or "median" not in entry for entry in entries):
+        return None
+    return float(entries[0]["median"] / entries[1]["median"])
+
+
+def _ratios(
+    section: str,
+    over: str,
+    under: str,
+    keep: Callable[[Mapping[str, Any]], bool] = lambda _: True,
+) -> Callable[[Cells], Values]:
+    def values(cells: Cells) -> Values:
+        for key, cell in cells.items():
+            if key.startswith(section) and keep(cell["settings"]):
+                value = ratio(cell, over, under)
+                if value is not None:
+                    yield _label(key, under if over == OURS else over), value
+
+    return values
+
+
+def _against_all(cells: Cells) -> Values:
+    """How much longer each other implementation takes, everywhere but in Stage 1 and generation."""
+    for key, cell in cells.items():
+        if not key.startswith(("search/", "quantizer/", "blur/", "growth/time")):
+            continue
+        for name in cell["contenders"]:
+            if name == OURS or name in _FLOORS:
+                continue
+            value = ratio(cell, name, OURS)
+            if value is not None:
+                yield _label(key, name), value
+
+
+def _memory(*modes: str) -> Callable[[Cells], Values]:
+    """Of the large size alone; the quick grid has none."""
+
+    def values(cells: Cells) -> Values:
+        for mode in modes:
+            key = f"memory/{mode}-{_LARGE.label}"
+            entry = cells.get(key, {}).get("contenders", {}).get(OURS, {})
+            if entry.get("status") == "ok":
+                yield _label(key, OURS), entry["bytes"] / _MIB
+
+    return values
+
+
+def _stage1(cells: Cells) -> Values:
+    """Of the fastest mode."""
+    cell = cells.get("stage1/modes")
+    if cell is None:
+        return
+    names = [name for name in cell["contenders"] if name != REFERENCE]
+    values = {name: ratio(cell, REFERENCE, name) for name in names}
+    found = {name: value for name, value in values.items() if value is not None}
+    if found:
+        best = max(found, key=found.__getitem__)
+        yield best, found[best]
+
+
+def _paddings(cells: Cells) -> Values:
+    cell = cells.get("stage1/padding")
+    for name in ("circular", "replicate"):
+        value = None if cell is None else ratio(cell, name, "zeros")
+        if value is not None:
+            yield name, value
+
+
+def _many_codes(settings: Mapping[str, Any]) -> bool:
+    return bool(settings["K"] >= _MANY_CODES)
+
+
+def _label(key: str, name: str) -> str:
+    return f"{key.partition('/')[2]} ({name})"
+
+
+_VQP = "vector-quantize-pytorch"
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        "search by the tiled product, C >= 128",
+        1.2,
+        True,
+        _ratios("search/", OURS, "tiled product", lambda s: _many_codes(s) and s["C"] >= _WIDE),
+    ),
+    Target(
+        "search by the tiled product, C < 128",
+        1.6,
+        True,
+        _ratios("search/", OURS, "tiled product", lambda s: _many_codes(s) and s["C"] < _WIDE),
+    ),
+    Target("cdist and argmin by search", 1.4, False, _ratios("search/", "cdist", OURS, _many_codes)),
+    Target(
+        "forward in evaluation: vector-quantize-pytorch by ours",
+        4.0,
+        False,
+        _ratios("quantizer/eval", _VQP, OURS, _many_codes),
+    ),
+    Target("the same in the mean", 10.0, False, _ratios("quantizer/eval", _VQP, OURS, _many_codes), mean=True),
+    Target(
+        "forward and backward, gradient: vector-quantize-pytorch by ours",
+        5.0,
+        False,
+        _ratios("quantizer/gradient", _VQP, OURS, _many_codes),
+    ),
+    Target("the same in the mean", 8.0, False, _ratios("quantizer/gradient", _VQP, OURS, _many_codes), mean=True),
+    Target(
+        "forward and backward, moving averages: vector-quantize-pytorch by ours",
+        5.0,
+        False,
+        _ratios("quantizer/ema", _VQP, OURS, _many_codes),
+    ),
+    Target("the same in the mean", 8.0, False, _ratios("quantizer/ema", _VQP, OURS, _many_codes), mean=True),
+    Target("any other implementation by ours, any size", 1.0, False, _against_all),
+    Target(
+        "peak memory beyond input and output at N 65,536, K 16,384, C 64: search and evaluation",
+        64.0,
+        True,
+        _memory("search", "eval"),
+        unit=" MiB",
+    ),
+    Target("the same: training", 64.0, True, _memory("gradient", "ema"), unit=" MiB"),
+    Target("Stage-1 step: plain torch in float32 by ours, fastest mode", 1.6, False, _stage1),
+    Target("Stage-1 step: circular or replicate padding by zeros", 1.1, True, _paddings),
+    Target("generation: uncached by cached", 10.0, False, _ratios("generation/B64", SUMMED, OURS)),
+    Target("generation: transformers' GPT-2 by ours", 1.5, False, _ratios("generation/B64", HUGGING_FACE, OURS)),
+)
+"""In the order of the table."""
