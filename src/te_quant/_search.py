@@ -112,15 +112,15 @@ def _grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
     widest = _MAX_TILE_CODES if size < _LONG_CODE else _MAX_TILE_LONG_CODES
     group = _group_size(codes, size, single=codes <= widest)
     groups = -(-codes // group)
-    # (-e, ½‖e‖²) · (z, 1): the half norms come with the product. What fills the last group is infinitely far.
-    factors = codebook.new_zeros(groups * group, size + 1)
-    torch.sub(center, codebook, out=factors[:codes, :size])
-    factors[:codes, size] = factors[:codes, :size].square().sum(1).mul_(0.5)
-    factors[codes:, size] = torch.inf
-    tile_codes = min(len(factors), max(1, widest // group) * group)
+    centered = codebook.new_zeros(groups * group, size)
+    torch.sub(codebook, center, out=centered[:codes])
+    half_norms = centered.square().sum(1, keepdim=True).mul_(0.5)
+    # What fills the last group is infinitely far.
+    half_norms[codes:] = torch.inf
+    tile_codes = min(len(centered), max(1, widest // group) * group)
     tile_rows = max(1, min(rows, _CPU_TILE // tile_codes))
     buffer = latents.new_empty(tile_rows * tile_codes)
-    vectors = latents.new_ones(tile_rows, size + 1)
+    vectors = latents.new_empty(tile_rows, size)
     minima = latents.new_empty(groups * tile_rows)
     indices = torch.empty(rows, dtype=torch.int64)
     # Where code i of a group lies in the buffer, if its group began it.
@@ -128,23 +128,24 @@ def _grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
     for row in range(0, rows, tile_rows):
         tile = vectors[: min(tile_rows, rows - row)]
         count = len(tile)
-        torch.sub(latents[row : row + count], center, out=tile[:, :size])
+        torch.sub(latents[row : row + count], center, out=tile)
         best = minima[: groups * count].view(groups, count)
-        for code in range(0, len(factors), tile_codes):
-            block = factors[code : code + tile_codes]
+        for code in range(0, len(centered), tile_codes):
+            block = centered[code : code + tile_codes]
             scores = buffer[: count * len(block)].view(len(block), count)
-            torch.mm(block, tile.T, out=scores)
+            torch.addmm(half_norms[code : code + tile_codes], block, tile.T, alpha=-1, out=scores)
             first = code // group
             block_minima = best[first : first + len(block) // group]
             torch.amin(scores.view(-1, group, count), 1, out=block_minima)
         nearest = best.min(0).indices
-        if tile_codes == len(factors):
+        if tile_codes == len(centered):
             flat = torch.add(torch.arange(count), nearest, alpha=group * count) + places * count
             within = scores.view(-1).index_select(0, flat.view(-1)).view(group, count)
         else:
             # The buffer holds other codes by now.
-            candidates = factors.view(groups, group, size + 1).index_select(0, nearest)
-            within = torch.bmm(candidates, tile.unsqueeze(2)).squeeze(2).T
+            candidates = centered.view(groups, group, size).index_select(0, nearest)
+            norms = half_norms.view(groups, group, 1).index_select(0, nearest)
+            within = torch.baddbmm(norms, candidates, tile.unsqueeze(2), alpha=-1).squeeze(2).T
         torch.add(within.min(0).indices, nearest, alpha=group, out=indices[row : row + count])
     # NaN are nowhere near anything, and might be found among what fills the last group.
     return indices.clamp_(max=codes - 1)
@@ -156,7 +157,7 @@ def _group_size(codes: int, size: int, *, single: bool) -> int:
     Measured costs: an element of the groups' minima 0.9 ns, one of the candidates of the best group 1.3 ns, or, if
     they have to be computed again, 0.3 ns times the length of a code.
     """
-    ideal = math.sqrt(0.9 * codes / (1.3 if single else 0.3 * (size + 1)))
+    ideal = math.sqrt(0.9 * codes / (1.3 if single else 0.3 * size))
     return 1 << max(0, min(round(math.log2(ideal)), _MAX_GROUP.bit_length() - 1))
 
 

@@ -5,6 +5,8 @@ Shape letters: N latent vectors, C code size, K codes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,7 +81,32 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
         codes + (z - z), not z + (codes - z), because the latter differs from the codes in the last bits, and
         tokens would then decode to another image than the one trained on.
     """
-    return codes.detach() + (latents - latents.detach())
+    if torch.compiler.is_compiling():
+        return codes.detach() + (latents - latents.detach())
+    estimate: Tensor = _StraightThrough.apply(latents, codes)  # type: ignore[no-untyped-call]
+    return estimate
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The same as an expression, without its two differences in memory."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(latents: Tensor, codes: Tensor) -> Tensor:  # noqa: ARG004
+        return codes.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Nothing is needed."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:  # noqa: ARG004
+        return tangent.clone()
 
 
 def rotation_trick(latents: Tensor, codes: Tensor) -> Tensor:
