@@ -51,8 +51,7 @@ class ResidualVectorQuantizer(nn.Module):
     Attributes:
         stages: Q quantizers, or one if shared, with their ``codebook``, ``usage`` and ``code_sums``.
 
-    Raises:
-        ValueError, TypeError: as :class:`~te_quant.VectorQuantizer`.
+    Raises ``ValueError`` and ``TypeError`` as :class:`~te_quant.VectorQuantizer`.
 
     Source: Zeghidour et al. 2021, arXiv:2107.03312, Algorithm 1 and Section III-C (dropout); Lee et al. 2022,
         arXiv:2203.01941, Eq. 4 to 6 and shared codebooks. Differs: the distance terms are the mean over the
@@ -95,13 +94,9 @@ class ResidualVectorQuantizer(nn.Module):
             )
             for _ in range(1 if shared_codebook else num_quantizers)
         )
-        self.num_codes = num_codes
-        self.code_dim = code_dim
-        self.num_quantizers = num_quantizers
-        self.shared_codebook = bool(shared_codebook)
-        self.quantizer_dropout = bool(quantizer_dropout)
-        self.channel_dim = channel_dim
-        self.frozen = False
+        self.num_codes, self.code_dim, self.num_quantizers = num_codes, code_dim, num_quantizers
+        self.shared_codebook, self.quantizer_dropout = bool(shared_codebook), bool(quantizer_dropout)
+        self.channel_dim, self.frozen = channel_dim, False
 
     def forward(self, latents: Tensor, *, generator: torch.Generator | None = None) -> QuantizerOutput:
         """Quantize ``latents``; while training also update the statistics and, under ``"ema"``, the codebooks.
@@ -112,10 +107,8 @@ class ResidualVectorQuantizer(nn.Module):
         self._layout.check(latents, first.codebook)
         with full_precision(latents.device):
             rows = self._layout.to_rows(latents)
-            dropped = self.training and self.quantizer_dropout
-            steps, depths = self.num_quantizers, None
-            if dropped:
-                depths = _residual.draw_depths(latents, self.code_dim, steps, generator)
+            dropped, steps = self.training and self.quantizer_dropout, self.num_quantizers
+            depths = _residual.draw_depths(latents, self.code_dim, steps, generator) if dropped else None
             tables = _stages.tables_of(stages, steps)
             chosen = _residual.search_residuals(rows.searchable, tables, depths)
             if self.training and not self.frozen:
