@@ -332,7 +332,8 @@ def test_sampling_is_compared_over_all_quadrant_digits() -> None:
     del runs[0]["stage2"][str(LARGE)]["sampling"]["generation-16"]
     table = sampling_table({"runs": runs})
     assert table is not None
-    assert table.header == ["tokenizer", "top 10 % of its codes", "2 codes", "16 codes"]
+    columns = [f"{number} codes{case}" for number in (2, 16) for case in ("", ", Quad1")]
+    assert table.header == ["tokenizer", "top 10 % of its codes", *columns]
     assert [row[0] for row in table.rows] == [ARMS["vqgan"].title, ARMS["k16"].title]
 
     def pooled(generation: dict[str, Any]) -> float:
@@ -344,6 +345,8 @@ def test_sampling_is_compared_over_all_quadrant_digits() -> None:
     row = _row(table, ARMS["k16"].title)
     assert row["top 10 % of its codes"] == _text([pooled(part["generation"]) for part in parts])
     assert row["16 codes"] == _text([pooled(part["sampling"]["generation-16"]) for part in parts])
+    single = [part["sampling"]["generation-16"]["held_out"]["text_to_image"]["cases"]["quad1"] for part in parts]
+    assert row["16 codes, Quad1"] == _text([case["digit_accuracy"] for case in single])
     assert _row(table, ARMS["vqgan"].title)["16 codes"] == "–"
 
 

@@ -91,12 +91,14 @@ def exactness(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw κ below a token against reconstruction error and against perplexity, one point a run."""
+    """Draw κ below a token against reconstruction error and against perplexity, a point a run, a colour an arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for index, run in enumerate(runs):
+    titles = list(dict.fromkeys(run["title"] for run in runs))
+    for run in runs:
+        index = titles.index(run["title"])
         agreement, test = _report(run).sub_stride, run["evaluation"]["test"]
         if not agreement.kappa_defined:
             continue
@@ -104,14 +106,16 @@ def scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
         bar = None if math.isnan(low) else [[agreement.kappa - low], [high - agreement.kappa]]
         for axes, x in ((left, test["l1"]), (right, test["perplexity"])):
             style = {"marker": "osD^vP*X"[index % 8], "color": f"C{index % 10}", "markersize": 8, "capsize": 3}
-            axes.errorbar(x, agreement.kappa, yerr=bar, linestyle="none", label=_name(run, runs), **style)
+            axes.errorbar(x, agreement.kappa, yerr=bar, linestyle="none", label=run["title"], **style)
     left.set(
         xlabel="reconstruction error L1 on test images (less is better)",
         ylabel="κ of indices after shifts below a token",
         ylim=(0, 1.03),
     )
     right.set(xlabel="perplexity of the code use")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    # One entry an arm, however many seeds it has.
+    entries = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle("Equivariance against what it costs: agreement counts for little where few codes are in use")
     return figure
 

@@ -112,7 +112,7 @@ def table2(results: Mapping[str, Any]) -> Table | None:
 
 
 def sampling_table(results: Mapping[str, Any]) -> Table | None:
-    """Digit accuracy of text to image over all quadrants, by the number of codes that sampling chooses from.
+    """Digit accuracy of text to image by the codes that sampling chooses from: over all quadrants, and Quad1.
 
     ``None`` if no number but the settings' own was measured.
     """
@@ -131,12 +131,14 @@ def sampling_table(results: Mapping[str, Any]) -> Table | None:
         cells = [mean([quadrants(part["generation"], "text_to_image") for part in parts])]
         for number in numbers:
             found = [part["sampling"].get(f"generation-{number}") for part in parts if "sampling" in part]
-            cells.append(
-                mean([quadrants(generation, "text_to_image") for generation in found if generation is not None])
-            )
+            chosen = [generation for generation in found if generation is not None]
+            cells.append(mean([quadrants(generation, "text_to_image") for generation in chosen]))
+            single = [generation["held_out"]["text_to_image"]["cases"]["quad1"] for generation in chosen]
+            cells.append(mean([case["digit_accuracy"] for case in single if case["digit_accuracy"] is not None]))
         rows.append([ARMS[arm].title, *cells])
     share = next(iter(arms.values()))[0]["settings"]["top_fraction"]
-    return Table(["tokenizer", f"top {100 * share:g} % of its codes", *(f"{n} codes" for n in numbers)], rows)
+    columns = [name for n in numbers for name in (f"{n} codes", f"{n} codes, Quad1")]
+    return Table(["tokenizer", f"top {100 * share:g} % of its codes", *columns], rows)
 
 
 def quadrants(generation: Mapping[str, Any], task: str) -> float:
