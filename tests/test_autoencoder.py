@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from grid_oracles import fresh, roll
 from torch import Tensor
 
+from te_quant import FSQ, LFQ, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant.autoencoder import (
     AutoencoderConfig,
     AutoencoderOutput,
@@ -608,3 +610,127 @@ def test_config_options_reach_the_quantizer() -> None:
         assert getattr(quantizer, name) == getattr(config, name)
     assert quantizer.orthogonal_reg == 3.0
     assert quantizer.gradient_estimator == "rotation_trick"
+
+
+OWN = {
+    "vector": lambda: VectorQuantizer(8, 6, orthogonal_reg=10.0),
+    "ema": lambda: VectorQuantizer(8, 6, codebook_update="ema"),
+    "sim": lambda: SimVQ(8, 6),
+    "fsq": lambda: FSQ((4, 3, 5)),
+    "lfq": lambda: LFQ(5),
+    "residual": lambda: ResidualVectorQuantizer(4, 6, 3),
+}
+
+
+def with_own(name: str, **options: object) -> VQAutoencoder:
+    """A model of the config's defaults around a quantizer of ours."""
+    quantizer = OWN[name]()
+    config = small(num_codes=256, orthogonal_reg=0.0, code_dim=quantizer.code_dim, **options)
+    return VQAutoencoder(config, quantizer=quantizer)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_any_quantizer_takes_the_place(name: str) -> None:
+    """Its own indices, which decode to the codes bit for bit, and a gradient to the encoder and to it."""
+    model = with_own(name)
+    images = fresh(2, 1, 8, 12, dtype=torch.float32)
+    output = model(images)
+    grid = (2, 2, 3, 3) if name == "residual" else (2, 2, 3)
+    assert (output.indices.shape, output.indices.dtype) == (grid, torch.int64)
+    assert torch.equal(model.decode_indices(output.indices), model.decode(output.codes))
+    (output.reconstruction.square().mean() + output.loss).backward()
+    for half in (model.encoder, model.quantizer, model.decoder):
+        for parameter in half.parameters():
+            assert not parameter.requires_grad or parameter.grad is not None
+    assert any(parameter.grad.any() for parameter in model.encoder.parameters())
+    output = model.eval()(images)
+    assert torch.equal(output.indices, model.encode_to_indices(images))
+    assert torch.equal(output.indices, model.quantizer.encode(model.encode(images)))
+    assert torch.equal(output.reconstruction, model.decode(output.codes))
+
+
+def test_coarse_tokens_decode_and_are_not_the_fine_ones() -> None:
+    """The first indices of a residual quantizer are a grid of tokens too; the others matter."""
+    model = with_own("residual").eval()
+    indices = torch.ones(2, 2, 3, 3, dtype=torch.int64)
+    coarse, fine = model.decode_indices(indices[..., :1]), model.decode_indices(indices)
+    assert coarse.shape == fine.shape == (2, 1, 8, 12)
+    assert not torch.equal(coarse, fine)
+
+
+def test_given_quantizer_decides_and_not_the_config() -> None:
+    """Equal weights give equal models, and with another codebook (the negative control) they are not equal."""
+    model = VQAutoencoder(small(metric="cosine"))
+    same = VQAutoencoder(model.config, quantizer=VectorQuantizer(8, 6, metric="cosine", orthogonal_reg=10.0))
+    same.load_state_dict(model.state_dict())
+    other = copy.deepcopy(same)
+    with torch.no_grad():
+        other.quantizer.codebook.neg_()
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    expected, indices = model(images), model.encode_to_indices(images)
+    for one, two in zip(expected, same(images), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(same.decode_indices(indices), model.decode_indices(indices))
+    assert not torch.equal(other.encode_to_indices(images), indices)
+    assert not torch.equal(other.decode_indices(indices), model.decode_indices(indices))
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "options", "error", "match"),
+    [
+        (FSQ((4, 3, 5)), {}, ValueError, r"quantizer\.code_dim must be config\.code_dim=6, got 3 \(FSQ\)"),
+        (torch.nn.Identity(), {}, TypeError, "quantizer must be a module with .* encode and decode, got Identity"),
+        ("fsq", {}, TypeError, "quantizer must be a module with the methods encode and decode, got str"),
+        (SimVQ(8, 6, channel_dim=-1), {}, ValueError, r"quantizer\.channel_dim must be 1, .*, got -1 \(SimVQ\)"),
+        (
+            SimVQ(8, 6),
+            {"orthogonal_reg": 10.0},
+            ValueError,
+            r"config\.orthogonal_reg must be its default 0\.0, or what the given SimVQ has \('none'\), got 10\.0",
+        ),
+        (
+            SimVQ(9, 6),
+            {"num_codes": 8},
+            ValueError,
+            r"config\.num_codes must be its default 256, or .*\(9\), got 8",
+        ),
+        (
+            VectorQuantizer(256, 6),
+            {"metric": "cosine"},
+            ValueError,
+            r"config\.metric must be its default 'l2', or what the given .* has \('l2'\), got 'cosine'",
+        ),
+    ],
+)
+def test_quantizers_that_do_not_fit_are_refused(
+    quantizer: object, options: dict, error: type[Exception], match: str
+) -> None:
+    """At construction, and what the config says of a quantizer is not silently ignored."""
+    config = small(**{"num_codes": 256, "orthogonal_reg": 0.0, **options})
+    with pytest.raises(error, match=match):
+        VQAutoencoder(config, quantizer=quantizer)
+
+
+def test_grids_of_another_quantizer_are_refused() -> None:
+    """Several indices a token where it has one, or a row of tokens."""
+    with pytest.raises(ValueError, match=r"the codes of indices must be of shape \(B, C, h, w\), got shape"):
+        with_own("fsq").decode_indices(torch.zeros(2, 2, 3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"indices must be of shape \(B, h, w\) or \(B, h, w, Q\), got"):
+        with_own("residual").decode_indices(torch.zeros(2, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"indices must be of shape \(B, h, w\), got shape \(2, 2, 3, 2\)"):
+        VQAutoencoder(SMALL).decode_indices(torch.zeros(2, 2, 3, 2, dtype=torch.int64))
+
+
+def test_given_quantizer_is_not_saved(tmp_path: Path) -> None:
+    """The config would make another one of it; the state goes from model to model."""
+    model = with_own("residual")
+    with pytest.raises(
+        ValueError, match=r"quantizer must be the one that the config describes, .* got a Residual"
+    ):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    again = with_own("residual")
+    again.load_state_dict(model.state_dict())
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    assert torch.equal(again.encode_to_indices(images), model.encode_to_indices(images))
+    VQAutoencoder(model.config).save_pretrained(tmp_path / "model")

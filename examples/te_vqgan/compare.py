@@ -20,7 +20,7 @@ from te_quant.equivariance import Agreement
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["comparison", "exactness", "scatter", "write_comparison"]
+__all__ = ["agreement_cell", "comparison", "exactness", "scatter", "table_row", "write_comparison"]
 
 _AGREEMENTS = {
     "placement": "placement (the paper's)",
@@ -62,13 +62,13 @@ def write_comparison(folder: Path) -> None:
 
 def comparison(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the table in Markdown: κ [95 % interval] (rate) for each agreement of each run."""
-    lines = [_row(_HEADER), _row(["---", *["---:"] * (len(_HEADER) - 1)])]
+    lines = [table_row(_HEADER), table_row(["---", *["---:"] * (len(_HEADER) - 1)])]
     for run in runs:
         report, test = _report(run), run["evaluation"]["test"]
-        cells = [_cell(getattr(report, name)) for name in _AGREEMENTS]
+        cells = [agreement_cell(getattr(report, name)) for name in _AGREEMENTS]
         cells += [str(test["frequent_codes"]), f"{test['perplexity']:.1f}"]
         cells += [f"{test['l1']:.4f}", f"{test['psnr']:.2f}"]
-        lines.append(_row([_name(run, runs), *cells]))
+        lines.append(table_row([_name(run, runs), *cells]))
     test = runs[0]["evaluation"]["test"]
     conditions = _report(runs[0]).settings
     return "\n".join(lines) + (
@@ -80,13 +80,13 @@ def comparison(runs: Sequence[Mapping[str, Any]]) -> str:
 def exactness(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the counts of indices that differ after circular shifts in Markdown."""
     header = ["tokenizer", "shifts", "precision", "indices compared", "differing", *_DISTINCT.values()]
-    lines = [_row(header), _row(["---", "---", "---", *["---:"] * (len(header) - 3)])]
+    lines = [table_row(header), table_row(["---", "---", "---", *["---:"] * (len(header) - 3)])]
     for run in runs:
         for precision, count in run["exactness"]["counts"].items():
             numbers = [f"{count['compared']:,}", f"{count['differing']:,}"]
             # Counts of before comparisons were kept distinct do not say.
             numbers += [f"{count[name]:,}" if name in count else "not recorded" for name in _DISTINCT]
-            lines.append(_row([_name(run, runs), run["exactness"]["shifts"], precision, *numbers]))
+            lines.append(table_row([_name(run, runs), run["exactness"]["shifts"], precision, *numbers]))
     return "\n".join(lines) + "\n"
 
 
@@ -129,7 +129,8 @@ def _name(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
     return f"{run['title']}, seed {run['seed']}" if several else str(run["title"])
 
 
-def _cell(agreement: Agreement | None) -> str:
+def agreement_cell(agreement: Agreement | None) -> str:
+    """Write κ [95 % interval] (rate)."""
     if agreement is None:
         return "not measured"
     if not agreement.kappa_defined:
@@ -138,5 +139,6 @@ def _cell(agreement: Agreement | None) -> str:
     return f"{agreement.kappa:.3f} [{low:.3f}, {high:.3f}] ({agreement.rate:.3f})"
 
 
-def _row(cells: Sequence[str]) -> str:
+def table_row(cells: Sequence[str]) -> str:
+    """Write one line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from examples.te_vqgan.heldout import allowed
+from examples.te_vqgan.joint import joint_indices, num_combinations
 from examples.te_vqgan.presets import Stage1Settings
 from examples.te_vqgan.quadrants import QuadrantDataset
 from examples.te_vqgan.recipes import LAYOUTS
@@ -57,11 +58,12 @@ def quality(model: VQAutoencoder, images: QuadrantDataset, count: int, device: t
 
     Returns:
         ``images`` and ``tokens`` counted; ``l1``, ``l2`` means over all values; ``psnr`` of the pooled ``l2``,
-        dB; ``used_codes`` seen at least once, ``frequent_codes`` above 0.1 % of the tokens, ``perplexity``.
+        dB; ``used_codes`` seen at least once, ``frequent_codes`` above 0.1 % of the tokens, ``perplexity``, all
+        three of combinations where a token has several indices.
     """
     was_training = model.training
     model.eval()
-    usage = CodebookUsage(model.config.num_codes, device=device)
+    usage = CodebookUsage(num_combinations(model.quantizer), device=device)
     absolute = squared = 0.0
     values = 0
     count = min(count, len(images))
@@ -72,7 +74,7 @@ def quality(model: VQAutoencoder, images: QuadrantDataset, count: int, device: t
         absolute += float(difference.abs().sum())
         squared += float(difference.square().sum())
         values += difference.numel()
-        usage.update(output.indices)
+        usage.update(joint_indices(output.indices, model.quantizer))
     model.train(was_training)
     use = usage.compute()
     return {

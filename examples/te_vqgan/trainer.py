@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from examples.te_vqgan import distributed
 from examples.te_vqgan.checkpoint import adam_state, load_adam_state, under
 from examples.te_vqgan.discriminator import PatchDiscriminator
+from examples.te_vqgan.joint import joint_indices, num_combinations
 from examples.te_vqgan.losses import (
     adaptive_weight,
     discriminator_loss,
@@ -47,6 +48,9 @@ class Stage1Trainer:
         device: where to train.
         channels_last: keep images and convolutions in that order in memory.
         compiled: run what :func:`torch.compile` makes of the autoencoder.
+        quantizer: makes one to use instead of that of ``settings.model``.
+
+    Codebooks move at a rate of their own, whatever else a quantizer learns at that of the networks.
 
     The initial weights depend on ``settings.seed`` alone: they are drawn on the CPU from a generator state that
     is put back afterwards. Several processes keep the same weights, as :mod:`~examples.te_vqgan.distributed` says.
@@ -59,23 +63,29 @@ class Stage1Trainer:
         *,
         channels_last: bool = False,
         compiled: bool = False,
+        quantizer: Callable[[], nn.Module] | None = None,
     ) -> None:
         self.settings = settings
         self.device = device
         self.step = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.model = VQAutoencoder(settings.model).to(device)
+            given = None if quantizer is None else quantizer()
+            # Once more, so that encoders start alike whatever a quantizer draws.
+            torch.manual_seed(settings.seed)
+            self.model = VQAutoencoder(settings.model, quantizer=given).to(device)
             self.discriminator = PatchDiscriminator(settings.model.image_channels).to(device)
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         for module in (self.model, self.discriminator):
             module.to(memory_format=self._layout)  # type: ignore[call-overload]
         self._run = torch.compile(self.model) if compiled else self.model
         self.perceptual = load_perceptual(settings.perceptual, device)
-        codebook = self.model.quantizer.codebook
-        others = [parameter for parameter in self.model.parameters() if parameter is not codebook]
-        groups = [{"params": others, "factor": 1.0}, {"params": [codebook], "factor": settings.codebook_lr_factor}]
-        self.optimizer = torch.optim.Adam(groups, settings.learning_rate, betas=_BETAS)
+        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for name, parameter in self.model.named_parameters():
+            groups[name.startswith("quantizer.") and name.endswith(".codebook")].append(parameter)
+        rates = ((groups[False], 1.0), (groups[True], settings.codebook_lr_factor))
+        parts = [{"params": parameters, "factor": factor} for parameters, factor in rates if parameters]
+        self.optimizer = torch.optim.Adam(parts, settings.learning_rate, betas=_BETAS)
         self.judge_optimizer = torch.optim.Adam(
             self.discriminator.parameters(), settings.learning_rate, betas=_BETAS
         )
@@ -141,7 +151,8 @@ class Stage1Trainer:
         with torch.no_grad():
             difference = reconstruction - images
             numbers |= {"l1": difference.abs().mean(), "l2": difference.square().mean()}
-            counts = torch.bincount(output.indices.flatten(), minlength=settings.model.num_codes)
+            joint = joint_indices(output.indices, self.model.quantizer)
+            counts = torch.bincount(joint.flatten(), minlength=num_combinations(self.model.quantizer))
             distributed.total(counts)
             numbers |= {"batch_used_codes": (counts > 0).sum(), "batch_perplexity": perplexity(counts)}
         numbers["learning_rate"] = torch.tensor(settings.learning_rate * factor)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from te_quant import _pretrained
 from te_quant._autoencoder_config import AutoencoderConfig
-from te_quant._checks import require_integer_tensor, require_rank
+from te_quant._checks import require, require_integer_tensor, require_rank
 from te_quant._coders import build_decoder, build_encoder
 from te_quant._values import require_in_range
 from te_quant.contract import Encoding, EquivarianceContract
@@ -35,13 +35,25 @@ __all__ = [
 ]
 
 
+# What a config says of the quantizer beside ``code_dim``, under the quantizer's own names.
+_QUANTIZER_OPTIONS = (
+    "num_codes",
+    "metric",
+    "codebook_update",
+    "commitment_weight",
+    "decay",
+    "orthogonal_reg",
+    "gradient_estimator",
+)
+
+
 class AutoencoderOutput(NamedTuple):
     """What one pass computed; the same fields in training and in evaluation.
 
     Attributes:
         reconstruction: (B, I, H, W), what the decoder makes of ``quantized``.
         quantized: (B, C, h, w), the codes, with a gradient path to the latents.
-        indices: (B, h, w) int64, the tokens.
+        indices: (B, h, w) int64, the tokens; (B, h, w, Q) of a quantizer with Q codebooks.
         loss: (), of the quantizer alone: the sum of the three terms below. Add your reconstruction loss.
         codebook_loss: (), weighted.
         commitment_loss: (), weighted.
@@ -73,32 +85,32 @@ class VQAutoencoder(nn.Module):
 
     Args:
         config: every option.
+        quantizer: used instead of the one that ``config`` describes: any quantizer of this library, or a module
+            that behaves as one, ``forward`` giving a :class:`~te_quant.QuantizerOutput` for latents (B, C, h, w),
+            with methods ``encode`` and ``decode`` and the attribute ``code_dim``. What ``config`` says of the
+            quantizer beyond its defaults must be what this one has. Such a model has no
+            :meth:`save_pretrained`, because a checkpoint stores the config alone: keep its ``state_dict``.
 
     Shape:
         images: (B, I, H, W) floating point in [-1, 1], sides divisible by ``config.divisor``.
-        indices: (B, h, w) int64 in [0, K).
+        indices: (B, h, w) int64 in [0, K); (B, h, w, Q) of a quantizer with Q codebooks.
 
     Raises:
-        ValueError: images have another rank, number of channels or sides.
-        TypeError: images are not floating point.
+        ValueError: images have another rank, number of channels or sides; the quantizer does not fit the config.
+        TypeError: images are not floating point, or the quantizer is no quantizer.
 
     Source: Shin et al. 2021, arXiv:2112.00384, stage 1.
     """
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, *, quantizer: nn.Module | None = None) -> None:
         super().__init__()
+        if quantizer is not None:
+            _require_quantizer(quantizer, config)
         self.config = config
         self.encoder = build_encoder(config)
-        self.quantizer = VectorQuantizer(
-            config.num_codes,
-            config.code_dim,
-            metric=config.metric,
-            codebook_update=config.codebook_update,
-            commitment_weight=config.commitment_weight,
-            decay=config.decay,
-            orthogonal_reg=config.orthogonal_reg,
-            gradient_estimator=config.gradient_estimator,
-        )
+        self._described = quantizer is None
+        # Typed as what it is unless another was given, so that its codebook is at hand without a cast.
+        self.quantizer = _described(config) if quantizer is None else cast("VectorQuantizer", quantizer)
         self.decoder = build_decoder(config)
 
     def forward(self, images: Tensor) -> AutoencoderOutput:
@@ -139,26 +151,34 @@ class VQAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
-        """(B, I, H, W) images to (B, h, w) int64 tokens: no losses, no gradient, no update of the codebook."""
+        """(B, I, H, W) images to (B, h, w[, Q]) int64 tokens: no losses, no gradient, no update of any state."""
         return self.quantizer.encode(self.encode(images))
 
     def decode_indices(self, indices: Tensor, phases: Tensor | None = None) -> Tensor:
-        """(B, h, w) tokens to (B, I, H, W) images; differentiable in the codebook and the decoder.
+        """(B, h, w[, Q]) tokens to (B, I, H, W) images; differentiable in the codebook and the decoder.
 
         Raises:
-            ValueError: an index is negative or >= K, the indices are not (B, h, w), or :meth:`decode` refuses
-                the phases.
+            ValueError: an index is negative or >= K, the indices are not a grid of the quantizer, or
+                :meth:`decode` refuses the phases.
             TypeError: the indices or phases are not integers.
         """
-        require_rank("indices", indices, (3,), "(B, h, w)")
-        return self.decode(self.quantizer.decode(indices), phases)
+        if self._described:
+            require_rank("indices", indices, (3,), "(B, h, w)")
+        else:
+            require_rank("indices", indices, (3, 4), "(B, h, w) or (B, h, w, Q)")
+        codes = self.quantizer.decode(indices)
+        require_rank("the codes of indices", codes, (4,), "(B, C, h, w)")
+        return self.decode(codes, phases)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
         Raises:
+            ValueError: the quantizer was given, and a checkpoint stores the config alone.
             ImportError: safetensors is not installed (``te_quant[hub]``).
         """
+        expected = "the one that the config describes, as a checkpoint stores nothing else of it"
+        require(self._described, "quantizer", expected, f"a {type(self.quantizer).__name__} of the caller")
         _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
 
     @classmethod
@@ -182,3 +202,35 @@ class VQAutoencoder(nn.Module):
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
         return _pretrained.load("VQAutoencoder", AutoencoderConfig.from_dict, cls, source, revision, cache_dir)
+
+
+def _described(config: AutoencoderConfig) -> VectorQuantizer:
+    return VectorQuantizer(
+        config.num_codes,
+        config.code_dim,
+        metric=config.metric,
+        codebook_update=config.codebook_update,
+        commitment_weight=config.commitment_weight,
+        decay=config.decay,
+        orthogonal_reg=config.orthogonal_reg,
+        gradient_estimator=config.gradient_estimator,
+    )
+
+
+def _require_quantizer(quantizer: object, config: AutoencoderConfig) -> None:
+    """Refuse what is no quantizer, or not one for the latents and the options of ``config``."""
+    name = type(quantizer).__name__
+    methods = all(callable(getattr(quantizer, method, None)) for method in ("encode", "decode"))
+    if not (isinstance(quantizer, nn.Module) and methods):
+        raise TypeError(f"quantizer must be a module with the methods encode and decode, got {name}.")
+    dim = getattr(quantizer, "code_dim", None)
+    require(dim == config.code_dim, "quantizer.code_dim", f"config.code_dim={config.code_dim}", f"{dim} ({name})")
+    axis = getattr(quantizer, "channel_dim", 1)
+    require(axis == 1, "quantizer.channel_dim", "1, as latents are (B, C, h, w)", f"{axis} ({name})")
+    defaults = AutoencoderConfig()
+    for option in _QUANTIZER_OPTIONS:
+        value, default = getattr(config, option), getattr(defaults, option)
+        if value != default:
+            has = getattr(quantizer, option, "none")
+            expected = f"its default {default!r}, or what the given {name} has ({has!r})"
+            require(value == has, f"config.{option}", expected, repr(value))
