@@ -361,8 +361,12 @@ def test_regimes_are_told_by_what_differs_from_the_first(tmp_path: Path) -> None
         for case in run["stage2"][images]["generation"]["held_out"]["text_to_image"]["cases"].values():
             case["digits_right"] = 0
         del run["stage2"][images]["sampling"]
-    folders = [tmp_path / "base", tmp_path / "longer"]
-    for folder, results in zip(folders, (base, longer), strict=True):
+    # A tokenizer whose GPT is not trained yet.
+    alone = copy.deepcopy(longer["runs"][0])
+    del alone["stage2"]
+    untrained = {"runs": [alone, longer["runs"][1]]}
+    folders = [tmp_path / "base", tmp_path / "longer", tmp_path / "untrained"]
+    for folder, results in zip(folders, (base, longer, untrained), strict=True):
         folder.mkdir()
         (folder / "results.json").write_text(json.dumps(results))
     words = ["regimes", "--results", *map(str, folders), "--into", str(tmp_path / "regimes.md")]
@@ -372,8 +376,9 @@ def test_regimes_are_told_by_what_differs_from_the_first(tmp_path: Path) -> None
     steps = base["runs"][0]["settings"]["steps"]
     assert [row[0] for row in table[2:]] == ["(the preset `small`)"] * 2 + [
         f"steps was {steps}, now {3 * steps}"
-    ] * 2
-    assert [row[1] for row in table[2:]] == [f"{ARMS[arm].title}, 1 seed" for arm in ("vqgan", "te_vqgan")] * 2
+    ] * 4
+    assert [row[1] for row in table[2:]] == [f"{ARMS[arm].title}, 1 seed" for arm in ("vqgan", "te_vqgan")] * 3
+    assert table[6][5:] == [table[4][5], "–", "–", "–"]
     for row, run in zip(table[2:4], base["runs"], strict=True):
         part, test = run["stage2"][images], run["evaluation"]["test"]
 
@@ -393,7 +398,7 @@ def test_regimes_are_told_by_what_differs_from_the_first(tmp_path: Path) -> None
             in_quadrants(part["sampling"]["generation-2"], "text_to_image"),
             in_quadrants(part["generation"], "image_to_text"),
         ]
-    assert [row[6:8] for row in table[4:]] == [["0.000", "–"]] * 2
+    assert [row[6:8] for row in table[4:6]] == [["0.000", "–"]] * 2
 
 
 def test_regimes_need_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

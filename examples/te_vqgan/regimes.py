@@ -13,7 +13,7 @@ from typing import Any
 from examples.te_vqgan.checks import require
 from examples.te_vqgan.document import Table, to_markdown
 from examples.te_vqgan.files import write_text_atomically
-from examples.te_vqgan.paper_tables import counted, full_size, generations, mean, quadrants, read_right
+from examples.te_vqgan.paper_tables import counted, full_size, mean, quadrants, read_right
 from examples.te_vqgan.presets import ARMS, DEFAULT_ARMS, differing
 from te_quant import EquivarianceReport
 
@@ -51,17 +51,17 @@ def regimes(results: Sequence[Mapping[str, Any]]) -> Table:
         images = full_size(one)
         if images is None:
             raise ValueError("results must hold a measured Stage 2, got none.")
-        arms = generations(one, images)
-        rows += [
-            [_what_differs(results[0], one, arm), *_cells(arm, arms[arm], str(images))]
-            for arm in DEFAULT_ARMS
-            if arm in arms
-        ]
+        for arm in DEFAULT_ARMS:
+            runs = [run for run in one["runs"] if run["arm"] == arm]
+            if runs:
+                rows.append([_what_differs(results[0], one, arm), *_cells(arm, runs, str(images))])
     return Table(_HEADER, rows)
 
 
 def _cells(arm: str, runs: Sequence[Mapping[str, Any]], images: str) -> list[str]:
-    parts = [run["stage2"][images] for run in runs]
+    # A tokenizer may stand here before its GPT is trained.
+    measured = [run["stage2"][images] for run in runs if images in run.get("stage2", {})]
+    parts = [part for part in measured if "generation" in part]
     reports = [EquivarianceReport.from_dict(run["evaluation"]["equivariance"]) for run in runs]
     kappas = [report.sub_stride.kappa for report in reports if report.sub_stride is not None]
     two = [part["sampling"]["generation-2"] for part in parts if "generation-2" in part.get("sampling", {})]
