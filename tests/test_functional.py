@@ -253,3 +253,19 @@ def test_perplexity_of_even_use_is_the_number_of_codes(dtype: torch.dtype) -> No
     assert perplexity(histogram).item() == pytest.approx(5)
     with pytest.raises(ValueError, match=r"^histogram must be of shape \(K,\), got shape \(3, 4\)\.$"):
         perplexity(histogram.view(3, 4))
+
+
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
+def test_straight_through_in_forward_mode_and_for_each_sample() -> None:
+    """The tangent passes unchanged, and a gradient a sample is that of the sample alone."""
+    latents, codes, tangent = torch.randn(3, 5, 4, dtype=torch.float64).unbind()
+    found, moved = torch.func.jvp(lambda z: straight_through(z, codes), (latents,), (tangent,))
+    assert torch.equal(found, codes)
+    assert torch.equal(moved, tangent)
+
+    def energy(latent: Tensor, code: Tensor) -> Tensor:
+        return (straight_through(latent, code) * latent).sum()
+
+    each = torch.stack([torch.func.grad(energy)(*pair) for pair in zip(latents, codes, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(energy))(latents, codes), each)
+    torch.testing.assert_close(each, codes + latents)
