@@ -275,7 +275,7 @@ def counting(calls: list[str], *keys: str) -> list[Cell]:
     def run(key: str) -> dict[str, Any]:
         calls.append(key)
         if key.endswith("stop"):
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped here")
         return {"contenders": {}}
 
     return [Cell(key, {}, lambda given, key=key: run(key)) for key in keys]
@@ -284,7 +284,7 @@ def counting(calls: list[str], *keys: str) -> list[Cell]:
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Cells that were finished at this commit are not measured again; those of another commit are."""
     path, calls = tmp_path / "results.json", []
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped here"):
         measure_all(store(path), {"s": counting(calls, "s/1", "s/stop", "s/2")}, CONTEXT)
     assert list(json.loads(path.read_text())["cells"]) == ["s/1"]
     measure_all(store(path), {"s": counting(calls, "s/1", "s/2")}, CONTEXT)
@@ -326,7 +326,7 @@ def test_command_measures_a_section_and_writes_it_down(tmp_path: Path, capsys: p
     assert path.read_text() == before
     assert main([*arguments[:3], "full", *arguments[4:]]) == 2
     assert "must hold grid 'full', got 'quick'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         main(["--only", "nonsense"])
     assert "got 'nonsense'" in capsys.readouterr().err
 
