@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from examples.te_vqgan import family
 from examples.te_vqgan.__main__ import main
+from examples.te_vqgan.compare import scatter
 from examples.te_vqgan.family import FAMILY, build_quantizer, collect_family, member_settings, train_family
 from examples.te_vqgan.family_table import family_scatter, family_table, write_family
 from examples.te_vqgan.joint import joint_indices, num_combinations
@@ -191,6 +193,17 @@ def test_table_and_picture_show_the_numbers(trained: Path, tmp_path: Path) -> No
     (tmp_path / "results.json").write_text(json.dumps(results))
     write_family(tmp_path)
     assert (tmp_path / "family.png").read_bytes() != picture
+
+
+@pytest.mark.parametrize("draw", [family_scatter, scatter])
+def test_interval_is_drawn_where_it_is(trained: Path, draw: Callable[..., Any]) -> None:
+    """Also one that does not hold the estimate, as percentiles of resamples may not."""
+    run = copy.deepcopy(collect_family(SETTINGS, trained, command="")["runs"][0])
+    run["evaluation"]["equivariance"]["sub_stride"] |= {"kappa": 0.5, "kappa_interval": [0.25, 0.375]}
+    heights = [list(line.get_ydata()) for line in draw([run]).axes[0].lines]
+    assert heights == [[0.5], [0.25, 0.375]]
+    run["evaluation"]["equivariance"]["sub_stride"]["kappa_interval"] = [math.nan, math.nan]
+    assert len(draw([run]).axes[0].lines) == 1
 
 
 def test_what_does_not_belong_is_refused(trained: Path, source: DigitSource, tmp_path: Path) -> None:

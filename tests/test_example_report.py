@@ -82,7 +82,7 @@ def test_findings_warn_where_fewer_codes_may_be_the_reason(changes: dict[str, fl
 
 def test_findings_say_how_many_seeds_there_are() -> None:
     """One seed says nothing of the spread; one arm compares nothing."""
-    assert "one seed an arm" in _text(_run("A", 0), _run("B", 0))
+    assert "At least one arm has a single seed" in _text(_run("A", 0), _run("B", 0))
     assert "at least 2 seeds" in _text(_run("A", 0), _run("A", 1), _run("B", 0), _run("B", 1))
     assert "A alone is finished" in _text(_run("A", 0))
 

@@ -18,9 +18,18 @@ from te_quant import EquivarianceReport
 from te_quant.equivariance import Agreement
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["agreement_cell", "comparison", "exactness", "scatter", "table_row", "write_comparison"]
+__all__ = [
+    "agreement_cell",
+    "comparison",
+    "draw_agreement",
+    "exactness",
+    "scatter",
+    "table_row",
+    "write_comparison",
+]
 
 _AGREEMENTS = {
     "placement": "placement (the paper's)",
@@ -102,11 +111,8 @@ def scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
         agreement, test = _report(run).sub_stride, run["evaluation"]["test"]
         if not agreement.kappa_defined:
             continue
-        low, high = agreement.kappa_interval
-        bar = None if math.isnan(low) else [[agreement.kappa - low], [high - agreement.kappa]]
         for axes, x in ((left, test["l1"]), (right, test["perplexity"])):
-            style = {"marker": "osD^vP*X"[index % 8], "color": f"C{index % 10}", "markersize": 8, "capsize": 3}
-            axes.errorbar(x, agreement.kappa, yerr=bar, linestyle="none", label=run["title"], **style)
+            draw_agreement(axes, x, agreement, index, run["title"])
     left.set(
         xlabel="reconstruction error L1 on test images (less is better)",
         ylabel="κ of indices after shifts below a token",
@@ -118,6 +124,18 @@ def scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle("Equivariance against what it costs: agreement counts for little where few codes are in use")
     return figure
+
+
+def draw_agreement(axes: Axes, x: float, agreement: Agreement, index: int, label: str) -> None:
+    """Draw κ with its interval at ``x``, in the colour and with the mark of the ``index``-th of several.
+
+    The interval stands for itself: one of percentiles need not hold the estimate, so it is no error bar.
+    """
+    style: dict[str, Any] = {"marker": "osD^vP*X"[index % 8], "color": f"C{index % 10}"}
+    axes.plot(x, agreement.kappa, linestyle="none", markersize=8, label=label, **style)
+    low, high = agreement.kappa_interval
+    if not math.isnan(low):
+        axes.plot([x, x], [low, high], marker="_", color=style["color"])
 
 
 def _report(run: Mapping[str, Any]) -> EquivarianceReport:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.te_vqgan.checks import require
-from examples.te_vqgan.compare import agreement_cell, table_row
+from examples.te_vqgan.compare import agreement_cell, draw_agreement, table_row
 from examples.te_vqgan.files import write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
 
@@ -86,16 +85,8 @@ def family_scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
         agreement, test = _report(run).sub_stride, run["evaluation"]["test"]
         if not agreement.kappa_defined:
             continue
-        low, high = agreement.kappa_interval
-        bar = None if math.isnan(low) else [[agreement.kappa - low], [high - agreement.kappa]]
-        style: dict[str, Any] = {
-            "marker": "osD^vP*X"[index % 8],
-            "color": f"C{index % 10}",
-            "markersize": 9,
-            "capsize": 3,
-        }
         label = f"{run['title']} ({test['used_codes']} codes used)"
-        axes.errorbar(test["psnr"], agreement.kappa, yerr=bar, linestyle="none", label=label, **style)
+        draw_agreement(axes, test["psnr"], agreement, index, label)
     axes.set(
         xlabel="PSNR of reconstructions of test images, dB (more is better)",
         ylabel="κ of indices after shifts below a token",

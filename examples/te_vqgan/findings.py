@@ -23,7 +23,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     if not others:
         sentences.append(f"{base} alone is finished, so nothing is compared.")
     elif fewest == 1:
-        sentences.append("There is one seed an arm, so nothing is known of the spread between seeds.")
+        sentences.append("At least one arm has a single seed, so its spread between seeds is not known.")
     else:
         sentences.append(f"Means over at least {fewest} seeds an arm, ± standard deviation between seeds.")
     return sentences
