@@ -320,6 +320,15 @@ def test_plot_of_several_reports_marks_what_is_missing():
     figure.savefig(io.BytesIO(), format="png", dpi=30)
 
 
+def test_bars_of_many_reports_differ_in_colour_or_hatching():
+    """Ten reports, eight colours."""
+    report = make_report(full=False)
+    entries = plot_reports({f"report {n}": report for n in range(10)}).axes[0].get_legend_handles_labels()[0]
+    looks = [(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in entries]
+    assert len(set(looks)) == 10
+    assert len({colour for colour, _ in looks}) == 8
+
+
 def test_importing_and_tabulating_needs_no_matplotlib():
     """Matplotlib is loaded only by a picture."""
     code = "import sys, te_quant.equivariance; sys.exit('matplotlib' in sys.modules)"

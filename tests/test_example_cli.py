@@ -78,6 +78,8 @@ def test_run_writes_everything(out: Path) -> None:
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", content[16:24])
         assert min(width, height) > 300
+        # A palette in diagrams, true colours where images are shown.
+        assert content[25] == (6 if name in ("captions", "generated", "reconstructions") else 3)
 
 
 def test_report_shows_both_arms_with_kappa_beside_every_agreement(out: Path) -> None:

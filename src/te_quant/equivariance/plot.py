@@ -18,6 +18,8 @@ __all__ = ["plot_reports", "plot_shift_maps"]
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+# What tells the bars of the next rounds of colours from those of the first.
+_HATCHES = (None, "..", "xx", "oo")
 _SHORT = {
     "placement": "placement\n(paper)",
     "placement_foreground": "placement\nforeground",
@@ -168,8 +170,9 @@ def _draw_bars(axes: Any, groups: _Groups, names: list[str], *, decibels: bool) 
             centre = position - 0.42 + width * (number + 0.5)
             height = bar.value if math.isfinite(bar.value) else high if bar.value == math.inf else 0.0
             # An exact result has no height in decibels: its bar is as high as the highest, and hatched.
-            hatch = "//" if bar.value == math.inf else None
-            colour = _COLOURS[number % len(_COLOURS)]
+            turn, shade = divmod(number, len(_COLOURS))
+            hatch = "//" if bar.value == math.inf else _HATCHES[turn % len(_HATCHES)]
+            colour = _COLOURS[shade]
             axes.bar(centre, height, width * 0.92, color=colour, hatch=hatch, edgecolor="white", lw=0, **label)
             label = {}
             top = max(height, 0.0)
