@@ -6,6 +6,7 @@ Shape letters: N latent vectors, C code size, K codes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -230,7 +231,9 @@ def test_no_tensor_of_all_distances(training: bool, update: str, temperature: fl
     with LargestTensor() as largest:
         quantizer(latents).loss.backward()
         quantizer.decode(quantizer.encode(latents))
-    assert n * c <= largest.elements <= _search._CPU_TILE + n * c + k * c < k * k < n * k
+    # A tile of scores, the minima of its groups, the codes of the nearest ones.
+    scratch = 2 * _search._CPU_TILE + _search._CPU_MINIMA + _search._MAX_ROWS * c
+    assert n * c <= largest.elements <= scratch + n * c + k * c < k * k < n * k
 
 
 def test_the_recorder_sees_a_tensor_of_all_distances() -> None:
@@ -333,15 +336,16 @@ def test_one_code_far_away_does_not_cost_the_others_their_accuracy() -> None:
 
 @given(
     n=st.integers(0, 40),
-    k=st.integers(1, 60),
+    k=st.integers(1, 300),
     c=st.integers(1, 9),
+    batch=st.sampled_from([(1, 3), (2, 2048), (64, 2048)]),
     long_code=st.sampled_from([1, 5, 100]),
     tiles=st.sampled_from([(7, 35), (16, 64), (1, 3), (64, 4096)]),
     seed=st.integers(0, 2**16),
 )
 @settings(deadline=None, max_examples=150)
 def test_both_searches_find_the_first_nearest_code(
-    n: int, k: int, c: int, long_code: int, tiles: tuple[int, int], seed: int
+    n: int, k: int, c: int, batch: tuple[int, int], long_code: int, tiles: tuple[int, int], seed: int
 ) -> None:
     """The CPU's and the other devices', on small integers: their arithmetic is exact, and ties abound."""
     generator = torch.Generator().manual_seed(seed)
@@ -351,10 +355,35 @@ def test_both_searches_find_the_first_nearest_code(
         patch.setattr(_search, "_MAX_TILE_CODES", tiles[0])
         patch.setattr(_search, "_MAX_TILE_LONG_CODES", tiles[0] // 2 + 1)
         patch.setattr(_search, "_LONG_CODE", long_code)
+        patch.setattr(_search, "_MIN_ROWS", batch[0])
+        patch.setattr(_search, "_MAX_ROWS", batch[1])
         patch.setattr(_search, "_CPU_TILE", tiles[1])
         found = [_search._grouped_argmin(latents, codebook), _search._tiled_argmin(latents, codebook, 0.0, None)]
     first = [int((row == row.min()).nonzero()[0]) for row in expected]
     assert found[0].tolist() == found[1].tolist() == first
+
+
+def test_scratch_is_kept_and_may_be_written_to() -> None:
+    """Small ones are the same memory, also after inference mode; other threads, dtypes, large ones have their own."""
+    with torch.inference_mode():
+        first = _search._scratch(1 << 20, torch.float32)
+    second = _search._scratch(1_000, torch.float32)
+    second.fill_(1.0)
+    assert second.data_ptr() == first.data_ptr()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(_search._scratch, 10, torch.float32).result().data_ptr() != first.data_ptr()
+    large = _search._scratch(_search._MAX_SCRATCH + 1, torch.float32)
+    assert large.data_ptr() != _search._scratch(10, torch.float32).data_ptr() == first.data_ptr()
+    assert _search._scratch(10, torch.float64).dtype == torch.float64
+
+
+def test_threads_search_at_once() -> None:
+    """Each finds what it finds alone."""
+    problems = [draw(seed, 5_000, 300, 8) for seed in range(4)]
+    alone = [nearest_code(*problem) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda problem: nearest_code(*problem), problems * 5))
+    assert all(map(torch.equal, found, alone * 5))
 
 
 @pytest.mark.parametrize("k", [5, 1000])

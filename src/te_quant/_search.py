@@ -14,14 +14,14 @@ the plain expanded form is not:
 
 A CPU pays more for a minimum with its index than for the product, because only the minimum alone is vectorised.
 There (:func:`_grouped_argmin`) each score is looked at once by such a minimum, over groups of g codes in a row;
-the index is then sought among the minima of the groups, and among the g codes of the best one.
+the index is then sought among the minima of the groups, set by set, and among the g codes of the best one.
 
 Registered as dispatcher operators, so that a compiled graph holds one opaque node whatever N is.
 """
 
 from __future__ import annotations
 
-import math
+import threading
 
 import torch
 from torch import Tensor
@@ -36,8 +36,15 @@ _DEVICE_TILE = 1 << 23
 _CENTER_CODES = 64
 # The widest tile of codes: wider tiles leave too few rows for an efficient product, sooner so for long codes.
 _MAX_TILE_CODES = 4096
-_LONG_CODE, _MAX_TILE_LONG_CODES = 128, 1024
-_MAX_GROUP = 64
+_LONG_CODE, _MAX_TILE_LONG_CODES = 128, 2048
+# Codes a group, half as many if they are long; groups a set.
+_GROUP, _MAX_SET = 8, 16
+# Rows whose index is sought at once, and at most so many elements of the minima of their groups.
+_MIN_ROWS, _MAX_ROWS, _CPU_MINIMA = 64, 2048, 1 << 20
+
+# Numbers that a thread keeps at most between searches.
+_MAX_SCRATCH = 1 << 21
+_kept = threading.local()
 
 # Odd, so that its powers, one a column, are invertible modulo 2^64. Source: Knuth, MMIX's generator.
 _HASH_MULTIPLIER = 6364136223846793005
@@ -110,55 +117,82 @@ def _grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
     (rows, size), codes = latents.shape, codebook.shape[0]
     center = _center(codebook)
     widest = _MAX_TILE_CODES if size < _LONG_CODE else _MAX_TILE_LONG_CODES
-    group = _group_size(codes, size, single=codes <= widest)
-    groups = -(-codes // group)
+    group = _GROUP if size <= _LONG_CODE else _GROUP // 2
+    several = _groups_together(-(-codes // group))
+    unit = group * several
+    sets = -(-codes // unit)
+    groups = sets * several
     centered = codebook.new_zeros(groups * group, size)
     torch.sub(codebook, center, out=centered[:codes])
     half_norms = centered.square().sum(1, keepdim=True).mul_(0.5)
-    # What fills the last group is infinitely far.
+    # What fills the last groups is infinitely far.
     half_norms[codes:] = torch.inf
-    tile_codes = min(len(centered), max(1, widest // group) * group)
-    tile_rows = max(1, min(rows, _CPU_TILE // tile_codes))
-    buffer = latents.new_empty(tile_rows * tile_codes)
-    vectors = latents.new_empty(tile_rows, size)
-    minima = latents.new_empty(groups * tile_rows)
+    tile_codes = min(len(centered), max(1, widest // unit) * unit)
+    # The index is sought for many rows at once, since each call costs some microseconds.
+    most = max(_MIN_ROWS, min(_MAX_ROWS, _CPU_MINIMA // groups, _CPU_TILE // (group * size)))
+    tile_rows = max(1, min(rows, most, _uneven(_CPU_TILE // tile_codes)))
+    batch_rows = max(1, min(rows, most // tile_rows * tile_rows))
+    needed = (tile_rows * tile_codes, batch_rows * size, groups * batch_rows, batch_rows * group * size)
+    buffer, vectors, minima, candidates = _scratch(sum(needed), latents.dtype).split(needed)
     indices = torch.empty(rows, dtype=torch.int64)
-    # Where code i of a group lies in the buffer, if its group began it.
-    places = torch.arange(group).unsqueeze(1)
-    for row in range(0, rows, tile_rows):
-        tile = vectors[: min(tile_rows, rows - row)]
-        count = len(tile)
-        torch.sub(latents[row : row + count], center, out=tile)
+    for row in range(0, rows, batch_rows):
+        count = min(batch_rows, rows - row)
+        batch = vectors[: count * size].view(count, size)
+        torch.sub(latents[row : row + count], center, out=batch)
         best = minima[: groups * count].view(groups, count)
-        for code in range(0, len(centered), tile_codes):
-            block = centered[code : code + tile_codes]
-            scores = buffer[: count * len(block)].view(len(block), count)
-            torch.addmm(half_norms[code : code + tile_codes], block, tile.T, alpha=-1, out=scores)
-            first = code // group
-            block_minima = best[first : first + len(block) // group]
-            torch.amin(scores.view(-1, group, count), 1, out=block_minima)
-        nearest = best.min(0).indices
-        if tile_codes == len(centered):
-            flat = torch.add(torch.arange(count), nearest, alpha=group * count) + places * count
-            within = scores.view(-1).index_select(0, flat.view(-1)).view(group, count)
-        else:
-            # The buffer holds other codes by now.
-            candidates = centered.view(groups, group, size).index_select(0, nearest)
-            norms = half_norms.view(groups, group, 1).index_select(0, nearest)
-            within = torch.baddbmm(norms, candidates, tile.unsqueeze(2), alpha=-1).squeeze(2).T
-        torch.add(within.min(0).indices, nearest, alpha=group, out=indices[row : row + count])
+        for first in range(0, count, tile_rows):
+            tile = batch[first : first + tile_rows]
+            for code in range(0, len(centered), tile_codes):
+                block = centered[code : code + tile_codes]
+                scores = buffer[: len(tile) * len(block)].view(len(block), len(tile))
+                torch.addmm(half_norms[code : code + tile_codes], block, tile.T, alpha=-1, out=scores)
+                places = slice(code // group, (code + len(block)) // group)
+                block_minima = best[places, first : first + tile_rows]
+                torch.amin(scores.view(-1, group, len(tile)), 1, out=block_minima)
+        nearest = _argmin_by_sets(best, several)
+        # The codes of the nearest group once more: cheaper than to read what another core has written.
+        again = candidates[: count * group * size].view(count, group * size)
+        torch.index_select(centered.view(groups, -1), 0, nearest, out=again)
+        norms = half_norms.view(groups, 1, group).index_select(0, nearest)
+        codes_again = again.view(count, group, size).transpose(1, 2)
+        within = torch.baddbmm(norms, batch.unsqueeze(1), codes_again, alpha=-1)
+        torch.add(within.squeeze(1).min(1).indices, nearest, alpha=group, out=indices[row : row + count])
     # NaN are nowhere near anything, and might be found among what fills the last group.
     return indices.clamp_(max=codes - 1)
 
 
-def _group_size(codes: int, size: int, *, single: bool) -> int:
-    """A power of two that balances the two places where the index is sought.
+def _uneven(rows: int) -> int:
+    """A little less where scores a multiple of 4 KiB apart would share a few places in the cache."""
+    return rows - 24 if rows % 512 == 0 else rows
 
-    Measured costs: an element of the groups' minima 0.9 ns, one of the candidates of the best group 1.3 ns, or, if
-    they have to be computed again, 0.3 ns times the length of a code.
-    """
-    ideal = math.sqrt(0.9 * codes / (1.3 if single else 0.3 * size))
-    return 1 << max(0, min(round(math.log2(ideal)), _MAX_GROUP.bit_length() - 1))
+
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for ``count`` numbers, kept for this thread's next search: fresh pages take a small one's time."""
+    if count > _MAX_SCRATCH:
+        return torch.empty(count, dtype=dtype)
+    kept: Tensor | None = getattr(_kept, "scratch", None)
+    if kept is None or kept.dtype != dtype or len(kept) < count:
+        # Made in inference mode it could not be written to elsewhere.
+        with torch.inference_mode(False):
+            kept = _kept.scratch = torch.empty(count, dtype=dtype)
+    return kept[:count]
+
+
+def _groups_together(groups: int) -> int:
+    """How many groups make a set: the power of two next below the root, up to a limit."""
+    return min(1 << (groups.bit_length() - 1) // 2, _MAX_SET)
+
+
+def _argmin_by_sets(minima: Tensor, several: int) -> Tensor:
+    """The first lowest of each column, (groups, n) to (n,), by way of the lowest of each ``several`` in a row."""
+    if several == 1:
+        return minima.min(0).indices
+    count = minima.shape[1]
+    chosen = torch.amin(minima.view(-1, several, count), 1).min(0).indices
+    columns = torch.arange(count)
+    flat = torch.add(columns, chosen, alpha=several * count) + (torch.arange(several) * count).unsqueeze(1)
+    within = minima.view(-1).index_select(0, flat.view(-1)).view(several, count)
+    return torch.add(within.min(0).indices, chosen, alpha=several)
 
 
 def _tiled_argmin(
