@@ -6,6 +6,7 @@ Shape letters: N latent vectors, C code size, K codes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -363,8 +364,9 @@ def test_both_searches_find_the_first_nearest_code(
     assert found[0].tolist() == found[1].tolist() == first
 
 
-def test_scratch_is_kept_and_may_be_written_to() -> None:
-    """Small ones are the same memory, also after inference mode; other threads, dtypes, large ones have their own."""
+def test_scratch_is_kept_and_may_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones are the same memory, also after inference mode; other threads and large ones have their own."""
+    monkeypatch.setattr(_search, "_kept", threading.local())
     with torch.inference_mode():
         first = _search._scratch(1 << 20, torch.float32)
     second = _search._scratch(1_000, torch.float32)
@@ -386,12 +388,13 @@ def test_threads_search_at_once() -> None:
     assert all(map(torch.equal, found, alone * 5))
 
 
-@pytest.mark.parametrize("k", [5, 1000])
-def test_what_is_no_number_finds_a_code_that_is_there(k: int) -> None:
+@pytest.mark.parametrize("c", [1, 4, 130])
+@pytest.mark.parametrize("k", [1, 3, 5, 9, 1000])
+def test_what_is_no_number_finds_a_code_that_is_there(k: int, c: int) -> None:
     """Not one of those that fill the last group; rows beside it are not disturbed."""
-    latents, codebook = torch.randn(7, 4), torch.randn(k, 4)
+    latents, codebook = torch.randn(7, c), torch.randn(k, c)
     expected = nearest_code(latents, codebook)
-    latents[2, 1], latents[4, 0] = torch.nan, torch.inf
+    latents[2, c // 2], latents[4, 0] = torch.nan, torch.inf
     found = nearest_code(latents, codebook)
     assert found.min() >= 0
     assert found.max() < k

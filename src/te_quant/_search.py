@@ -157,8 +157,9 @@ def _grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
         codes_again = again.view(count, group, size).transpose(1, 2)
         within = torch.baddbmm(norms, batch.unsqueeze(1), codes_again, alpha=-1)
         torch.add(within.squeeze(1).min(1).indices, nearest, alpha=group, out=indices[row : row + count])
-    # NaN are nowhere near anything, and might be found among what fills the last group.
-    return indices.clamp_(max=codes - 1)
+    # What fills the last groups is never chosen: where it gives NaN, in a coordinate with an infinite latent, the
+    # code that is the centre's median there gives NaN as well, and comes first.
+    return indices
 
 
 def _uneven(rows: int) -> int:
