@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -223,15 +224,32 @@ def test_summing_steps_is_exact_for_a_cubic() -> None:
 
 
 def test_plain_network_takes_the_same_steps() -> None:
-    """The losses of the plain network are ours under every padding; with another padding they are not."""
+    """Losses and gradients of the plain network are ours under every padding, before and after steps of both."""
     settings = PRESETS["smoke"]
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     losses = {}
     for padding in stage1.PADDINGS:
         changed = stage1.with_padding(settings, padding)
-        losses[padding] = stage1.library_step(changed, images, stage1.Mode()).losses()
-        assert stage1.reference_step(changed, images).losses() == pytest.approx(losses[padding], rel=1e-4)
-    assert losses["zeros"] != pytest.approx(losses["circular"], rel=1e-4)
+        ours, plain = stage1.library_step(changed, images, stage1.Mode()), stage1.reference_step(changed, images)
+        losses[padding] = ours.losses()
+        assert stage1.losses_differ(losses[padding], plain.losses(), bf16=False) is None
+        assert [float(ours()) for _ in range(3)] == pytest.approx([float(plain()) for _ in range(3)], rel=1e-4)
+    assert "losses" in str(stage1.losses_differ(losses["zeros"], losses["circular"], bf16=False))
+
+
+def test_losses_are_compared_with_their_gradients() -> None:
+    """Each has its tolerance, wider in bfloat16; what is not a number is refused."""
+    expected = [(2.0, 10.0), (3.0, 20.0)]
+    assert stage1.losses_differ(expected, expected, bf16=False) is None
+    near = [(2.0, 10.0), (3.003, 20.2)]
+    assert stage1.losses_differ(near, expected, bf16=True) is None
+    assert "losses [2.0, 3.003] are not [2.0, 3.0]: off by 0.10%" in str(
+        stage1.losses_differ(near, expected, bf16=False)
+    )
+    steep = [(2.0, 11.0), (3.0, 20.0)]
+    found = stage1.losses_differ(steep, expected, bf16=True)
+    assert found == "norms of gradients [11.0, 20.0] are not [10.0, 20.0]: off by 10.00%"
+    assert "off by nan" in str(stage1.losses_differ([(math.nan, 10.0), (3.0, 20.0)], expected, bf16=True))
 
 
 @pytest.mark.parametrize("tiles", [Tiles(7, 5, False), Tiles(64, 16, True)])

@@ -5,8 +5,8 @@ Shape letters: N latent vectors, C code size, K codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np

@@ -28,6 +28,13 @@ __all__ = [
 ]
 
 
+def _repeated(images: Tensor, times: int) -> Tensor:
+    """(B, C, H, W) to (B, C, times·H, times·W)."""
+    B, C, H, W = images.shape
+    larger = images[:, :, :, None, :, None].expand(B, C, H, times, W, times)
+    return larger.reshape(B, C, times * H, times * W)
+
+
 class NearestUpsample(nn.Module):
     """Repeat every pixel twice along both axes, then a 3x3 convolution.
 
@@ -55,7 +62,12 @@ class NearestUpsample(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Repeat, then convolve."""
-        larger: Tensor = self.conv(F.interpolate(images, scale_factor=2.0, mode="nearest"))
+        if torch.compiler.is_compiling():
+            # The gradient of interpolate is zero in code that inductor makes for bfloat16 on a CPU (torch 2.13).
+            repeated = _repeated(images, 2)
+        else:
+            repeated = F.interpolate(images, scale_factor=2.0, mode="nearest")
+        larger: Tensor = self.conv(repeated)
         return larger
 
 
@@ -99,10 +111,7 @@ class BlurUpsample2d(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Repeat, then filter."""
         require_rank("images", images, (4,), "(B, C, H, W)")
-        B, C, H, W = images.shape
-        s = self.stride
-        larger = images[:, :, :, None, :, None].expand(B, C, H, s, W, s).reshape(B, C, s * H, s * W)
-        return filter2d(larger, self.taps, padding_mode=self.padding_mode)
+        return filter2d(_repeated(images, self.stride), self.taps, padding_mode=self.padding_mode)
 
     def extra_repr(self) -> str:
         """The options."""
