@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from examples.te_vqgan.__main__ import main
-from examples.te_vqgan.compare import write_comparison
+from examples.te_vqgan.compare import comparison, write_comparison
 from tests.readme_tables import ROOT
 
 PUBLISHED = ROOT / "examples" / "te_vqgan" / "results"
@@ -54,6 +55,31 @@ def test_folder_without_results_is_refused(tmp_path: Path) -> None:
     """There is nothing to compare."""
     with pytest.raises(ValueError, match=r"results must be a folder with results\.json, got"):
         write_comparison(tmp_path)
+
+
+def test_arms_come_before_seeds() -> None:
+    """Means over the seeds of an arm, then every run with its interval; an arm of one seed is named."""
+    first = json.loads((PUBLISHED / "small" / "results.json").read_text())["runs"][0]
+    second, alone = copy.deepcopy(first), copy.deepcopy(first)
+    second["seed"], alone["title"] = 1, "alone"
+    for run, l1, kappa in ((first, 0.25, 0.5), (second, 0.5, 0.625)):
+        run["evaluation"]["test"]["l1"] = l1
+        run["evaluation"]["equivariance"]["placement"] |= {"kappa": kappa, "rate": kappa}
+    arms, seeds = comparison([first, second, alone]).split("Means over seeds")
+    rows = [line.split(" | ") for line in arms.splitlines()[2:] if line]
+    assert [row[0] for row in rows] == ["| VQGAN", "| alone, one seed"]
+    assert rows[0][1] == "0.562 ± 0.088 (0.562)"
+    assert rows[0][7] == "0.3750 ± 0.1768"
+    assert "[" in rows[1][1]
+    assert [line.split(" | ")[0] for line in seeds.splitlines()[4:7]] == [
+        "| VQGAN, seed 0",
+        "| VQGAN, seed 1",
+        "| alone, seed 0",
+    ]
+    assert "Means over seeds" not in comparison([first, alone])
+    undefined = copy.deepcopy(first)
+    undefined["evaluation"]["equivariance"]["placement"] |= {"kappa": float("nan"), "kappa_defined": False}
+    assert "| undefined (0.500) |" in comparison([undefined, second])
 
 
 @pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*/comparison.md")), ids=lambda path: path.parent.name)

@@ -57,7 +57,7 @@ def test_every_quantizer_learns(name: str) -> None:
 
 def test_every_quantizer_is_measured(trained: Path) -> None:
     """No loss is lost, and all numbers of the evaluation are there."""
-    runs = collect_family(SETTINGS, trained, command="typed")["runs"]
+    runs = collect_family(SETTINGS, trained, seeds=[0], command="typed")["runs"]
     assert [run["name"] for run in runs] == list(FAMILY)
     for run in runs:
         losses = [line["loss"] for line in read_log(trained / f"{run['name']}-seed0" / "log.jsonl")]
@@ -172,7 +172,7 @@ def test_joint_index_is_one_to_one() -> None:
 
 def test_table_and_picture_show_the_numbers(trained: Path, tmp_path: Path) -> None:
     """Made-up ones: a row each, kappa with its interval, and undefined where there is one code."""
-    results = copy.deepcopy(collect_family(SETTINGS, trained, command="python -m it"))
+    results = copy.deepcopy(collect_family(SETTINGS, trained, seeds=[0], command="python -m it"))
     run = results["runs"][0]
     run["evaluation"]["test"] |= {"l1": 0.12345, "psnr": 21.987, "used_codes": 1234, "perplexity": 56.78}
     run["evaluation"]["learnt_numbers"] = {"quantizer": 7654, "model": 987654}
@@ -195,10 +195,43 @@ def test_table_and_picture_show_the_numbers(trained: Path, tmp_path: Path) -> No
     assert (tmp_path / "family.png").read_bytes() != picture
 
 
+def test_several_seeds_are_averaged(trained: Path) -> None:
+    """A row a quantizer with mean and deviation; one that lacks a seed says so."""
+    runs = collect_family(SETTINGS, trained, seeds=[0], command="it")["runs"][:2]
+    again = copy.deepcopy(runs[0])
+    again["settings"]["seed"] = 3
+    for run, psnr, kappa in ((runs[0], 20.0, 0.25), (again, 22.0, 0.75)):
+        run["evaluation"]["test"]["psnr"] = psnr
+        run["evaluation"]["equivariance"]["sub_stride"] |= {"kappa": kappa, "rate": kappa}
+    results = {"command": "it", "runs": [runs[0], again, runs[1]]}
+    table = family_table(results)
+    rows = [line for line in table.splitlines() if line.startswith("| Vector")]
+    assert len(rows) == 2
+    assert "| 21.00 ± 1.41 |" in rows[0]
+    assert rows[0].endswith("| 0.500 ± 0.354 (0.500) |")
+    assert rows[1].startswith("| VectorQuantizer, EMA, 1 of 2 seeds |")
+    assert "Trainings with seeds 0, 3: " in table
+    assert "Means ± standard deviations over seeds." in table
+    figure = family_scatter(results["runs"])
+    assert len(figure.legends[0].get_texts()) == 2
+    assert len([line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]) == 3
+
+
+def test_seeds_are_trained_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--seeds trains and collects them; with --seed it is refused."""
+    words = ["family", "--preset", "smoke", "--out", str(tmp_path), "--steps", "1", "--threads", "1"]
+    assert main([*words, "--quantizers", "fsq", "--seeds", "1", "2"]) == 0
+    assert "Trainings with seeds 1, 2: 1 steps" in (tmp_path / "family" / "report" / "family.md").read_text()
+    first, second = ((tmp_path / "family" / f"fsq-seed{seed}" / "log.jsonl").read_text() for seed in (1, 2))
+    assert first != second
+    assert main([*words, "--seeds", "1", "--seed", "2"]) == 1
+    assert "seed must be None with --seeds, got 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("draw", [family_scatter, scatter])
 def test_interval_is_drawn_where_it_is(trained: Path, draw: Callable[..., Any]) -> None:
     """Also one that does not hold the estimate, as percentiles of resamples may not."""
-    run = copy.deepcopy(collect_family(SETTINGS, trained, command="")["runs"][0])
+    run = copy.deepcopy(collect_family(SETTINGS, trained, seeds=[0], command="")["runs"][0])
     run["evaluation"]["equivariance"]["sub_stride"] |= {"kappa": 0.5, "kappa_interval": [0.25, 0.375]}
     heights = [list(line.get_ydata()) for line in draw([run]).axes[0].lines]
     assert heights == [[0.5], [0.25, 0.375]]
@@ -215,9 +248,9 @@ def test_what_does_not_belong_is_refused(trained: Path, source: DigitSource, tmp
     with pytest.raises(ValueError, match="steps was 6, now 7"):
         train_family(longer, trained, source, names=["fsq"], progress=False)
     with pytest.raises(ValueError, match="steps was 6, now 7"):
-        collect_family(longer, trained, command="")
+        collect_family(longer, trained, seeds=[0], command="")
     with pytest.raises(ValueError, match="out must be a folder with finished quantizers, got"):
-        collect_family(SETTINGS, tmp_path, command="")
+        collect_family(SETTINGS, tmp_path, seeds=[0], command="")
     with pytest.raises(ValueError, match=r"results must be a folder with results\.json, got"):
         write_family(tmp_path)
     with pytest.MonkeyPatch.context() as patch:

@@ -193,8 +193,10 @@ def _regimes(options: argparse.Namespace) -> None:
 
 
 def _family(options: argparse.Namespace) -> None:
+    import dataclasses
     import json
 
+    from examples.te_vqgan.checks import require
     from examples.te_vqgan.family import FAMILY, collect_family, train_family
     from examples.te_vqgan.family_table import write_family
     from examples.te_vqgan.files import write_text_atomically
@@ -204,18 +206,22 @@ def _family(options: argparse.Namespace) -> None:
     folder = options.results
     if folder is None:
         settings, out = stage1_settings(options, "vqgan"), out_folder(options) / "family"
+        require(not options.seeds or options.seed is None, "seed", "None with --seeds", options.seed)
+        seeds = options.seeds or [settings.seed]
         words = command_line(options.words)
-        train_family(
-            settings,
-            out,
-            load_digits(settings.data, options.data_dir),
-            names=options.quantizers or tuple(FAMILY),
-            execution=execution(options),
-            command=words,
-        )
+        source = load_digits(settings.data, options.data_dir)
+        for seed in seeds:
+            train_family(
+                dataclasses.replace(settings, seed=seed),
+                out,
+                source,
+                names=options.quantizers or tuple(FAMILY),
+                execution=execution(options),
+                command=words,
+            )
         folder = out / "report" if options.into is None else options.into
         folder.mkdir(parents=True, exist_ok=True)
-        results = collect_family(settings, out, command=words)
+        results = collect_family(settings, out, seeds=seeds, command=words)
         write_text_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
     write_family(folder)
     print((folder / "family.md").read_text(encoding="utf-8"))
@@ -285,7 +291,8 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(together=True)
     run.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="these tokenizers alone (default: the plan's)")
     run.add_argument("--stage2-steps", type=int, help="optimiser steps of the GPT, instead of the preset's")
-    run.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")
+    for command in (family, run):
+        command.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")
     run.add_argument("--workers", type=int, default=0, help="trainings at once (default: one a core)")
     return parser
 

@@ -1,4 +1,4 @@
-"""One row an arm: agreements with intervals beside code use and reconstruction error; a plot; counts of exactness.
+"""Agreements beside code use and reconstruction error, a row an arm and a row a run; a plot; counts of exactness.
 
 Reads the ``results.json`` that ``report`` wrote, so that a published comparison is written anew from data alone.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.te_vqgan.checks import require
 from examples.te_vqgan.files import write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.results import by_arm, mean_and_deviation
 from te_quant import EquivarianceReport
 from te_quant.equivariance import Agreement
 
@@ -70,20 +72,37 @@ def write_comparison(folder: Path) -> None:
 
 
 def comparison(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table in Markdown: κ [95 % interval] (rate) for each agreement of each run."""
-    lines = [table_row(_HEADER), table_row(["---", *["---:"] * (len(_HEADER) - 1)])]
-    for run in runs:
-        report, test = _report(run), run["evaluation"]["test"]
-        cells = [agreement_cell(getattr(report, name)) for name in _AGREEMENTS]
-        cells += [str(test["frequent_codes"]), f"{test['perplexity']:.1f}"]
-        cells += [f"{test['l1']:.4f}", f"{test['psnr']:.2f}"]
-        lines.append(table_row([_name(run, runs), *cells]))
-    test = runs[0]["evaluation"]["test"]
-    conditions = _report(runs[0]).settings
-    return "\n".join(lines) + (
-        f"\n\nκ [95 % bootstrap interval over images] (rate of equal indices), {conditions.num_images:,} test "
-        f"digits; code use and reconstruction over {test['images']:,} test images, {test['tokens']:,} tokens.\n"
+    """Return a table with a row an arm in Markdown, and one with a row a run where an arm has several."""
+    test, conditions = runs[0]["evaluation"]["test"], _report(runs[0]).settings
+    measured = (
+        f"{conditions.num_images:,} test digits; code use and reconstruction over {test['images']:,} test images, "
+        f"{test['tokens']:,} tokens.\n"
     )
+    each = _comparison_table([(_name(run, runs), [run]) for run in runs])
+    each += f"\n\nκ [95 % bootstrap interval over images] (rate of equal indices), {measured}"
+    arms = by_arm(runs)
+    if len(arms) == len(runs):
+        return each
+    table = _comparison_table([(_counted(title, group), group) for title, group in arms.items()])
+    means = "Means over seeds ± standard deviation between them: κ (rate of equal indices), "
+    return f"{table}\n\n{means}{measured}\n{each}"
+
+
+def _comparison_table(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """Write a row for each name and its runs."""
+    lines = [table_row(_HEADER), table_row(["---", *["---:"] * (len(_HEADER) - 1)])]
+    for name, runs in rows:
+        tests = [run["evaluation"]["test"] for run in runs]
+        reports = [_report(run) for run in runs]
+        cells = [agreement_cell([getattr(report, metric) for report in reports]) for metric in _AGREEMENTS]
+        for key, pattern in (("frequent_codes", ".0f"), ("perplexity", ".1f"), ("l1", ".4f"), ("psnr", ".2f")):
+            cells.append(mean_and_deviation([test[key] for test in tests], pattern))
+        lines.append(table_row([name, *cells]))
+    return "\n".join(lines)
+
+
+def _counted(title: str, runs: Sequence[object]) -> str:
+    return title if len(runs) > 1 else f"{title}, one seed"
 
 
 def exactness(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -105,7 +124,7 @@ def scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    titles = list(dict.fromkeys(run["title"] for run in runs))
+    titles = list(by_arm(runs))
     for run in runs:
         index = titles.index(run["title"])
         agreement, test = _report(run).sub_stride, run["evaluation"]["test"]
@@ -147,14 +166,19 @@ def _name(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
     return f"{run['title']}, seed {run['seed']}" if several else str(run["title"])
 
 
-def agreement_cell(agreement: Agreement | None) -> str:
-    """Write κ [95 % interval] (rate)."""
-    if agreement is None:
+def agreement_cell(agreements: Sequence[Agreement | None]) -> str:
+    """Write κ [95 % interval] (rate) of one run; of several the means, with the deviation as the interval."""
+    known = [agreement for agreement in agreements if agreement is not None]
+    if len(known) < len(agreements):
         return "not measured"
-    if not agreement.kappa_defined:
-        return f"undefined ({agreement.rate:.3f})"
-    low, high = agreement.kappa_interval
-    return f"{agreement.kappa:.3f} [{low:.3f}, {high:.3f}] ({agreement.rate:.3f})"
+    rate = statistics.fmean(agreement.rate for agreement in known)
+    if not all(agreement.kappa_defined for agreement in known):
+        return f"undefined ({rate:.3f})"
+    kappa = mean_and_deviation([agreement.kappa for agreement in known], ".3f")
+    if len(known) == 1:
+        low, high = known[0].kappa_interval
+        kappa += f" [{low:.3f}, {high:.3f}]"
+    return f"{kappa} ({rate:.3f})"
 
 
 def table_row(cells: Sequence[str]) -> str:

@@ -130,22 +130,24 @@ def train_family(
     return [name for name in names if _train(name, settings, out, source, where, progress, command)]
 
 
-def collect_family(settings: Stage1Settings, out: Path, *, command: str) -> dict[str, Any]:
-    """Read every finished member in ``out`` with the seed of ``settings``.
+def collect_family(settings: Stage1Settings, out: Path, *, seeds: Sequence[int], command: str) -> dict[str, Any]:
+    """Read every finished member in ``out`` with one of the ``seeds``, else of these ``settings``.
 
     Raises:
         ValueError: none is finished, or one is of other settings.
     """
     runs = []
     for name, member in FAMILY.items():
-        folder = _folder(out, name, settings)
-        if not finished_run(folder, _plain(settings, name)):
-            continue
-        parts = {
-            part: json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
-            for part in ("settings", "evaluation", "provenance")
-        }
-        runs.append({"name": name, "title": member.title, **parts})
+        for seed in seeds:
+            seeded = dataclasses.replace(settings, seed=seed)
+            folder = _folder(out, name, seeded)
+            if not finished_run(folder, _plain(seeded, name)):
+                continue
+            parts = {
+                part: json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+                for part in ("settings", "evaluation", "provenance")
+            }
+            runs.append({"name": name, "title": member.title, **parts})
     require(bool(runs), "out", "a folder with finished quantizers", str(out))
     return {"command": command, "runs": runs}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from examples.te_vqgan.checks import require
 from examples.te_vqgan.compare import agreement_cell, draw_agreement, table_row
 from examples.te_vqgan.files import write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.results import by_arm, mean_and_deviation
 from te_quant import EquivarianceReport
 
 if TYPE_CHECKING:
@@ -53,47 +55,60 @@ def write_family(folder: Path) -> None:
 
 
 def family_table(results: Mapping[str, Any]) -> str:
-    """Return a row a quantizer in Markdown, and below it under which conditions."""
+    """Return a row a quantizer in Markdown, of the means over its seeds, and below it under which conditions."""
+    runs = results["runs"]
+    groups = by_arm(runs)
+    seeds = {title: [run["settings"]["seed"] for run in group] for title, group in groups.items()}
+    every = sorted({seed for some in seeds.values() for seed in some})
     lines = [table_row(_HEADER), table_row(["---", *["---:"] * (len(_HEADER) - 1)])]
-    for run in results["runs"]:
-        evaluation, report = run["evaluation"], _report(run)
-        test, learnt = evaluation["test"], evaluation["learnt_numbers"]
-        cells = [f"{number:,}" for number in (evaluation["combinations"], learnt["quantizer"], learnt["model"])]
-        cells += [f"{test['l1']:.4f}", f"{test['psnr']:.2f}", f"{test['used_codes']:,}"]
-        cells += [f"{test['perplexity']:.1f}", *(agreement_cell(getattr(report, name)) for name in _AGREEMENTS)]
-        lines.append(table_row([run["title"], *cells]))
-    first = results["runs"][0]
-    test, settings = first["evaluation"]["test"], first["settings"]
-    digits = _report(first).settings.num_images
-    commits = sorted({run["provenance"]["commit"] or "unknown" for run in results["runs"]})
+    for title, group in groups.items():
+        first, tests = group[0]["evaluation"], [run["evaluation"]["test"] for run in group]
+        learnt, reports = first["learnt_numbers"], [_report(run) for run in group]
+        cells = [f"{number:,}" for number in (first["combinations"], learnt["quantizer"], learnt["model"])]
+        for key, pattern in (("l1", ".4f"), ("psnr", ".2f"), ("used_codes", ",.0f"), ("perplexity", ".1f")):
+            cells.append(mean_and_deviation([test[key] for test in tests], pattern))
+        cells += [agreement_cell([getattr(report, name) for report in reports]) for name in _AGREEMENTS]
+        name = title if len(group) == len(every) else f"{title}, {len(group)} of {len(every)} seeds"
+        lines.append(table_row([name, *cells]))
+    test, settings = runs[0]["evaluation"]["test"], runs[0]["settings"]
+    digits = _report(runs[0]).settings.num_images
+    commits = sorted({run["provenance"]["commit"] or "unknown" for run in runs})
+    trained, spread = (
+        (f"One training each with seed {every[0]}", f" [95 % bootstrap interval over {digits:,} test digits]")
+        if len(every) == 1
+        else (f"Trainings with seeds {', '.join(map(str, every))}", f" over {digits:,} test digits")
+    )
+    means = "" if len(every) == 1 else " Means ± standard deviations over seeds."
     return "\n".join(lines) + (
-        f"\n\nOne training each with seed {settings['seed']}: {settings['steps']:,} steps of "
-        f"{settings['batch_size']} images of {settings['data']}, {settings['canvas_size']} px wide. κ [95 % "
-        f"bootstrap interval over {digits:,} test digits] (rate of equal indices); the rest over "
+        f"\n\n{trained}: {settings['steps']:,} steps of "
+        f"{settings['batch_size']} images of {settings['data']}, {settings['canvas_size']} px wide.{means} "
+        f"κ{spread} (rate of equal indices); the rest over "
         f"{test['images']:,} test images, {test['tokens']:,} tokens. Of a token with several indices the "
         f"combination counts as its code. Commit {', '.join(commits)}; `{results['command']}`.\n"
     )
 
 
 def family_scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw κ below a token against PSNR; a quantizer whose κ is undefined is left out."""
+    """Draw κ below a token against PSNR; a training whose κ is undefined is left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 5.4), layout="constrained")
     axes = figure.subplots()
-    for index, run in enumerate(runs):
-        agreement, test = _report(run).sub_stride, run["evaluation"]["test"]
-        if not agreement.kappa_defined:
-            continue
-        label = f"{run['title']} ({test['used_codes']} codes used)"
-        draw_agreement(axes, test["psnr"], agreement, index, label)
+    for index, (title, group) in enumerate(by_arm(runs).items()):
+        used = statistics.fmean(run["evaluation"]["test"]["used_codes"] for run in group)
+        for run in group:
+            agreement, test = _report(run).sub_stride, run["evaluation"]["test"]
+            if agreement.kappa_defined:
+                draw_agreement(axes, test["psnr"], agreement, index, f"{title} ({used:.0f} codes used)")
     axes.set(
         xlabel="PSNR of reconstructions of test images, dB (more is better)",
         ylabel="κ of indices after shifts below a token",
     )
     axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle("Quantizers trained alike, one seed each")
+    # One entry a quantizer, however many seeds it has.
+    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle("Quantizers trained alike, a point a training")
     return figure
 
 

@@ -16,7 +16,7 @@ Runs = Sequence[Mapping[str, Any]]
 
 def findings(results: Mapping[str, Any]) -> list[str]:
     """Compare every arm with the first one."""
-    groups = by_arm(results)
+    groups = by_arm(results["runs"])
     (base, base_runs), *others = groups.items()
     sentences = [sentence for title, runs in others for sentence in _compare(title, runs, base, base_runs)]
     fewest = min(len(runs) for runs in groups.values())

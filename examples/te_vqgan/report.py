@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ def _copied_samples(
     """Copy the samples of each arm's first seed, if it is among those in ``out``, and return all of them."""
     here = {(run["arm"], run["seed"]) for run in collected["runs"]}
     names = {}
-    for title, (first, *_) in by_arm(results).items():
+    for title, (first, *_) in by_arm(results["runs"]).items():
         names[title] = results.get("samples", {}).get(title, f"samples/{first['arm']}.safetensors")
         if (first["arm"], first["seed"]) in here:
             source = out / first["folder"] / "samples.safetensors"
@@ -139,7 +139,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _figures(results: Mapping[str, Any], samples: Mapping[str, dict[str, NDArray[Any]]]) -> dict[str, Figure]:
-    groups = by_arm(results)
+    groups = by_arm(results["runs"])
     notes = {title: f"L1 {cell(METRICS['l1'], runs)} on test" for title, runs in groups.items()}
     reports = {
         f"{title}, seed {run['seed']}" if several else title: EquivarianceReport.from_dict(
@@ -157,7 +157,7 @@ def _figures(results: Mapping[str, Any], samples: Mapping[str, dict[str, NDArray
 
 
 def _blocks(results: Mapping[str, Any]) -> list[Block]:
-    groups = by_arm(results)
+    groups = by_arm(results["runs"])
     first = results["runs"][0]
     settings, measured = first["settings"], first["evaluation"]
     conditions = EquivarianceReport.from_dict(measured["equivariance"]).settings
@@ -226,7 +226,7 @@ def _provenance(facts: Mapping[str, Any]) -> str:
     return f"Versions: {versions}; {commit}."
 
 
-def _differences(groups: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+def _differences(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     (base, first), *others = ((title, _flat(runs[0]["settings"])) for title, runs in groups.items())
     lines = [f"{base}: the first arm."]
     for title, settings in others:
@@ -243,11 +243,11 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _title(results: Mapping[str, Any]) -> str:
-    return f"{_listed(by_arm(results))} on {results['runs'][0]['settings']['data']}"
+    return f"{_listed(by_arm(results['runs']))} on {results['runs'][0]['settings']['data']}"
 
 
 def _budget(results: Mapping[str, Any]) -> str:
-    groups = by_arm(results)
+    groups = by_arm(results["runs"])
     budgets = {(run["settings"]["steps"], run["settings"]["batch_size"]) for run in results["runs"]}
     seeds = {tuple(run["seed"] for run in runs) for runs in groups.values()}
     if len(budgets) > 1 or len(seeds) > 1:

@@ -14,7 +14,18 @@ from examples.te_vqgan.logs import read_log
 from examples.te_vqgan.presets import ARMS, differing
 from te_quant import EquivarianceReport
 
-__all__ = ["METRICS", "Metric", "by_arm", "cell", "collect", "commands", "merged", "run_folder", "values_of"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "by_arm",
+    "cell",
+    "collect",
+    "commands",
+    "mean_and_deviation",
+    "merged",
+    "run_folder",
+    "values_of",
+]
 
 # The curves need no more points than a figure has pixels.
 _LOG_LINES = 120
@@ -203,10 +214,10 @@ def _require_alike(whose: str, settings: Sequence[Mapping[str, Any]]) -> None:
         require(not changes, "settings", f"the same for {whose}", "; ".join(changes))
 
 
-def by_arm(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Group the runs by the title of their arm, in the order of the runs."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for run in results["runs"]:
+def by_arm(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Group the runs by their title, in the order of the runs."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
         groups.setdefault(run["title"], []).append(run)
     return groups
 
@@ -218,13 +229,14 @@ def values_of(metric: Metric, runs: Sequence[Mapping[str, Any]]) -> list[float]:
 
 def cell(metric: Metric, runs: Sequence[Mapping[str, Any]]) -> str:
     """Write the mean of ``metric`` over ``runs``, with its standard deviation if they are several, and κ."""
-    text = _mean(values_of(metric, runs), metric.format)
+    text = mean_and_deviation(values_of(metric, runs), metric.format)
     if metric.kappa is None:
         return text
-    return f"{text} ({_mean([metric.kappa(run['evaluation']) for run in runs], metric.format)})"
+    return f"{text} ({mean_and_deviation([metric.kappa(run['evaluation']) for run in runs], metric.format)})"
 
 
-def _mean(values: Sequence[float], pattern: str) -> str:
+def mean_and_deviation(values: Sequence[float], pattern: str) -> str:
+    """Write the mean of ``values`` and, if they are several, ± their standard deviation; NaN is "undefined"."""
     mean = statistics.fmean(values)
     if math.isnan(mean):
         return "undefined"
