@@ -33,7 +33,7 @@ from benchmarks.contest import Cell, Context, Unavailable
 from benchmarks.peers import MODES, QUANTIZERS, build_quantizer, require_pairs
 from benchmarks.problem import Problem, Size
 from benchmarks.quantizers import quantizer_call
-from benchmarks.search import SEARCHES, build_search
+from benchmarks.search import build_search, searches
 from benchmarks.sizes import MEMORY_SIZES
 from benchmarks.timing import describe
 
@@ -72,7 +72,7 @@ def measure_here(name: str, mode: str, size: Size, device: torch.device) -> dict
     """The entry of one contender, in this process.
 
     Args:
-        name: of :data:`benchmarks.search.SEARCHES` for ``mode="search"``, else of
+        name: of :func:`benchmarks.search.searches` for ``mode="search"``, else of
             :data:`benchmarks.peers.QUANTIZERS`.
         mode: ``search`` or one of :data:`benchmarks.peers.MODES`.
         size: N, K and C.
@@ -130,7 +130,7 @@ def cells(context: Context) -> list[Cell]:
 
 
 def _run(context: Context, mode: str, size: Size) -> dict[str, Any]:
-    names = SEARCHES if mode == "search" else QUANTIZERS
+    names = searches(context.device) if mode == "search" else QUANTIZERS
     return {"contenders": {name: measure_apart(name, mode, size, context) for name in names}}
 
 

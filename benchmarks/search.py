@@ -17,16 +17,33 @@ from benchmarks.floor import necessary_bytes, tiled_product, tune_tiles, whole_p
 from benchmarks.peers import nearest_by_cdist, nearest_expanded, require_pairs
 from benchmarks.problem import Problem, Size
 from benchmarks.sizes import SIZES
+from te_quant._search import _center
 from te_quant.functional import nearest_code
 
-__all__ = ["SEARCHES", "build_search", "cells", "search_contender"]
+__all__ = ["FUSED", "build_search", "cells", "search_contender", "searches"]
 
-SEARCHES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+FUSED = "te_quant fused"
+"""Ours in one kernel, for CUDA devices."""
+
+
+def _nearest_fused(latents: Tensor, codebook: Tensor) -> Tensor:
+    # Imported here, because Triton comes with CUDA builds of torch alone.
+    from te_quant._search_fused import fused_argmin
+
+    return fused_argmin(latents, codebook, _center(codebook))
+
+
+_SEARCHES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     OURS: nearest_code,
+    FUSED: _nearest_fused,
     "cdist": nearest_by_cdist,
     "expanded": nearest_expanded,
 }
-"""By name: (N, C) latents and (K, C) codes to (N,) indices."""
+
+
+def searches(device: torch.device) -> list[str]:
+    """Names of what searches on ``device``: (N, C) latents and (K, C) codes to (N,) indices."""
+    return [name for name in _SEARCHES if name != FUSED or device.type == "cuda"]
 
 
 def build_search(name: str, problem: Problem) -> Callable[[int], Tensor]:
@@ -36,7 +53,7 @@ def build_search(name: str, problem: Problem) -> Callable[[int], Tensor]:
         Unavailable: it would not fit into memory.
     """
     require_pairs(name, "search", problem.size)
-    search = SEARCHES[name]
+    search = _SEARCHES[name]
 
     @torch.no_grad()
     def call(number: int) -> Tensor:
@@ -60,7 +77,7 @@ def _run(context: Context, size: Size) -> dict[str, Any]:
     problem = Problem(size, context.device, sets=1 if context.device.type == "cpu" else 3)
     tiles = tune_tiles(problem)
     builders: dict[str, Callable[[], Contender]] = {
-        name: partial(search_contender, name, problem) for name in SEARCHES
+        name: partial(search_contender, name, problem) for name in searches(context.device)
     }
     builders["tiled product"] = lambda: Contender(tiled_product(problem, tiles))
     builders["product"] = lambda: whole_product(problem)

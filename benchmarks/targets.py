@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from benchmarks.contest import OURS
 from benchmarks.generation import HUGGING_FACE, SUMMED
 from benchmarks.problem import Size
+from benchmarks.search import FUSED
 from benchmarks.stage1 import REFERENCE
 
 __all__ = ["TARGETS", "Target", "Verdict", "judge", "ratio"]
@@ -115,7 +116,7 @@ def _against_all(cells: Cells) -> Values:
         if not key.startswith(("search/", "quantizer/", "blur/", "growth/time")):
             continue
         for name in cell["contenders"]:
-            if name == OURS or name in _FLOORS:
+            if name in (OURS, FUSED, *_FLOORS):
                 continue
             value = ratio(cell, name, OURS)
             if value is not None:
@@ -178,6 +179,12 @@ TARGETS: tuple[Target, ...] = (
         1.6,
         True,
         _ratios("search/", OURS, "tiled product", lambda s: _many_codes(s) and s["C"] < _WIDE),
+    ),
+    Target(
+        "on a GPU: search in one kernel by the product",
+        1.3,
+        True,
+        _ratios("search/", FUSED, "product", _many_codes),
     ),
     Target("cdist and argmin by search", 1.4, False, _ratios("search/", "cdist", OURS, _many_codes)),
     Target(

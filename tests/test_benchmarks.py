@@ -23,7 +23,7 @@ from benchmarks.plots import write_plots
 from benchmarks.problem import Problem, Size, require_memory
 from benchmarks.quantizers import quantizer_contender
 from benchmarks.results import Store
-from benchmarks.search import SEARCHES, search_contender
+from benchmarks.search import FUSED, search_contender, searches
 from benchmarks.sections import SECTIONS
 from benchmarks.tables import tables
 from benchmarks.targets import TARGETS, Target, judge
@@ -111,7 +111,7 @@ def test_slow_and_broken_contenders_drop_out_alone() -> None:
 # Who takes part
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", searches(CPU))
 def test_searches_agree_with_float64(name: str) -> None:
     """Each search passes the check; the index next to the right one does not."""
     problem = Problem(Size(300, 40, 8), CPU)
@@ -124,6 +124,12 @@ def test_searches_agree_with_float64(name: str) -> None:
     verdict = problem.verdict((indices + 1) % 40)
     assert verdict is not None
     assert verdict.endswith("are not those of the nearest code")
+
+
+def test_one_kernel_is_for_cuda_devices() -> None:
+    """It has a place beside the tiled search there, and none here."""
+    assert FUSED in searches(torch.device("cuda"))
+    assert FUSED not in searches(CPU)
 
 
 @pytest.mark.parametrize("mode", MODES)

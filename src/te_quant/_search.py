@@ -16,17 +16,24 @@ A CPU pays more for a minimum with its index than for the product, because only 
 There (:func:`_grouped_argmin`) each score is looked at once by such a minimum, over groups of g codes in a row;
 the index is then sought among the minima of the groups, set by set, and among the g codes of the best one.
 
+An accelerator minimises whole tiles (:func:`_tiled_argmin`), or, where :data:`FUSED` asks for it, does all of it
+in one kernel (:mod:`te_quant._search_fused`).
+
 Registered as dispatcher operators, so that a compiled graph holds one opaque node whatever N is.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 
 import torch
 from torch import Tensor
 
-__all__ = ["sample_codes", "search_codes"]
+__all__ = ["FUSED", "sample_codes", "search_codes"]
+
+FUSED = "TE_QUANT_FUSED_SEARCH"
+"""The variable that, set to 1, lets float32 searches on CUDA devices run as one Triton kernel; 0 or unset: not."""
 
 # Elements of the score buffer. On a CPU 2 MiB of float32 stay in a core's second-level cache; on an accelerator
 # launches cost more than memory, and 32 MiB is still independent of N and K.
@@ -77,10 +84,27 @@ def sample_codes(
 def _search(latents: Tensor, codebook: Tensor) -> Tensor:
     if latents.device.type == "cpu":
         indices = _grouped_argmin(latents, codebook)
+    elif _fused(latents.device.type, latents.dtype):
+        # Triton is no dependency: CUDA builds of torch bring it along.
+        from te_quant._search_fused import fused_argmin
+
+        indices = fused_argmin(latents, codebook, _center(codebook))
     else:
         indices = _tiled_argmin(latents, codebook, 0.0, None)
     first = _first_of_equals(codebook)
     return indices if first is None else first[indices]
+
+
+def _fused(device: str, dtype: torch.dtype) -> bool:
+    """Whether one kernel does it.
+
+    Raises:
+        ValueError: the variable says neither yes nor no.
+    """
+    wanted = os.environ.get(FUSED, "0")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"{FUSED} must be 0 or 1, got {wanted!r}.")
+    return wanted == "1" and device == "cuda" and dtype == torch.float32
 
 
 def _first_of_equals(codebook: Tensor) -> Tensor | None:
