@@ -61,7 +61,7 @@ def _nearest(  # type: ignore[no-untyped-def]
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * part
     lowest = tl.full((ROWS,), float("inf"), tl.float32)
-    nearest = tl.zeros((ROWS,), tl.int32) + first
+    nearest = tl.zeros((ROWS,), tl.int32)
     for start in range(first, min(first + part, K), CODES):
         columns = start + tl.arange(0, CODES)
         products = tl.zeros((ROWS, CODES), tl.float32)
