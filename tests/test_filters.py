@@ -7,10 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from grid_oracles import blur, fresh, pad, roll
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from te_quant import filters
 from te_quant.filters import PADDING_MODES, binomial_kernel, filter2d, pad2d
 from te_quant.testing import image_sides
 
@@ -122,14 +125,14 @@ def test_pad2d_is_the_same_under_vmap(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["replicate", "circular"])
 def test_pad2d_compiles_with_its_gradient(mode: str) -> None:
     """In both orders in memory, with eager mode's numbers; torch's own replicate padding fails channels last."""
-    weight = fresh(4, 3, 3, 3).float()
+    weight = fresh(4, 3, 3, 3)
 
     def energy(images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.conv2d(pad2d(images, (1, 1, 1, 1), mode), weight).square().sum()
 
     for layout in (torch.contiguous_format, torch.channels_last):
         torch._dynamo.reset()
-        images = fresh(2, 3, 4, 5).float().to(memory_format=layout).requires_grad_()
+        images = fresh(2, 3, 4, 5).to(memory_format=layout).requires_grad_()
         (expected,) = torch.autograd.grad(energy(images), images)
         compiled = torch.compile(energy, fullgraph=True)
         (found,) = torch.autograd.grad(compiled(images), images)
@@ -169,6 +172,40 @@ def test_only_circular_filtering_commutes_with_every_shift(mode: str) -> None:
     shifted = filter2d(roll(images, 2, 3), binomial_kernel(4), padding_mode=mode)
     error = (shifted - roll(filter2d(images, binomial_kernel(4), padding_mode=mode), 2, 3)).abs().max()
     assert (error < 1e-12) == (mode == "circular")
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_batch_may_be_filtered_in_parts(
+    mode: str, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results, gradients and strides are those of the whole batch at once."""
+    taps, upstream, data = fresh(5), fresh(7, 3, 3, 4), fresh(7, 3, 6, 8)
+
+    def both() -> tuple[Tensor, Tensor]:
+        images = data.clone(memory_format=memory_format).requires_grad_()
+        result = filter2d(images, taps, stride=2, padding_mode=mode)
+        result.backward(upstream)
+        assert images.grad is not None
+        return result, images.grad
+
+    whole, whole_gradient = both()
+    convolved = []
+    convolution = F.conv2d
+
+    def counted(part: Tensor, *options: object) -> Tensor:
+        convolved.append(len(part))
+        return convolution(part, *options)
+
+    monkeypatch.setattr(filters, "_CPU_PIXELS", 300)
+    monkeypatch.setattr(F, "conv2d", counted)
+    result, gradient = both()
+    assert convolved == ([7] if mode == "zeros" else [2, 2, 2, 1])
+    filter2d(data, taps, stride=2, padding_mode=mode)
+    assert convolved[-4:] == [2, 2, 2, 1]
+    assert result.stride() == whole.stride()
+    torch.testing.assert_close(result, whole, rtol=0, atol=1e-13)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=0, atol=1e-13)
 
 
 def test_filter2d_converts_the_kernel_to_the_images() -> None:

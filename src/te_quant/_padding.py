@@ -1,10 +1,11 @@
-"""Replicated and circular margins, written once and, backwards, added once.
+"""Replicated and circular margins.
 
 Shape letters: B batch, C channels, H W pixels.
 
-:func:`torch.nn.functional.pad` gives the same numbers, and costs a CPU more: circular padding of channels-last
-images takes as long as the convolution behind it. In compiled code the gradient of its replicate mode fails on
-channels-last images (torch 2.13: an assertion on strides).
+:func:`torch.nn.functional.pad` gives the same numbers, and its circular mode costs a CPU more: with channels-last
+images as much as the convolution behind it. Here circular margins are written once and, backwards, added once.
+In compiled code the gradient of its replicate mode fails on channels-last images (torch 2.13: an assertion on
+strides).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def pad_borders(images: Tensor, margins: Sides, circular: bool) -> Tensor:
         left, right, top, bottom = margins
         wide = _joined(images, left, right, 3, circular)
         return _joined(wide, top, bottom, 2, circular)
-    padded: Tensor = _Borders.apply(images, margins, circular)  # type: ignore[no-untyped-call]
+    if not circular:
+        return F.pad(images, margins, mode="replicate")
+    padded: Tensor = _Circular.apply(images, margins)  # type: ignore[no-untyped-call]
     return padded
 
 
@@ -47,14 +50,11 @@ def _joined(images: Tensor, before: int, after: int, axis: int, circular: bool) 
     return torch.cat(parts, axis)
 
 
-class _Borders(torch.autograd.Function):
+class _Circular(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(images: Tensor, margins: Sides, circular: bool) -> Tensor:
-        if not circular:
-            # Forwards torch has a kernel for this that nothing beats.
-            return F.pad(images, margins, mode="replicate")
+    def forward(images: Tensor, margins: Sides) -> Tensor:
         left, right, top, bottom = margins
         height, width = images.shape[2:]
         batch, channels = images.shape[:2]
@@ -70,15 +70,14 @@ class _Borders(torch.autograd.Function):
         return padded
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Sides, bool], output: Tensor) -> None:  # noqa: ARG004
-        ctx.margins, ctx.circular = inputs[1:]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Sides], output: Tensor) -> None:  # noqa: ARG004
+        ctx.margins = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         left, right, top, bottom = ctx.margins
         height, width = gradient.shape[2] - top - bottom, gradient.shape[3] - left - right
-        rows = _collected(gradient, 2, top, height, bottom, ctx.circular)
-        return _collected(rows, 3, left, width, right, ctx.circular), None, None
+        return _collected(_collected(gradient, 2, top, height, bottom), 3, left, width, right), None
 
 
 def _wrap(padded: Tensor, axis: int, before: int, size: int, after: int) -> None:
@@ -88,18 +87,14 @@ def _wrap(padded: Tensor, axis: int, before: int, size: int, after: int) -> None
         padded.narrow(axis, before + size, after).copy_(padded.narrow(axis, before, after))
 
 
-def _collected(gradient: Tensor, axis: int, before: int, size: int, after: int, circular: bool) -> Tensor:
+def _collected(gradient: Tensor, axis: int, before: int, size: int, after: int) -> Tensor:
     """The gradient of the inner pixels: their own, and that of each copy."""
     inner = gradient.narrow(axis, before, size)
     if not before and not after:
         return inner
     inner = inner.clone()
     if before:
-        part = gradient.narrow(axis, 0, before)
-        place = inner.narrow(axis, size - before, before) if circular else inner.narrow(axis, 0, 1)
-        place.add_(part if circular or before == 1 else part.sum(axis, keepdim=True))
+        inner.narrow(axis, size - before, before).add_(gradient.narrow(axis, 0, before))
     if after:
-        part = gradient.narrow(axis, before + size, after)
-        place = inner.narrow(axis, 0, after) if circular else inner.narrow(axis, size - 1, 1)
-        place.add_(part if circular or after == 1 else part.sum(axis, keepdim=True))
+        inner.narrow(axis, 0, after).add_(gradient.narrow(axis, before + size, after))
     return inner

@@ -24,6 +24,10 @@ Margins: TypeAlias = tuple[int, int, int, int]
 """Pixels added on the (left, right, top, bottom), the order of :func:`torch.nn.functional.pad`."""
 
 
+# Numbers of a batch that are filtered at once on a CPU.
+_CPU_PIXELS = 1 << 19
+
+
 def binomial_kernel(
     size: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
 ) -> Tensor:
@@ -73,8 +77,8 @@ def pad2d(images: Tensor, margins: Margins, mode: PaddingMode) -> Tensor:
     if mode == "zeros":
         return F.pad(images, margins)
     height, width = images.shape[-2:]
-    shape = f"shape {tuple(images.shape)}"
-    require(height > 0 and width > 0, "images sides", f"at least 1 for mode={mode!r}", shape)
+    if not (height > 0 and width > 0):
+        require(False, "images sides", f"at least 1 for mode={mode!r}", f"shape {tuple(images.shape)}")
     left, right, top, bottom = margins
     wide, high = max(left, right), max(top, bottom)
     if mode == "circular" and (wide > width or high > height):
@@ -82,9 +86,9 @@ def pad2d(images: Tensor, margins: Margins, mode: PaddingMode) -> Tensor:
         columns = torch.arange(-left, width + right, device=images.device) % width
         return images[:, :, rows[:, None], columns]
     if mode == "reflect":
-        expected = f"larger than the reflected margins (rows {high}, columns {wide})"
-        fits = wide < width and high < height
-        require(fits, "images sides", expected, shape)
+        if not (wide < width and high < height):
+            expected = f"larger than the reflected margins (rows {high}, columns {wide})"
+            require(False, "images sides", expected, f"shape {tuple(images.shape)}")
         return F.pad(images, margins, mode=mode)
     return pad_borders(images, margins, mode == "circular")
 
@@ -109,15 +113,40 @@ def filter2d(images: Tensor, taps: Tensor, *, stride: int = 1, padding_mode: Pad
     Raises:
         ValueError: a shape or an option is not as said above.
     """
-    require_rank("images", images, (4,), "(B, C, H, W)")
     require_rank("taps", taps, (1,), "(k,)")
-    channels, size = images.shape[1], taps.shape[0]
+    return filter_by(images, torch.outer(taps, taps), stride, padding_mode)
+
+
+def filter_by(images: Tensor, kernel: Tensor, stride: int, padding_mode: PaddingMode) -> Tensor:
+    """As :func:`filter2d`, with the (k, k) kernel of both axes.
+
+    One 2-D depthwise convolution: its backward costs less than that of two 1-D ones for k = 5.
+    """
+    require_rank("images", images, (4,), "(B, C, H, W)")
+    batch, channels, height, width = images.shape
+    size = kernel.shape[0]
     before, after = (size - 1) // 2, size // 2
-    padded = pad2d(images, (before, after, before, after), padding_mode)
-    taps = taps.to(images.dtype)
-    # One 2-D depthwise convolution: its backward costs less than that of two 1-D ones for k = 5.
-    kernel = torch.outer(taps, taps).expand(channels, 1, size, size)
-    return F.conv2d(padded, kernel, stride=stride, groups=channels)
+    if kernel.dtype != images.dtype:
+        kernel = kernel.to(images.dtype)
+    weight = kernel.expand(channels, 1, size, size)
+
+    # The convolution can pad with zeros itself, without a padded copy.
+    alone = padding_mode == "zeros" and before == after
+
+    def filtered(part: Tensor) -> Tensor:
+        if alone:
+            return F.conv2d(part, weight, None, stride, before, 1, channels)
+        padded = pad2d(part, (before, after, before, after), padding_mode)
+        return F.conv2d(padded, weight, None, stride, 0, 1, channels)
+
+    if torch.compiler.is_compiling() or not images.is_cpu:
+        return filtered(images)
+    # On a CPU so many images at once as stay in its cache, padded copy included. Without a copy, joining the
+    # gradients of the parts would cost more than the cache saves.
+    if alone and images.requires_grad and torch.is_grad_enabled():
+        return filtered(images)
+    some = max(1, _CPU_PIXELS // max(1, channels * height * width))
+    return filtered(images) if some >= batch else torch.cat([filtered(part) for part in images.split(some)])
 
 
 def fourier_resample(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require_choice, require_int
-from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter2d
+from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter_by
 
 __all__ = ["BlurPool2d"]
 
@@ -36,7 +36,7 @@ class BlurPool2d(nn.Module):
     Source: Zhang 2019, arXiv:1904.11486. Differs: the size is ⌈H/s⌉ for even k too, and for any k and s.
     """
 
-    taps: Tensor
+    kernel: Tensor
 
     def __init__(self, *, kernel_size: int = 5, stride: int = 2, padding_mode: PaddingMode = "replicate") -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class BlurPool2d(nn.Module):
         self.stride = stride
         self.padding_mode: PaddingMode = padding_mode
         taps = binomial_kernel(kernel_size, dtype=torch.get_default_dtype())
-        self.register_buffer("taps", taps, persistent=False)
+        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Filter, then subsample."""
-        return filter2d(images, self.taps, stride=self.stride, padding_mode=self.padding_mode)
+        return filter_by(images, self.kernel, self.stride, self.padding_mode)
 
     def extra_repr(self) -> str:
         """The options."""
