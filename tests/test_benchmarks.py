@@ -232,7 +232,8 @@ def test_summing_steps_is_exact_for_a_cubic() -> None:
 def test_plain_network_takes_the_same_steps() -> None:
     """Losses and gradients of the plain network are ours under every padding, before and after steps of both."""
     settings = PRESETS["smoke"]
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    # Some batches have a latent midway between two codes, which rounding sends either way.
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     losses = {}
     for padding in stage1.PADDINGS:
         changed = stage1.with_padding(settings, padding)
