@@ -35,6 +35,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 7 codes and at most 5 rows, so that small data crosses many ragged borders."""
     monkeypatch.setattr(_search, "_MAX_TILE_CODES", 7)
     monkeypatch.setattr(_search, "_CPU_TILE", 35)
+    monkeypatch.setattr(_search, "_FEW_GROUPS", 1)
     return
 
 
@@ -342,11 +343,12 @@ def test_one_code_far_away_does_not_cost_the_others_their_accuracy() -> None:
     batch=st.sampled_from([(1, 3), (2, 2048), (64, 2048)]),
     long_code=st.sampled_from([1, 5, 100]),
     tiles=st.sampled_from([(7, 35), (16, 64), (1, 3), (64, 4096)]),
+    few=st.sampled_from([1, 64]),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 def test_both_searches_find_the_first_nearest_code(
-    n: int, k: int, c: int, batch: tuple[int, int], long_code: int, tiles: tuple[int, int], seed: int
+    n: int, k: int, c: int, batch: tuple[int, int], long_code: int, tiles: tuple[int, int], few: int, seed: int
 ) -> None:
     """The CPU's and the other devices', on small integers: their arithmetic is exact, and ties abound."""
     generator = torch.Generator().manual_seed(seed)
@@ -359,6 +361,7 @@ def test_both_searches_find_the_first_nearest_code(
         patch.setattr(_search, "_MIN_ROWS", batch[0])
         patch.setattr(_search, "_MAX_ROWS", batch[1])
         patch.setattr(_search, "_CPU_TILE", tiles[1])
+        patch.setattr(_search, "_FEW_GROUPS", few)
         found = [_search._grouped_argmin(latents, codebook), _search._tiled_argmin(latents, codebook, 0.0, None)]
     first = [int((row == row.min()).nonzero()[0]) for row in expected]
     assert found[0].tolist() == found[1].tolist() == first

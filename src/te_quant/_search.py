@@ -16,8 +16,8 @@ A CPU pays more for a minimum with its index than for the product, because only 
 There (:func:`_grouped_argmin`) each score is looked at once by such a minimum, over groups of g codes in a row;
 the index is then sought among the minima of the groups, set by set, and among the g codes of the best one.
 
-An accelerator minimises whole tiles (:func:`_tiled_argmin`), or, where :data:`FUSED` asks for it, does all of it
-in one kernel (:mod:`te_quant._search_fused`).
+An accelerator, and a CPU that has no more than one tile, minimise whole tiles (:func:`_tiled_argmin`); where
+:data:`FUSED` asks for it, an accelerator does all of it in one kernel (:mod:`te_quant._search_fused`).
 
 Registered as dispatcher operators, so that a compiled graph holds one opaque node whatever N is.
 """
@@ -35,22 +35,24 @@ __all__ = ["FUSED", "sample_codes", "search_codes"]
 FUSED = "TE_QUANT_FUSED_SEARCH"
 """The variable that, set to 1, lets float32 searches on CUDA devices run as one Triton kernel; 0 or unset: not."""
 
-# Elements of the score buffer. On a CPU 2 MiB of float32 stay in a core's second-level cache; on an accelerator
-# launches cost more than memory, and 32 MiB is still independent of N and K.
-_CPU_TILE = 1 << 19
+# Elements of the score buffer. On a CPU 4 MiB of float32 stay in cache; on an accelerator launches cost more than
+# memory, and 32 MiB is still independent of N and K.
+_CPU_TILE = 1 << 20
 _DEVICE_TILE = 1 << 23
 # The middle of the codes is taken from about so many of them.
-_CENTER_CODES = 64
+_CENTER_CODES = 16
 # The widest tile of codes: wider tiles leave too few rows for an efficient product, sooner so for long codes.
 _MAX_TILE_CODES = 4096
 _LONG_CODE, _MAX_TILE_LONG_CODES = 128, 2048
-# Codes a group, half as many if they are long; groups a set.
-_GROUP, _MAX_SET = 8, 16
+# Codes a group, half as many if they are long; groups a set, of which there are none below so many groups.
+_GROUP, _MAX_SET, _FEW_GROUPS = 8, 16, 64
 # Rows whose index is sought at once, and at most so many elements of the minima of their groups.
 _MIN_ROWS, _MAX_ROWS, _CPU_MINIMA = 64, 2048, 1 << 20
+# Rows more than a power of two.
+_STAGGER = 24
 
 # Numbers that a thread keeps at most between searches.
-_MAX_SCRATCH = 1 << 21
+_MAX_SCRATCH = 3 << 20
 _kept = threading.local()
 
 # Odd, so that its powers, one a column, are invertible modulo 2^64. Source: Knuth, MMIX's generator.
@@ -82,7 +84,7 @@ def sample_codes(
 
 
 def _search(latents: Tensor, codebook: Tensor) -> Tensor:
-    if latents.device.type == "cpu":
+    if latents.device.type == "cpu" and len(latents) * len(codebook) > _CPU_TILE:
         indices = _grouped_argmin(latents, codebook)
     elif _fused(latents.device.type, latents.dtype):
         # Triton is no dependency: CUDA builds of torch bring it along.
@@ -139,6 +141,9 @@ def _center(codebook: Tensor) -> Tensor:
 
 def _grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
     (rows, size), codes = latents.shape, codebook.shape[0]
+    indices = torch.empty(rows, dtype=torch.int64)
+    if rows == 0:
+        return indices
     center = _center(codebook)
     widest = _MAX_TILE_CODES if size < _LONG_CODE else _MAX_TILE_LONG_CODES
     group = _GROUP if size <= _LONG_CODE else _GROUP // 2
@@ -146,19 +151,25 @@ def _grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
     unit = group * several
     sets = -(-codes // unit)
     groups = sets * several
-    centered = codebook.new_zeros(groups * group, size)
+    filled = groups * group
+    centered = codebook.new_empty(filled, size)
     torch.sub(codebook, center, out=centered[:codes])
+    if filled > codes:
+        centered[codes:] = 0
     half_norms = centered.square().sum(1, keepdim=True).mul_(0.5)
-    # What fills the last groups is infinitely far.
-    half_norms[codes:] = torch.inf
-    tile_codes = min(len(centered), max(1, widest // unit) * unit)
+    if filled > codes:
+        # What fills the last groups is infinitely far.
+        half_norms[codes:] = torch.inf
+    tile_codes = min(filled, max(1, widest // unit) * unit)
     # The index is sought for many rows at once, since each call costs some microseconds.
     most = max(_MIN_ROWS, min(_MAX_ROWS, _CPU_MINIMA // groups, _CPU_TILE // (group * size)))
-    tile_rows = max(1, min(rows, most, _uneven(_CPU_TILE // tile_codes)))
-    batch_rows = max(1, min(rows, most // tile_rows * tile_rows))
+    # All tiles about as large as that of the rows that are left at the end.
+    tiles = -(-rows // max(1, min(most, _CPU_TILE // tile_codes)))
+    share = -(-rows // tiles)
+    tile_rows = _uneven(share)
+    batch_rows = min(rows, most // share * tile_rows)
     needed = (tile_rows * tile_codes, batch_rows * size, groups * batch_rows, batch_rows * group * size)
     buffer, vectors, minima, candidates = _scratch(sum(needed), latents.dtype).split(needed)
-    indices = torch.empty(rows, dtype=torch.int64)
     for row in range(0, rows, batch_rows):
         count = min(batch_rows, rows - row)
         batch = vectors[: count * size].view(count, size)
@@ -166,7 +177,7 @@ def _grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
         best = minima[: groups * count].view(groups, count)
         for first in range(0, count, tile_rows):
             tile = batch[first : first + tile_rows]
-            for code in range(0, len(centered), tile_codes):
+            for code in range(0, filled, tile_codes):
                 block = centered[code : code + tile_codes]
                 scores = buffer[: len(tile) * len(block)].view(len(block), len(tile))
                 torch.addmm(half_norms[code : code + tile_codes], block, tile.T, alpha=-1, out=scores)
@@ -187,8 +198,8 @@ def _grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _uneven(rows: int) -> int:
-    """A little less where scores a multiple of 4 KiB apart would share a few places in the cache."""
-    return rows - 24 if rows % 512 == 0 else rows
+    """A little more where scores a multiple of 4 KiB apart would share a few places in the cache."""
+    return rows + _STAGGER if rows % 512 == 0 else rows
 
 
 def _scratch(count: int, dtype: torch.dtype) -> Tensor:
@@ -204,8 +215,8 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _groups_together(groups: int) -> int:
-    """How many groups make a set: the power of two next below the root, up to a limit."""
-    return min(1 << (groups.bit_length() - 1) // 2, _MAX_SET)
+    """How many groups make a set: the power of two next below the root, up to a limit; 1 if they are few."""
+    return 1 if groups <= _FEW_GROUPS else min(1 << (groups.bit_length() - 1) // 2, _MAX_SET)
 
 
 def _argmin_by_sets(minima: Tensor, several: int) -> Tensor:
