@@ -118,20 +118,20 @@ def _generation(document: Document) -> str:
 
 
 def _stage1(document: Document) -> str:
-    header = ("what", "milliseconds a step", "gain over plain torch", "over zeros")
+    header = ("what", "batch", "milliseconds a step", "gain over plain torch", "over zeros")
     rows = []
     for cell in _of(document, "stage1/"):
         entries = cell["contenders"]
-        what = cell["settings"]["what"]
+        what, batch = cell["settings"]["what"], str(cell["settings"]["batch"])
         label = f"{cell['facts']['mode']}, padding " if what == "padding" else ""
         for name, entry in entries.items():
             if entry["status"] != "ok":
-                rows.append([label + name, _word(entry), _NONE, _NONE])
+                rows.append([label + name, batch, _word(entry), _NONE, _NONE])
                 continue
             plain, zeros = entries.get(REFERENCE, {}), entries.get("zeros", {})
             gain = _times(plain["median"] / entry["median"]) if plain.get("status") == "ok" else _NONE
             cost = f"{entry['median'] / zeros['median'] - 1:+.1%}" if zeros.get("status") == "ok" else _NONE
-            rows.append([label + name, _milliseconds(entry), gain, cost])
+            rows.append([label + name, batch, _milliseconds(entry), gain, cost])
     return to_markdown([Table(header, rows), *_reasons(_of(document, "stage1/"))])
 
 

@@ -241,6 +241,10 @@ def test_plain_network_takes_the_same_steps() -> None:
         losses[padding] = ours.losses()
         assert stage1.losses_differ(losses[padding], plain.losses(), bf16=False) is None
         assert [float(ours()) for _ in range(3)] == pytest.approx([float(plain()) for _ in range(3)], rel=1e-4)
+        rounded = stage1.library_step(changed, images, stage1.Mode(bf16=True)).losses()
+        expected = stage1.reference_step(changed, images, bf16=True).losses()
+        assert stage1.losses_differ(rounded, expected, bf16=True) is None
+        assert stage1.losses_differ(rounded, losses[padding], bf16=False) is not None
     assert "losses" in str(stage1.losses_differ(losses["zeros"], losses["circular"], bf16=False))
 
 
@@ -438,6 +442,32 @@ def test_memory_is_judged_at_the_large_size_alone() -> None:
     assert (verdict.met, verdict.worst, verdict.points) == (True, 40.0, 2)
     verdict = judge(training, measured)
     assert (verdict.met, verdict.missed_by, verdict.points) == (False, 0.25, 1)
+
+
+def test_stage1_is_judged_at_each_batch() -> None:
+    """By the fastest mode of each; the padding by its own cell."""
+    context = Context(CPU, 1, "full", Limits())
+    assert [cell.key for cell in stage1.cells(context)] == [
+        "stage1/modes-B16",
+        "stage1/modes-B64",
+        "stage1/padding-B16",
+    ]
+    measured = {
+        f"stage1/modes-B{batch}": {
+            "settings": {},
+            "contenders": {stage1.REFERENCE: entry(3.0), "slow": entry(4.0), "fast": entry(3.0 / gain)},
+        }
+        for batch, gain in ((16, 1.5), (64, 1.75))
+    }
+    measured["stage1/padding-B16"] = {
+        "settings": {},
+        "contenders": {"zeros": entry(1.0), "circular": entry(1.05), "replicate": {"status": "refused"}},
+    }
+    step, padding = (target for target in TARGETS if target.text.startswith("Stage-1 step"))
+    verdict = judge(step, measured)
+    assert (verdict.points, verdict.worst, verdict.where, verdict.failing) == (2, 1.5, "modes-B16 (fast)", 1)
+    verdict = judge(padding, measured)
+    assert (verdict.points, verdict.worst, verdict.met) == (1, 1.05, True)
 
 
 def test_only_other_implementations_must_not_be_faster() -> None:

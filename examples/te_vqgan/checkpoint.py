@@ -73,6 +73,7 @@ def load_adam_state(
     for key, value in state.items():
         name, entry = key.rsplit("/", 1)
         parameter = parameters[name]
-        # Adam's step counter lives on the CPU whatever the parameter's device.
-        place = torch.device("cpu") if entry == "step" else parameter.device
+        # Unless it is fused, Adam's step counter lives on the CPU whatever the parameter's device.
+        counter = entry == "step" and not optimizer.defaults.get("fused")
+        place = torch.device("cpu") if counter else parameter.device
         optimizer.state[parameter][entry] = value.to(place)

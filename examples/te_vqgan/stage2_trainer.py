@@ -162,7 +162,7 @@ def _optimizers(settings: Stage2Settings, model: GPT) -> list[torch.optim.Optimi
     others = [parameter for parameter in parameters.values() if id(parameter) not in held]
     rate = settings.learning_rate
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Adam([{"params": others, "peak": rate}], rate, betas=_BETAS)
+        torch.optim.Adam([{"params": others, "peak": rate}], rate, betas=_BETAS, fused=True)
     ]
     if matrices:
         rate = settings.muon_learning_rate

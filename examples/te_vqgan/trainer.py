@@ -85,9 +85,10 @@ class Stage1Trainer:
             groups[name.startswith("quantizer.") and name.endswith(".codebook")].append(parameter)
         rates = ((groups[False], 1.0), (groups[True], settings.codebook_lr_factor))
         parts = [{"params": parameters, "factor": factor} for parameters, factor in rates if parameters]
-        self.optimizer = torch.optim.Adam(parts, settings.learning_rate, betas=_BETAS)
+        # Fused: with some hundred small parameters a loop over them takes longer than their arithmetic.
+        self.optimizer = torch.optim.Adam(parts, settings.learning_rate, betas=_BETAS, fused=True)
         self.judge_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), settings.learning_rate, betas=_BETAS
+            self.discriminator.parameters(), settings.learning_rate, betas=_BETAS, fused=True
         )
 
     def initialize(self, batch: Callable[[int], Tensor]) -> None:
