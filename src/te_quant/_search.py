@@ -255,6 +255,9 @@ def _tiled_argmin(
                 # Gumbel-max: -log of an exponential variate is a Gumbel variate.
                 noise = torch.empty_like(scores).exponential_(generator=generator)
                 scores.add_(noise.log_(), alpha=temperature)
+            if tile_codes == codes:
+                torch.argmin(scores, 1, out=chosen)
+                break
             value, index = scores.min(1)
             if best is None:
                 best = value
