@@ -39,6 +39,13 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
+@pytest.fixture(params=[False, True], ids=["one tile", "several tiles"])
+def several_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single tile is minimised in another way than several: what holds for one must hold for both."""
+    if request.param:
+        monkeypatch.setattr(_search, "_CPU_TILE", 1)
+
+
 def draw(seed: int, n: int, k: int, c: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Normal latents and codes."""
     generator = torch.Generator().manual_seed(seed)
@@ -169,6 +176,7 @@ def test_exact_ties_between_different_codes(seed: int, k: int) -> None:
     np.testing.assert_array_equal(nearest_code(latents, codebook).numpy(), distances.argmin(1))
 
 
+@pytest.mark.usefixtures("several_tiles")
 @pytest.mark.parametrize("offset", [0.0, 1_000.0])
 def test_large_offsets_are_exact(offset: float) -> None:
     """At an offset of 1,000 float32 still finds the nearest codes; the plain expanded form does not."""
@@ -322,6 +330,7 @@ def test_operators_are_well_registered(copies: bool) -> None:
     )
 
 
+@pytest.mark.usefixtures("several_tiles")
 def test_one_code_far_away_does_not_cost_the_others_their_accuracy() -> None:
     """A runaway code must not move the point that the search is centred on; centred on the mean, it would."""
     codebook = torch.randn(256, 64)
@@ -391,6 +400,7 @@ def test_threads_search_at_once() -> None:
     assert all(map(torch.equal, found, alone * 5))
 
 
+@pytest.mark.usefixtures("several_tiles")
 @pytest.mark.parametrize("c", [1, 4, 130])
 @pytest.mark.parametrize("k", [1, 3, 5, 9, 1000])
 def test_what_is_no_number_finds_a_code_that_is_there(k: int, c: int) -> None:

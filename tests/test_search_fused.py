@@ -116,6 +116,23 @@ def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         _search._fused("cuda", torch.float32)
 
 
+def test_operator_dispatches_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is wanted the operator calls it, and equal codes still give the first."""
+    calls = []
+
+    def counted(latents: Tensor, codebook: Tensor, center: Tensor) -> Tensor:
+        calls.append(len(latents))
+        return fused_argmin(latents, codebook, center, 1)
+
+    monkeypatch.setattr(_search_fused, "fused_argmin", counted)
+    monkeypatch.setattr(_search, "_fused", lambda device, dtype: True)
+    monkeypatch.setattr(_search, "_CPU_TILE", 1 << 40)
+    codebook = torch.randn(40, 5)
+    codebook[30] = codebook[3]
+    assert int(nearest_code(codebook[30:31], codebook)) == 3
+    assert calls == [1]
+
+
 _COMPILE = """
 import json, re, subprocess, sys, tempfile
 import triton

@@ -87,7 +87,7 @@ def _search(latents: Tensor, codebook: Tensor) -> Tensor:
     if latents.device.type == "cpu" and len(latents) * len(codebook) > _CPU_TILE:
         indices = _grouped_argmin(latents, codebook)
     elif _fused(latents.device.type, latents.dtype):
-        # Triton is no dependency: CUDA builds of torch bring it along.
+        # Triton is no dependency: CUDA builds of torch for Linux bring it along.
         from te_quant._search_fused import fused_argmin
 
         indices = fused_argmin(latents, codebook, _center(codebook))
@@ -103,10 +103,12 @@ def _fused(device: str, dtype: torch.dtype) -> bool:
     Raises:
         ValueError: the variable says neither yes nor no.
     """
+    if device != "cuda":
+        return False
     wanted = os.environ.get(FUSED, "0")
     if wanted not in ("0", "1"):
         raise ValueError(f"{FUSED} must be 0 or 1, got {wanted!r}.")
-    return wanted == "1" and device == "cuda" and dtype == torch.float32
+    return wanted == "1" and dtype == torch.float32
 
 
 def _first_of_equals(codebook: Tensor) -> Tensor | None:

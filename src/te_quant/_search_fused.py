@@ -11,6 +11,7 @@ Triton is imported with this module, so it is imported where it is used.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -115,24 +116,27 @@ def fused_argmin(latents: Tensor, codebook: Tensor, center: Tensor, multiprocess
     parts = triton.cdiv(code_tiles, tiles_a_part)
     lowest = latents.new_empty(parts, rows)
     nearest = indices if parts == 1 else indices.new_empty(parts, rows)
-    _nearest[(blocks, parts)](
-        latents.contiguous(),
-        centered,
-        half_norms,
-        center.contiguous(),
-        lowest,
-        nearest,
-        rows,
-        codes,
-        size,
-        tiles_a_part * tiles.codes,
-        ROWS=tiles.rows,
-        CODES=tiles.codes,
-        CHANNELS=tiles.channels,
-        PRECISION=precision,
-        num_warps=tiles.warps,
-        num_stages=_STAGES,
-    )
+    # Triton launches on the current device, whatever device its arguments are on.
+    on_device = torch.cuda.device(latents.device) if latents.is_cuda else nullcontext()
+    with on_device:
+        _nearest[(blocks, parts)](
+            latents.contiguous(),
+            centered,
+            half_norms,
+            center.contiguous(),
+            lowest,
+            nearest,
+            rows,
+            codes,
+            size,
+            tiles_a_part * tiles.codes,
+            ROWS=tiles.rows,
+            CODES=tiles.codes,
+            CHANNELS=tiles.channels,
+            PRECISION=precision,
+            num_warps=tiles.warps,
+            num_stages=_STAGES,
+        )
     if parts > 1:
         # The first of the lowest parts, which has the lower codes.
         torch.gather(nearest, 0, lowest.min(0, keepdim=True).indices, out=indices.unsqueeze(0))

@@ -139,7 +139,8 @@ def filter_by(images: Tensor, kernel: Tensor, stride: int, padding_mode: Padding
         padded = pad2d(part, (before, after, before, after), padding_mode)
         return F.conv2d(padded, weight, None, stride, 0, 1, channels)
 
-    if torch.compiler.is_compiling() or not images.is_cpu:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if traced or not images.is_cpu:
         return filtered(images)
     # On a CPU so many images at once as stay in its cache, padded copy included. Without a copy, joining the
     # gradients of the parts would cost more than the cache saves.
