@@ -5,6 +5,7 @@ Shape letters: N latents, K codes, C code size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from benchmarks.floor import necessary_bytes, tiled_product, tune_tiles, whole_p
 from benchmarks.peers import nearest_by_cdist, nearest_expanded, require_pairs
 from benchmarks.problem import Problem, Size
 from benchmarks.sizes import SIZES
-from te_quant._search import _center
+from te_quant._search import FUSED as VARIABLE
 from te_quant.functional import nearest_code
 
 __all__ = ["FUSED", "build_search", "cells", "search_contender", "searches"]
@@ -27,10 +28,12 @@ FUSED = "te_quant fused"
 
 
 def _nearest_fused(latents: Tensor, codebook: Tensor) -> Tensor:
-    # Imported here, because Triton comes with CUDA builds of torch alone.
-    from te_quant._search_fused import fused_argmin
-
-    return fused_argmin(latents, codebook, _center(codebook))
+    os.environ[VARIABLE] = "1"
+    try:
+        return nearest_code(latents, codebook)
+    finally:
+        # So that the tiled search beside it is the tiled one.
+        os.environ[VARIABLE] = "0"
 
 
 _SEARCHES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

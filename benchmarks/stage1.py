@@ -1,8 +1,8 @@
 """A training step of Stage 1: this library in its modes, against the same network in plain torch.
 
 All take the same step, L1 + 4 L2 + the quantizer's loss, backward, clipping and Adam, on the same images and from
-the same weights. The reference is float32, eager, contiguous, with torch's defaults; the library's step has the
-fused Adam that its example trains with. Before anything is timed, losses on three batches and the norms of their
+the same weights. The reference is float32, eager, contiguous; Adam is fused
+in both, as in the example. Before anything is timed, losses on three batches and the norms of their
 gradients have to be those of the reference, of a bfloat16 step those of the reference in bfloat16: rounding alone
 moves these norms by some per cent. The weights do not move meanwhile: once they do, other rounding sends other
 latents to other codes, and losses part by more than is wrong with any of them. Without the gradients a compiler
@@ -90,12 +90,9 @@ class Step:
         images: (B, 3, H, W), the batch of every step.
         settings: weights of the losses, learning rates and the norm to clip to.
         mode: how to run it.
-        fused: let Adam move all parameters in one call.
     """
 
-    def __init__(
-        self, model: nn.Module, images: Tensor, settings: Stage1Settings, mode: Mode, *, fused: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, settings: Stage1Settings, mode: Mode) -> None:
         self.settings, self.mode = settings, mode
         layout = torch.channels_last if mode.channels_last else torch.contiguous_format
         self.model = model.to(images.device, memory_format=layout).train()  # type: ignore[call-overload]
@@ -105,7 +102,7 @@ class Step:
         rate = settings.learning_rate
         groups: list[dict[str, Any]] = [{"params": others}, {"params": [codebook]}]
         groups[1]["lr"] = rate * settings.codebook_lr_factor
-        self.optimizer = torch.optim.Adam(groups, rate, betas=_BETAS, fused=fused)
+        self.optimizer = torch.optim.Adam(groups, rate, betas=_BETAS, fused=True)
         self.forward: Callable[[Tensor], Any] = torch.compile(self.model) if mode.compiled else self.model
 
     def __call__(self, _: int = 0) -> Tensor:
@@ -150,7 +147,7 @@ def reference_step(settings: Stage1Settings, images: Tensor, *, bf16: bool = Fal
     """With the plain network and the same weights."""
     plain = PlainAutoencoder(settings.model)
     load_weights(plain, _library_network(settings))
-    return Step(plain, images, settings, Mode(bf16=bf16), fused=False)
+    return Step(plain, images, settings, Mode(bf16=bf16))
 
 
 def cells(context: Context) -> list[Cell]:

@@ -67,7 +67,7 @@ def test_arms_come_before_seeds() -> None:
         run["evaluation"]["equivariance"]["placement"] |= {"kappa": kappa, "rate": kappa}
     arms, seeds = comparison([first, second, alone]).split("Means over seeds")
     rows = [line.split(" | ") for line in arms.splitlines()[2:] if line]
-    assert [row[0] for row in rows] == ["| VQGAN", "| alone, one seed"]
+    assert [row[0] for row in rows] == ["| VQGAN", "| alone, 1 of 2 seeds"]
     assert rows[0][1] == "0.562 ± 0.088 (0.562)"
     assert rows[0][7] == "0.3750 ± 0.1768"
     assert "[" in rows[1][1]

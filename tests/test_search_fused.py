@@ -133,6 +133,17 @@ def test_operator_dispatches_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [1]
 
 
+def test_without_triton_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence that names it."""
+    monkeypatch.setattr(_search, "_fused", lambda device, dtype: True)
+    monkeypatch.setattr(_search, "_CPU_TILE", 1 << 40)
+    monkeypatch.setitem(sys.modules, "te_quant._search_fused", None)
+    with pytest.raises(
+        ImportError, match="TE_QUANT_FUSED_SEARCH must be 0 or unset where triton cannot be imported"
+    ):
+        nearest_code(torch.randn(2, 5), torch.randn(3, 5))
+
+
 _COMPILE = """
 import json, re, subprocess, sys, tempfile
 import triton

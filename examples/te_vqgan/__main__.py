@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from examples.te_vqgan import distributed
+from examples.te_vqgan.family_command import add_family_command
 from examples.te_vqgan.options import (
     COMPUTE,
     SETTINGS,
@@ -192,41 +193,6 @@ def _regimes(options: argparse.Namespace) -> None:
     print(options.into.read_text(encoding="utf-8"))
 
 
-def _family(options: argparse.Namespace) -> None:
-    import dataclasses
-    import json
-
-    from examples.te_vqgan.checks import require
-    from examples.te_vqgan.family import FAMILY, collect_family, train_family
-    from examples.te_vqgan.family_table import write_family
-    from examples.te_vqgan.files import write_text_atomically
-    from examples.te_vqgan.provenance import command_line
-    from examples.te_vqgan.sources import load_digits
-
-    folder = options.results
-    if folder is None:
-        settings, out = stage1_settings(options, "vqgan"), out_folder(options) / "family"
-        require(not options.seeds or options.seed is None, "seed", "None with --seeds", options.seed)
-        seeds = options.seeds or [settings.seed]
-        words = command_line(options.words)
-        source = load_digits(settings.data, options.data_dir)
-        for seed in seeds:
-            train_family(
-                dataclasses.replace(settings, seed=seed),
-                out,
-                source,
-                names=options.quantizers or tuple(FAMILY),
-                execution=execution(options),
-                command=words,
-            )
-        folder = out / "report" if options.into is None else options.into
-        folder.mkdir(parents=True, exist_ok=True)
-        results = collect_family(settings, out, seeds=seeds, command=words)
-        write_text_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    write_family(folder)
-    print((folder / "family.md").read_text(encoding="utf-8"))
-
-
 def _audit(options: argparse.Namespace) -> None:
     from examples.te_vqgan.audits import AUDITED, write_audits
     from examples.te_vqgan.provenance import command_line
@@ -276,13 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     several = add("regimes", _regimes, "one table over the reports of presets that differ in one thing each")
     several.add_argument("--results", type=Path, nargs="+", required=True, help="folders, the first the base")
     several.add_argument("--into", type=Path, required=True, help="Markdown file that is written")
-    trained_alike = "train every quantizer of the library alike, and write one table"
-    family = add("family", _family, trained_alike, *WHERE, "seed", "steps", "data-dir", "device", "threads")
-    family.add_argument("--quantizers", nargs="+", help="these alone are trained (default: all that are not yet)")
-    family.add_argument(
-        "--into", type=Path, help="folder of results, table and picture (default: in that of --out)"
-    )
-    family.add_argument("--results", type=Path, help="write those anew from the results.json in this folder")
+    add_family_command(add)
     audit = add("audit", _audit, "say which module of some models, of others and of ours, loses equivariance")
     audit.add_argument("--out", type=Path, default=Path("runs/te_vqgan/audits"), help="folder of the results")
     audit.add_argument("--modules", nargs="+", help="names of what to audit (default: all of it)")
@@ -291,8 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(together=True)
     run.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="these tokenizers alone (default: the plan's)")
     run.add_argument("--stage2-steps", type=int, help="optimiser steps of the GPT, instead of the preset's")
-    for command in (family, run):
-        command.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")
+    run.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")
     run.add_argument("--workers", type=int, default=0, help="trainings at once (default: one a core)")
     return parser
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples.te_vqgan.checks import require
 from examples.te_vqgan.files import write_bytes_atomically, write_text_atomically
-from examples.te_vqgan.results import by_arm, mean_and_deviation
+from examples.te_vqgan.results import by_arm, mean_and_deviation, named
 from te_quant import EquivarianceReport
 from te_quant.equivariance import Agreement
 
@@ -83,8 +83,10 @@ def comparison(runs: Sequence[Mapping[str, Any]]) -> str:
     arms = by_arm(runs)
     if len(arms) == len(runs):
         return each
-    table = _comparison_table([(_counted(title, group), group) for title, group in arms.items()])
-    means = "Means over seeds ± standard deviation between them: κ (rate of equal indices), "
+    most = max(map(len, arms.values()))
+    table = _comparison_table([(named(title, len(group), most), group) for title, group in arms.items()])
+    means = "Means over seeds ± standard deviation between them, intervals as below where there is one seed: "
+    means += "κ (rate of equal indices), "
     return f"{table}\n\n{means}{measured}\n{each}"
 
 
@@ -99,10 +101,6 @@ def _comparison_table(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -
             cells.append(mean_and_deviation([test[key] for test in tests], pattern))
         lines.append(table_row([name, *cells]))
     return "\n".join(lines)
-
-
-def _counted(title: str, runs: Sequence[object]) -> str:
-    return title if len(runs) > 1 else f"{title}, one seed"
 
 
 def exactness(runs: Sequence[Mapping[str, Any]]) -> str:

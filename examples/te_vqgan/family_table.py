@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from examples.te_vqgan.checks import require
 from examples.te_vqgan.compare import agreement_cell, draw_agreement, table_row
 from examples.te_vqgan.files import write_bytes_atomically, write_text_atomically
-from examples.te_vqgan.results import by_arm, mean_and_deviation
+from examples.te_vqgan.results import by_arm, mean_and_deviation, named
 from te_quant import EquivarianceReport
 
 if TYPE_CHECKING:
@@ -68,15 +68,17 @@ def family_table(results: Mapping[str, Any]) -> str:
         for key, pattern in (("l1", ".4f"), ("psnr", ".2f"), ("used_codes", ",.0f"), ("perplexity", ".1f")):
             cells.append(mean_and_deviation([test[key] for test in tests], pattern))
         cells += [agreement_cell([getattr(report, name) for report in reports]) for name in _AGREEMENTS]
-        name = title if len(group) == len(every) else f"{title}, {len(group)} of {len(every)} seeds"
-        lines.append(table_row([name, *cells]))
+        lines.append(table_row([named(title, len(group), len(every)), *cells]))
     test, settings = runs[0]["evaluation"]["test"], runs[0]["settings"]
     digits = _report(runs[0]).settings.num_images
     commits = sorted({run["provenance"]["commit"] or "unknown" for run in runs})
     trained, spread = (
         (f"One training each with seed {every[0]}", f" [95 % bootstrap interval over {digits:,} test digits]")
         if len(every) == 1
-        else (f"Trainings with seeds {', '.join(map(str, every))}", f" over {digits:,} test digits")
+        else (
+            f"Trainings with seeds {', '.join(map(str, every))}",
+            f" [of a single training its 95 % bootstrap interval] over {digits:,} test digits",
+        )
     )
     means = "" if len(every) == 1 else " Means ± standard deviations over seeds."
     return "\n".join(lines) + (

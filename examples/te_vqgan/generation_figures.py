@@ -90,7 +90,7 @@ def draw_confusions(counts: Mapping[str, NDArray[np.int64]], class_names: Sequen
     """
     columns = min(3, len(counts))
     rows = -(-len(counts) // columns)
-    figure = _figure(3.7 * columns, 3.6 * rows + 0.4)
+    figure = _figure(3.7 * columns, 4.0 * rows + 0.5)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(counts) :]:
         axis.set_axis_off()

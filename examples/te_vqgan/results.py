@@ -235,6 +235,11 @@ def cell(metric: Metric, runs: Sequence[Mapping[str, Any]]) -> str:
     return f"{text} ({mean_and_deviation([metric.kappa(run['evaluation']) for run in runs], metric.format)})"
 
 
+def named(title: str, runs: int, most: int) -> str:
+    """Write ``title``, and of how many seeds it is where another group has more."""
+    return title if runs == most else f"{title}, {runs} of {most} seeds"
+
+
 def mean_and_deviation(values: Sequence[float], pattern: str) -> str:
     """Write the mean of ``values`` and, if they are several, ± their standard deviation; NaN is "undefined"."""
     mean = statistics.fmean(values)

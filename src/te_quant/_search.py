@@ -88,7 +88,10 @@ def _search(latents: Tensor, codebook: Tensor) -> Tensor:
         indices = _grouped_argmin(latents, codebook)
     elif _fused(latents.device.type, latents.dtype):
         # Triton is no dependency: CUDA builds of torch for Linux bring it along.
-        from te_quant._search_fused import fused_argmin
+        try:
+            from te_quant._search_fused import fused_argmin
+        except ImportError as error:
+            raise ImportError(f"{FUSED} must be 0 or unset where triton cannot be imported, got 1.") from error
 
         indices = fused_argmin(latents, codebook, _center(codebook))
     else:
