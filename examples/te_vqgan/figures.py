@@ -126,7 +126,8 @@ def draw_shifts(samples: Mapping[str, Samples]) -> Figure:
     figure = _draw_grids(samples, images, names, grids, corners, n // 2, "like the first")
     figure.suptitle(
         "The same digit moved by less than a token, and by one token: the tokenizer's indices\n"
-        "outlined: the digit's block, unmoved or moved by one token, whichever is more like the first picture's"
+        "outlined: the digit's block, unmoved or moved by one token,\n"
+        "whichever is more like the first picture's"
     )
     return figure
 
