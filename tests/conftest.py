@@ -6,15 +6,22 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    # Triton reads it when it is first imported, which torch may do at any time: kernels run in its interpreter.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers share the cores already; with as many threads each they would mostly wait for one another.
+    # The workers share the cores already; with as many threads each they would mostly wait for one another. OpenMP
+    # reads it when torch is first imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not _has_gpu():
+    # Triton reads it when it is first imported, which torch may do at any time: kernels run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -248,9 +248,12 @@ def test_random_tokens_have_kappa_near_zero():
 @settings(deadline=None, max_examples=6)
 @given(st.integers(1, 6))
 def test_nothing_depends_on_the_batch_split(batch_size):
-    """Counts are equal to the last bit, sums of errors up to rounding."""
+    """Counts are equal to the last bit, sums of errors up to rounding.
+
+    In float64: with several threads a Fourier transform of one image is rounded otherwise than that of many.
+    """
     generator = torch.Generator().manual_seed(3)
-    sprites = ink_sprites(5, 8, generator)
+    sprites = ink_sprites(5, 8, generator).double()
 
     def measure(size):
         return measure_equivariance(
