@@ -30,7 +30,8 @@ def gradients(
 def test_both_halves_have_the_gradient_of_eager_mode() -> None:
     """In direction and size: no farther from float32 than a few times eager mode's own rounding.
 
-    torch 2.13 gives the decoder none through an interpolation among its convolutions, and the encoder one more than four times that far off.
+    torch 2.13 gives the decoder none through an interpolation among its convolutions, and the encoder one that is
+    more than four times that far off.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
