@@ -77,6 +77,7 @@ def test_findings_warn_where_fewer_codes_may_be_the_reason(changes: dict[str, fl
     warned = _text(_run("A", 0), _run("B", 0, perplexity=8.0, **better))
     assert "with fewer effective codes" in warned
     assert verdict in warned
+    assert "smaller effective codebook or the other differences" in warned
     assert "fewer effective codes" not in _text(_run("A", 0), _run("B", 0, perplexity=21.0, **better))
 
 
@@ -143,17 +144,18 @@ def test_document_renders_the_same_content_twice() -> None:
         Heading(1, "A & B"),
         Paragraph("see `a < b`"),
         Bullets(["one", "two"]),
-        Table(["", "x"], [["|y|", "1"]]),
+        Table(["", "x"], [["|y|", "1 ± 2 (3 ± 4) / 5 (6)"]]),
         Picture("a_b.png", 'the "picture"'),
     ]
     markdown = to_markdown(blocks)
     assert "# A & B" in markdown
     assert "- one\n- two" in markdown
-    assert "| \\|y\\| | 1 |" in markdown
+    assert "| \\|y\\| | 1 ± 2 (3 ± 4) / 5 (6) |" in markdown
     assert '![a b](a_b.png)\n\n*the "picture"*' in markdown
     html = to_html(blocks, {"a_b.png": b"123"}, "T<")
     assert "<h1>A &amp; B</h1>" in html
     assert "<code>a &lt; b</code>" in html
+    assert "<td>1&nbsp;±&nbsp;2 (3&nbsp;±&nbsp;4)&nbsp;/ 5&nbsp;(6)</td>" in html
     assert "<title>T&lt;</title>" in html
     assert '<img alt="a b" src="data:image/png;base64,MTIz">' in html
     assert "<figcaption>the &quot;picture&quot;</figcaption>" in html

@@ -48,7 +48,7 @@ Block = Heading | Paragraph | Bullets | Table | Picture
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c1c1c }
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .93rem; display: block; overflow-x: auto }
 th, td { padding: .3rem .75rem; border-bottom: 1px solid #ddd; text-align: right }
@@ -103,7 +103,7 @@ def _html_block(block: Block, pictures: Mapping[str, bytes]) -> str:
             return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
         case Table(header, rows):
             top = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
-            lines = ("<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+            lines = ("<tr>" + "".join(f"<td>{_number(cell)}</td>" for cell in row) + "</tr>" for row in rows)
             return f"<table><thead><tr>{top}</tr></thead>\n<tbody>{chr(10).join(lines)}</tbody></table>"
         case Picture(name, caption):
             data = base64.b64encode(pictures[name]).decode("ascii")
@@ -118,6 +118,11 @@ def _short(name: str) -> str:
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _number(cell: str) -> str:
+    """A cell, with a mean and its deviation, behind ± or in brackets, on one line."""
+    return re.sub(r" (± |/ |\([\d.]+\))", r"&nbsp;\1", _inline(cell)).replace("± ", "±&nbsp;")
 
 
 def _inline(text: str) -> str:

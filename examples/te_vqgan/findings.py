@@ -32,10 +32,10 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 def _compare(title: str, runs: Runs, base: str, base_runs: Runs) -> list[str]:
     sentences = [
         f"{_versus('l1', title, runs, base, base_runs)}; PSNR {_pair('psnr', runs, base_runs)} dB.",
-        f"Codes used at least once: {_pair('used', runs, base_runs)}; above 0.1 % of use: "
+        f"{title}: codes used at least once {_pair('used', runs, base_runs)}; above 0.1 % of use "
         f"{_pair('frequent', runs, base_runs)}; perplexity {_pair('perplexity', runs, base_runs)} "
-        f"(over {runs[0]['evaluation']['test']['images']:,} test images).",
-        f"Mean |cosine| of two used codes: {_pair('cosine', runs, base_runs)}.",
+        f"(over {runs[0]['evaluation']['test']['images']:,} test images); "
+        f"mean |cosine| of two used codes {_pair('cosine', runs, base_runs)}.",
     ]
     gains = {}
     for name in ("placement", "sub_stride"):
@@ -55,8 +55,8 @@ def _compare(title: str, runs: Runs, base: str, base_runs: Runs) -> list[str]:
         )  # fmt: skip
         sentences.append(
             f"{title} agrees more often in {words} but with fewer effective codes, which alone makes tokens agree "
-            f"more often; corrected for chance (κ), its agreement {verdict}. Whether the penalty or the smaller "
-            "effective codebook is the cause, this comparison cannot say."
+            f"more often; corrected for chance (κ), its agreement {verdict}. Whether the smaller effective "
+            "codebook or the other differences (listed below) are the cause, this comparison cannot say."
         )
     return sentences
 

@@ -34,6 +34,8 @@ __all__ = ["render", "write_report"]
 
 # Pictures that show images, whose colours are kept.
 _PHOTOGRAPHS = ("reconstructions.png", "generated.png", "captions.png")
+# Arms that a title names.
+_FEW_ARMS = 4
 _RESULTS = "results.json"
 _CAPTIONS = {
     "token_grids.png": "One test digit at the centre and in the four quadrants, and the index of the code at "
@@ -243,7 +245,9 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _title(results: Mapping[str, Any]) -> str:
-    return f"{_listed(by_arm(results['runs']))} on {results['runs'][0]['settings']['data']}"
+    arms = list(by_arm(results["runs"]))
+    shown = _listed(arms) if len(arms) <= _FEW_ARMS else f"{len(arms)} tokenizers"
+    return f"{shown} on {results['runs'][0]['settings']['data']}"
 
 
 def _budget(results: Mapping[str, Any]) -> str:
