@@ -17,6 +17,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"te_quant {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
