@@ -20,7 +20,6 @@ html_title = f"te_quant {release}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
