@@ -503,7 +503,7 @@ def test_tables_are_made_of_the_document_alone() -> None:
 
 def test_committed_tables_are_those_of_the_committed_results() -> None:
     """Each Markdown file of the results is what its JSON says."""
-    paths = sorted(ROOT.glob("benchmarks/results/*/results.json"))
+    paths = sorted(ROOT.glob("benchmarks/results/**/results.json"))
     assert paths
     for path in paths:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -193,6 +193,30 @@ def test_nan_and_infinity_are_differences():
         assert_shift_equivariant(lambda x: x * math.nan, images, shifts=[(0, 0)])
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_infinity_does_not_make_other_differences_small(sign):
+    """Beside an infinity in the same place every time the rest is compared by the largest finite value."""
+    images = torch.rand(1, 1, 4, 4, dtype=torch.float64)
+
+    def broken(x):
+        y = torch.rand_like(x)
+        y[..., 3, 3] = sign * math.inf
+        return y
+
+    error = equivariance_error(broken, images, (0, 0))
+    assert error.differing == 15
+    assert 0 < error.relative_error < math.inf
+    with pytest.raises(AssertionError, match="relative error 0"):
+        assert_shift_equivariant(broken, images, shifts=[(0, 0)])
+    with pytest.raises(AssertionError, match="relative error inf"):
+        assert_shift_equivariant(broken, images, shifts=[(1, 0)])
+
+    def masked(x):
+        return x.masked_fill(x > 0.5, sign * math.inf)
+
+    assert_shift_equivariant(masked, images, shifts=[(1, 2)])
+
+
 @pytest.mark.parametrize("dtype", list(testing.TOLERANCES))
 def test_tolerance_of_each_dtype_tells_rounding_from_a_border(dtype):
     """The circular network passes, the zero-padded one fails."""

@@ -23,6 +23,7 @@ __all__ = [
     "require_integer_tensor",
     "require_number",
     "require_rank",
+    "require_type",
 ]
 
 
@@ -30,6 +31,12 @@ def require(condition: bool, name: str, expected: str, actual: object) -> None:
     """Raise ``ValueError`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {actual}.")
+
+
+def require_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Refuse a value of another class."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {expected}, got {value!r}.")
 
 
 def require_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
@@ -101,6 +108,7 @@ def require_integer_tensor(name: str, tensor: Tensor) -> None:
 
 def require_device(name: str, tensor: Tensor, device: torch.device, owner: str) -> None:
     """Refuse a tensor that does not live where ``owner`` does."""
+    _require_tensor(name, tensor)
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} as the {owner}, got {tensor.device}.")
 

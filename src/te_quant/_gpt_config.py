@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from te_quant._checks import require, require_choice, require_int, require_number
+from te_quant._checks import require, require_choice, require_int, require_number, require_type
 
 __all__ = ["POSITIONS", "GPTConfig", "Positions", "Segment"]
 
@@ -117,8 +117,7 @@ class GPTConfig:
         require_number("mlp_ratio", self.mlp_ratio, 0)
         require(self.mlp_width > 0, "mlp_ratio", f"at least {1 / self.width:g}", self.mlp_ratio)
         require_number("dropout", self.dropout, 0, below=1)
-        if not isinstance(self.tied_head, bool):
-            raise TypeError(f"tied_head must be a bool, got {self.tied_head!r}.")
+        require_type("tied_head", self.tied_head, bool, "a bool")
 
     @property
     def mlp_width(self) -> int:

@@ -28,7 +28,7 @@ class ShiftDifference:
     Attributes:
         shift: (dy, dx) of the images, pixels.
         max_error: largest absolute difference; inf where one side alone is NaN or infinite.
-        relative_error: the same over the largest absolute value of f(x); 0 if both vanish.
+        relative_error: the same over the largest finite absolute value of f(x); 0 if both vanish.
         differing: values (or indices) that are not equal, bit by bit.
         compared: values compared.
         position: (image, ..., row, column) in f(x): of the largest difference, or for indices the first one;
@@ -195,7 +195,8 @@ def _compare(
                 inner[-2:] = [p + max(0, -k) for p, k in zip(inner[-2:], step, strict=True)]
             place = (image, *inner)
     require(compared > 0, "shift", "one that leaves positions valid in both", shift)
-    scale = float(reference.double().abs().max())
+    # An infinity is no scale: everything would be small beside it.
+    scale = float(reference.double().abs().nan_to_num(nan=0.0, posinf=0.0).max())
     return ShiftDifference(
         shift=shift,
         max_error=largest,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from te_quant import _pretrained
 from te_quant._autoencoder_config import AutoencoderConfig
-from te_quant._checks import require, require_integer_tensor, require_rank
+from te_quant._checks import require, require_integer_tensor, require_rank, require_type
 from te_quant._coders import build_decoder, build_encoder
 from te_quant._values import require_in_range
 from te_quant.contract import Encoding, EquivarianceContract
@@ -104,6 +104,7 @@ class VQAutoencoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, *, quantizer: nn.Module | None = None) -> None:
         super().__init__()
+        require_type("config", config, AutoencoderConfig, "an AutoencoderConfig")
         if quantizer is not None:
             _require_quantizer(quantizer, config)
         self.config = config

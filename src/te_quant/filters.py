@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_quant._checks import require, require_choice, require_floating, require_int, require_rank
+from te_quant._checks import require, require_choice, require_floating, require_int, require_rank, require_type
 from te_quant._padding import pad_borders
 
 __all__ = ["PADDING_MODES", "Margins", "PaddingMode", "binomial_kernel", "filter2d", "fourier_resample", "pad2d"]
@@ -43,11 +43,13 @@ def binomial_kernel(
 
     Raises:
         ValueError: size is smaller than 1.
-        TypeError: size is not an int.
+        TypeError: size is not an int, or dtype not floating point.
 
     Source: Zhang 2019, arXiv:1904.11486, section 4 (its Rect-2, Tri-3 and Bin-5 are k = 2, 3 and 5).
     """
     require_int("size", size, 1)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}.")
     total = 2 ** (size - 1)
     taps = [math.comb(size - 1, i) / total for i in range(size)]
     return torch.tensor(taps, dtype=torch.float64, device="cpu").to(device=device, dtype=dtype)
@@ -67,13 +69,14 @@ def pad2d(images: Tensor, margins: Margins, mode: PaddingMode) -> Tensor:
         result: (B, C, top + H + bottom, left + W + right).
 
     Raises:
-        ValueError: mode is unknown, there is no pixel to repeat, or a reflected margin is not
-            smaller than the side it mirrors.
+        ValueError: mode is unknown, a margin is negative, there is no pixel to repeat, or a reflected margin is
+            not smaller than the side it mirrors.
     """
     require_choice("mode", mode, PADDING_MODES)
     require_rank("images", images, (4,), "(B, C, H, W)")
     if not any(margins):
         return images
+    require(min(margins) >= 0, "margins", "at least 0 each", margins)
     if mode == "zeros":
         return F.pad(images, margins)
     height, width = images.shape[-2:]
@@ -112,8 +115,12 @@ def filter2d(images: Tensor, taps: Tensor, *, stride: int = 1, padding_mode: Pad
 
     Raises:
         ValueError: a shape or an option is not as said above.
+        TypeError: images or taps are not floating point.
     """
     require_rank("taps", taps, (1,), "(k,)")
+    require_floating("taps", taps)
+    require(len(taps) > 0, "taps", "at least one", "none")
+    require_int("stride", stride, 1)
     return filter_by(images, torch.outer(taps, taps), stride, padding_mode)
 
 
@@ -123,6 +130,7 @@ def filter_by(images: Tensor, kernel: Tensor, stride: int, padding_mode: Padding
     One 2-D depthwise convolution: its backward costs less than that of two 1-D ones for k = 5.
     """
     require_rank("images", images, (4,), "(B, C, H, W)")
+    require_floating("images", images)
     batch, channels, height, width = images.shape
     size = kernel.shape[0]
     before, after = (size - 1) // 2, size // 2
@@ -176,6 +184,7 @@ def fourier_resample(images: Tensor, size: tuple[int, int]) -> Tensor:
     """
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)
+    require_type("size", size, (tuple, list), "a pair of ints")
     height, width = size
     require_int("size[0]", height, 1)
     require_int("size[1]", width, 1)

@@ -18,6 +18,7 @@ from te_quant._checks import (
     require_floating,
     require_number,
     require_rank,
+    require_type,
 )
 from te_quant._precision import full_precision, widen
 from te_quant._search import sample_codes, search_codes
@@ -50,7 +51,7 @@ def nearest_code(
 
     Raises:
         ValueError: a shape, the device or the temperature does not fit, or there is no code.
-        TypeError: a tensor is not floating point, or the dtypes differ.
+        TypeError: a tensor is not floating point, the dtypes differ, or the generator is no ``torch.Generator``.
 
     Source: Shin et al. 2021, arXiv:2112.00384, Eq. 3.
     """
@@ -63,6 +64,8 @@ def nearest_code(
     if latents.dtype != codebook.dtype:
         raise TypeError(f"latents must be {codebook.dtype} as the codebook, got {latents.dtype}.")
     require_number("temperature", temperature, 0.0)
+    if generator is not None:
+        require_type("generator", generator, torch.Generator, "a torch.Generator")
     if latents.dtype in (torch.float16, torch.bfloat16):
         latents, codebook = latents.float(), codebook.float()
     if temperature:
@@ -77,10 +80,14 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
         latents: any shape.
         codes: same shape; gets no gradient.
 
+    Raises:
+        ValueError: the shapes differ.
+
     Source: Bengio et al. 2013, arXiv:1308.3432; van den Oord et al. 2017, Section 3.2. Written as
         codes + (z - z), not z + (codes - z), because the latter differs from the codes in the last bits, and
         tokens would then decode to another image than the one trained on.
     """
+    _require_same_shape(latents, codes)
     if torch.compiler.is_compiling():
         return codes.detach() + (latents - latents.detach())
     estimate: Tensor = _StraightThrough.apply(latents, codes)  # type: ignore[no-untyped-call]
@@ -117,8 +124,12 @@ def rotation_trick(latents: Tensor, codes: Tensor) -> Tensor:
         codes: (N, C); gets no gradient. Where z or its code is zero, or they are opposite, no rotation is
             defined and the row falls back to :func:`straight_through`.
 
+    Raises:
+        ValueError: the shapes differ.
+
     Source: Fifty et al. 2024, arXiv:2410.06424, Eq. 3 and 4, with the rotation held constant.
     """
+    _require_same_shape(latents, codes)
     with torch.no_grad():
         latent_norm = latents.norm(dim=-1, keepdim=True)
         code_norm = codes.norm(dim=-1, keepdim=True)
@@ -135,6 +146,12 @@ def rotation_trick(latents: Tensor, codes: Tensor) -> Tensor:
     reflected = latents - 2 * (latents * halfway).sum(-1, keepdim=True) * halfway
     rotated = scale * (reflected + 2 * (latents * unit_latents).sum(-1, keepdim=True) * unit_codes)
     return straight_through(torch.where(defined, rotated, latents), codes)
+
+
+def _require_same_shape(latents: Tensor, codes: Tensor) -> None:
+    # Broadcasting would give back another shape than that of the latents.
+    if codes.shape != latents.shape:
+        require(False, "codes", f"of shape {tuple(latents.shape)} as the latents", f"shape {tuple(codes.shape)}")
 
 
 def orthogonality(codebook: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant import _pretrained
-from te_quant._checks import require, require_axis, require_device, require_int
+from te_quant._checks import require, require_axis, require_device, require_int, require_type
 from te_quant._gpt_config import GPTConfig, Segment
 from te_quant._precision import AUTOCAST_DEVICES, widen
 from te_quant._sampling import Ending, Sampler, extend
@@ -84,6 +84,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        require_type("config", config, GPTConfig, "a GPTConfig")
         self.config = config
         D = config.width
         self.ends = nn.ModuleList(SegmentEnds(segment, D, config.tied_head) for segment in config.segments)
@@ -257,6 +258,7 @@ class GPT(nn.Module):
             prompt = prompt.masked_fill(~own, 0)
         prompt = layout.checked("prompt", prompt, self.start.device, always_look=True)
         if generator is not None:
+            require_type("generator", generator, torch.Generator, "a torch.Generator")
             same = generator.device.type == prompt.device.type
             require(same, "generator", f"on {prompt.device} as the prompt", generator.device)
         B, P = prompt.shape

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from te_quant._checks import require, require_choice, require_floating, require_int, require_number
+from te_quant._checks import require, require_choice, require_floating, require_int, require_number, require_type
 
 __all__ = [
     "PROTOCOLS",
@@ -76,8 +76,7 @@ def canvas(images: Tensor, shift: Shift, *, fill: float) -> Tensor:
     """
     _require_plane("images", images)
     dy, dx = _pair("shift", shift)
-    require_number("fill", fill)
-    require(images.is_floating_point() or float(fill).is_integer(), "fill", f"an integer for {images.dtype}", fill)
+    _require_ground(images, fill)
     source, target = valid_tokens((images.shape[-2], images.shape[-1]), (dy, dx), "canvas")
     moved = torch.full_like(images, fill)
     moved[..., target[0], target[1]] = images[..., source[0], source[1]]
@@ -127,12 +126,13 @@ def place(sprites: Tensor, offset: Shift, *, size: tuple[int, int], fill: float)
         sprites: (..., H, W). Returns (..., height, width).
 
     Raises:
-        ValueError: the sprite does not lie inside the canvas.
+        ValueError: the sprite does not lie inside the canvas, or ``fill`` is not an integer although ``sprites``
+            are.
     """
     _require_plane("sprites", sprites)
     top, left = _pair("offset", offset)
     height, width = _pair("size", size)
-    require_number("fill", fill)
+    _require_ground(sprites, fill)
     sides = (sprites.shape[-2], sprites.shape[-1])
     inside = 0 <= top <= height - sides[0] and 0 <= left <= width - sides[1]
     require(inside, "offset", f"one that keeps a {sides} sprite inside {(height, width)}", (top, left))
@@ -213,6 +213,7 @@ def fourier_shift(latents: Tensor, shift: tuple[float, float]) -> Tensor:
     """
     _require_plane("latents", latents)
     require_floating("latents", latents)
+    require_type("shift", shift, (tuple, list), "a pair of numbers")
     amounts = tuple(shift)
     require(len(amounts) == 2, "shift", "a pair (dy, dx)", shift)
     wide = latents if latents.dtype in (torch.float32, torch.float64) else latents.float()
@@ -251,6 +252,11 @@ def _pair(name: str, value: Iterable[int]) -> Shift:
     for position, number in enumerate(value):
         require_int(f"{name}[{position}]", number)
     return value[0], value[1]
+
+
+def _require_ground(images: Tensor, fill: float) -> None:
+    require_number("fill", fill)
+    require(images.is_floating_point() or float(fill).is_integer(), "fill", f"an integer for {images.dtype}", fill)
 
 
 def _require_plane(name: str, tensor: Tensor) -> None:

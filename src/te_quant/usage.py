@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import (
+    require,
     require_axis,
     require_device,
     require_int,
@@ -84,10 +85,17 @@ class CodebookUsage:
         self.histogram += torch.bincount(indices.flatten(), minlength=self.num_codes)
 
     def merge(self, histogram: Tensor) -> None:
-        """Add the histogram, (K,) int64, of another counter, for instance another process's."""
+        """Add the histogram, (K,) int64, of another counter, for instance another process's.
+
+        Raises:
+            ValueError: it has not K entries, or a negative one.
+            TypeError: it does not hold integers.
+        """
         require_integer_tensor("histogram", histogram)
         require_rank("histogram", histogram, (1,), "(K,)")
         require_axis("histogram", histogram, 0, self.num_codes, "num_codes")
+        lowest = int(histogram.min())
+        require(lowest >= 0, "histogram", "counts >= 0", lowest)
         self.histogram += histogram.to(self.histogram.device)
 
     def compute(self) -> CodebookUsageReport:

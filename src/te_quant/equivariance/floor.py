@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from te_quant._checks import require, require_floating, require_int, require_rank
+from te_quant._checks import require, require_floating, require_int, require_rank, require_type
 from te_quant.equivariance._bootstrap import Resamples
 from te_quant.equivariance._tally import PairTally
 from te_quant.equivariance.agreement import Agreement, checked_tokens, tokens_of
@@ -89,6 +89,7 @@ def check_variants(variants: Mapping[str, Variant] | None) -> Mapping[str, Varia
     """Refuse variants that are neither callables nor batch sizes; None gives the default."""
     if variants is None:
         return DEFAULT_VARIANTS
+    require_type("variants", variants, Mapping, "a mapping from names to callables or batch sizes")
     for name, variant in variants.items():
         if not callable(variant):
             require_int(f"variants[{name!r}]", variant, 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from te_quant._checks import require_int
+from te_quant._checks import require_int, require_type
 from te_quant._precision import full_precision
 from te_quant.functional import rotation_trick, straight_through
 from te_quant.quantizers import _residual, _stages
@@ -78,6 +78,9 @@ class ResidualVectorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         require_int("num_quantizers", num_quantizers, 1)
+        require_type("shared_codebook", shared_codebook, bool, "a bool")
+        # Not a probability, as it is elsewhere.
+        require_type("quantizer_dropout", quantizer_dropout, bool, "a bool")
         self._layout = Layout(code_dim, channel_dim, nonfinite)
         self.stages = nn.ModuleList(
             VectorQuantizer(
@@ -95,7 +98,7 @@ class ResidualVectorQuantizer(nn.Module):
             for _ in range(1 if shared_codebook else num_quantizers)
         )
         self.num_codes, self.code_dim, self.num_quantizers = num_codes, code_dim, num_quantizers
-        self.shared_codebook, self.quantizer_dropout = bool(shared_codebook), bool(quantizer_dropout)
+        self.shared_codebook, self.quantizer_dropout = shared_codebook, quantizer_dropout
         self.channel_dim, self.frozen = channel_dim, False
 
     def forward(self, latents: Tensor, *, generator: torch.Generator | None = None) -> QuantizerOutput:
@@ -162,6 +165,7 @@ class ResidualVectorQuantizer(nn.Module):
 
     def freeze(self, frozen: bool = True) -> ResidualVectorQuantizer:
         """Stop (or resume) every change of state; as :meth:`te_quant.VectorQuantizer.freeze`."""
+        require_type("frozen", frozen, bool, "a bool")
         self.frozen = frozen
         for stage in self._quantizers:
             stage.freeze(frozen)

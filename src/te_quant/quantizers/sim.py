@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_quant._checks import require_choice, require_int, require_number
+from te_quant._checks import require_choice, require_int, require_number, require_type
 from te_quant._precision import full_precision, widen, widen_buffers
 from te_quant._search import search_codes
 from te_quant.functional import rotation_trick, straight_through
@@ -168,6 +168,7 @@ class SimVQ(nn.Module):
 
     def freeze(self, frozen: bool = True) -> SimVQ:
         """Stop (or resume) every change of state; as :meth:`te_quant.VectorQuantizer.freeze`."""
+        require_type("frozen", frozen, bool, "a bool")
         self.frozen = frozen
         self.basis.requires_grad_(not frozen)
         if frozen:

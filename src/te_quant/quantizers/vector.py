@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_quant._checks import require, require_choice, require_int, require_number
+from te_quant._checks import require, require_choice, require_int, require_number, require_type
 from te_quant._precision import full_precision, unit_rows, widen, widen_buffers
 from te_quant._search import sample_codes, search_codes
 from te_quant.functional import orthogonality, rotation_trick, straight_through
@@ -111,6 +111,7 @@ class VectorQuantizer(nn.Module):
         require_choice("codebook_update", codebook_update, ("gradient", "ema"))
         require_number("commitment_weight", commitment_weight, 0.0)
         require_number("orthogonal_reg", orthogonal_reg, 0.0)
+        require_type("orthogonal_active_only", orthogonal_active_only, bool, "a bool")
         if orthogonal_max_codes is not None:
             require_int("orthogonal_max_codes", orthogonal_max_codes, 1)
         subset = {"orthogonal_active_only": orthogonal_active_only, "orthogonal_max_codes": orthogonal_max_codes}
@@ -125,7 +126,7 @@ class VectorQuantizer(nn.Module):
         self.codebook_update = codebook_update
         self.commitment_weight = float(commitment_weight)
         self.orthogonal_reg = float(orthogonal_reg)
-        self.orthogonal_active_only = bool(orthogonal_active_only)
+        self.orthogonal_active_only = orthogonal_active_only
         self.orthogonal_max_codes = orthogonal_max_codes
         self.gradient_estimator = gradient_estimator
         self.temperature = float(temperature)
@@ -214,6 +215,7 @@ class VectorQuantizer(nn.Module):
 
         The flag belongs to this object: copies and pickles carry it, ``state_dict`` does not.
         """
+        require_type("frozen", frozen, bool, "a bool")
         self.frozen = frozen
         self.codebook.requires_grad_(not frozen and self.codebook_update == "gradient")
         if frozen:
