@@ -58,9 +58,7 @@ def test_every_quantizer_learns(name: str) -> None:
 def test_every_quantizer_is_measured(trained: Path) -> None:
     """No loss is lost, and all numbers of the evaluation are there."""
     runs = collect_family(SETTINGS, trained, seeds=[0], command="typed")["runs"]
-    trained = {(run["name"], run["settings"]["seed"]) for run in runs}
-    assert len(runs) == len(trained)
-    assert trained == {(name, seed) for name in FAMILY for seed in (0, 1, 2)}
+    assert [run["name"] for run in runs] == list(FAMILY)
     for run in runs:
         losses = [line["loss"] for line in read_log(trained / f"{run['name']}-seed0" / "log.jsonl")]
         assert len(losses) == SETTINGS.steps
@@ -279,7 +277,7 @@ def test_command_line_trains_what_is_asked_for(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="no comparison is published")
 def test_published_table_follows_from_its_data(tmp_path: Path) -> None:
-    """The committed table is what the committed results.json gives, and all of the family is in it, seeds alike."""
+    """The committed table is what the committed results.json gives, with all of the family and its seeds."""
     data = (PUBLISHED / "results.json").read_bytes()
     (tmp_path / "results.json").write_bytes(data)
     write_family(tmp_path)
