@@ -31,15 +31,14 @@ class ResidualVectorQuantizer(nn.Module):
     Args:
         num_codes, code_dim, num_quantizers: K of each codebook, C and Q, each at least 1.
         shared_codebook: one codebook serves all Q steps; otherwise each has its own.
-        quantizer_dropout: while training, each element of axis 0 uses only its first n codebooks, n uniform in
-            1..Q. Afterwards the first few indices alone decode well: ``decode(indices[..., :n])``.
+        quantizer_dropout: if True, each element of axis 0 uses only its first n codebooks while training, n uniform
+            in 1..Q. Afterwards the first few indices alone decode well: ``decode(indices[..., :n])``.
         codebook_update: ``"gradient"`` or ``"ema"``, as for :class:`~te_quant.VectorQuantizer`. Under ``"ema"``
             all codebooks move together at the end of a step, and the codes returned are those after it.
         commitment_weight: β of the commitment term, >= 0. The codebook term has weight 1.
         orthogonal_reg: λ of the orthogonality penalty, the mean over the codebooks, >= 0.
         gradient_estimator: ``"straight_through"`` or ``"rotation_trick"``, from the latents to the sum of codes.
-        decay: of the moving averages, in [0, 1).
-        channel_dim, nonfinite, process_group: as for :class:`~te_quant.VectorQuantizer`.
+        decay, channel_dim, nonfinite, process_group: as for :class:`~te_quant.VectorQuantizer`.
         generator: randomness of the initial codebooks; the global one if ``None``.
 
     Shape:
@@ -79,7 +78,6 @@ class ResidualVectorQuantizer(nn.Module):
         super().__init__()
         require_int("num_quantizers", num_quantizers, 1)
         require_type("shared_codebook", shared_codebook, bool, "a bool")
-        # Not a probability, as it is elsewhere.
         require_type("quantizer_dropout", quantizer_dropout, bool, "a bool")
         self._layout = Layout(code_dim, channel_dim, nonfinite)
         self.stages = nn.ModuleList(
@@ -165,10 +163,9 @@ class ResidualVectorQuantizer(nn.Module):
 
     def freeze(self, frozen: bool = True) -> ResidualVectorQuantizer:
         """Stop (or resume) every change of state; as :meth:`te_quant.VectorQuantizer.freeze`."""
-        require_type("frozen", frozen, bool, "a bool")
-        self.frozen = frozen
         for stage in self._quantizers:
             stage.freeze(frozen)
+        self.frozen = frozen
         return self
 
     @torch.no_grad()
