@@ -31,7 +31,7 @@ class ResidualVectorQuantizer(nn.Module):
     Args:
         num_codes, code_dim, num_quantizers: K of each codebook, C and Q, each at least 1.
         shared_codebook: one codebook serves all Q steps; otherwise each has its own.
-        quantizer_dropout: if True, each element of axis 0 uses only its first n codebooks while training, n uniform
+        quantizer_dropout: if True, each element of axis 0 uses its first n codebooks alone in training, n uniform
             in 1..Q. Afterwards the first few indices alone decode well: ``decode(indices[..., :n])``.
         codebook_update: ``"gradient"`` or ``"ema"``, as for :class:`~te_quant.VectorQuantizer`. Under ``"ema"``
             all codebooks move together at the end of a step, and the codes returned are those after it.
