@@ -131,11 +131,6 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "config must be an AutoencoderConfig, got {}.",
     ),
     "no GPT config": (lambda: GPT({}), TypeError, "config must be a GPTConfig, got {}."),  # type: ignore[arg-type]
-    "no generator for a GPT": (
-        lambda: gpt().generate(torch.zeros(1, 0, dtype=torch.int64), generator=3),  # type: ignore[arg-type]
-        TypeError,
-        "generator must be a torch.Generator, got 3.",
-    ),
     "a list as mask": (
         lambda: gpt()(torch.zeros(1, 1, dtype=torch.int64), mask=[True]),
         TypeError,

@@ -258,7 +258,6 @@ class GPT(nn.Module):
             prompt = prompt.masked_fill(~own, 0)
         prompt = layout.checked("prompt", prompt, self.start.device, always_look=True)
         if generator is not None:
-            require_type("generator", generator, torch.Generator, "a torch.Generator")
             same = generator.device.type == prompt.device.type
             require(same, "generator", f"on {prompt.device} as the prompt", generator.device)
         B, P = prompt.shape
