@@ -285,6 +285,10 @@ def train_classifier(
 
 
 def _layout(device: torch.device) -> torch.memory_format:
-    """Channels-last, the faster one, but on a CPU without AVX-512: there training with it crashes (torch 2.13)."""
+    """Channels-last, the faster one, but on a CPU without AVX-512.
+
+    On one with AVX2 alone the backward pass of a strided 1x1 convolution from 4 to 8 channels writes beyond its
+    memory (torch 2.13), and such a one is in small classifiers.
+    """
     crashes = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
     return torch.contiguous_format if crashes else torch.channels_last
