@@ -16,6 +16,7 @@ from examples.te_vqgan.evaluation import psnr
 from examples.te_vqgan.figures import code_colors, draw_placements, draw_shifts, most_alike
 from examples.te_vqgan.findings import findings
 from examples.te_vqgan.provenance import Execution, git_commit, versions
+from examples.te_vqgan.report import _title
 from examples.te_vqgan.results import METRICS, cell
 from te_quant.equivariance import measure_equivariance
 
@@ -86,6 +87,22 @@ def test_findings_say_how_many_seeds_there_are() -> None:
     assert "At least one arm has a single seed" in _text(_run("A", 0), _run("B", 0))
     assert "at least 2 seeds" in _text(_run("A", 0), _run("A", 1), _run("B", 0), _run("B", 1))
     assert "A alone is finished" in _text(_run("A", 0))
+
+
+def test_every_finding_about_an_arm_names_it() -> None:
+    """Of nine arms a sentence without a name belongs to none."""
+    arms = [_run(title, 0, perplexity=8.0, placement=0.8) for title in ("B", "C")]
+    *about, last = findings({"runs": [_run("A", 0), *arms]})
+    assert "single seed" in last
+    assert [sentence.split()[0].rstrip(":") for sentence in about] == ["B"] * 5 + ["C"] * 5
+
+
+def test_title_names_a_few_arms_and_counts_many() -> None:
+    """Nine names make no title."""
+    runs = [{**_run(title, 0), "settings": {"data": "mnist"}} for title in "ABCDE"]
+    assert _title({"runs": runs[:2]}) == "A and B on mnist"
+    assert _title({"runs": runs[:4]}) == "A; B; C; D on mnist"
+    assert _title({"runs": runs}) == "5 tokenizers on mnist"
 
 
 def test_findings_write_an_undefined_kappa_as_such() -> None:
