@@ -5,6 +5,7 @@ Shape letters: N latent vectors, C code size, K codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,15 @@ def test_the_objective_test_can_fail() -> None:
     assert objective(means, means, shares, 10.0) > objective(codebook, means, shares, 10.0) + 1
 
 
+def at_rest(step: Callable[[Tensor], Tensor], codebook: Tensor) -> Tensor:
+    """Where repeated steps lead, to a few thousand roundings."""
+    for _ in range(20_000):
+        before, codebook = codebook, step(codebook)
+        if float((codebook - before).norm()) < 1e-12 * float(codebook.norm()):
+            break
+    return codebook
+
+
 @pytest.mark.parametrize(("k", "c"), [(5, 8), (9, 4)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weight", [0.3, 10.0])
@@ -166,12 +176,7 @@ def test_repeated_steps_reach_a_stationary_point(k: int, c: int, masked: bool, w
     shares /= shares.sum()
     mask = torch.arange(k) != 2 if masked else None
     codebook = means.clone()
-    for _ in range(20_000):
-        moved = penalized_means(codebook, means, shares, weight, mask)
-        done = torch.equal(moved, codebook)
-        codebook = moved
-        if done:
-            break
+    codebook = at_rest(lambda e: penalized_means(e, means, shares, weight, mask), codebook)
     sizes = {}
     for scale in (1.0, 2.0):
         point = codebook.clone().requires_grad_()
@@ -189,8 +194,7 @@ def test_under_cosine_the_directions_alone_come_to_rest(unit: bool) -> None:
     means = 0.7 * torch.nn.functional.normalize(means, dim=1)
     shares = torch.full((6,), 1 / 6, dtype=torch.float64)
     codebook = means.clone()
-    for _ in range(20_000):
-        codebook = penalized_means(codebook, means, shares, 0.5, unit=unit)
+    codebook = at_rest(lambda e: penalized_means(e, means, shares, 0.5, unit=unit), codebook)
     point = codebook.clone().requires_grad_()
     directions = torch.nn.functional.normalize(point, dim=1)
     data = -(2 / 8) * (shares[:, None] * directions * means).sum()
@@ -210,8 +214,12 @@ def test_lambda_means_the_same_in_both_modes(lam: float) -> None:
     ema = VectorQuantizer(5, 6, codebook_update="ema", orthogonal_reg=lam, decay=0.0).double()
     ema.codebook.copy_(centres)
     ema.code_sums.copy_(centres)
-    for _ in range(6_000):
+
+    def step(_: Tensor) -> Tensor:
         ema(latents)
+        return ema.codebook.detach().clone()
+
+    at_rest(step, step(centres))
     gradients = {}
     for scale in (1.0, 2.0, 0.0):
         learnt = VectorQuantizer(5, 6, orthogonal_reg=scale * lam).double()

@@ -255,6 +255,13 @@ def test_perplexity_of_even_use_is_the_number_of_codes(dtype: torch.dtype) -> No
         perplexity(histogram.view(3, 4))
 
 
+def test_perplexity_of_broken_statistics_is_not_that_of_an_unused_codebook() -> None:
+    """Zero means that no code is in use; what is not a number stays so."""
+    for broken in (math.nan, math.inf):
+        assert perplexity(torch.tensor([broken, 2.0])).isnan()
+    assert perplexity(torch.zeros(3)) == 0
+
+
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
 def test_straight_through_in_forward_mode_and_for_each_sample() -> None:
     """The tangent passes unchanged, and a gradient a sample is that of the sample alone."""

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from te_quant import VectorQuantizer
+from te_quant import SimVQ, VectorQuantizer
 from te_quant._precision import unit_rows
 from te_quant.functional import orthogonality
 
@@ -58,3 +58,19 @@ def test_orthogonality_ignores_autocast() -> None:
         rough = ((codes @ codes.T).float() - torch.eye(16)).square().sum() / 16**2
     assert inside == orthogonality(codes) < 1e-12
     assert rough > 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quantizer", [VectorQuantizer(4, 2, codebook_update="ema"), SimVQ(4, 2)], ids=repr)
+def test_conversion_leaves_the_statistics_as_they_are(
+    quantizer: VectorQuantizer | SimVQ, dtype: torch.dtype
+) -> None:
+    """Counts past 65,504 would be infinite in float16, and three digits long in bfloat16, for ever."""
+    names = [name for name in ("usage", "code_sums") if hasattr(quantizer, name)]
+    for name in names:
+        getattr(quantizer, name).uniform_(1e5, 1e6)
+    before = {name: getattr(quantizer, name).clone() for name in names}
+    for converted in (copy.deepcopy(quantizer).to(dtype), copy.deepcopy(quantizer).to(dtype).float()):
+        assert all(torch.equal(getattr(converted, name), value) for name, value in before.items())
+    assert copy.deepcopy(quantizer).double().usage.dtype == torch.float64
+    assert copy.deepcopy(quantizer).to(dtype).to("meta").usage.device.type == "meta"

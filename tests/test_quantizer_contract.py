@@ -28,6 +28,7 @@ from tests.quantizer_cases import (
     index_axes,
     index_layout,
     index_shape,
+    is_random,
     latents_for,
     lowest_index,
     state_of,
@@ -39,9 +40,9 @@ FIELDS = ("quantized", "indices", "loss", "codebook_loss", "commitment_loss", "r
 MODES = [pytest.param(True, id="train"), pytest.param(False, id="eval")]
 
 
-def build(name: str, channel_dim: int = 1, *, training: bool = False, spread: bool = True) -> Any:
+def build(name: str, channel_dim: int = 1, *, training: bool = False, spread: bool = True, **options: Any) -> Any:
     """A quantizer of the table, with a codebook, if it has one, as wide as the latents."""
-    quantizer = QUANTIZERS[name](channel_dim=channel_dim).train(training)
+    quantizer = QUANTIZERS[name](channel_dim=channel_dim, **options).train(training)
     if spread and hasattr(quantizer, "kmeans_init"):
         quantizer.kmeans_init(torch.randn(64, quantizer.code_dim), iterations=2)
     return quantizer
@@ -313,10 +314,8 @@ def test_refuses_another_dtype_or_device(name: str) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_refuses_latents_that_are_not_finite(name: str, bad: float) -> None:
-    """Unless told to skip them; the state stays as it was."""
-    if "skip" in name:
-        pytest.skip("told to skip them")
-    quantizer = build(name, training=True)
+    """Unless told otherwise; the state stays as it was."""
+    quantizer = build(name, training=True, nonfinite="raise")
     before = state_of(quantizer)
     latents = latents_for(quantizer, (3, -1, 4, 5))
     latents[1, 0, 2, 3] = bad
@@ -325,6 +324,73 @@ def test_refuses_latents_that_are_not_finite(name: str, bad: float) -> None:
         with pytest.raises(ValueError, match=exactly(message)):
             method(latents)
     assert equal_states(quantizer, before)
+
+
+@pytest.mark.parametrize("training", MODES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_skips_latents_that_are_not_finite(name: str, training: bool, bad: float) -> None:
+    """Where told to: all is as without that vector, which gets the code of zero and no gradient."""
+    quantizer = build(name, training=training, nonfinite="skip")
+    twin, latents = copy.deepcopy(quantizer), latents_for(quantizer, (9, -1))
+    kept = torch.arange(9) != 4
+    others = latents[kept].requires_grad_()
+    indices = quantizer.encode(torch.where(kept.unsqueeze(1), latents, 0.0))
+    latents[4, 0] = bad
+    latents.requires_grad_()
+    output = quantizer(latents)
+    (output.loss + output.quantized[kept].square().sum()).backward()
+    assert latents.grad is not None
+    assert (latents.grad[4] == 0).all()
+    assert torch.equal(output.quantized, output.codes)
+    assert torch.equal(quantizer.decode(output.indices), output.codes)
+    if training and is_random(quantizer):
+        assert all(value.isfinite().all() for value in (output.loss, *quantizer.state_dict().values()))
+        return
+    expected = twin(others)
+    (expected.loss + expected.quantized.square().sum()).backward()
+    assert torch.equal(output.indices, indices)
+    assert torch.equal(output.indices[kept], expected.indices)
+    torch.testing.assert_close(output.codes[kept], expected.codes)
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(latents.grad[kept], others.grad)
+    for key, value in twin.state_dict().items():
+        torch.testing.assert_close(quantizer.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_does_not_look_at_latents_where_told_so(name: str, bad: float) -> None:
+    """Every vector gets some code of its own, and the vectors beside it theirs."""
+    quantizer = build(name, nonfinite="off")
+    latents = latents_for(quantizer, (9, -1))
+    clean = quantizer.encode(latents)
+    latents[4, 0] = bad
+    output = quantizer(latents)
+    assert torch.equal(output.quantized, output.codes)
+    assert torch.equal(quantizer.decode(output.indices), output.codes)
+    assert torch.equal(quantizer.encode(latents), output.indices)
+    kept = torch.arange(9) != 4
+    assert torch.equal(output.indices[kept], clean[kept])
+
+
+def test_frozen_means_frozen(name: str) -> None:
+    """In training nothing moves, nothing is counted and nothing has a gradient; afterwards as before."""
+    quantizer = build(name, training=True)
+    latents = latents_for(quantizer, (9, -1)).requires_grad_()
+    if hasattr(quantizer, "freeze"):
+        assert quantizer.freeze() is quantizer
+        assert quantizer.frozen
+    else:
+        # Where nothing is learnt or counted there is nothing to freeze.
+        assert not list(quantizer.parameters())
+    before = state_of(quantizer)
+    output = quantizer(latents)
+    (output.loss + output.quantized.square().sum()).backward()
+    assert latents.grad is not None
+    assert equal_states(quantizer, before)
+    assert all(parameter.grad is None for parameter in quantizer.parameters())
+    if hasattr(quantizer, "freeze"):
+        quantizer.freeze(False)(latents)
+        assert not equal_states(quantizer, before)
 
 
 def test_refuses_indices_without_a_code(name: str) -> None:

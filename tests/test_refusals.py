@@ -21,7 +21,7 @@ from te_quant import (
 )
 from te_quant.equivariance import numerical_floor
 from te_quant.filters import binomial_kernel, filter2d, fourier_resample, pad2d
-from te_quant.functional import nearest_code, rotation_trick, straight_through
+from te_quant.functional import nearest_code, perplexity, rotation_trick, straight_through
 from te_quant.layers import BlurPool2d, BlurUpsample2d
 from te_quant.shifts import fourier_shift, place
 
@@ -29,6 +29,7 @@ IMAGES = torch.zeros(1, 1, 4, 4)
 PIXELS = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
 TAPS = torch.ones(3)
 ROWS, CODES = torch.zeros(4, 8), torch.zeros(2, 8)
+NO_TOKENS = torch.zeros(1, 0, dtype=torch.int64)
 
 
 def gpt() -> GPT:
@@ -124,6 +125,63 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         )
         for quantizer in (VectorQuantizer(4, 4), SimVQ(4, 4), ResidualVectorQuantizer(4, 4, 2))
     },
+    "a word as processes": (
+        lambda: SimVQ(4, 4, process_group="all"),  # type: ignore[arg-type]
+        TypeError,
+        "process_group must be a torch.distributed.ProcessGroup, got 'all'.",
+    ),
+    **{
+        f"a seed as generator: {name}": (call, TypeError, "generator must be a torch.Generator, got 3.")
+        for name, call in {
+            "codebook": lambda: VectorQuantizer(4, 4, generator=3),  # type: ignore[arg-type]
+            "coefficients": lambda: SimVQ(4, 4, generator=3),  # type: ignore[arg-type]
+            "forward": lambda: VectorQuantizer(4, 8, temperature=1.0)(ROWS, generator=3),
+            "dropout": lambda: ResidualVectorQuantizer(4, 8, 2, quantizer_dropout=True)(ROWS, generator=3),
+            "k-means": lambda: VectorQuantizer(4, 8).kmeans_init(ROWS, generator=3),  # type: ignore[arg-type]
+            "revival": lambda: VectorQuantizer(4, 8).revive_dead_codes(ROWS, generator=3),  # type: ignore[arg-type]
+            "GPT": lambda: gpt().generate(NO_TOKENS, generator=3),  # type: ignore[arg-type]
+        }.items()
+    },
+    "two margins": (
+        lambda: pad2d(IMAGES, (1, 1), "zeros"),  # type: ignore[arg-type]
+        ValueError,
+        "margins must be four ints (left, right, top, bottom), got (1, 1).",
+    ),
+    "one margin": (
+        lambda: pad2d(IMAGES, 1, "circular"),  # type: ignore[arg-type]
+        TypeError,
+        "margins must be four ints, got 1.",
+    ),
+    "a size of one side": (
+        lambda: fourier_resample(IMAGES, (4,)),  # type: ignore[arg-type]
+        ValueError,
+        "size must be a pair (height, width), got (4,).",
+    ),
+    "complex counts": (
+        lambda: perplexity(torch.ones(3) * 1j),
+        TypeError,
+        "histogram must be real, got torch.complex64.",
+    ),
+    "a number as order": (
+        lambda: gpt()(NO_TOKENS, order=3),
+        TypeError,
+        "order must be a sequence of names of segments, got 3.",
+    ),
+    "a number as cache": (
+        lambda: gpt()(NO_TOKENS, cache=3),
+        TypeError,
+        "cache must be a KeyValueCache, got 3.",
+    ),
+    "a number as cache of what follows": (
+        lambda: gpt().next_logits(3),  # type: ignore[arg-type]
+        TypeError,
+        "cache must be a KeyValueCache, got 3.",
+    ),
+    "a word as dtype": (
+        lambda: gpt().new_cache(2, dtype="float32"),  # type: ignore[arg-type]
+        TypeError,
+        "dtype must be a torch.dtype, got 'float32'.",
+    ),
     "negative counts": (lambda: usage_with(3, -1), ValueError, "histogram must be counts >= 0, got -1."),
     "no autoencoder config": (
         lambda: VQAutoencoder({}),  # type: ignore[arg-type]

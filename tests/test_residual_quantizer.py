@@ -312,6 +312,24 @@ def test_frozen_means_frozen() -> None:
         assert not torch.equal(before["stages.0.usage"], quantizer.stages[0].usage)
 
 
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_one_frozen_stage_stays_while_the_others_move(update: str) -> None:
+    """It is neither moved nor counted; a restart is refused before any other stage has moved."""
+    quantizer = spread(codebook_update=update)
+    latents = torch.randn(20, 4, dtype=torch.float64)
+    quantizer.stages[1].freeze()
+    before = state_of(quantizer)
+    quantizer(latents)
+    moved = {name for name, value in quantizer.state_dict().items() if not torch.equal(before[name], value)}
+    assert {name.split(".")[1] for name in moved} == {str(n) for n in range(len(quantizer.stages)) if n != 1}
+    before = state_of(quantizer)
+    for method in ("kmeans_init", "revive_dead_codes"):
+        message = f"{method} must be called on a quantizer that is not frozen, got a frozen one."
+        with pytest.raises(RuntimeError, match=exactly(message)):
+            getattr(quantizer, method)(latents)
+    assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [

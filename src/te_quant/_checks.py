@@ -19,6 +19,7 @@ __all__ = [
     "require_choice",
     "require_device",
     "require_floating",
+    "require_generator",
     "require_int",
     "require_integer_tensor",
     "require_number",
@@ -37,6 +38,12 @@ def require_type(name: str, value: object, kinds: type | tuple[type, ...], expec
     """Refuse a value of another class."""
     if not isinstance(value, kinds):
         raise TypeError(f"{name} must be {expected}, got {value!r}.")
+
+
+def require_generator(generator: object) -> None:
+    """Refuse what is neither ``None`` nor a source of randomness."""
+    if generator is not None:
+        require_type("generator", generator, torch.Generator, "a torch.Generator")
 
 
 def require_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:

@@ -5,13 +5,13 @@ Shape letters: N rows, C row length.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AUTOCAST_DEVICES", "HALF", "full_precision", "unit_rows", "widen", "widen_buffers"]
+__all__ = ["AUTOCAST_DEVICES", "HALF", "full_precision", "unit_rows", "wide_buffers", "widen"]
 
 HALF = (torch.float16, torch.bfloat16)
 # Asked once: older compilers cannot trace the question.
@@ -35,11 +35,15 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
-def widen_buffers(module: nn.Module, names: Collection[str]) -> None:
-    """Bring statistics back to float32: in half precision counts stop growing, or overflow."""
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name in names:
-            module._buffers[name] = widen(buffer)
+@contextmanager
+def wide_buffers(module: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """While the module is converted, keep statistics as they are: half precision would round them, or overflow."""
+    before = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and name in names}
+    yield
+    for name, buffer in before.items():
+        converted = module._buffers[name]
+        if converted is not None and converted.dtype in HALF:
+            module._buffers[name] = widen(buffer).to(converted.device)
 
 
 def unit_rows(rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from te_quant._checks import require, require_int, require_number
+from te_quant._checks import require, require_generator, require_int, require_number
 from te_quant._precision import widen
 
 __all__ = ["Ending", "Sampler", "extend"]
@@ -43,6 +43,7 @@ class Sampler:
         if self.top_k is not None:
             require_int("top_k", self.top_k, 1)
             require(self.top_fraction is None, "top_fraction", "None with top_k", self.top_fraction)
+        require_generator(self.generator)
         for name in ("top_fraction", "top_p"):
             share = getattr(self, name)
             if share is not None:

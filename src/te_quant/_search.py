@@ -140,8 +140,10 @@ def _bits(numbers: Tensor) -> Tensor:
 
 def _center(codebook: Tensor) -> Tensor:
     """Any point amid the codes, (C,)."""
-    # A median of some, not the mean, which one runaway code would drag along.
-    return codebook[:: max(1, len(codebook) // _CENTER_CODES)].median(0).values
+    # A median of some, not the mean, which one runaway code would drag along. By sorting, since torch.median is
+    # refused on CUDA where deterministic algorithms are asked for.
+    some = codebook[:: max(1, len(codebook) // _CENTER_CODES)]
+    return some.sort(0).values[(len(some) - 1) // 2]
 
 
 def _grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:

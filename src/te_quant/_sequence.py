@@ -47,9 +47,9 @@ class Layout:
 
         Raises:
             ValueError: the order is empty, or names a segment twice or one that is not there.
-            TypeError: the order is a str.
+            TypeError: the order is a str, or no sequence.
         """
-        if isinstance(order, str):
+        if isinstance(order, str) or not (order is None or isinstance(order, Sequence)):
             raise TypeError(f"order must be a sequence of names of segments, got {order!r}.")
         known = [segment.name for segment in segments]
         names = known if order is None else list(order)

@@ -69,11 +69,14 @@ def pad2d(images: Tensor, margins: Margins, mode: PaddingMode) -> Tensor:
         result: (B, C, top + H + bottom, left + W + right).
 
     Raises:
-        ValueError: mode is unknown, a margin is negative, there is no pixel to repeat, or a reflected margin is
-            not smaller than the side it mirrors.
+        ValueError: mode is unknown, margins are not four, one is negative, there is no pixel to repeat, or a
+            reflected margin is not smaller than the side it mirrors.
+        TypeError: margins are no tuple.
     """
     require_choice("mode", mode, PADDING_MODES)
     require_rank("images", images, (4,), "(B, C, H, W)")
+    require_type("margins", margins, (tuple, list), "four ints")
+    require(len(margins) == 4, "margins", "four ints (left, right, top, bottom)", margins)
     if not any(margins):
         return images
     require(min(margins) >= 0, "margins", "at least 0 each", margins)
@@ -185,6 +188,7 @@ def fourier_resample(images: Tensor, size: tuple[int, int]) -> Tensor:
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)
     require_type("size", size, (tuple, list), "a pair of ints")
+    require(len(size) == 2, "size", "a pair (height, width)", size)
     height, width = size
     require_int("size[0]", height, 1)
     require_int("size[1]", width, 1)

@@ -16,14 +16,17 @@ from te_quant._checks import (
     require_axis,
     require_device,
     require_floating,
+    require_generator,
     require_number,
     require_rank,
-    require_type,
 )
 from te_quant._precision import full_precision, widen
 from te_quant._search import sample_codes, search_codes
 
 __all__ = ["nearest_code", "orthogonality", "perplexity", "rotation_trick", "straight_through"]
+
+_library = torch.library.Library("te_quant", "FRAGMENT")
+_library.define("straight_through(Tensor latents, Tensor codes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def nearest_code(
@@ -64,8 +67,7 @@ def nearest_code(
     if latents.dtype != codebook.dtype:
         raise TypeError(f"latents must be {codebook.dtype} as the codebook, got {latents.dtype}.")
     require_number("temperature", temperature, 0.0)
-    if generator is not None:
-        require_type("generator", generator, torch.Generator, "a torch.Generator")
+    require_generator(generator)
     if latents.dtype in (torch.float16, torch.bfloat16):
         latents, codebook = latents.float(), codebook.float()
     if temperature:
@@ -83,19 +85,21 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
 
-    Source: Bengio et al. 2013, arXiv:1308.3432; van den Oord et al. 2017, Section 3.2. Written as
-        codes + (z - z), not z + (codes - z), because the latter differs from the codes in the last bits, and
-        tokens would then decode to another image than the one trained on.
+    Source: Bengio et al. 2013, arXiv:1308.3432; van den Oord et al. 2017, Section 3.2. Not written as
+        z + (codes - z), which differs from the codes in the last bits, so that tokens would decode to another
+        image than the one trained on, and is NaN where z is not finite.
     """
     _require_same_shape(latents, codes)
+    # A compiler traces no Function that has forward derivatives, and an operator has none.
     if torch.compiler.is_compiling():
-        return codes.detach() + (latents - latents.detach())
+        traced: Tensor = torch.ops.te_quant.straight_through(latents, codes)
+        return traced
     estimate: Tensor = _StraightThrough.apply(latents, codes)  # type: ignore[no-untyped-call]
     return estimate
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The same as an expression, without its two differences in memory."""
+    """Eager mode's: a copy, with derivatives backward and forward."""
 
     generate_vmap_rule = True
 
@@ -114,6 +118,19 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:  # noqa: ARG004
         return tangent.clone()
+
+
+def _copy(latents: Tensor, codes: Tensor) -> Tensor:  # noqa: ARG001
+    return codes.clone()
+
+
+def _pass_on(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ARG001
+    return gradient, None
+
+
+_library.impl("straight_through", _copy, "CompositeExplicitAutograd")
+torch.library.register_fake("te_quant::straight_through", _copy, lib=_library)
+torch.library.register_autograd("te_quant::straight_through", _pass_on, lib=_library)
 
 
 def rotation_trick(latents: Tensor, codes: Tensor) -> Tensor:
@@ -212,11 +229,17 @@ def perplexity(histogram: Tensor) -> Tensor:
         histogram: (K,) counts or weights, >= 0, any real dtype. All zero gives 0: no codes are in use.
 
     Returns:
-        () float64 in [0, K].
+        () float64 in [0, K]; NaN if a weight is.
+
+    Raises:
+        ValueError: the histogram is not of rank 1.
+        TypeError: it is complex.
     """
     require_rank("histogram", histogram, (1,), "(K,)")
+    if histogram.is_complex():
+        raise TypeError(f"histogram must be real, got {histogram.dtype}.")
     weights = histogram.to(torch.float64)
     total = weights.sum()
     shares = weights / total.clamp_min(torch.finfo(torch.float64).tiny)
     entropy = -torch.xlogy(shares, shares).sum()
-    return torch.where(total > 0, entropy.exp(), torch.zeros_like(entropy))
+    return torch.where(total == 0, 0.0, entropy.exp())

@@ -117,6 +117,7 @@ class GPT(nn.Module):
             layout = self._layout(order)
             tokens, states = self._predictions(tokens, layout, mask)
             return self._logits(layout, states, 0)
+        require_type("cache", cache, KeyValueCache, "a KeyValueCache")
         require(mask is None, "mask", "None with a cache", "a tensor")
         if order is not None:
             same = self._layout(order) == cache.layout
@@ -194,6 +195,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: nothing comes after them, or as :meth:`forward`.
         """
+        require_type("cache", cache, KeyValueCache, "a KeyValueCache")
         if tokens is None:
             tokens = torch.empty(cache.batch, 0, dtype=torch.int64, device=self.start.device)
         tokens = self._checked_next(tokens, cache)
@@ -390,6 +392,7 @@ class GPT(nn.Module):
             device = start.device.type
             autocast = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if autocast else start.dtype
+        require_type("dtype", dtype, torch.dtype, "a torch.dtype")
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating point, got {dtype}.")
         shape = (2, batch, config.num_heads, 1 + capacity, config.width // config.num_heads)

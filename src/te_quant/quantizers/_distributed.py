@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from te_quant._checks import require_type
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -23,6 +25,10 @@ class GroupReference:
     """A process group that a module may hold: copies share it, pickling is refused."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
+        if group is not None and dist.is_available():
+            # What new_group gives to a process that is no member is an int.
+            kinds = (dist.ProcessGroup, type(dist.GroupMember.NON_GROUP_MEMBER))
+            require_type("process_group", group, kinds, "a torch.distributed.ProcessGroup")
         self.group = group
 
     def __deepcopy__(self, memo: dict[int, object]) -> GroupReference:

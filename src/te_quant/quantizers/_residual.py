@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from te_quant._checks import require_generator
 from te_quant._search import search_codes
 from te_quant.quantizers._layout import Rows
 
@@ -20,6 +21,7 @@ __all__ = ["draw_depths", "joined", "partial_sums", "residuals", "search_residua
 
 def draw_depths(latents: Tensor, code_dim: int, steps: int, generator: torch.Generator | None) -> Tensor:
     """How many steps each row takes, uniform in 1..Q, one value for each element of axis 0: -> (N,) int64."""
+    require_generator(generator)
     batch, positions = latents.shape[0], math.prod(latents.shape[1:]) // code_dim
     # In place, because a compiler that knows no batch size cannot trace torch.randint with a generator.
     drawn = torch.empty(batch, 1, device=latents.device).uniform_(generator=generator) * steps

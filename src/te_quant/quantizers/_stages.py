@@ -32,7 +32,7 @@ def mean_penalty(stages: Sequence[VectorQuantizer]) -> Tensor:
 
 
 def observe_stages(stages: Sequence[VectorQuantizer], steps: Sequence[Rows], chosen: Tensor) -> None:
-    """Count the codes and let the codebooks follow: S of them, Q steps of N rows, (N, Q) indices.
+    """Count the codes and let the codebooks follow that are not frozen: S, Q steps of N rows, (N, Q) indices.
 
     A shared codebook sees all steps at once. Were it moved between them, the code of an early step would no longer
     be what its index decodes to.
@@ -41,25 +41,16 @@ def observe_stages(stages: Sequence[VectorQuantizer], steps: Sequence[Rows], cho
     if len(stages) < len(steps):
         steps, picks = [joined(steps)], [torch.cat(picks)]
     for stage, rows, indices in zip(stages, steps, picks, strict=True):
-        observe(
-            stage._state(),
-            rows,
-            indices,
-            updating=True,
-            active_only=False,
-            max_codes=None,
-            decay=stage.decay,
-            orthogonal_reg=stage.orthogonal_reg,
-            unit=False,
-            generator=None,
-            group=stage._group.resolve(),
-        )
+        if not stage.frozen:
+            group, weight = stage._group.resolve(), stage.orthogonal_reg
+            observe(stage._state(), rows, indices, decay=stage.decay, group=group, orthogonal_reg=weight)
 
 
 def start_stages(
     stages: Sequence[VectorQuantizer], left: Tensor, iterations: int, generator: torch.Generator | None
 ) -> None:
     """k-means of (N, C) rows, then of what its centres leave of them, and so on."""
+    _refuse_frozen(stages, "kmeans_init")
     for stage in stages:
         stage.kmeans_init(left, iterations=iterations, generator=generator)
         left = _after(stage, left)
@@ -73,6 +64,7 @@ def revive_stages(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Revive the dead codes of every codebook from the rows of the steps, of Q, that it serves: -> (S, K) bool."""
+    _refuse_frozen(stages, "revive_dead_codes")
     revived = []
     for stage in stages:
         pool = [left]
@@ -81,6 +73,12 @@ def revive_stages(
         revived.append(stage.revive_dead_codes(torch.cat(pool), threshold=threshold, generator=generator))
         left = _after(stage, left)
     return torch.stack(revived)
+
+
+def _refuse_frozen(stages: Sequence[VectorQuantizer], method: str) -> None:
+    # Before anything moves: half of the codebooks started anew would be worse than none.
+    for stage in stages:
+        stage._refuse_frozen(method)
 
 
 def _after(stage: VectorQuantizer, rows: Tensor) -> Tensor:

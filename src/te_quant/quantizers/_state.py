@@ -47,14 +47,14 @@ def observe(
     rows: Rows,
     chosen: Tensor,
     *,
-    updating: bool,
-    active_only: bool,
-    max_codes: int | None,
     decay: float,
-    orthogonal_reg: float,
-    unit: bool,
-    generator: torch.Generator | None,
     group: ProcessGroup | None,
+    updating: bool = True,
+    active_only: bool = False,
+    max_codes: int | None = None,
+    orthogonal_reg: float = 0.0,
+    unit: bool = False,
+    generator: torch.Generator | None = None,
 ) -> tuple[Penalized, Tensor | None]:
     """Count; choose the codes to penalize; update the statistics and, where it has sums, the codebook.
 
@@ -62,14 +62,14 @@ def observe(
         state: what is written to.
         rows: the latents of this process.
         chosen: their codes.
+        decay: of the moving averages.
+        group: the other processes.
         updating: change what is remembered; otherwise only choose.
         active_only: penalize only codes that were chosen.
         max_codes: penalize at most so many, while updating.
-        decay: of the moving averages.
         orthogonal_reg: λ.
         unit: only the directions of the codes count.
         generator: randomness of the subset.
-        group: the other processes.
 
     Shape:
         chosen: (N,).

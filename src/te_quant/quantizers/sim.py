@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_quant._checks import require_choice, require_int, require_number, require_type
-from te_quant._precision import full_precision, widen, widen_buffers
+from te_quant._checks import require_choice, require_generator, require_int, require_number, require_type
+from te_quant._precision import full_precision, wide_buffers, widen
 from te_quant._search import search_codes
 from te_quant.functional import rotation_trick, straight_through
 from te_quant.quantizers._distributed import GroupReference
@@ -91,6 +91,7 @@ class SimVQ(nn.Module):
         require_number("commitment_weight", commitment_weight, 0.0)
         require_choice("gradient_estimator", gradient_estimator, ("straight_through", "rotation_trick"))
         require_number("decay", decay, 0.0, below=1.0)
+        require_generator(generator)
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.commitment_weight = float(commitment_weight)
@@ -120,19 +121,8 @@ class SimVQ(nn.Module):
             table = self.codebook
             chosen = search_codes(rows.searchable, table)
             if self.training and not self.frozen:
-                observe(
-                    CodebookState(table, self.usage, None),
-                    rows,
-                    chosen,
-                    updating=True,
-                    active_only=False,
-                    max_codes=None,
-                    decay=self.decay,
-                    orthogonal_reg=0.0,
-                    unit=False,
-                    generator=None,
-                    group=self._group.resolve(),
-                )
+                state = CodebookState(table, self.usage, None)
+                observe(state, rows, chosen, decay=self.decay, group=self._group.resolve())
             codes = F.embedding(chosen, table)
             codebook_loss, commitment_loss = distance_losses(
                 rows, codes, self.commitment_weight, codebook_follows=True
@@ -182,6 +172,6 @@ class SimVQ(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SimVQ:
         """Keep the statistics in float32 at least."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        widen_buffers(self, ("usage",))
+        with wide_buffers(self, ("usage",)):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_quant._checks import require, require_choice, require_int, require_number, require_type
-from te_quant._precision import full_precision, unit_rows, widen, widen_buffers
+from te_quant._checks import require, require_choice, require_generator, require_int, require_number, require_type
+from te_quant._precision import full_precision, unit_rows, wide_buffers, widen
 from te_quant._search import sample_codes, search_codes
 from te_quant.functional import orthogonality, rotation_trick, straight_through
 from te_quant.quantizers._codebook import kmeans, replacements
@@ -120,6 +120,7 @@ class VectorQuantizer(nn.Module):
         require_choice("gradient_estimator", gradient_estimator, ("straight_through", "rotation_trick"))
         require_number("temperature", temperature, 0.0)
         require_number("decay", decay, 0.0, below=1.0)
+        require_generator(generator)
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.metric = metric
@@ -152,6 +153,7 @@ class VectorQuantizer(nn.Module):
             generator: randomness for ``temperature`` and ``orthogonal_max_codes``.
         """
         self._layout.check(latents, self.codebook)
+        require_generator(generator)
         with full_precision(latents.device):
             rows = self._rows(latents)
             table = self._table()
@@ -241,6 +243,7 @@ class VectorQuantizer(nn.Module):
             RuntimeError: the quantizer is frozen.
         """
         require_int("iterations", iterations, 0)
+        require_generator(generator)
         rows = self._counted_rows(latents, "kmeans_init")
         group = self._group.resolve()
         with full_precision(latents.device):
@@ -268,6 +271,7 @@ class VectorQuantizer(nn.Module):
             RuntimeError: the quantizer is frozen.
         """
         require_number("threshold", threshold, 0.0, 1.0)
+        require_generator(generator)
         rows = self._counted_rows(latents, "revive_dead_codes")
         revived, fresh = replacements(rows, self.usage, threshold, generator, self._group.resolve())
         revive(self._state(), revived, fresh)
@@ -282,8 +286,8 @@ class VectorQuantizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizer:
         """Keep the statistics in float32 at least."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        widen_buffers(self, ("usage", "code_sums"))
+        with wide_buffers(self, ("usage", "code_sums")):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _state(self) -> CodebookState:
@@ -300,9 +304,12 @@ class VectorQuantizer(nn.Module):
         rows = self._layout.to_rows(latents)
         return Rows(self._project(rows.vectors), self._project(rows.searchable), rows.weights)
 
-    def _counted_rows(self, latents: Tensor, method: str) -> Tensor:
+    def _refuse_frozen(self, method: str) -> None:
         if self.frozen:
             raise RuntimeError(f"{method} must be called on a quantizer that is not frozen, got a frozen one.")
+
+    def _counted_rows(self, latents: Tensor, method: str) -> Tensor:
+        self._refuse_frozen(method)
         self._layout.check(latents, self.codebook)
         with full_precision(latents.device):
             rows = self._rows(latents)
