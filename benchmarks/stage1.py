@@ -1,12 +1,13 @@
 """A training step of Stage 1: this library in its modes, against the same network in plain torch.
 
-All take the same step, L1 + 4 L2 + the quantizer's loss, backward, clipping and Adam, on the same images and from
-the same weights. The reference is float32, eager, contiguous; Adam is fused
-in both, as in the example. Before anything is timed, losses on three batches and the norms of their
-gradients have to be those of the reference, of a bfloat16 step those of the reference in bfloat16: rounding alone
-moves these norms by some per cent. The weights do not move meanwhile: once they do, other rounding sends other
-latents to other codes, and losses part by more than is wrong with any of them. Without the gradients a compiler
-that gave half of the network none went unnoticed.
+All take the same step, L1 + 4 L2 + the quantizer's loss, backward, clipping and Adam, on the same images and
+from the same weights. The reference is float32, eager, contiguous; the plain network in other modes stands
+beside it, so that what autocast and the compiler give to anybody is told from what is ours. Adam is fused in
+both, as in the example. Before anything is timed, losses on three batches and the norms of their gradients have
+to be those of the reference, of a bfloat16 step those of the reference in bfloat16: rounding alone moves these
+norms by some per cent. The weights do not move meanwhile: once they do, other rounding sends other latents to
+other codes, and losses part by more than is wrong with any of them. Without the gradients a compiler that gave
+half of the network none went unnoticed.
 
 Shape letters: B batch, H W pixels.
 """
@@ -59,7 +60,7 @@ Losses = Sequence[tuple[float, float]]
 
 
 class Mode(NamedTuple):
-    """How the library's network is run."""
+    """How a network is run."""
 
     bf16: bool = False
     channels_last: bool = False
@@ -69,7 +70,7 @@ class Mode(NamedTuple):
     def name(self) -> str:
         """For tables."""
         parts = ("compiled" if self.compiled else "eager", "bf16" if self.bf16 else "float32")
-        return " ".join((OURS, *parts, *(["channels-last"] if self.channels_last else [])))
+        return " ".join((*parts, *(["channels-last"] if self.channels_last else [])))
 
 
 MODES = (
@@ -80,6 +81,8 @@ MODES = (
     Mode(bf16=True, compiled=True),
     Mode(bf16=True, channels_last=True, compiled=True),
 )
+# Of the plain network beside the reference.
+_PLAIN_MODES = (Mode(bf16=True), Mode(compiled=True), Mode(bf16=True, compiled=True))
 
 
 class Step:
@@ -143,11 +146,11 @@ def library_step(settings: Stage1Settings, images: Tensor, mode: Mode) -> Step:
     return Step(_library_network(settings), images, settings, mode)
 
 
-def reference_step(settings: Stage1Settings, images: Tensor, *, bf16: bool = False) -> Step:
+def reference_step(settings: Stage1Settings, images: Tensor, mode: Mode = MODES[0]) -> Step:
     """With the plain network and the same weights."""
     plain = PlainAutoencoder(settings.model)
     load_weights(plain, _library_network(settings))
-    return Step(plain, images, settings, Mode(bf16=bf16))
+    return Step(plain, images, settings, mode)
 
 
 def cells(context: Context) -> list[Cell]:
@@ -182,14 +185,16 @@ def _settings(context: Context) -> Stage1Settings:
 def _run_modes(context: Context, settings: Stage1Settings) -> dict[str, Any]:
     _allow_compilations()
     images = _images(context, settings)
-    expected = {bf16: reference_step(settings, images, bf16=bf16).losses() for bf16 in (False, True)}
+    expected = {bf16: reference_step(settings, images, Mode(bf16=bf16)).losses() for bf16 in (False, True)}
+    networks = [
+        (REFERENCE, reference_step, MODES[0]),
+        *((f"{REFERENCE} {mode.name}", reference_step, mode) for mode in _PLAIN_MODES),
+        *((f"{OURS} {mode.name}", library_step, mode) for mode in MODES),
+    ]
     builders: dict[str, Callable[[], Contender]] = {
-        REFERENCE: lambda: _contender(lambda: reference_step(settings, images), expected[False], bf16=False)
+        name: partial(_contender, partial(step, settings, images, mode), expected[mode.bf16], bf16=mode.bf16)
+        for name, step, mode in networks
     }
-    for mode in MODES:
-        builders[mode.name] = partial(
-            _contender, partial(library_step, settings, images, mode), expected[mode.bf16], bf16=mode.bf16
-        )
     entries = compete(builders, context, _limits(context))
     return {"contenders": entries, "facts": {"losses": [round(loss, 6) for loss, _ in expected[False]]}}
 
@@ -203,11 +208,11 @@ def _run_paddings(context: Context, settings: Stage1Settings) -> dict[str, Any]:
         padded = with_padding(settings, padding)
 
         def build(padded: Stage1Settings = padded) -> Contender:
-            expected = reference_step(padded, images, bf16=mode.bf16).losses()
+            expected = reference_step(padded, images, Mode(bf16=mode.bf16)).losses()
             return _contender(lambda: library_step(padded, images, mode), expected, bf16=mode.bf16)
 
         builders[padding] = build
-    return {"contenders": compete(builders, context, _limits(context)), "facts": {"mode": mode.name}}
+    return {"contenders": compete(builders, context, _limits(context)), "facts": {"mode": f"{OURS} {mode.name}"}}
 
 
 def with_padding(settings: Stage1Settings, padding: str) -> Stage1Settings:
@@ -242,7 +247,9 @@ def _fastest(context: Context, settings: Stage1Settings) -> Mode:
     """Of the modes that were measured, where they were."""
     entries = context.finished.get(f"stage1/modes-B{settings.batch_size}", {}).get("contenders", {})
     times = {
-        mode: entries[mode.name]["median"] for mode in MODES if entries.get(mode.name, {}).get("status") == "ok"
+        mode: entry["median"]
+        for mode in MODES
+        if (entry := entries.get(f"{OURS} {mode.name}", {})).get("status") == "ok"
     }
     return min(times, key=times.__getitem__) if times else MODES[-1]
 

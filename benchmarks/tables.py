@@ -118,7 +118,7 @@ def _generation(document: Document) -> str:
 
 
 def _stage1(document: Document) -> str:
-    header = ("what", "batch", "milliseconds a step", "gain over plain torch", "over zeros")
+    header = ("what", "batch", "milliseconds a step", "gain over plain torch (eager float32)", "over zeros")
     rows = []
     for cell in _of(document, "stage1/"):
         entries = cell["contenders"]

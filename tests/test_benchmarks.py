@@ -242,7 +242,7 @@ def test_plain_network_takes_the_same_steps() -> None:
         assert stage1.losses_differ(losses[padding], plain.losses(), bf16=False) is None
         assert [float(ours()) for _ in range(3)] == pytest.approx([float(plain()) for _ in range(3)], rel=1e-4)
         rounded = stage1.library_step(changed, images, stage1.Mode(bf16=True)).losses()
-        expected = stage1.reference_step(changed, images, bf16=True).losses()
+        expected = stage1.reference_step(changed, images, stage1.Mode(bf16=True)).losses()
         assert stage1.losses_differ(rounded, expected, bf16=True) is None
         assert stage1.losses_differ(rounded, losses[padding], bf16=False) is not None
     assert "losses" in str(stage1.losses_differ(losses["zeros"], losses["circular"], bf16=False))
@@ -455,7 +455,12 @@ def test_stage1_is_judged_at_each_batch() -> None:
     measured = {
         f"stage1/modes-B{batch}": {
             "settings": {},
-            "contenders": {stage1.REFERENCE: entry(3.0), "slow": entry(4.0), "fast": entry(3.0 / gain)},
+            "contenders": {
+                stage1.REFERENCE: entry(3.0),
+                f"{stage1.REFERENCE} compiled": entry(0.1),
+                "te_quant slow": entry(4.0),
+                "te_quant fast": entry(3.0 / gain),
+            },
         }
         for batch, gain in ((16, 1.5), (64, 1.75))
     }
@@ -465,7 +470,12 @@ def test_stage1_is_judged_at_each_batch() -> None:
     }
     step, padding = (target for target in TARGETS if target.text.startswith("Stage-1 step"))
     verdict = judge(step, measured)
-    assert (verdict.points, verdict.worst, verdict.where, verdict.failing) == (2, 1.5, "modes-B16 (fast)", 1)
+    assert (verdict.points, verdict.worst, verdict.where, verdict.failing) == (
+        2,
+        1.5,
+        "modes-B16 (te_quant fast)",
+        1,
+    )
     verdict = judge(padding, measured)
     assert (verdict.points, verdict.worst, verdict.met) == (1, 1.05, True)
 

@@ -23,6 +23,7 @@ CONFIG = dataclasses.replace(
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")
 def test_the_decoder_passes_on_the_gradient_of_eager_mode() -> None:
     """In direction and size: no farther from float32 than a few times eager mode's own rounding.

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,12 @@ def _trainer(**changes: Any) -> Stage2Trainer:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")
-def test_a_compiler_changes_rounding_alone() -> None:
-    """Both directions, as eager steps train them."""
+def test_a_compiler_changes_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both directions, as eager steps train them: traced with its gradients, and run by torch's own kernels."""
     torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     settings = _settings()
     config = gpt_config(settings, TEXT, CODES, (SIDE, SIDE))
     plain, other = (Stage2Trainer(settings, config, CPU, compiled=compiled) for compiled in (False, True))
