@@ -17,11 +17,11 @@ demo: $(VENV)/.examples.installed
 	$(BIN)/python -m examples.te_vqgan run --preset quick --data $(DATA)
 
 test: $(VENV)/.test.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The same, watched: half as long again.
 coverage: $(VENV)/.test.installed
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
 
 lint: $(VENV)/.dev.installed
 	$(BIN)/ruff check .
