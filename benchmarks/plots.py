@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.contest import OURS
 from benchmarks.peers import MODES, QUANTIZERS
 from benchmarks.targets import ratio
-from examples.te_vqgan.files import write_bytes_atomically
+from examples.te_vqgan.runs.files import write_bytes_atomically
 
 __all__ = ["write_plots"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contest import OURS, Cell, Contender, Context, compete
-from examples.te_vqgan.quadrants import QuadrantDataset
-from examples.te_vqgan.sources import load_digits
+from examples.te_vqgan.data.quadrants import QuadrantDataset
+from examples.te_vqgan.data.sources import load_digits
 
 __all__ = ["cells"]
 

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from examples.te_vqgan.files import write_text_atomically
-from examples.te_vqgan.provenance import versions
+from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.runs.provenance import versions
 
 __all__ = ["FORMAT", "Store", "command_line", "commit", "stamp"]
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from benchmarks.contest import OURS, Cell, Contender, Context, compete
 from benchmarks.plain_network import PlainAutoencoder, load_weights
-from examples.te_vqgan.presets import PRESETS, Stage1Settings
-from examples.te_vqgan.quadrants import QuadrantDataset
-from examples.te_vqgan.sources import load_digits
+from examples.te_vqgan.data.quadrants import QuadrantDataset
+from examples.te_vqgan.data.sources import load_digits
+from examples.te_vqgan.stage1.presets import PRESETS, Stage1Settings
 from te_quant import VQAutoencoder
 from te_quant.filters import PaddingMode
 

@@ -11,8 +11,8 @@ from benchmarks.contest import OURS
 from benchmarks.generation import HUGGING_FACE, SUMMED, WHOLE
 from benchmarks.stage1 import REFERENCE
 from benchmarks.targets import TARGETS, Target, Verdict, judge
-from examples.te_vqgan.document import Paragraph, Table, to_markdown
-from examples.te_vqgan.files import write_text_atomically
+from examples.te_vqgan.reports.document import Paragraph, Table, to_markdown
+from examples.te_vqgan.runs.files import write_text_atomically
 
 __all__ = ["TABLES", "tables", "write_tables"]
 

@@ -14,9 +14,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from examples.te_vqgan import distributed
-from examples.te_vqgan.family_command import add_family_command
-from examples.te_vqgan.options import (
+from examples.te_vqgan.cli.family import add_family_command
+from examples.te_vqgan.cli.options import (
     COMPUTE,
     SETTINGS,
     WHERE,
@@ -26,8 +25,9 @@ from examples.te_vqgan.options import (
     out_folder,
     stage1_settings,
 )
-from examples.te_vqgan.presets import ARMS
-from examples.te_vqgan.stage2_commands import add_stage2_commands
+from examples.te_vqgan.cli.stage2 import add_stage2_commands
+from examples.te_vqgan.runs import distributed
+from examples.te_vqgan.stage1.presets import ARMS
 
 __all__ = ["main"]
 
@@ -49,8 +49,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from examples.te_vqgan.pipeline import STOPPED, JobFailed
-    from examples.te_vqgan.stage1 import Interrupted
+    from examples.te_vqgan.runs.pipeline import STOPPED, JobFailed
+    from examples.te_vqgan.stage1.train import Interrupted
 
     try:
         distributed.start(getattr(options, "device", "cpu"))
@@ -89,8 +89,8 @@ def _quiet_unless_main() -> Iterator[None]:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.prepare import prepare
-    from examples.te_vqgan.recipes import LAYOUTS
+    from examples.te_vqgan.data.prepare import prepare
+    from examples.te_vqgan.data.recipes import LAYOUTS
 
     settings = stage1_settings(options, next(iter(ARMS)))
     sizes = {"train": settings.train_images, "validation": settings.eval_images, "test": settings.eval_images}
@@ -109,10 +109,10 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _stage1(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.provenance import command_line
-    from examples.te_vqgan.results import run_folder
-    from examples.te_vqgan.sources import load_digits
-    from examples.te_vqgan.stage1 import train_stage1
+    from examples.te_vqgan.data.sources import load_digits
+    from examples.te_vqgan.reports.results import run_folder
+    from examples.te_vqgan.runs.provenance import command_line
+    from examples.te_vqgan.stage1.train import train_stage1
 
     settings = stage1_settings(options, options.arm)
     folder = run_folder(out_folder(options), options.arm, settings.seed)
@@ -131,8 +131,8 @@ def _stage1(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.provenance import command_line
-    from examples.te_vqgan.report import render, write_report
+    from examples.te_vqgan.reports.report import render, write_report
+    from examples.te_vqgan.runs.provenance import command_line
 
     if options.results is not None:
         render(options.results)
@@ -148,12 +148,12 @@ def _exactness(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from examples.te_vqgan.checks import require
-    from examples.te_vqgan.exactness import finished_settings, numerical_check
-    from examples.te_vqgan.files import write_text_atomically
-    from examples.te_vqgan.provenance import command_line, git_commit, versions
-    from examples.te_vqgan.results import run_folder
-    from examples.te_vqgan.sources import load_digits
+    from examples.te_vqgan.data.sources import load_digits
+    from examples.te_vqgan.reports.results import run_folder
+    from examples.te_vqgan.runs.checks import require
+    from examples.te_vqgan.runs.files import write_text_atomically
+    from examples.te_vqgan.runs.provenance import command_line, git_commit, versions
+    from examples.te_vqgan.stage1.exactness import finished_settings, numerical_check
     from te_quant import VQAutoencoder
 
     folder = run_folder(out_folder(options), options.arm, stage1_settings(options, options.arm).seed)
@@ -179,7 +179,7 @@ def _exactness(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.compare import write_comparison
+    from examples.te_vqgan.reports.compare import write_comparison
 
     folder = out_folder(options) / "report" if options.results is None else options.results
     write_comparison(folder)
@@ -187,15 +187,15 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _regimes(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.regimes import write_regimes
+    from examples.te_vqgan.reports.regimes import write_regimes
 
     write_regimes(options.results, options.into)
     print(options.into.read_text(encoding="utf-8"))
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.audits import AUDITED, write_audits
-    from examples.te_vqgan.provenance import command_line
+    from examples.te_vqgan.reports.audits import AUDITED, write_audits
+    from examples.te_vqgan.runs.provenance import command_line
 
     names = options.modules or tuple(AUDITED)
     write_audits(options.out, names=names, seed=options.seed, command=command_line(options.words))
@@ -203,7 +203,7 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.run_command import run_plan
+    from examples.te_vqgan.cli.run import run_plan
 
     distributed.from_main(lambda: _prepare(options))
     run_plan(options, perform=lambda words: _perform(_parse(words)))

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from te_quant._autoencoder_config import AutoencoderConfig
 from te_quant._checks import require_axis, require_integer_tensor, require_rank
+from te_quant.autoencoder.config import AutoencoderConfig
 from te_quant.layers import (
     BlurPool2d,
     ChannelNorm,

@@ -1,19 +1,19 @@
 """How translation-equivariant is a tokenizer in the quantized space? Any callable ``images -> indices``."""
 
-from te_quant.equivariance.agreement import Agreement, PairCounts, count_pairs, foreground_tokens
-from te_quant.equivariance.audit import audit
-from te_quant.equivariance.audit_constant import ConstantImageReport, constant_image_probe
-from te_quant.equivariance.audit_report import AuditReport, AuditRow, decibels
-from te_quant.equivariance.errors import ShiftError
-from te_quant.equivariance.floor import numerical_floor
-from te_quant.equivariance.margin import Margin, Spread, code_margins
-from te_quant.equivariance.metrics import measure_equivariance
-from te_quant.equivariance.placement import place_sprites, placement_agreement, placement_offsets
-from te_quant.equivariance.plot import plot_reports, plot_shift_maps
-from te_quant.equivariance.report import EquivarianceReport
-from te_quant.equivariance.results import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
-from te_quant.equivariance.sub_stride import best_token_shift
-from te_quant.equivariance.tables import comparison_table
+from te_quant.equivariance.audits.auditor import audit
+from te_quant.equivariance.audits.constant_image import ConstantImageReport, constant_image_probe
+from te_quant.equivariance.audits.report import AuditReport, AuditRow, decibels
+from te_quant.equivariance.measure import measure_equivariance
+from te_quant.equivariance.metrics.agreement import Agreement, PairCounts, count_pairs, foreground_tokens
+from te_quant.equivariance.metrics.margin import Margin, Spread, code_margins
+from te_quant.equivariance.metrics.numerical_floor import numerical_floor
+from te_quant.equivariance.metrics.placement import place_sprites, placement_agreement, placement_offsets
+from te_quant.equivariance.metrics.shift_error import ShiftError
+from te_quant.equivariance.metrics.sub_stride import best_token_shift
+from te_quant.equivariance.report.plot import plot_reports, plot_shift_maps
+from te_quant.equivariance.report.report import EquivarianceReport
+from te_quant.equivariance.report.tables import comparison_table
+from te_quant.equivariance.report.values import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
 
 __all__ = [
     "Agreement",

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_rank
 from te_quant._values import require_finite
-from te_quant.equivariance._bootstrap import Resamples
-from te_quant.equivariance._tally import PairTally
-from te_quant.equivariance.agreement import Agreement, PairCounts, foreground_tokens, tokens_of
-from te_quant.equivariance.errors import FeatureTally, PixelTally, ShiftError, psnr
-from te_quant.equivariance.floor import Variant, variant_tokens
-from te_quant.equivariance.margin import MarginTally
-from te_quant.equivariance.placement import place_sprites, placement_pairs
-from te_quant.equivariance.report import EquivarianceReport
-from te_quant.equivariance.results import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
-from te_quant.equivariance.sub_stride import sub_stride_pairs, sub_stride_region
+from te_quant.equivariance.metrics._bootstrap import Resamples
+from te_quant.equivariance.metrics._pair_tally import PairTally
+from te_quant.equivariance.metrics.agreement import Agreement, PairCounts, foreground_tokens, tokens_of
+from te_quant.equivariance.metrics.margin import MarginTally
+from te_quant.equivariance.metrics.numerical_floor import Variant, variant_tokens
+from te_quant.equivariance.metrics.placement import place_sprites, placement_pairs
+from te_quant.equivariance.metrics.shift_error import FeatureTally, PixelTally, ShiftError, psnr
+from te_quant.equivariance.metrics.sub_stride import sub_stride_pairs, sub_stride_region
+from te_quant.equivariance.report.report import EquivarianceReport
+from te_quant.equivariance.report.values import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
 from te_quant.equivariance.views import Views
 from te_quant.shifts import Shift, align, fourier_shift
 from te_quant.usage import CodebookUsage

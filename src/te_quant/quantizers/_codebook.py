@@ -15,7 +15,7 @@ from torch import Tensor
 
 from te_quant._search import search_codes
 from te_quant.quantizers._distributed import all_reduce_sum, sample_rows
-from te_quant.quantizers._ema import penalized_means, smoothed
+from te_quant.quantizers._penalized_means import penalized_means, smoothed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

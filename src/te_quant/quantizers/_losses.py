@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_quant.quantizers._layout import Rows
+from te_quant.quantizers._rows import Rows
 
 __all__ = ["distance_losses"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from te_quant._checks import require_generator
 from te_quant._search import search_codes
-from te_quant.quantizers._layout import Rows
+from te_quant.quantizers._rows import Rows
 
 __all__ = ["draw_depths", "joined", "partial_sums", "residuals", "search_residuals", "step_codes"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from te_quant._precision import widen
 from te_quant.functional import orthogonality
-from te_quant.quantizers._layout import Rows
 from te_quant.quantizers._residual import joined
+from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._state import observe
 from te_quant.quantizers.vector import VectorQuantizer
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from te_quant._precision import widen
 from te_quant.quantizers._codebook import Penalized, draw_penalized, move_codebook, row_sums
 from te_quant.quantizers._distributed import all_reduce_sum
-from te_quant.quantizers._ema import smoothed
-from te_quant.quantizers._layout import Rows
+from te_quant.quantizers._penalized_means import smoothed
+from te_quant.quantizers._rows import Rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from te_quant._checks import require, require_int
 from te_quant._precision import full_precision
 from te_quant.functional import straight_through
-from te_quant.quantizers._layout import Layout
+from te_quant.quantizers._rows import Layout
 from te_quant.quantizers.base import QuantizerOutput
 
 __all__ = ["FSQ"]

@@ -15,8 +15,8 @@ from te_quant._precision import full_precision
 from te_quant.functional import straight_through
 from te_quant.quantizers._distributed import GroupReference
 from te_quant.quantizers._entropy import assignment_entropy, missing_entropy
-from te_quant.quantizers._layout import Layout, Rows
 from te_quant.quantizers._losses import distance_losses
+from te_quant.quantizers._rows import Layout, Rows
 from te_quant.quantizers.base import QuantizerOutput
 
 if TYPE_CHECKING:

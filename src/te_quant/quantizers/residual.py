@@ -14,8 +14,8 @@ from te_quant._checks import require_int, require_type
 from te_quant._precision import full_precision
 from te_quant.functional import rotation_trick, straight_through
 from te_quant.quantizers import _residual, _stages
-from te_quant.quantizers._layout import Layout
 from te_quant.quantizers._losses import distance_losses
+from te_quant.quantizers._rows import Layout
 from te_quant.quantizers.base import QuantizerOutput
 from te_quant.quantizers.vector import VectorQuantizer
 

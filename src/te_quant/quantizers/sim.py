@@ -17,8 +17,8 @@ from te_quant._precision import full_precision, wide_buffers, widen
 from te_quant._search import search_codes
 from te_quant.functional import rotation_trick, straight_through
 from te_quant.quantizers._distributed import GroupReference
-from te_quant.quantizers._layout import Layout
 from te_quant.quantizers._losses import distance_losses
+from te_quant.quantizers._rows import Layout
 from te_quant.quantizers._state import CodebookState, observe
 from te_quant.quantizers.base import QuantizerOutput
 

@@ -18,8 +18,8 @@ from te_quant._search import sample_codes, search_codes
 from te_quant.functional import orthogonality, rotation_trick, straight_through
 from te_quant.quantizers._codebook import kmeans, replacements
 from te_quant.quantizers._distributed import GroupReference
-from te_quant.quantizers._layout import Layout, Rows
 from te_quant.quantizers._losses import distance_losses
+from te_quant.quantizers._rows import Layout, Rows
 from te_quant.quantizers._state import CodebookState, observe, restart, revive
 from te_quant.quantizers.base import QuantizerOutput
 
@@ -40,7 +40,7 @@ class VectorQuantizer(nn.Module):
         codebook_update: ``"gradient"``: the codebook is a parameter that follows ``codebook_loss`` and the
             penalty through your optimizer, as in the paper. ``"ema"``: it follows moving averages of the latents
             inside ``forward``, needs no optimizer, and feels the penalty there with the same λ
-            (:mod:`te_quant.quantizers._ema` says how).
+            (:mod:`te_quant.quantizers._penalized_means` says how).
         commitment_weight: β of the commitment term ‖z - sg(e)‖², >= 0. The codebook term has weight 1.
         orthogonal_reg: λ of the orthogonality penalty; unitless, >= 0. 10 in the paper.
         orthogonal_active_only: the penalty looks only at the codes that this batch uses.

@@ -1,0 +1,1 @@
+"""The classifier that reads digit and colour in generated images."""

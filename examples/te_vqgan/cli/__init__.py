@@ -1,0 +1,1 @@
+"""The commands: their options, their plans, and what they run."""

@@ -1,0 +1,175 @@
+"""The commands ``classifier``, ``stage2`` and ``evaluate``, from parsed options to the step's function."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from examples.te_vqgan.cli.options import WHERE, execution, out_folder
+from examples.te_vqgan.stage1.presets import ARMS, PRESETS
+
+__all__ = ["add_stage2_commands", "classifier_folder"]
+
+Add = Callable[..., argparse.ArgumentParser]
+_MEASURE = (*WHERE, "data-dir", "device", "threads")
+
+
+def add_stage2_commands(add: Add) -> None:
+    """Register the commands.
+
+    Args:
+        add: makes the parser of one command from its name, function, help text and shared options.
+    """
+    reader = "train the reader of generated images"
+    classifier = add("classifier", _classifier, reader, *_MEASURE, "seed", "steps", "bf16")
+    _add_run_options(classifier)
+    gpt = "train the GPT on one arm's tokens"
+    stage2 = add("stage2", _stage2, gpt, *_MEASURE, "compile", "seed", "steps", "bf16")
+    stage2.set_defaults(together=True)
+    _add_arm(stage2)
+    _add_run_options(stage2)
+    measured = "measure a tokenizer and the GPT on its tokens"
+    evaluate = add("evaluate", _evaluate, measured, *_MEASURE, "seed", "bf16", "perceptual")
+    _add_arm(evaluate)
+    evaluate.add_argument(
+        "--stage2-steps", type=int, help="those that the GPT was trained for, if not the preset's"
+    )
+    evaluate.add_argument("--candidates", type=int, help="sample from so many codes instead of the preset's share")
+    evaluate.add_argument("--tokenizer-alone", action="store_true", help="read reconstructions, no more")
+    evaluate.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    share = add("publish", _publish, "copy the weights of one arm, in half precision", *WHERE, "seed", "bf16")
+    _add_arm(share)
+    share.add_argument("--into", type=Path, required=True, help="folder that is made")
+
+
+def classifier_folder(out: Path) -> Path:
+    """Return where the classifier of the results in ``out`` lies."""
+    return out / "classifier"
+
+
+def _add_arm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arm", choices=tuple(ARMS), required=True, help="which tokenizer")
+    parser.add_argument("--train-images", type=int, help="size of the GPT's training set (default: the preset's)")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+
+
+def _classifier(options: argparse.Namespace) -> None:
+    from examples.te_vqgan.classifier.trainer import CLASSIFIERS, train_classifier
+    from examples.te_vqgan.data.sources import load_digits
+    from examples.te_vqgan.runs.checks import require_choice
+    from examples.te_vqgan.runs.provenance import command_line
+
+    require_choice("preset", options.preset, tuple(CLASSIFIERS))
+    changes = {name: getattr(options, name) for name in ("seed", "steps", "bf16")}
+    changes["data"] = options.data or PRESETS[options.preset].data
+    given = {name: value for name, value in changes.items() if value is not None}
+    settings = dataclasses.replace(CLASSIFIERS[options.preset], **given)
+    folder = classifier_folder(out_folder(options))
+    trained = train_classifier(
+        settings,
+        folder,
+        load_digits(settings.data, options.data_dir),
+        execution=execution(options),
+        resume=options.resume,
+        stop=_orphaned(options),
+        progress=options.parent is None,
+        command=command_line(options.words),
+    )
+    _tell(folder, trained)
+
+
+def _stage2(options: argparse.Namespace) -> None:
+    from examples.te_vqgan.data.sources import load_digits
+    from examples.te_vqgan.runs.provenance import command_line
+    from examples.te_vqgan.stage2.settings import stage2_settings_for
+    from examples.te_vqgan.stage2.train import stage2_folder, train_stage2
+
+    names = ("seed", "steps", "bf16", "train_images")
+    settings = stage2_settings_for(options.preset, {name: getattr(options, name) for name in names})
+    tokenizer = _tokenizer_folder(options, settings.seed)
+    trained = train_stage2(
+        settings,
+        tokenizer,
+        load_digits(_data(options), options.data_dir),
+        execution=execution(options),
+        resume=options.resume,
+        stop=_orphaned(options),
+        progress=options.parent is None,
+        command=command_line(options.words),
+    )
+    _tell(stage2_folder(tokenizer, settings), trained)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from examples.te_vqgan.data.sources import load_digits
+    from examples.te_vqgan.runs.provenance import command_line
+    from examples.te_vqgan.stage2.evaluate import evaluate_gpt, evaluate_tokenizer
+    from examples.te_vqgan.stage2.settings import stage2_settings_for
+
+    source = load_digits(_data(options), options.data_dir)
+    seed = PRESETS[options.preset].seed if options.seed is None else options.seed
+    tokenizer, classifier = _tokenizer_folder(options, seed), classifier_folder(out_folder(options))
+    where, command = execution(options), command_line(options.words)
+    perceptual = options.perceptual or "none"
+    measured = evaluate_tokenizer(
+        tokenizer, classifier, source, execution=where, perceptual=perceptual, command=command
+    )
+    if not options.tokenizer_alone:
+        changes = {"seed": seed, "steps": options.stage2_steps, "train_images": options.train_images}
+        settings = stage2_settings_for(options.preset, changes | {"bf16": options.bf16})
+        progress = options.parent is None
+        measured |= evaluate_gpt(
+            settings,
+            tokenizer,
+            classifier,
+            source,
+            execution=where,
+            candidates=options.candidates,
+            progress=progress,
+            command=command,
+        )
+    _tell(tokenizer, measured)
+
+
+def _publish(options: argparse.Namespace) -> None:
+    from examples.te_vqgan.runs.provenance import command_line
+    from examples.te_vqgan.stage2.publish import publish
+    from examples.te_vqgan.stage2.settings import stage2_settings_for
+
+    seed = PRESETS[options.preset].seed if options.seed is None else options.seed
+    changes = {"seed": seed, "train_images": options.train_images, "bf16": options.bf16}
+    settings = stage2_settings_for(options.preset, changes)
+    out = out_folder(options)
+    size = publish(
+        settings,
+        _tokenizer_folder(options, seed),
+        classifier_folder(out),
+        options.into,
+        command=command_line(options.words),
+    )
+    print(f"{options.into}: {size / 2**20:.1f} MiB of weights.")
+
+
+def _data(options: argparse.Namespace) -> str:
+    return str(options.data or PRESETS[options.preset].data)
+
+
+def _tokenizer_folder(options: argparse.Namespace, seed: int) -> Path:
+    from examples.te_vqgan.reports.results import run_folder
+
+    return run_folder(out_folder(options), options.arm, seed)
+
+
+def _orphaned(options: argparse.Namespace) -> Callable[[int], bool] | None:
+    return None if options.parent is None else lambda _: os.getppid() != options.parent
+
+
+def _tell(folder: Path, worked: bool) -> None:
+    print(f"{folder}: {'finished' if worked else 'was finished before, nothing to do'}.")

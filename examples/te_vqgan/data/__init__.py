@@ -1,0 +1,1 @@
+"""Digits, their composition on a canvas, captions, and the held-out combinations."""

@@ -1,0 +1,174 @@
+"""The first step of the pipeline: the data are there and right, and a picture shows what will be trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.te_vqgan.data.quadrants import PAPER_SIZES, QuadrantDataset
+from examples.te_vqgan.data.recipes import QUADRANT_LAYOUTS
+from examples.te_vqgan.data.sources import SPLITS, load_digits
+from examples.te_vqgan.runs.checks import require_choice
+from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["DataSummary", "SplitSummary", "build_datasets", "contact_sheet", "prepare"]
+
+SUMMARY_FILE = "data.json"
+PICTURE_FILE = "samples.png"
+_FORMAT = 1
+_ROWS, _COLUMNS = 2, 12
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One split: digits to draw from (in all and by class), images, and images by number of digits 1 to 4."""
+
+    digits: int
+    digits_by_class: tuple[int, ...]
+    images: int
+    images_by_num_digits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What :func:`prepare` found; ``fingerprint`` is the SHA-256 over all pictures and labels."""
+
+    data: str
+    fingerprint: str
+    class_names: tuple[str, ...]
+    canvas_size: int
+    seed: int
+    layouts: tuple[str, ...]
+    splits: Mapping[str, SplitSummary]
+
+    def to_json(self) -> str:
+        """The summary as indented JSON; the same data give the same text."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
+
+
+def build_datasets(
+    data: str,
+    *,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    canvas_size: int = 64,
+    sizes: Mapping[str, int] | None = None,
+    seed: int = 0,
+    layouts: Sequence[str] = QUADRANT_LAYOUTS,
+) -> tuple[dict[str, QuadrantDataset], DataSummary]:
+    """The three splits as data sets, by name, and what is in them.
+
+    Args:
+        data: "mnist", "fashion-mnist" or "digits".
+        data_dir: folder of the IDX files, see :func:`~examples.te_vqgan.data.sources.load_digits`.
+        cache_dir: where downloads are kept.
+        canvas_size: side of the images in pixels, a multiple of 32; 64 in the paper.
+        sizes: images by split, every split or some; the paper's by default.
+        seed: of the images, >= 0.
+        layouts: names out of :data:`~examples.te_vqgan.data.recipes.LAYOUTS`, equally likely.
+
+    Raises:
+        ValueError: an argument out of range, or a file that is not what it should be.
+        FileNotFoundError: the files are not there and cannot be downloaded.
+    """
+    for name in sizes or ():
+        require_choice("a key of sizes", name, SPLITS)
+    source = load_digits(data, data_dir, cache_dir)
+    wanted = {**PAPER_SIZES, **(sizes or {})}
+    datasets = {
+        name: QuadrantDataset(source, name, canvas_size=canvas_size, size=wanted[name], seed=seed, layouts=layouts)
+        for name in SPLITS
+    }
+    splits = {name: _summarize(dataset, len(source.class_names)) for name, dataset in datasets.items()}
+    summary = DataSummary(
+        source.name, source.fingerprint(), source.class_names, canvas_size, seed, tuple(layouts), splits
+    )
+    return datasets, summary
+
+
+def prepare(
+    data: str,
+    out_dir: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    canvas_size: int = 64,
+    sizes: Mapping[str, int] | None = None,
+    seed: int = 0,
+    layouts: Sequence[str] = QUADRANT_LAYOUTS,
+) -> DataSummary:
+    """Find or fetch the data, check them, and write ``data.json`` and ``samples.png`` into ``out_dir``.
+
+    Args:
+        data: "mnist", "fashion-mnist" or "digits".
+        out_dir: made if it is not there; both files are replaced whole or not at all.
+        data_dir: folder of the IDX files, see :func:`~examples.te_vqgan.data.sources.load_digits`.
+        cache_dir: where downloads are kept.
+        canvas_size: side of the images in pixels, a multiple of 32; 64 in the paper.
+        sizes: images by split, every split or some; the paper's by default.
+        seed: of the images, >= 0.
+        layouts: names out of :data:`~examples.te_vqgan.data.recipes.LAYOUTS`, equally likely.
+
+    Raises:
+        ValueError: an argument out of range, or a file that is not what it should be; nothing is written.
+        FileNotFoundError: the files are not there and cannot be downloaded; nothing is written.
+    """
+    datasets, summary = build_datasets(
+        data,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        canvas_size=canvas_size,
+        sizes=sizes,
+        seed=seed,
+        layouts=layouts,
+    )
+    picture = BytesIO()
+    contact_sheet(datasets).savefig(picture, format="png")
+    write_bytes_atomically(Path(out_dir) / PICTURE_FILE, picture.getvalue())
+    # Last, since it is what tells a later step that this one is done.
+    write_text_atomically(Path(out_dir) / SUMMARY_FILE, summary.to_json())
+    return summary
+
+
+def contact_sheet(datasets: Mapping[str, QuadrantDataset]) -> Figure:
+    """A figure of the first images of each data set, one block each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 1.95 * len(datasets)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(datasets), 1, squeeze=False)[:, 0]
+    for axes, (name, dataset) in zip(rows, datasets.items(), strict=True):
+        axes.imshow(_mosaic(dataset), interpolation="nearest")
+        counts = f"the first of {len(dataset):,} images, drawn from {len(dataset.labels):,} pictures"
+        axes.set_title(f"{name}: {counts}", fontsize=9, loc="left")
+        axes.set_axis_off()
+    return figure
+
+
+def _mosaic(dataset: QuadrantDataset) -> NDArray[np.float32]:
+    """The first images on a grey sheet, so that black canvases show their borders; (height, width, 3)."""
+    images = dataset.fixed(0, _ROWS * _COLUMNS).numpy() / 2 + 0.5
+    side, gap = dataset.images.canvas_size, max(1, dataset.images.canvas_size // 32)
+    pitch = side + gap
+    sheet = np.full((_ROWS * pitch + gap, _COLUMNS * pitch + gap, 3), 0.6, np.float32)
+    for index, image in enumerate(images):
+        top, left = (gap + part * pitch for part in divmod(index, _COLUMNS))
+        sheet[top : top + side, left : left + side] = image.transpose(1, 2, 0)
+    return sheet
+
+
+def _summarize(dataset: QuadrantDataset, num_classes: int) -> SplitSummary:
+    by_class = np.bincount(dataset.labels, minlength=num_classes)
+    by_number = np.bincount(dataset.recipes.num_digits, minlength=5)[1:]
+    return SplitSummary(len(dataset.labels), tuple(by_class.tolist()), len(dataset), tuple(by_number.tolist()))

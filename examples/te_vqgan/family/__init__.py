@@ -1,0 +1,1 @@
+"""The quantizer family, trained with equal networks and compared."""

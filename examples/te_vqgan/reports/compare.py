@@ -1,0 +1,184 @@
+"""Agreements beside code use and reconstruction error, a row an arm and a row a run; a plot; counts of exactness.
+
+Reads the ``results.json`` that ``report`` wrote, so that a published comparison is written anew from data alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named
+from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from te_quant import EquivarianceReport
+from te_quant.equivariance import Agreement
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "agreement_cell",
+    "comparison",
+    "draw_agreement",
+    "exactness",
+    "scatter",
+    "table_row",
+    "write_comparison",
+]
+
+_AGREEMENTS = {
+    "placement": "placement (the paper's)",
+    "aligned": "whole tokens",
+    "sub_stride": "below a token",
+    "sub_stride_foreground": "below a token, ink alone",
+}
+_DISTINCT = {"distinct_images": "distinct images", "distinct_pairs": "distinct (image, shift) pairs"}
+_HEADER = [
+    "tokenizer",
+    *(f"{label}: κ" for label in _AGREEMENTS.values()),
+    "codes > 0.1 %",
+    "perplexity",
+    "test L1",
+    "PSNR, dB",
+]
+
+
+def write_comparison(folder: Path) -> None:
+    """Write ``comparison.md`` and ``.png``, ``metrics.md`` and, if it was counted, ``exactness.md``.
+
+    Raises:
+        ValueError: there is no ``results.json``.
+    """
+    path = folder / "results.json"
+    require(path.is_file(), "results", "a folder with results.json", str(folder))
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    write_text_atomically(folder / "comparison.md", comparison(runs))
+    reports = {_name(run, runs): _report(run) for run in runs}
+    write_text_atomically(folder / "metrics.md", EquivarianceReport.table(reports))
+    counted = [run for run in runs if "exactness" in run]
+    if counted:
+        write_text_atomically(folder / "exactness.md", exactness(counted))
+    buffer = io.BytesIO()
+    # Without the date and the version a figure is a function of its data.
+    scatter(runs).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    write_bytes_atomically(folder / "comparison.png", buffer.getvalue())
+
+
+def comparison(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table with a row an arm in Markdown, and one with a row a run where an arm has several."""
+    test, conditions = runs[0]["evaluation"]["test"], _report(runs[0]).settings
+    measured = (
+        f"{conditions.num_images:,} test digits; code use and reconstruction over {test['images']:,} test images, "
+        f"{test['tokens']:,} tokens.\n"
+    )
+    each = _comparison_table([(_name(run, runs), [run]) for run in runs])
+    each += f"\n\nκ [95 % bootstrap interval over images] (rate of equal indices), {measured}"
+    arms = by_arm(runs)
+    if len(arms) == len(runs):
+        return each
+    most = max(map(len, arms.values()))
+    table = _comparison_table([(named(title, len(group), most), group) for title, group in arms.items()])
+    means = "Means over seeds ± standard deviation between them, intervals as below where there is one seed: "
+    means += "κ (rate of equal indices), "
+    return f"{table}\n\n{means}{measured}\n{each}"
+
+
+def _comparison_table(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """Write a row for each name and its runs."""
+    lines = [table_row(_HEADER), table_row(["---", *["---:"] * (len(_HEADER) - 1)])]
+    for name, runs in rows:
+        tests = [run["evaluation"]["test"] for run in runs]
+        reports = [_report(run) for run in runs]
+        cells = [agreement_cell([getattr(report, metric) for report in reports]) for metric in _AGREEMENTS]
+        for key, pattern in (("frequent_codes", ".0f"), ("perplexity", ".1f"), ("l1", ".4f"), ("psnr", ".2f")):
+            cells.append(mean_and_deviation([test[key] for test in tests], pattern))
+        lines.append(table_row([name, *cells]))
+    return "\n".join(lines)
+
+
+def exactness(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the counts of indices that differ after circular shifts in Markdown."""
+    header = ["tokenizer", "shifts", "precision", "indices compared", "differing", *_DISTINCT.values()]
+    lines = [table_row(header), table_row(["---", "---", "---", *["---:"] * (len(header) - 3)])]
+    for run in runs:
+        for precision, count in run["exactness"]["counts"].items():
+            numbers = [f"{count['compared']:,}", f"{count['differing']:,}"]
+            # Counts of before comparisons were kept distinct do not say.
+            numbers += [f"{count[name]:,}" if name in count else "not recorded" for name in _DISTINCT]
+            lines.append(table_row([_name(run, runs), run["exactness"]["shifts"], precision, *numbers]))
+    return "\n".join(lines) + "\n"
+
+
+def scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw κ below a token against reconstruction error and against perplexity, a point a run, a colour an arm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    titles = list(by_arm(runs))
+    for run in runs:
+        index = titles.index(run["title"])
+        agreement, test = _report(run).sub_stride, run["evaluation"]["test"]
+        if not agreement.kappa_defined:
+            continue
+        for axes, x in ((left, test["l1"]), (right, test["perplexity"])):
+            draw_agreement(axes, x, agreement, index, run["title"])
+    left.set(
+        xlabel="reconstruction error L1 on test images (less is better)",
+        ylabel="κ of indices after shifts below a token",
+        ylim=(0, 1.03),
+    )
+    right.set(xlabel="perplexity of the code use")
+    # One entry an arm, however many seeds it has.
+    entries = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle("Equivariance against what it costs: agreement counts for little where few codes are in use")
+    return figure
+
+
+def draw_agreement(axes: Axes, x: float, agreement: Agreement, index: int, label: str) -> None:
+    """Draw κ with its interval at ``x``, in the colour and with the mark of the ``index``-th of several.
+
+    The interval stands for itself: one of percentiles need not hold the estimate, so it is no error bar.
+    """
+    style: dict[str, Any] = {"marker": "osD^vP*X"[index % 8], "color": f"C{index % 10}"}
+    axes.plot(x, agreement.kappa, linestyle="none", markersize=8, label=label, **style)
+    low, high = agreement.kappa_interval
+    if not math.isnan(low):
+        axes.plot([x, x], [low, high], marker="_", color=style["color"])
+
+
+def _report(run: Mapping[str, Any]) -> EquivarianceReport:
+    return EquivarianceReport.from_dict(run["evaluation"]["equivariance"])
+
+
+def _name(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
+    several = len({other["seed"] for other in runs}) > 1
+    return f"{run['title']}, seed {run['seed']}" if several else str(run["title"])
+
+
+def agreement_cell(agreements: Sequence[Agreement | None]) -> str:
+    """Write κ [95 % interval] (rate) of one run; of several the means, with the deviation as the interval."""
+    known = [agreement for agreement in agreements if agreement is not None]
+    if len(known) < len(agreements):
+        return "not measured"
+    rate = statistics.fmean(agreement.rate for agreement in known)
+    if not all(agreement.kappa_defined for agreement in known):
+        return f"undefined ({rate:.3f})"
+    kappa = mean_and_deviation([agreement.kappa for agreement in known], ".3f")
+    if len(known) == 1:
+        low, high = known[0].kappa_interval
+        kappa += f" [{low:.3f}, {high:.3f}]"
+    return f"{kappa} ({rate:.3f})"
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """Write one line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"

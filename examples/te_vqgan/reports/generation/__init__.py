@@ -1,0 +1,1 @@
+"""Tables and figures of both generation tasks, next to the paper's."""

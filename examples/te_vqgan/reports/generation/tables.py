@@ -1,0 +1,220 @@
+"""The paper's tables from our results, each cell ours beside the paper's.
+
+Ours are means over seeds, the standard deviation between seeds in brackets where there are several.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from examples.te_vqgan.reports.document import Table
+from examples.te_vqgan.reports.generation.paper import TABLE1, TABLE2, TABLE3, Printed
+from examples.te_vqgan.stage1.presets import ARMS
+
+__all__ = [
+    "accuracies",
+    "counted",
+    "full_size",
+    "generations",
+    "mean",
+    "quadrants",
+    "read_right",
+    "sampling_table",
+    "table1",
+    "table2",
+    "table3",
+]
+
+Run = Mapping[str, Any]
+
+_CASES = ("quad1", "quad2", "quad3", "quad4")
+# The paper's order, then what it lacks.
+_ORDER = ("mb", "mp", "cb", "vqgan", "te_vqgan", *(arm for arm in ARMS if arm not in TABLE1))
+_DASH = "–"
+
+
+def generations(results: Mapping[str, Any], images: int) -> dict[str, list[Run]]:
+    """Return the runs of each arm, in the tables' order, whose GPT of that training size was measured."""
+    found = {
+        arm: [
+            run
+            for run in results["runs"]
+            if run["arm"] == arm and "generation" in run.get("stage2", {}).get(str(images), {})
+        ]
+        for arm in _ORDER
+    }
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
+def accuracies(runs: Iterable[Run], images: int, task: str, case: str, split: str = "held_out") -> list[float]:
+    """Return the digit accuracy of one case, a value a seed."""
+    parts = (run["stage2"][str(images)]["generation"][split][task]["cases"][case] for run in runs)
+    return [part["digit_accuracy"] for part in parts if part["digit_accuracy"] is not None]
+
+
+def full_size(results: Mapping[str, Any]) -> int | None:
+    """Return the largest training set of a measured Stage 2, ``None`` if no GPT was measured."""
+    return max(_sizes(results), default=None)
+
+
+def table1(results: Mapping[str, Any], task: str) -> Table:
+    """Digit accuracy by number of digits, over held-out combinations; and what bounds it.
+
+    Args:
+        results: as ``collect`` gives them, with a Stage 2.
+        task: ``"text_to_image"`` or ``"image_to_text"``.
+    """
+    images = _full(results)
+    header = ["tokenizer", *(f"Quad{number}" for number in range(1, 5)), "centre", "seen, Quad1", "seen, Quad4"]
+    if task == "text_to_image":
+        header.append("read in reconstructions")
+    rows = []
+    for arm, runs in generations(results, images).items():
+        printed = TABLE1.get(arm, {}).get(task)
+        cells = [
+            _beside(accuracies(runs, images, task, case), None if printed is None else printed[number])
+            for number, case in enumerate(_CASES)
+        ]
+        cells.append(mean(accuracies(runs, images, task, "centre")))
+        cells += [mean(accuracies(runs, images, task, case, "seen")) for case in ("quad1", "quad4")]
+        if task == "text_to_image":
+            cells.append(mean([read_right(run, "reconstruction") for run in runs if "reading" in run]))
+        rows.append([f"{ARMS[arm].title}{counted(runs)}", *cells])
+    return Table(header, rows)
+
+
+def table2(results: Mapping[str, Any]) -> Table | None:
+    """Quad1 of text to image, largest and smallest training set; ``None`` if only one size was measured."""
+    sizes = sorted(_sizes(results), reverse=True)
+    arms = ("vqgan", "te_vqgan")
+    values = {
+        (size, arm): accuracies(generations(results, size).get(arm, []), size, "text_to_image", "quad1")
+        for size in sizes
+        for arm in arms
+    }
+    if len(sizes) < 2 or not any(values[sizes[-1], arm] for arm in arms):
+        return None
+    ends = sizes[0], sizes[-1]
+    rows = []
+    for size, printed_size in zip(ends, TABLE2, strict=True):
+        printed = TABLE2[printed_size]
+        cells = [_beside(values[size, arm], printed[arm]) for arm in arms]
+        rows.append([f"{size:,} (paper: {printed_size:,})", *cells])
+    differences = []
+    for arm in arms:
+        large, small = (values[size, arm] for size in ends)
+        ours = _DASH if not large or not small else f"{statistics.fmean(large) - statistics.fmean(small):.3f}"
+        largest, smallest = (printed[arm].mean for printed in TABLE2.values())
+        differences.append(f"{ours} / {largest - smallest:.3f}")
+    return Table(["training images", *(ARMS[arm].title for arm in arms)], [*rows, ["difference", *differences]])
+
+
+def sampling_table(results: Mapping[str, Any]) -> Table | None:
+    """Digit accuracy of text to image by the codes that sampling chooses from: over all quadrants, and Quad1.
+
+    ``None`` if no number but the settings' own was measured.
+    """
+    images = _full(results)
+    arms = {
+        arm: [run["stage2"][str(images)] for run in runs] for arm, runs in generations(results, images).items()
+    }
+    names = {name for parts in arms.values() for part in parts for name in part.get("sampling", {})}
+    if not names:
+        return None
+    numbers = sorted(int(name.removeprefix("generation-")) for name in names)
+    rows = []
+    for arm, parts in arms.items():
+        if not any("sampling" in part for part in parts):
+            continue
+        cells = [mean([quadrants(part["generation"], "text_to_image") for part in parts])]
+        for number in numbers:
+            found = [part["sampling"].get(f"generation-{number}") for part in parts if "sampling" in part]
+            chosen = [generation for generation in found if generation is not None]
+            cells.append(mean([quadrants(generation, "text_to_image") for generation in chosen]))
+            single = [generation["held_out"]["text_to_image"]["cases"]["quad1"] for generation in chosen]
+            cells.append(mean([case["digit_accuracy"] for case in single if case["digit_accuracy"] is not None]))
+        rows.append([ARMS[arm].title, *cells])
+    share = next(iter(arms.values()))[0]["settings"]["top_fraction"]
+    columns = [name for n in numbers for name in (f"{n} codes", f"{n} codes, Quad1")]
+    return Table(["tokenizer", f"top {100 * share:g} % of its codes", *columns], rows)
+
+
+def quadrants(generation: Mapping[str, Any], task: str) -> float:
+    """Return the share of the held-out digits in quadrants that are right."""
+    return _share(generation["held_out"][task]["cases"][case] for case in _CASES)
+
+
+def read_right(run: Run, what: str) -> float:
+    """Return the share of the digits in all test images, or reconstructions, that the classifier reads right."""
+    return _share(run["reading"][what]["cases"].values())
+
+
+def _share(cases: Iterable[Mapping[str, Any]]) -> float:
+    counts = [(int(case["digits_right"]), int(case["digits"])) for case in cases]
+    return sum(right for right, _ in counts) / sum(digits for _, digits in counts)
+
+
+def table3(results: Mapping[str, Any]) -> Table:
+    """Code usage, reconstruction error and distance in the classifier's features, by data set."""
+    header = [
+        "data, tokenizer",
+        "codes used",
+        "codes > 0.1 %",
+        "reconstruction L1",
+        "feature distance",
+        "LPIPS",
+    ]
+    main = results["runs"][0]["settings"]["data"]
+    groups = {main: results["runs"], **{name: part["runs"] for name, part in results.get("other", {}).items()}}
+    rows = []
+    for data, runs in groups.items():
+        for arm in ("vqgan", "te_vqgan"):
+            chosen = [run for run in runs if run["arm"] == arm]
+            if not chosen:
+                continue
+            printed = TABLE3.get(data, {}).get(arm)
+            codes, error, perceptual = printed or (_DASH, _DASH, _DASH)
+            tests = [run["evaluation"]["test"] for run in chosen]
+            readings = [run["reading"] for run in chosen if "reading" in run]
+            perceived = [one["perceptual_distance"] for one in readings if one.get("perceptual") == "lpips"]
+            cells = [
+                f"{mean([test['used_codes'] for test in tests], '.0f')} / {codes}",
+                mean([test["frequent_codes"] for test in tests], ".0f"),
+                f"{mean([test['l1'] for test in tests], '.4f')} / {error}",
+                mean([one["feature_distance"] for one in readings], ".4f"),
+                f"{mean(perceived, '.4f')} / {perceptual}",
+            ]
+            rows.append([f"{data}, {ARMS[arm].title}{counted(chosen)}", *cells])
+    return Table(header, rows)
+
+
+def _sizes(results: Mapping[str, Any]) -> set[int]:
+    parts = (item for run in results["runs"] for item in run.get("stage2", {}).items())
+    return {int(size) for size, part in parts if "generation" in part}
+
+
+def _full(results: Mapping[str, Any]) -> int:
+    images = full_size(results)
+    if images is None:
+        raise ValueError("results must hold a measured Stage 2, got none.")
+    return images
+
+
+def counted(runs: Sequence[Run]) -> str:
+    """Name the number of seeds where it is smaller than the three that are meant to be."""
+    return "" if len(runs) >= 3 else f", {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+
+
+def _beside(values: Sequence[float], printed: Printed | None) -> str:
+    paper = _DASH if printed is None else f"{printed.mean:.3f} ({printed.deviation:.3f})"
+    return f"{mean(values)} / {paper}"
+
+
+def mean(values: Sequence[float], pattern: str = ".3f") -> str:
+    """Write the mean over seeds, with the standard deviation in brackets if they are several."""
+    if not values:
+        return _DASH
+    text = format(statistics.fmean(values), pattern)
+    return text if len(values) == 1 else f"{text} ({format(statistics.stdev(values), pattern)})"

@@ -1,0 +1,87 @@
+"""One table over several presets that differ in one thing each: where does the penalty help?
+
+Reads the ``results.json`` of each preset's published report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.te_vqgan.reports.document import Table, to_markdown
+from examples.te_vqgan.reports.generation.tables import counted, full_size, mean, quadrants, read_right
+from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.stage1.presets import ARMS, DEFAULT_ARMS, differing
+from te_quant import EquivarianceReport
+
+__all__ = ["regimes", "write_regimes"]
+
+_HEADER = [
+    "what differs",
+    "tokenizer",
+    "tokens",
+    "codes used",
+    "below a token: κ",
+    "read in reconstructions",
+    "text to image, top 10 %",
+    "text to image, 2 codes",
+    "image to text",
+]
+
+
+def write_regimes(folders: Sequence[Path], path: Path) -> None:
+    """Write the table of the reports in ``folders`` to ``path``; each says how it differs from the first.
+
+    Raises:
+        ValueError: a folder has no ``results.json`` with a measured Stage 2.
+    """
+    for folder in folders:
+        require((folder / "results.json").is_file(), "results", "folders with results.json", str(folder))
+    results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
+    write_text_atomically(path, to_markdown([regimes(results)]))
+
+
+def regimes(results: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for VQGAN and one for TE-VQGAN in each of the results; means over seeds, deviations in brackets."""
+    rows: list[list[str]] = []
+    for one in results:
+        images = full_size(one)
+        if images is None:
+            raise ValueError("results must hold a measured Stage 2, got none.")
+        for arm in DEFAULT_ARMS:
+            runs = [run for run in one["runs"] if run["arm"] == arm]
+            if runs:
+                rows.append([_what_differs(results[0], one, arm), *_cells(arm, runs, str(images))])
+    return Table(_HEADER, rows)
+
+
+def _cells(arm: str, runs: Sequence[Mapping[str, Any]], images: str) -> list[str]:
+    # A tokenizer may stand here before its GPT is trained.
+    measured = [run["stage2"][images] for run in runs if images in run.get("stage2", {})]
+    parts = [part for part in measured if "generation" in part]
+    reports = [EquivarianceReport.from_dict(run["evaluation"]["equivariance"]) for run in runs]
+    kappas = [report.sub_stride.kappa for report in reports if report.sub_stride is not None]
+    two = [part["sampling"]["generation-2"] for part in parts if "generation-2" in part.get("sampling", {})]
+    test = [run["evaluation"]["test"] for run in runs]
+    return [
+        f"{ARMS[arm].title}{counted(runs)}",
+        f"{test[0]['tokens'] // test[0]['images']}",
+        mean([one["used_codes"] for one in test], ".0f"),
+        mean(kappas),
+        mean([read_right(run, "reconstruction") for run in runs if "reading" in run]),
+        mean([quadrants(part["generation"], "text_to_image") for part in parts]),
+        mean([quadrants(generation, "text_to_image") for generation in two]),
+        mean([quadrants(part["generation"], "image_to_text") for part in parts]),
+    ]
+
+
+def _what_differs(base: Mapping[str, Any], one: Mapping[str, Any], arm: str) -> str:
+    """The settings in which two trainings of an arm differ, seeds aside."""
+    before, after = (
+        {**next(run["settings"] for run in results["runs"] if run["arm"] == arm), "seed": 0}
+        for results in (base, one)
+    )
+    return "; ".join(differing(before, after)) or "(the preset `small`)"

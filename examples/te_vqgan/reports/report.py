@@ -1,0 +1,297 @@
+"""The report of a comparison: ``report.html``, ``report.md``, PNGs, ``results.json`` and ``samples/``.
+
+``results.json`` and ``samples/`` hold everything that the other files are made of, so that a published report can
+be written anew without the runs, and so that runs of several machines can be brought together in one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.te_vqgan.reports.document import (
+    Block,
+    Bullets,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    to_html,
+    to_markdown,
+)
+from examples.te_vqgan.reports.figures import draw_curves, draw_placements, draw_reconstructions, draw_shifts
+from examples.te_vqgan.reports.findings import findings
+from examples.te_vqgan.reports.generation.report import generation_blocks, generation_figures, generation_tables
+from examples.te_vqgan.reports.generation.tables import full_size, generations
+from examples.te_vqgan.reports.results import METRICS, by_arm, cell, collect, commands, merged
+from examples.te_vqgan.runs.checkpoint import load_checkpoint
+from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from te_quant import EquivarianceReport
+from te_quant.equivariance import plot_reports
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["render", "write_report"]
+
+# Pictures that show images, whose colours are kept.
+_PHOTOGRAPHS = ("reconstructions.png", "generated.png", "captions.png")
+# Arms that a title names.
+_FEW_ARMS = 4
+_RESULTS = "results.json"
+_CAPTIONS = {
+    "token_grids.png": "One test digit at the centre and in the four quadrants, and the index of the code at "
+    "every token. Equal numbers and colours within an arm are equal codes; outlined is the block of tokens that "
+    "the digit covers. This is the paper's Fig. 1. All moves are whole tokens, so aliasing cannot show here.",
+    "token_shifts.png": "The same digit moved right pixel by pixel, up to one whole token. Moves below a token "
+    "are where aliasing shows.",
+    "reconstructions.png": "Test images, and what each arm makes of their tokens.",
+    "loss_curves.png": "Training: reconstruction error, codebook loss, code use, and how far the codes are from "
+    "orthogonal, over the steps.",
+    "equivariance.png": "All agreements with their κ, and the agreement by sub-stride shift; of each arm "
+    "the first seed (the table has all).",
+}
+
+
+def write_report(out: Path, *, command: str, wall_seconds: float | None = None, into: Path | None = None) -> Path:
+    """Gather the finished runs below ``out`` and write the report.
+
+    Args:
+        out: the folder of a preset.
+        command: what was typed to get the results.
+        wall_seconds: how long that took, if it did everything.
+        into: folder of the report, ``out/report`` by default. The runs of a report that is there already stay, but
+            for those that are in ``out`` too.
+
+    Returns:
+        The folder of the report.
+
+    Raises:
+        ValueError: no run is finished, or as :func:`~.reports.results.merged`.
+    """
+    collected = collect(out, command=command, wall_seconds=wall_seconds)
+    folder = out / "report" if into is None else into
+    path = folder / _RESULTS
+    results = collected
+    if into is not None and path.is_file():
+        results = merged(json.loads(path.read_text(encoding="utf-8")), collected)
+    results["samples"] = _copied_samples(results, collected, out, folder)
+    _add_generated(results, collected, out, folder)
+    write_text_atomically(path, json.dumps(results, indent=1) + "\n")
+    render(folder)
+    return folder
+
+
+def render(folder: Path) -> None:
+    """Write everything in ``folder`` that follows from its ``results.json`` and ``samples/``.
+
+    Raises:
+        ValueError: there is no ``results.json``.
+    """
+    path = folder / _RESULTS
+    require(path.is_file(), "results", "a folder with results.json", str(folder))
+    results = json.loads(path.read_text(encoding="utf-8"))
+    samples = {title: _samples(folder / name) for title, name in results["samples"].items()}
+    generated = {arm: _samples(folder / name) for arm, name in results.get("generated", {}).items()}
+    figures = _figures(results, samples) | generation_figures(results, generated)
+    pictures = {name: _png(figure, photographs=name in _PHOTOGRAPHS) for name, figure in figures.items()}
+    for name, content in pictures.items():
+        write_bytes_atomically(folder / name, content)
+    blocks = _blocks(results)
+    write_text_atomically(folder / "report.md", to_markdown(blocks))
+    write_text_atomically(folder / "report.html", to_html(blocks, pictures, _title(results)))
+    if full_size(results) is not None:
+        for name, table in generation_tables(results).items():
+            write_text_atomically(folder / f"{name}.md", to_markdown([table]))
+
+
+def _copied_samples(
+    results: Mapping[str, Any], collected: Mapping[str, Any], out: Path, folder: Path
+) -> dict[str, str]:
+    """Copy the samples of each arm's first seed, if it is among those in ``out``, and return all of them."""
+    here = {(run["arm"], run["seed"]) for run in collected["runs"]}
+    names = {}
+    for title, (first, *_) in by_arm(results["runs"]).items():
+        names[title] = results.get("samples", {}).get(title, f"samples/{first['arm']}.safetensors")
+        if (first["arm"], first["seed"]) in here:
+            source = out / first["folder"] / "samples.safetensors"
+            write_bytes_atomically(folder / names[title], source.read_bytes())
+    return names
+
+
+def _add_generated(results: dict[str, Any], collected: Mapping[str, Any], out: Path, folder: Path) -> None:
+    """Copy what each arm's first seed generated, if it is among those in ``out``, and note the captions of all."""
+    images = full_size(results)
+    if images is None:
+        return
+    here = {(arm, run["seed"]) for arm, runs in generations(collected, images).items() for run in runs}
+    names = {}
+    for arm, (first, *_) in generations(results, images).items():
+        names[arm] = f"samples/{arm}-generated.safetensors"
+        if (arm, first["seed"]) in here:
+            source = out / first["folder"] / f"stage2-{images}" / "generation.safetensors"
+            write_bytes_atomically(folder / names[arm], source.read_bytes())
+            _, texts = load_checkpoint(source)
+            results["captions"] = {split: part["captions"] for split, part in texts.items()}
+    results["generated"] = names
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Write "a", "a and b" or "a; b; c": a title may hold a comma."""
+    known = list(names)
+    return " and ".join(known) if len(known) < 3 else "; ".join(known)
+
+
+def _figures(results: Mapping[str, Any], samples: Mapping[str, dict[str, NDArray[Any]]]) -> dict[str, Figure]:
+    groups = by_arm(results["runs"])
+    notes = {title: f"L1 {cell(METRICS['l1'], runs)} on test" for title, runs in groups.items()}
+    reports = {
+        f"{title}, seed {run['seed']}" if several else title: EquivarianceReport.from_dict(
+            run["evaluation"]["equivariance"]
+        )
+        for title, (run, *several) in groups.items()
+    }
+    return {
+        "token_grids.png": draw_placements(samples),
+        "token_shifts.png": draw_shifts(samples),
+        "reconstructions.png": draw_reconstructions(samples, notes),
+        "loss_curves.png": draw_curves({title: [run["log"] for run in runs] for title, runs in groups.items()}),
+        "equivariance.png": plot_reports(reports),
+    }
+
+
+def _blocks(results: Mapping[str, Any]) -> list[Block]:
+    groups = by_arm(results["runs"])
+    first = results["runs"][0]
+    settings, measured = first["settings"], first["evaluation"]
+    conditions = EquivarianceReport.from_dict(measured["equivariance"]).settings
+    header = ["", *groups]
+    rows = [[metric.label, *(cell(metric, runs) for runs in groups.values())] for metric in METRICS.values()]
+    model = settings["model"]
+    grid = settings["canvas_size"] // conditions.stride
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    pictures: list[Block] = [Picture(name, caption) for name, caption in _CAPTIONS.items()]
+    return [
+        Heading(1, _title(results)),
+        Paragraph(
+            f"{_listed(groups)}: {_budget(results)}, on pictures of one to four "
+            f"digits (`{settings['data']}`), {settings['canvas_size']}x{settings['canvas_size']} pixels, and "
+            f"measured on digits that training never saw. Stride {conditions.stride}, so {grid}x{grid} tokens; "
+            f"K = {model['num_codes']} codes of size C = {model['code_dim']}."
+        ),
+        Heading(2, "What came out"),
+        Bullets(findings(results)),
+        Table(header, rows),
+        Paragraph(
+            f"Reconstruction and code use over {measured['test']['images']:,} test images "
+            f"({measured['test']['tokens']:,} tokens); agreements over {conditions.num_images:,} single test "
+            f"digits. An agreement is a share of equal indices; in brackets is Cohen's κ, which is 0 where the "
+            f"agreement is what chance gives with the same code use. The placement metric moves a digit by "
+            f"whole tokens alone. Shifts below a token are measured at the best whole-token alignment of each "
+            f"image, and against the quantized Fourier-shifted latents. “Used at least once” grows with the "
+            f"number of tokens; perplexity and codes above 0.1 % hardly do."
+        ),
+        *generation_blocks(results),
+        Heading(2, "Pictures"),
+        *pictures,
+        Heading(2, "How it was made"),
+        Paragraph(_commands(results) + _took(results["wall_seconds"])),
+        _runs_table(results),
+        Paragraph(_provenance(first["provenance"]) + f" Seeds: {', '.join(map(str, seeds))}."),
+        Paragraph("Settings of each arm that differ from the first arm's:"),
+        Bullets(_differences(groups)),
+        Paragraph("All settings of the first arm: `" + json.dumps(settings, sort_keys=True) + "`"),
+    ]
+
+
+def _runs_table(results: Mapping[str, Any]) -> Table:
+    rows = []
+    for run in results["runs"]:
+        facts = run["provenance"]
+        training, everything = facts["training"], facts["training_and_evaluation"]
+        rows.append(
+            [
+                f"{run['title']}, seed {run['seed']}",
+                f"{run['settings']['steps']:,}",
+                f"{training['wall_seconds']:.0f}",
+                f"{training['cpu_seconds']:.0f}",
+                f"{everything['wall_seconds'] - training['wall_seconds']:.0f}",
+                str(facts["threads"]),
+                facts["device"],
+            ]
+        )
+    header = ["run", "steps", "training, s", "…CPU seconds", "evaluation, s", "threads", "device"]
+    return Table(header, rows)
+
+
+def _provenance(facts: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items() if value is not None)
+    commit = f"commit `{facts['commit']}`" if facts["commit"] else "no git commit known"
+    return f"Versions: {versions}; {commit}."
+
+
+def _differences(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    (base, first), *others = ((title, _flat(runs[0]["settings"])) for title, runs in groups.items())
+    lines = [f"{base}: the first arm."]
+    for title, settings in others:
+        changes = [
+            f"`{name}` = {settings[name]} (not {first[name]})" for name in first if settings[name] != first[name]
+        ]
+        lines.append(f"{title}: {', '.join(changes) or 'none'}.")
+    return lines
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    model = {f"model.{name}": value for name, value in settings["model"].items()}
+    return {**{name: value for name, value in settings.items() if name not in ("model", "seed")}, **model}
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    arms = list(by_arm(results["runs"]))
+    shown = _listed(arms) if len(arms) <= _FEW_ARMS else f"{len(arms)} tokenizers"
+    return f"{shown} on {results['runs'][0]['settings']['data']}"
+
+
+def _budget(results: Mapping[str, Any]) -> str:
+    groups = by_arm(results["runs"])
+    budgets = {(run["settings"]["steps"], run["settings"]["batch_size"]) for run in results["runs"]}
+    seeds = {tuple(run["seed"] for run in runs) for runs in groups.values()}
+    if len(budgets) > 1 or len(seeds) > 1:
+        return "trained with budgets or seeds that differ, see below"
+    steps, size = budgets.pop()
+    return f"trained with equal seeds and budget ({steps:,} steps of {size} images)"
+
+
+def _commands(results: Mapping[str, Any]) -> str:
+    typed = commands(results)
+    return f"Command{'s' if len(typed) > 1 else ''}: " + ", ".join(f"`{command}`" for command in typed)
+
+
+def _took(seconds: float | None) -> str:
+    return "" if seconds is None else f" ({seconds:.0f} s of wall time for everything)"
+
+
+def _samples(path: Path) -> dict[str, NDArray[Any]]:
+    tensors, _ = load_checkpoint(path)
+    return {name: np.asarray(tensor) for name, tensor in tensors.items()}
+
+
+def _png(figure: Figure, *, photographs: bool) -> bytes:
+    """Draw a figure; of a diagram the 256 colours that it has most of, which takes a third of the bytes."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    if photographs:
+        return content.getvalue()
+    smaller = io.BytesIO()
+    diagram = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    diagram.save(smaller, format="png", optimize=True)
+    return smaller.getvalue()

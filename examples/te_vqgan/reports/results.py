@@ -1,0 +1,260 @@
+"""The numbers of finished runs as one JSON value, and what tables and sentences ask of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.logs import read_log
+from examples.te_vqgan.stage1.presets import ARMS, differing
+from te_quant import EquivarianceReport
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "by_arm",
+    "cell",
+    "collect",
+    "commands",
+    "mean_and_deviation",
+    "merged",
+    "run_folder",
+    "values_of",
+]
+
+# The curves need no more points than a figure has pixels.
+_LOG_LINES = 120
+
+
+class Metric(NamedTuple):
+    """A row of the report's table.
+
+    Attributes:
+        label: the row's name, units in it.
+        value: reads it from a run's evaluation; NaN where it is undefined.
+        format: of one value.
+        kappa: reads the chance-corrected value that must stand beside an agreement.
+    """
+
+    label: str
+    value: Callable[[Mapping[str, Any]], float]
+    format: str
+    kappa: Callable[[Mapping[str, Any]], float] | None = None
+
+
+def _entry(*path: str) -> Callable[[Mapping[str, Any]], float]:
+    def read(evaluation: Mapping[str, Any]) -> float:
+        value: Any = evaluation
+        for name in path:
+            value = value[name]
+        return float(value)
+
+    return read
+
+
+def _agreement(name: str, label: str) -> Metric:
+    def read(field: str) -> Callable[[Mapping[str, Any]], float]:
+        def value(evaluation: Mapping[str, Any]) -> float:
+            report = EquivarianceReport.from_dict(evaluation["equivariance"])
+            return float(getattr(report.agreements()[name], field))
+
+        return value
+
+    return Metric(label, read("rate"), ".3f", read("kappa"))
+
+
+METRICS: dict[str, Metric] = {
+    "l1": Metric("reconstruction L1, images in [-1, 1]", _entry("test", "l1"), ".4f"),
+    "l2": Metric("reconstruction L2 (mean square)", _entry("test", "l2"), ".5f"),
+    "psnr": Metric("reconstruction PSNR, dB", _entry("test", "psnr"), ".2f"),
+    "used": Metric("codes used at least once", _entry("test", "used_codes"), ".0f"),
+    "frequent": Metric("codes above 0.1 % of use", _entry("test", "frequent_codes"), ".0f"),
+    "perplexity": Metric("perplexity of the code use", _entry("test", "perplexity"), ".1f"),
+    "orthogonality": Metric(
+        "orthogonality penalty of all codes (Eq. 5 without λ)", _entry("codebook", "orthogonality"), ".5f"
+    ),
+    "cosine": Metric("mean |cosine| of two used codes", _entry("codebook", "mean_abs_cosine_used"), ".3f"),
+    "placement": _agreement("placement", "placement agreement, as the paper measures (κ)"),
+    "placement_foreground": _agreement("placement_foreground", "placement, tokens with ink alone (κ)"),
+    "aligned": _agreement("aligned", "agreement after shifts by whole tokens (κ)"),
+    "aligned_foreground": _agreement("aligned_foreground", "whole tokens, with ink alone (κ)"),
+    "sub_stride": _agreement("sub_stride", "agreement after shifts below a token (κ)"),
+    "sub_stride_foreground": _agreement("sub_stride_foreground", "below a token, with ink alone (κ)"),
+    "sub_stride_fourier": _agreement("sub_stride_fourier", "below a token, against Fourier-shifted latents (κ)"),
+}
+
+
+def run_folder(out: Path, arm: str, seed: int) -> Path:
+    """Return where the run of ``arm`` with ``seed`` lies."""
+    return out / f"{arm}-seed{seed}"
+
+
+def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> dict[str, Any]:
+    """Read every finished run below ``out``.
+
+    Args:
+        out: the folder of a preset.
+        command: what was typed to get the results.
+        wall_seconds: how long that took, if it did everything.
+
+    Raises:
+        ValueError: no run is finished.
+    """
+    runs = _runs_in(out)
+    require(bool(runs), "out", "a folder with finished runs", str(out))
+    results: dict[str, Any] = {"commands": [command], "wall_seconds": wall_seconds, "runs": runs}
+    classifier = _parts(out / "classifier", "settings", "evaluation", "provenance")
+    if "evaluation" in classifier:
+        results["classifier"] = classifier
+    other = {folder.parent.parent.name for folder in out.glob("*/*-seed*/evaluation.json")}
+    for data in sorted(other):
+        runs = _runs_in(out / data)
+        if runs:
+            results.setdefault("other", {})[data] = {
+                "runs": runs,
+                "classifier": _parts(out / data / "classifier", "settings", "evaluation", "provenance"),
+            }
+    return results
+
+
+def _runs_in(out: Path) -> list[dict[str, Any]]:
+    runs = []
+    for arm in ARMS:
+        folders = sorted(out.glob(f"{arm}-seed*"), key=lambda folder: int(folder.name.rpartition("seed")[2]))
+        for folder in folders:
+            if folder.name.rpartition("-seed")[0] != arm or not (folder / "evaluation.json").exists():
+                continue
+            run: dict[str, Any] = {"arm": arm, "title": ARMS[arm].title, "folder": folder.name}
+            run |= _parts(folder, "settings", "evaluation", "provenance", "exactness", "reading")
+            run["seed"] = run["settings"]["seed"]
+            run["log"] = _thinned(read_log(folder / "log.jsonl"))
+            second = {}
+            for inner in sorted(folder.glob("stage2-*")):
+                if (inner / "evaluation.json").exists():
+                    part = _parts(inner, "settings", "evaluation", "provenance", "generation")
+                    controls = [path.stem for path in inner.glob("generation-*.json")]
+                    part |= {"sampling": _parts(inner, *controls)} if controls else {}
+                    second[inner.name.removeprefix("stage2-")] = part | {
+                        "log": _thinned(read_log(inner / "log.jsonl"))
+                    }
+            if second:
+                run["stage2"] = second
+            runs.append(run)
+    return runs
+
+
+def _parts(folder: Path, *names: str) -> dict[str, Any]:
+    """Read those of the JSON files in ``folder`` that are there, by name."""
+    paths = {name: folder / f"{name}.json" for name in names}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def commands(results: Mapping[str, Any]) -> list[str]:
+    """Return what was typed, a line for each time that runs were added."""
+    # Results of before runs could be added have one, under another name.
+    return list(results["commands"] if "commands" in results else [results["command"]])
+
+
+def merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``before`` with everything that ``after`` has anew or in addition.
+
+    A run is known by its arm and seed; one that is in both is taken from ``after``, but for trainings of Stage 2
+    that ``after`` lacks, if they stand on a tokenizer of the same settings.
+
+    Raises:
+        ValueError: the results are of different data, or two seeds of an arm, or two trainings of Stage 2 on as
+            many images, differ in other settings than the seed; or their classifiers do.
+    """
+    _require_one_reader("the data", before, after)
+    result = {**before, **after, "runs": _merged_runs(before["runs"], after["runs"])}
+    result.pop("command", None)
+    other = {**before.get("other", {}), **after.get("other", {})}
+    for data in set(before.get("other", {})) & set(after.get("other", {})):
+        _require_one_reader(data, before["other"][data], after["other"][data])
+        runs = _merged_runs(before["other"][data]["runs"], after["other"][data]["runs"])
+        other[data] = {**after["other"][data], "runs": runs}
+    if other:
+        result["other"] = dict(sorted(other.items()))
+    typed = dict.fromkeys([*commands(before), *commands(after)])
+    return {**result, "commands": list(typed), "wall_seconds": None}
+
+
+def _merged_runs(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    known = {(run["arm"], run["seed"]): dict(run) for run in before}
+    for run in after:
+        old = known.get((run["arm"], run["seed"]), {})
+        kept = old.get("stage2", {}) if old.get("settings") == run["settings"] else {}
+        second = {**kept, **run.get("stage2", {})}
+        known[run["arm"], run["seed"]] = {**run, **({"stage2": second} if second else {})}
+    runs = sorted(known.values(), key=lambda run: (list(ARMS).index(run["arm"]), run["seed"]))
+    data = list(dict.fromkeys(run["settings"]["data"] for run in runs))
+    require(len(data) == 1, "data", "the same in both results", " and ".join(data))
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        _require_alike(f"every seed of {arm}", [run["settings"] for run in runs if run["arm"] == arm])
+    trainings = [(size, part["settings"]) for run in runs for size, part in run.get("stage2", {}).items()]
+    for size in dict.fromkeys(size for size, _ in trainings):
+        of_size = [{**settings, "stage1": None} for number, settings in trainings if number == size]
+        _require_alike(f"every Stage 2 of {size} images", of_size)
+    return runs
+
+
+def _require_one_reader(whose: str, *results: Mapping[str, Any]) -> None:
+    read = [one["classifier"]["settings"] for one in results if "settings" in one.get("classifier", {})]
+    _require_alike(f"the classifiers of {whose}", read)
+
+
+def _require_alike(whose: str, settings: Sequence[Mapping[str, Any]]) -> None:
+    for other in settings[1:]:
+        changes = differing({**settings[0], "seed": 0}, {**other, "seed": 0})
+        require(not changes, "settings", f"the same for {whose}", "; ".join(changes))
+
+
+def by_arm(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Group the runs by their title, in the order of the runs."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(run["title"], []).append(run)
+    return groups
+
+
+def values_of(metric: Metric, runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return one value of ``metric`` a run."""
+    return [metric.value(run["evaluation"]) for run in runs]
+
+
+def cell(metric: Metric, runs: Sequence[Mapping[str, Any]]) -> str:
+    """Write the mean of ``metric`` over ``runs``, with its standard deviation if they are several, and κ."""
+    text = mean_and_deviation(values_of(metric, runs), metric.format)
+    if metric.kappa is None:
+        return text
+    return f"{text} ({mean_and_deviation([metric.kappa(run['evaluation']) for run in runs], metric.format)})"
+
+
+def named(title: str, runs: int, most: int) -> str:
+    """Write ``title``, and of how many seeds it is where another group has more."""
+    return title if runs == most else f"{title}, {runs} of {most} seeds"
+
+
+def mean_and_deviation(values: Sequence[float], pattern: str) -> str:
+    """Write the mean of ``values`` and, if they are several, ± their standard deviation; NaN is "undefined"."""
+    mean = statistics.fmean(values)
+    if math.isnan(mean):
+        return "undefined"
+    text = format(mean, pattern)
+    return text if len(values) == 1 else f"{text} ± {format(statistics.stdev(values), pattern)}"
+
+
+def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep every nth line, those with validation numbers, and the last."""
+    every = max(1, len(lines) // _LOG_LINES)
+    last = len(lines) - 1
+    return [
+        line
+        for number, line in enumerate(lines)
+        if number % every == 0 or "validation_l1" in line or number == last
+    ]

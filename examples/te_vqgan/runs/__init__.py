@@ -1,0 +1,1 @@
+"""What every training run shares: folders, logs, checkpoints, processes, provenance."""

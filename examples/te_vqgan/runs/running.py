@@ -1,0 +1,295 @@
+"""What every training run does alike: one process a folder, a stop at any step, and the same bits after it.
+
+A run's folder holds ``settings.json``, ``log.jsonl`` and ``checkpoint.safetensors``; and when it is finished
+``provenance.json`` and, last of all, ``evaluation.json``, whose presence says that nothing is left to do. Of the
+processes of :mod:`~.runs.distributed` the main one alone needs the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from examples.te_vqgan.runs import distributed
+from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
+from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.runs.logs import RunLog
+from examples.te_vqgan.runs.provenance import Execution, git_commit, versions
+from examples.te_vqgan.stage1.presets import differing
+
+__all__ = [
+    "CHECKPOINT",
+    "Clock",
+    "Interrupted",
+    "RunSettings",
+    "RunTrainer",
+    "begun_run",
+    "finished_run",
+    "only_process_in",
+    "provenance",
+    "run_steps",
+    "stop_signals",
+]
+
+CHECKPOINT = "checkpoint.safetensors"
+_LOCK_SECONDS = 30.0
+
+
+class Interrupted(Exception):  # noqa: N818  (an outcome, not an error)
+    """Training was asked to stop; its checkpoint is written."""
+
+
+class RunSettings(Protocol):
+    """The settings that say when a run logs, saves and ends, all in steps."""
+
+    @property
+    def steps(self) -> int:
+        """Length of the run."""
+
+    @property
+    def log_every(self) -> int:
+        """Steps between two lines of the log."""
+
+    @property
+    def validate_every(self) -> int:
+        """Steps between two validations; a multiple of ``log_every``."""
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between two checkpoints."""
+
+
+class RunTrainer(Protocol):
+    """A model with what trains it."""
+
+    step: int
+    """Steps done."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that the next step depends on, by name."""
+
+
+class Clock:
+    """Seconds spent on a run, over all its processes.
+
+    Args:
+        before: what :meth:`spent` gave in the last process; ``None`` in the first.
+    """
+
+    def __init__(self, before: Mapping[str, float] | None = None) -> None:
+        self._before = before or {"wall_seconds": 0.0, "cpu_seconds": 0.0}
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def spent(self) -> dict[str, float]:
+        """Return ``wall_seconds`` and ``cpu_seconds`` up to now."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return {
+            "wall_seconds": self._before["wall_seconds"] + wall,
+            "cpu_seconds": self._before["cpu_seconds"] + cpu,
+        }
+
+
+def finished_run(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Say whether ``folder`` holds the finished run of ``settings``, which are as JSON gives them back.
+
+    Raises:
+        ValueError: it holds a run of other settings.
+    """
+
+    def finished() -> bool:
+        path = folder / "settings.json"
+        if not path.exists():
+            return False
+        changes = differing(json.loads(path.read_text(encoding="utf-8")), settings)
+        require(not changes, "settings", f"those of the run in {folder}", "; ".join(changes))
+        return (folder / "evaluation.json").exists()
+
+    return distributed.from_main(finished)
+
+
+@contextlib.contextmanager
+def begun_run(
+    folder: Path, settings: Mapping[str, Any], *, resume: bool
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]] | None]:
+    """Keep ``folder`` for the unfinished run of ``settings``, and give its checkpoint, ``None`` at the beginning.
+
+    Args:
+        folder: the run's own; made if it is not there.
+        settings: as JSON gives them back.
+        resume: accept a folder with a checkpoint.
+
+    Raises:
+        ValueError: there is a checkpoint and ``resume`` is not set, or another process works in ``folder``.
+    """
+    path = folder / CHECKPOINT
+    with contextlib.ExitStack() as kept:
+
+        def begin() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+            require(resume or not path.exists(), "resume", f"set, as {folder} holds an unfinished run", "False")
+            kept.enter_context(only_process_in(folder))
+            write_text_atomically(folder / "settings.json", json.dumps(dict(settings), indent=2) + "\n")
+            return load_checkpoint(path) if path.exists() else None
+
+        yield distributed.from_main(begin)
+
+
+def run_steps(
+    trainer: RunTrainer,
+    settings: RunSettings,
+    plain: Mapping[str, Any],
+    folder: Path,
+    *,
+    advance: Callable[[], Mapping[str, Tensor]],
+    validate: Callable[[], Mapping[str, float]],
+    clock: Clock,
+    stop: Callable[[int], bool] | None = None,
+    progress: bool = True,
+    shown: Mapping[str, str] | None = None,
+) -> None:
+    """Take the steps that are left, with log and checkpoints, which the main process writes.
+
+    Args:
+        trainer: what is trained.
+        settings: of the run.
+        plain: the same settings as JSON gives them back, for the checkpoint.
+        folder: the run's own.
+        advance: take one step and return the numbers of it, each (); ``loss`` is among them. The log has their
+            means over all processes; integers are alike on all of them.
+        validate: return the numbers that ``settings.validate_every`` adds to a line of the log.
+        clock: the seconds spent on the run, for the checkpoint.
+        stop: asked after every step, given the steps done, whether to stop there; one process's answer is enough.
+        progress: show a progress bar.
+        shown: what the bar shows beside the loss: the name there, and that of the number.
+
+    Raises:
+        Interrupted: ``stop``, Ctrl-C or SIGTERM ended the training early, on all processes at the same step.
+        FloatingPointError: the loss is no longer finite.
+    """
+    from tqdm import tqdm
+
+    main = distributed.is_main()
+    hidden = not (progress and main)
+    bar = tqdm(total=settings.steps, initial=trainer.step, disable=hidden, desc=folder.name, unit="step")
+    log = RunLog(folder / "log.jsonl", trainer.step, folder / "tensorboard") if main else None
+    with bar, log or contextlib.nullcontext(), stop_signals() as signalled:
+        while trainer.step < settings.steps:
+            numbers = advance()
+            done = trainer.step
+            if done % settings.log_every == 0 or done == settings.steps:
+                means = distributed.mean_of(numbers)
+                line = {"step": done, **{name: value.item() for name, value in means.items()}}
+                if not math.isfinite(line["loss"]):
+                    raise FloatingPointError(f"loss must be finite, got {line['loss']} at step {done}.")
+                if log is not None:
+                    if done % settings.validate_every == 0 or done == settings.steps:
+                        line |= validate()
+                    log.write(**line)
+                others = {title: f"{line[name]:.4g}" for title, name in (shown or {}).items()}
+                bar.set_postfix(loss=f"{line['loss']:.3f}", **others)
+            bar.update()
+            wish = done < settings.steps and (signalled() or (stop is not None and stop(done)))
+            interrupted = distributed.agree(wish)
+            if main and (interrupted or done % settings.checkpoint_every == 0 or done == settings.steps):
+                facts = {"step": done, "settings": plain, "spent": clock.spent()}
+                save_checkpoint(folder / CHECKPOINT, trainer.tensors(), facts)
+            if interrupted:
+                raise Interrupted(
+                    f"{folder}: stopped at step {done} of {settings.steps}; --resume goes on from there."
+                )
+
+
+def provenance(
+    command: str | None,
+    where: Execution,
+    trained: Mapping[str, float],
+    all_in_all: Mapping[str, float],
+    *,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Return the content of ``provenance.json``.
+
+    Args:
+        command: what was typed.
+        where: it was computed.
+        trained: seconds of the training, as :meth:`Clock.spent` gives them for the main process.
+        all_in_all: seconds with the evaluation.
+        processes: that trained together.
+    """
+    import torch
+
+    return {
+        "command": command,
+        "commit": git_commit(),
+        "device": where.device,
+        "channels_last": where.channels_last,
+        "compiled": where.compiled,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "training": dict(trained),
+        "training_and_evaluation": dict(all_in_all),
+        "versions": versions(),
+    }
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and SIGTERM into a question, since an exception could come in the middle of a step.
+
+    A second signal is obeyed at once.
+    """
+    asked = False
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before: dict[signal.Signals, Any] = {}
+    # Only the main thread may set handlers; elsewhere signals keep their meaning.
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def only_process_in(folder: Path) -> Iterator[None]:
+    """Make ``folder``, and refuse it if another process works there.
+
+    A process that ends soon, as those of a killed ``run`` do, is waited for.
+
+    Raises:
+        ValueError: the other process is still there after a while.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            import fcntl
+        except ImportError:  # a system without such locks
+            yield
+            return
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{folder} must not be in use, but another process works there.") from error
+            time.sleep(0.2)
+        yield

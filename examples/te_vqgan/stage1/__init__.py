@@ -1,0 +1,1 @@
+"""Stage 1: presets, training and evaluation of the tokenizers."""

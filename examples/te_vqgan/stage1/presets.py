@@ -1,0 +1,278 @@
+"""What is trained: the settings of Stage 1, the arms that are compared, and named presets.
+
+Everything here is data. An arm is a title and a few changes to the model's settings, a preset a few changes to
+the defaults, so a new experiment is one more line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from examples.te_vqgan.runs.checks import require, require_choice, require_int, require_number
+from te_quant import AutoencoderConfig
+
+__all__ = [
+    "ARMS",
+    "DEFAULT_ARMS",
+    "PRESETS",
+    "Arm",
+    "Stage1Settings",
+    "differing",
+    "from_dict",
+    "settings_for",
+    "to_dict",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage1Settings:
+    """Everything that decides the numbers of a Stage 1 run, and nothing else.
+
+    Where a run is computed (device, threads) is not in it: see :class:`~.runs.provenance.Execution`.
+
+    Args:
+        model: the autoencoder, codebook included.
+        data: name of the digits, as ``prepare`` takes it.
+        canvas_size: side of the square images, pixels.
+        held_out: keep the combinations of :mod:`~.data.heldout` out of training; validate and test only on them.
+        train_images: size of the training set; 300,000 in the paper.
+        seed: of the initial weights and of the images drawn; equal seeds give two arms the same both.
+        steps: optimiser steps, at least 1.
+        batch_size: images a step.
+        learning_rate: peak rate of Adam for everything but the codebook.
+        codebook_lr_factor: the codebook's rate is this many times ``learning_rate``.
+        warmup_steps: the rate rises linearly for so many steps.
+        final_lr_share: ...and then falls on half a cosine to this share of its peak, in [0, 1].
+        clip_norm: the gradient is scaled down to at most this norm; 0 leaves it alone.
+        l1_weight: of the mean absolute reconstruction error.
+        l2_weight: of the mean squared reconstruction error.
+        perceptual: name of the perceptual distance, ``"none"`` or ``"lpips"``.
+        perceptual_weight: its weight; above 0 exactly if there is one.
+        adversarial_weight: of the patch discriminator's verdict; 0 trains none.
+        adversarial_start: the first step with a discriminator.
+        adversarial_adaptive: scale that weight by the ratio of the two gradients at the last layer.
+        codebook_init: ``"uniform"`` (the paper's) or ``"kmeans"``, on the latents of the first batches.
+        bf16: compute encoder and decoder in bfloat16 (quantizer and losses stay in float32).
+        log_every: a line in the log after so many steps.
+        validate_every: validation numbers in that line after so many steps; a multiple of ``log_every``.
+        checkpoint_every: a checkpoint after so many steps.
+        eval_images: images of validation and of test on which the finished model is measured.
+        eval_sprites: test digits for the equivariance report.
+    """
+
+    model: AutoencoderConfig
+    data: str = "digits"
+    canvas_size: int = 32
+    held_out: bool = False
+    train_images: int = 300_000
+    seed: int = 0
+    steps: int = 1200
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    codebook_lr_factor: float = 10.0
+    warmup_steps: int = 50
+    final_lr_share: float = 0.02
+    clip_norm: float = 1.0
+    l1_weight: float = 1.0
+    l2_weight: float = 4.0
+    perceptual: str = "none"
+    perceptual_weight: float = 0.0
+    adversarial_weight: float = 0.0
+    adversarial_start: int = 0
+    adversarial_adaptive: bool = True
+    codebook_init: str = "uniform"
+    bf16: bool = False
+    log_every: int = 5
+    validate_every: int = 50
+    checkpoint_every: int = 100
+    eval_images: int = 1024
+    eval_sprites: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("canvas_size", "steps", "batch_size", "log_every", "validate_every", "checkpoint_every"):
+            require_int(name, getattr(self, name), 1)
+        for name in ("train_images", "eval_images", "eval_sprites"):
+            require_int(name, getattr(self, name), 1)
+        for name in ("seed", "warmup_steps", "adversarial_start"):
+            require_int(name, getattr(self, name), 0)
+        for name in ("learning_rate", "codebook_lr_factor", "clip_norm", "perceptual_weight"):
+            require_number(name, getattr(self, name), 0.0)
+        for name in ("l1_weight", "l2_weight", "adversarial_weight"):
+            require_number(name, getattr(self, name), 0.0)
+        require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
+        require_choice("perceptual", self.perceptual, ("none", "lpips"))
+        require_choice("codebook_init", self.codebook_init, ("uniform", "kmeans"))
+        require(
+            self.l1_weight + self.l2_weight + self.perceptual_weight > 0,
+            "l1_weight, l2_weight and perceptual_weight",
+            "above 0 in sum",
+            "0",
+        )
+        require(
+            (self.perceptual == "none") == (self.perceptual_weight == 0),
+            "perceptual_weight",
+            "0 without a perceptual distance and above 0 with one",
+            f"{self.perceptual_weight} with perceptual={self.perceptual!r}",
+        )
+        require(
+            self.validate_every % self.log_every == 0,
+            "validate_every",
+            f"a multiple of log_every={self.log_every}",
+            self.validate_every,
+        )
+        divisor = self.model.divisor
+        require(self.canvas_size % divisor == 0, "canvas_size", f"a multiple of {divisor}", self.canvas_size)
+
+
+class Arm(NamedTuple):
+    """One side of a comparison.
+
+    Attributes:
+        title: how figures and tables call it.
+        model: changes to the preset's :class:`~te_quant.AutoencoderConfig`.
+        settings: changes to the preset's other :class:`Stage1Settings`.
+    """
+
+    title: str
+    model: Mapping[str, Any] = {}
+    settings: Mapping[str, Any] = {}
+
+
+_CIRCULAR = {"encoder_padding": "circular", "decoder_padding": "circular"}
+_POLYPHASE = {**_CIRCULAR, "downsample": "polyphase", "upsample": "polyphase"}
+
+# λ = 10 is the paper's (section 4.1); strided convolution is its "SC" downsampling.
+ARMS: dict[str, Arm] = {
+    "vqgan": Arm("VQGAN", {"downsample": "strided_conv"}),
+    "te_vqgan": Arm("TE-VQGAN (λ = 10)", {"downsample": "strided_conv", "orthogonal_reg": 10.0}),
+    # The paper's other downsamplings.
+    "cb": Arm("CB", {"downsample": "conv_blur_pool"}),
+    "mb": Arm("MB", {"downsample": "max_blur_pool"}),
+    "mp": Arm("MP", {"downsample": "max_pool"}),
+    # Controls that the paper lacks: is it the penalty, or the smaller number of codes in use?
+    "k16": Arm("SC, K = 16", {"downsample": "strided_conv", "num_codes": 16}),
+    # Exact by construction: for multiples of the stride, and for every integer shift.
+    "stride_exact": Arm("circular (stride-exact)", {"downsample": "strided_conv", **_CIRCULAR}),
+    "stride_exact_te": Arm(
+        "circular (stride-exact), λ = 10", {"downsample": "strided_conv", **_CIRCULAR, "orthogonal_reg": 10.0}
+    ),
+    "integer_exact": Arm("polyphase (integer-exact)", _POLYPHASE),
+}
+# What `run` trains if it is not told which.
+DEFAULT_ARMS = ("vqgan", "te_vqgan")
+
+# C >= K lets the penalty reach zero; multipliers 1-2-2 give the paper's stride of 4.
+_SMALL_MODEL = AutoencoderConfig(
+    base_channels=16,
+    channel_multipliers=(1, 2, 2),
+    norm_groups=8,
+    attention_levels=(2,),
+    num_codes=256,
+    code_dim=256,
+)
+_TINY_MODEL = dataclasses.replace(_SMALL_MODEL, base_channels=8, num_codes=16, code_dim=16, attention_levels=())
+
+PRESETS: dict[str, Stage1Settings] = {
+    "smoke": Stage1Settings(
+        _TINY_MODEL,
+        steps=6,
+        batch_size=4,
+        warmup_steps=2,
+        log_every=1,
+        validate_every=3,
+        checkpoint_every=2,
+        eval_images=8,
+        eval_sprites=4,
+    ),
+    "quick": Stage1Settings(_SMALL_MODEL),
+    # The whole paper on two CPU cores: half the canvas, an eighth of the width.
+    "small": Stage1Settings(
+        _SMALL_MODEL,
+        data="mnist",
+        held_out=True,
+        steps=2_400,
+        learning_rate=1e-3,
+        bf16=True,
+        validate_every=100,
+        checkpoint_every=250,
+        eval_images=1_500,
+    ),
+    # As its authors ran it: 40 epochs in batches of 192, Adam at 8e-6 times the batch, no schedule, no clipping.
+    "paper": Stage1Settings(
+        AutoencoderConfig(),
+        data="mnist",
+        canvas_size=64,
+        held_out=True,
+        steps=62_500,
+        batch_size=192,
+        learning_rate=1.5e-3,
+        codebook_lr_factor=1.0,
+        warmup_steps=0,
+        final_lr_share=1.0,
+        clip_norm=0.0,
+        l2_weight=0.0,
+        perceptual="lpips",
+        perceptual_weight=1.0,
+        adversarial_weight=0.8,
+        adversarial_start=30_000,
+        adversarial_adaptive=True,
+        bf16=True,
+        log_every=50,
+        validate_every=500,
+        checkpoint_every=500,
+        eval_images=3_000,
+        eval_sprites=1_000,
+    ),
+}
+
+# What differs between `small` and the paper, one thing at a time.
+PRESETS["small-long"] = dataclasses.replace(PRESETS["small"], steps=3 * PRESETS["small"].steps)
+# A token spans a seventh of a digit's side, as in the paper, not two.
+PRESETS["small-fine"] = dataclasses.replace(
+    PRESETS["small"],
+    model=dataclasses.replace(_SMALL_MODEL, channel_multipliers=(1, 2), attention_levels=(1,)),
+)
+
+
+def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None) -> Stage1Settings:
+    """Return the settings of ``arm`` under ``preset``.
+
+    Args:
+        preset: a key of :data:`PRESETS`.
+        arm: a key of :data:`ARMS`.
+        changes: overrides, the same for every arm; ``None`` values are ignored.
+
+    Raises:
+        ValueError: a name is unknown or a setting out of range.
+    """
+    require_choice("preset", preset, tuple(PRESETS))
+    require_choice("arm", arm, tuple(ARMS))
+    base = PRESETS[preset]
+    given = {name: value for name, value in (changes or {}).items() if value is not None}
+    model = dataclasses.replace(base.model, **ARMS[arm].model)
+    return dataclasses.replace(base, **{"model": model, **ARMS[arm].settings, **given})
+
+
+def to_dict(settings: Stage1Settings) -> dict[str, Any]:
+    """Return ``settings`` in the form in which JSON gives them back."""
+    others = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {**others, "model": settings.model.to_dict()}
+
+
+def from_dict(plain: Mapping[str, Any]) -> Stage1Settings:
+    """Undo :func:`to_dict`."""
+    return Stage1Settings(**{**plain, "model": AutoencoderConfig.from_dict(plain["model"])})
+
+
+def differing(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name every setting that two dictionaries of settings do not share, with both values."""
+    lines: list[str] = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differing(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name} was {old!r}, now {new!r}")
+    return lines

@@ -1,0 +1,1 @@
+"""Stage 2: a GPT over captions and tokens, its training and evaluation."""

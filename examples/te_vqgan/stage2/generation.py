@@ -1,0 +1,179 @@
+"""The paper's two tasks on a finished GPT: captions to images, images to captions; and what limits both.
+
+Shape letters: B images, P = 5 places, h w token grid, T caption tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from examples.te_vqgan.classifier.model import CellClassifier, crop_places, feature_distance
+from examples.te_vqgan.data.caption_parser import parse
+from examples.te_vqgan.data.pairs import CaptionedImages
+from examples.te_vqgan.data.quadrants import QuadrantDataset
+from examples.te_vqgan.stage1.losses import Perceptual
+from examples.te_vqgan.stage2.scores import Scores
+from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings
+from te_quant import GPT, VQAutoencoder
+
+__all__ = ["draw_images", "evaluate_pairs", "read_places", "read_tokenizer", "write_captions"]
+
+_BATCH = 250
+_PICTURES = 16
+
+
+@torch.inference_mode()
+def draw_images(
+    gpt: GPT, autoencoder: VQAutoencoder, text: Tensor, settings: Stage2Settings, generator: torch.Generator
+) -> Tensor:
+    """Sample the image of each caption.
+
+    Args:
+        gpt: in evaluation mode.
+        autoencoder: decodes the tokens.
+        text: caption tokens.
+        settings: temperature and share of the logits that may be drawn.
+        generator: on the GPT's device; the only source of chance.
+
+    Shape:
+        text: (B, T) int64. result: (B, 3, S, S).
+    """
+    tokens = gpt.generate(
+        text,
+        order=DIRECTIONS["text_to_image"],
+        temperature=settings.temperature,
+        top_fraction=settings.top_fraction,
+        generator=generator,
+    )[:, text.shape[1] :]
+    image = next(segment for segment in gpt.config.segments if segment.name == "image")
+    return autoencoder.decode_indices(tokens.reshape(len(tokens), *image.shape))
+
+
+@torch.inference_mode()
+def write_captions(gpt: GPT, pairs: CaptionedImages, tokens: Tensor) -> list[str]:
+    """Write the likeliest caption of each image, token by token.
+
+    Shape:
+        tokens: (B, h, w) int64.
+    """
+    flat = tokens.flatten(1)
+    written = gpt.generate(
+        flat, order=DIRECTIONS["image_to_text"], temperature=0.0, stop_token=pairs.tokenizer.end_token
+    )
+    return pairs.tokenizer.decode(written[:, flat.shape[1] :].cpu())
+
+
+@torch.inference_mode()
+def read_places(classifier: CellClassifier, images: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Read digit and colour at every place, whether there is one or not.
+
+    Shape:
+        images: (B, 3, S, S). results: (B, P) classes and (B, P) colours.
+    """
+    cells = crop_places(images.clamp(-1, 1))
+    output = classifier(cells.flatten(0, 1))
+    digits, colors = (logits.argmax(1).reshape(cells.shape[:2]).cpu().numpy() for logits in output)
+    return digits, colors
+
+
+@torch.inference_mode()
+def read_tokenizer(
+    autoencoder: VQAutoencoder,
+    classifier: CellClassifier,
+    images: QuadrantDataset,
+    num_classes: int,
+    *,
+    device: torch.device,
+    perceptual: Perceptual | None = None,
+) -> dict[str, Any]:
+    """Say what survives the tokenizer: digits read in images, and in what is decoded from their tokens.
+
+    The second says what the tokens can show. It is no bound on a text-to-image model: images that are more typical
+    than test images, as those of a GPT that samples from few codes, are easier to read.
+
+    Args:
+        autoencoder: the tokenizer, in evaluation mode, as the classifier.
+        classifier: reads the images.
+        images: the data.
+        num_classes: L.
+        device: of both models.
+        perceptual: a distance to measure too.
+
+    Returns:
+        Numbers for JSON: ``original`` and ``reconstruction``, from :meth:`~.stage2.scores.Scores.to_dict`, and
+        ``feature_distance``, the mean distance of an image and its reconstruction in the classifier's features,
+        which is not LPIPS; ``perceptual_distance``, their mean distance by ``perceptual``, if there is one.
+    """
+    tasks = {name: Scores(num_classes) for name in ("original", "reconstruction")}
+    distance, perceived = 0.0, 0.0
+    for start in range(0, len(images), _BATCH):
+        recipe = images.recipes[start : start + _BATCH]
+        truth = (images.classes(recipe), recipe.colors)
+        originals = images.images.render(recipe).to(device)
+        rebuilt = autoencoder(originals).reconstruction.clamp(-1, 1)
+        for name, pictures in (("original", originals), ("reconstruction", rebuilt)):
+            tasks[name].update(truth, read_places(classifier, pictures))
+        distance += float(feature_distance(classifier, rebuilt, originals).double().sum())
+        if perceptual is not None:
+            perceived += float(perceptual(rebuilt, originals).double().mean()) * len(originals)
+    numbers: dict[str, Any] = {name: scores.to_dict() for name, scores in tasks.items()}
+    numbers["feature_distance"] = distance / len(images)
+    return numbers if perceptual is None else numbers | {"perceptual_distance": perceived / len(images)}
+
+
+@torch.inference_mode()
+def evaluate_pairs(
+    gpt: GPT,
+    autoencoder: VQAutoencoder,
+    classifier: CellClassifier,
+    pairs: CaptionedImages,
+    settings: Stage2Settings,
+    *,
+    device: torch.device,
+    progress: Callable[[int], object] = lambda _: None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure both tasks on every pair, with the first caption of each image.
+
+    Args:
+        gpt: in evaluation mode, as the two models below.
+        autoencoder: the tokenizer.
+        classifier: reads the images.
+        pairs: the data.
+        settings: how to sample; the generator is seeded with ``settings.seed``.
+        device: of all models.
+        progress: told the number of pairs after each batch.
+
+    Returns:
+        Numbers for JSON by task, ``text_to_image`` and ``image_to_text``; :meth:`~.stage2.scores.Scores.to_dict`
+        gives them. Then the first few pairs: ``images`` and ``generated`` (B, 3, S, S) uint8, ``captions`` and
+        ``written`` lists of texts.
+    """
+    tasks = {name: Scores(len(pairs.grammar.class_names)) for name in DIRECTIONS}
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    shown: dict[str, Any] = {}
+    for start in range(0, len(pairs), _BATCH):
+        rows = np.arange(start, min(start + _BATCH, len(pairs)))
+        truth = pairs.classes_colors(rows)
+        captions = pairs.captions(rows, 0)
+        images = pairs.dataset.fixed(start, start + len(rows))
+        tokens = autoencoder.encode_to_indices(images.to(device))
+        text = pairs.tokenizer.encode(captions).to(device)
+        generated = draw_images(gpt, autoencoder, text, settings, generator)
+        written = write_captions(gpt, pairs, tokens)
+        tasks["text_to_image"].update(truth, read_places(classifier, generated))
+        tasks["image_to_text"].update(truth, parse(written, pairs.grammar.class_names))
+        if start == 0:
+            shown = {"images": _bytes(images[:_PICTURES]), "generated": _bytes(generated[:_PICTURES])}
+            shown |= {"captions": captions[:_PICTURES], "written": written[:_PICTURES]}
+        progress(start + len(rows))
+    return {name: scores.to_dict() for name, scores in tasks.items()}, shown
+
+
+def _bytes(images: Tensor) -> Tensor:
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

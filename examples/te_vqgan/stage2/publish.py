@@ -1,0 +1,61 @@
+"""The step ``publish``: the weights of one arm, small enough to lie beside the results, for the notebook.
+
+Writes ``tokenizer/`` and ``gpt/`` (for ``from_pretrained``), ``classifier/`` (for ``load_classifier``) and
+``about.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.te_vqgan.classifier.model import load_classifier, save_classifier
+from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.stage2.settings import Stage2Settings
+from examples.te_vqgan.stage2.train import load_tokenizer, stage2_folder
+from te_quant import GPT
+
+__all__ = ["publish"]
+
+_CPU = torch.device("cpu")
+
+
+def publish(
+    settings: Stage2Settings, tokenizer: Path, classifier: Path, target: Path, *, command: str | None = None
+) -> int:
+    """Write the models of one finished chain into ``target``, weights in half precision.
+
+    Args:
+        settings: of the Stage 2 run.
+        tokenizer: folder of the finished Stage 1 run that it stands on.
+        classifier: folder of the finished classifier.
+        target: made if it is not there.
+        command: what was typed, for the record.
+
+    Returns:
+        Bytes of all weights.
+
+    Raises:
+        ValueError: a run is not finished.
+    """
+    folder = stage2_folder(tokenizer, settings)
+    autoencoder, stage1 = load_tokenizer(tokenizer, _CPU)
+    require((folder / "evaluation.json").is_file(), "out", "a folder with a finished stage2 run", str(folder))
+    # Half of the bytes; the values are far from the range of float16. Whoever loads them computes in float32.
+    autoencoder.half().save_pretrained(target / "tokenizer")
+    GPT.from_pretrained(folder / "model").half().save_pretrained(target / "gpt")
+    save_classifier(load_classifier(classifier).half(), target / "classifier")
+    about: dict[str, Any] = {
+        "command": command,
+        "arm": tokenizer.name,
+        "data": stage1.data,
+        "canvas_size": stage1.canvas_size,
+        "stage2": settings.to_dict(),
+        "provenance": json.loads((folder / "provenance.json").read_text(encoding="utf-8")),
+    }
+    write_text_atomically(target / "about.json", json.dumps(about, indent=2) + "\n")
+    return sum(path.stat().st_size for path in target.rglob("*.safetensors"))

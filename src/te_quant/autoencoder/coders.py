@@ -1,0 +1,237 @@
+"""The two halves of the VQGAN family: images to latents, codes to images.
+
+Shape letters: B batch, I image channels, H W pixels, s stride, L downsamplings, C code size, h = H/s and
+w = W/s token grid.
+
+Source: Esser et al. 2021, arXiv:2012.09841. Differs: padding is an option of each half, where the original pads
+    with zeros; the middle has attention only if some level has; where the encoder chooses a phase, the decoder
+    takes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from te_quant._checks import require, require_axis, require_floating, require_integer_tensor, require_rank
+from te_quant.autoencoder.config import AutoencoderConfig
+from te_quant.contract import Encoding, EquivarianceContract, encoder_contract
+from te_quant.filters import PaddingMode
+from te_quant.layers import (
+    PaddedConv2d,
+    PolyphaseUpsample,
+    ResidualBlock,
+    SelfAttention2d,
+    build_activation,
+    build_downsample,
+    build_norm,
+    build_upsample,
+)
+
+__all__ = ["build_decoder", "build_encoder"]
+
+
+# A 3x3 convolution on the token grid reflects one row, which needs another to mirror it at.
+_REFLECTED = 2
+
+
+class _Level(nn.Sequential):
+    """Layers in a row, the phase given to the one that wants it."""
+
+    def forward(self, hidden: Tensor, phase: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """All layers, one after another."""
+        for layer in self:
+            hidden = layer(hidden, phase) if isinstance(layer, PolyphaseUpsample) else layer(hidden)
+        return hidden
+
+
+class Encoder(nn.Module):
+    """Images to latents; see :func:`build_encoder`."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        mode = config.encoder_padding
+        channels = config.base_channels
+        self.conv_in = PaddedConv2d(config.image_channels, channels, 3, padding_mode=mode)
+        self.levels = nn.ModuleList()
+        last = len(config.channel_multipliers) - 1
+        for level, multiplier in enumerate(config.channel_multipliers):
+            width = config.base_channels * multiplier
+            stage = _stage(config, level, channels, width, config.num_res_blocks, mode)
+            if level < last:
+                stage.add_module("downsample", build_downsample(config.downsample, width, mode))
+            self.levels.append(stage)
+            channels = width
+        self.middle = _middle(config, channels, mode)
+        self.norm_out = build_norm(config.norm, channels, config.norm_groups)
+        self.activation = build_activation(config.activation, channels)
+        self.conv_out = PaddedConv2d(channels, config.code_dim, 3, padding_mode=mode)
+        self.to_latents = nn.Conv2d(config.code_dim, config.code_dim, 1)
+
+    @property
+    def equivariance(self) -> EquivarianceContract:
+        """For which shifts of the images the tokens follow."""
+        return encoder_contract(self.config, self)
+
+    def with_phases(self, images: Tensor) -> Encoding:
+        """(B, I, H, W) images in [-1, 1] to (B, C, h, w) latents and (B, L, 2) phases."""
+        # A call of the module, so that its hooks and its compiled version serve both ways of encoding.
+        encoding: Encoding = self(images, return_phases=True)
+        return encoding
+
+    def forward(self, images: Tensor, *, return_phases: bool = False) -> Tensor | Encoding:
+        """(B, I, H, W) images in [-1, 1] to (B, C, h, w) latents, alone or with the (B, L, 2) phases."""
+        self._check(images)
+        hidden = self.conv_in(images)
+        phases = []
+        for level in self.levels:
+            hidden = level(hidden)
+            # Only a downsampling that chooses a phase, the last layer of its level, gives a pair.
+            if isinstance(hidden, tuple):
+                hidden, phase = hidden
+                phases.append(phase)
+        hidden = self.conv_out(self.activation(self.norm_out(self.middle(hidden))))
+        latents: Tensor = self.to_latents(hidden)
+        shape = (len(images), len(self.levels) - 1, 2)
+        chosen = torch.stack(phases, 1) if phases else torch.zeros(shape, dtype=torch.int64, device=images.device)
+        return Encoding(latents, chosen) if return_phases else latents
+
+    def _check(self, images: Tensor) -> None:
+        require_rank("images", images, (4,), f"(B, {self.config.image_channels}, H, W)")
+        require_floating("images", images)
+        require_axis("images", images, 1, self.config.image_channels, "image_channels")
+        divisor = self.config.divisor
+        height, width = images.shape[-2:]
+        if height % divisor or width % divisor or height == 0 or width == 0:
+            expected = f"positive multiples of the divisor {divisor}"
+            require(False, "images sides", expected, f"images shape {tuple(images.shape)}")
+        if self.config.encoder_padding == "reflect" and min(height, width) < _REFLECTED * divisor:
+            expected = f"at least {_REFLECTED * divisor} for encoder_padding='reflect'"
+            require(False, "images sides", expected, f"images shape {tuple(images.shape)}")
+
+
+class Decoder(nn.Module):
+    """Codes to images; see :func:`build_decoder`."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        mode = config.decoder_padding
+        channels = config.base_channels * config.channel_multipliers[-1]
+        self.from_codes = nn.Conv2d(config.code_dim, config.code_dim, 1)
+        self.conv_in = PaddedConv2d(config.code_dim, channels, 3, padding_mode=mode)
+        self.middle = _middle(config, channels, mode)
+        self.levels = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(config.channel_multipliers))):
+            width = config.base_channels * multiplier
+            stage = _stage(config, level, channels, width, config.num_res_blocks + 1, mode)
+            if level > 0:
+                stage.add_module("upsample", build_upsample(config.upsample, width, mode))
+            self.levels.append(stage)
+            channels = width
+        self.norm_out = build_norm(config.norm, channels, config.norm_groups)
+        self.activation = build_activation(config.activation, channels)
+        self.conv_out = PaddedConv2d(channels, config.image_channels, 3, padding_mode=mode)
+
+    def forward(self, codes: Tensor, phases: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) codes to (B, I, H, W) images, which nothing holds within [-1, 1]."""
+        require_rank("codes", codes, (4,), f"(B, {self.config.code_dim}, h, w)")
+        require_floating("codes", codes)
+        require_axis("codes", codes, 1, self.config.code_dim, "code_dim")
+        if self.config.decoder_padding == "reflect" and min(codes.shape[-2:]) < _REFLECTED:
+            expected = f"at least {_REFLECTED} for decoder_padding='reflect'"
+            require(False, "codes sides", expected, f"codes shape {tuple(codes.shape)}")
+        phases = self._phases(codes, phases)
+        # Convolutions choose their algorithm by the strides: equal codes must give bit-equal images.
+        hidden = self.middle(self.conv_in(self.from_codes(codes.clone(memory_format=torch.contiguous_format))))
+        for number, level in enumerate(self.levels):
+            # The encoder's last downsampling is undone first; the last level has none to undo.
+            hidden = level(hidden, phases[:, -1 - number] if number + 1 < len(self.levels) else None)
+        images: Tensor = self.conv_out(self.activation(self.norm_out(hidden)))
+        return images
+
+    def _phases(self, codes: Tensor, phases: Tensor | None) -> Tensor:
+        batch, count = len(codes), len(self.levels) - 1
+        if phases is None:
+            return torch.zeros((batch, count, 2), dtype=torch.int64, device=codes.device)
+        require_rank("phases", phases, (3,), f"(B, {count}, 2)")
+        require_integer_tensor("phases", phases)
+        for axis, (size, name) in enumerate(((batch, "B"), (count, "L"), (2, "2"))):
+            require_axis("phases", phases, axis, size, name)
+        return phases
+
+
+def build_encoder(config: AutoencoderConfig) -> Encoder:
+    """The network before the quantizer.
+
+    A 3x3 convolution; per level ``num_res_blocks`` residual blocks, attention behind each where the level is
+    listed, and a downsampling except on the last level; residual block, attention, residual block in the
+    middle; norm, activation, a 3x3 and a 1x1 convolution to C channels. ``encoder.with_phases(images)`` returns
+    the phases beside the latents, and ``encoder.equivariance`` says for which shifts the tokens follow
+    (:class:`~te_quant.contract.EquivarianceContract`).
+
+    Shape:
+        images: (B, I, H, W) floating point in [-1, 1], sides divisible by ``config.divisor``, and at least twice
+            that for ``encoder_padding="reflect"``.
+        latents: (B, C, h, w).
+        phases: (B, L, 2) int64.
+
+    Raises:
+        ValueError: (in its forward) the images have another shape.
+        TypeError: (in its forward) the images are not floating point.
+    """
+    return Encoder(config)
+
+
+def build_decoder(config: AutoencoderConfig) -> Decoder:
+    """The network behind the quantizer: the encoder mirrored, with one more residual block a level.
+
+    Shape:
+        codes: (B, C, h, w) floating point, h and w at least 2 for ``decoder_padding="reflect"``.
+        phases: (B, L, 2) int64 in {0, 1}, as the encoder gave them, or None for zeros; of no effect unless
+            ``config.upsample`` is ``polyphase``.
+        images: (B, I, s·h, s·w).
+
+    Raises:
+        ValueError: (in its forward) the codes have another shape.
+        TypeError: (in its forward) the codes are not floating point.
+    """
+    return Decoder(config)
+
+
+def _stage(
+    config: AutoencoderConfig, level: int, channels: int, width: int, blocks: int, mode: PaddingMode
+) -> _Level:
+    stage = _Level()
+    for index in range(blocks):
+        stage.add_module(f"block{index}", _block(config, channels, width, mode))
+        if level in config.attention_levels:
+            stage.add_module(f"attention{index}", _attention(config, width))
+        channels = width
+    return stage
+
+
+def _middle(config: AutoencoderConfig, channels: int, mode: PaddingMode) -> nn.Sequential:
+    middle = nn.Sequential()
+    middle.add_module("block0", _block(config, channels, channels, mode))
+    if config.attention_levels:
+        middle.add_module("attention", _attention(config, channels))
+    middle.add_module("block1", _block(config, channels, channels, mode))
+    return middle
+
+
+def _block(config: AutoencoderConfig, channels: int, width: int, mode: PaddingMode) -> ResidualBlock:
+    return ResidualBlock(
+        channels,
+        width,
+        norm=config.norm,
+        norm_groups=config.norm_groups,
+        activation=config.activation,
+        dropout=config.dropout,
+        padding_mode=mode,
+    )
+
+
+def _attention(config: AutoencoderConfig, channels: int) -> SelfAttention2d:
+    return SelfAttention2d(channels, norm=config.norm, norm_groups=config.norm_groups)

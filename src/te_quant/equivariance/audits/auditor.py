@@ -1,0 +1,272 @@
+"""Which module of a model loses equivariance, and in which way; any :class:`torch.nn.Module`, untouched.
+
+Shape letters: B batch, C channels, H W sides of the image, h w sides of a feature map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from te_quant._checks import require, require_floating, require_int, require_rank
+from te_quant.equivariance.audits._grid import MIN_SIDE, first_grid, map_tensors, stride_of
+from te_quant.equivariance.audits._trials import Trial, UnitSums
+from te_quant.equivariance.audits.report import AuditReport, AuditRow, SkippedModule
+from te_quant.shifts import Shift, roll
+
+__all__ = ["audit"]
+
+
+def audit(
+    module: nn.Module,
+    images: Tensor,
+    *,
+    run: Callable[[Tensor], object] | None = None,
+    shifts: Iterable[Shift] | None = None,
+    sub_stride_shifts: Iterable[Shift] | None = None,
+    whole: Collection[str] = (),
+    batch_size: int = 4,
+) -> AuditReport:
+    """Show images and circularly shifted images to a model and say where equivariance is lost.
+
+    Every leaf module u that maps one grid to another (see below) becomes a row. The model sees x and T x; let a
+    be the input of u on x, a' its input on T x, b = u(a), and T also the same shift in positions of a or b.
+
+    *After* each module, the error with all that came before: of u's output on T x against T b. Under shifts by
+    whole strides T is a roll. Under shifts below the stride it is, image by image, whichever fits best of the
+    Fourier shift (both sides without Nyquist) and the whole shifts next to it; the latter is how adaptive
+    polyphase layers move.
+
+    *Added* by each module alone, which is therefore run again on inputs that are clean or wrong in a known way.
+    Positions are *near a border* if they are closer to it than a quarter of the side, before or after the shift;
+    the others are the interior. A density is a mean over positions; hw of it is the error it makes on the map.
+
+    - border: e = u(T a) - T b under whole strides; Σ‖e‖² less hw times the density of ‖e‖² in the interior.
+      Padding adds it, and nothing else that commutes with rolls.
+    - global: u sees T a, but a' in positions closer to a border than an eighth of the side: hw times the density
+      of ‖u(·) - T b‖² in the interior. It is what statistics and attention spread from the border over the whole
+      map, and what absolute positions cost even on clean inputs. A convolution has none while it reaches less
+      than an eighth of the side. On inputs with a side below 8 only the clean part is measured.
+    - aliasing: for u of stride r > 1, u(T a) under shifts by 1 and by r // 2 input positions along either axis,
+      against T b as under sub-stride shifts; hw times the density in the interior.
+
+    All are divided by Σ‖b - b̄‖². They tell modules of one model apart; as errors are amplified and damped further
+    on, they do not add up to the error at the end. What pointwise nonlinearities lose behind a downsampling, where
+    the content has moved by a fraction of a position, is in the error after them and in none of the parts.
+
+    A module with children has a row too where a child cannot be audited alone (the padding stands outside of the
+    convolution, attention works on sequences), where it loses something and none of the children does, and where
+    it is taken as a whole: its class name says attention, or ``whole`` names it. The last kind hides its children.
+
+    The model is put into evaluation mode; its training flags, its hooks and the random state are as before
+    afterwards, also if it fails. All shifts of a batch go through the model at once, so normalisation by
+    statistics of the *batch* is not audited soundly.
+
+    Args:
+        module: the model.
+        images: what it takes, H and W at least four times its stride. Photographs show more than noise.
+        run: calls the model, as ``lambda x: vq.encode(x)``; the module itself if None.
+        shifts: whole shifts (dy, dx), multiples of the largest stride and at most a quarter of the sides. None:
+            one stride down and one to the right.
+        sub_stride_shifts: shifts by less than the largest stride, not (0, 0). None: one pixel down and one to
+            the right.
+        whole: names of modules to be taken as one.
+        batch_size: images at once; each is shown once more for each shift.
+
+    Shape:
+        images: (B, C, H, W) floating point.
+        grid: (B, ·, h, w) floating, H/h = W/w or its inverse an integer, h and w at least 4. A module that gives
+            a tuple, list or mapping is judged by the first grid in it. All grids among its inputs are moved.
+
+    Raises:
+        ValueError: no module maps grid to grid, sides are too small, a shift is out of range or ``whole`` has
+            an unknown name.
+        TypeError: module is no module, or images are not floating point.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
+    require_rank("images", images, (4,), "(B, C, H, W)")
+    require_floating("images", images)
+    require(len(images) > 0, "images", "at least one", 0)
+    require_int("batch_size", batch_size, 1)
+    names = {name for name, _ in module.named_modules()}
+    for name in whole:
+        require(name in names, "whole entry", "the name of a module", repr(name))
+    call = module if run is None else run
+    auditor = _Auditor(module, (int(images.shape[2]), int(images.shape[3])), frozenset(whole))
+    devices = [images.device] if images.device.type == "cuda" else []
+    flags = [(child, child.training) for child in module.modules()]
+    handles = auditor.attach()
+    try:
+        module.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            auditor.look([images[:1]])
+            call(images[:1].clone())
+            auditor.plan(shifts, sub_stride_shifts)
+            for batch in torch.split(images, batch_size):
+                views = [batch, *(roll(batch, t) for t in (*auditor.shifts, *auditor.sub_shifts))]
+                auditor.look(views)
+                call(torch.cat(views))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for child, training in flags:
+            child.training = training
+    return auditor.report(len(images))
+
+
+@dataclass
+class _Call:
+    """One call under way: its module, what it was given, and what came of the calls inside it."""
+
+    name: str
+    module: nn.Module
+    inputs: Any
+    whole: bool
+    children: int = 0
+    failed: list[str] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
+
+
+class _Auditor:
+    """Follows the calls of a model by hooks; the first pass finds the strides, the next ones measure."""
+
+    def __init__(self, model: nn.Module, sides: tuple[int, int], whole: frozenset[str]) -> None:
+        self.model, self.sides, self.whole = model, sides, whole
+        self.shifts: tuple[Shift, ...] = ()
+        self.sub_shifts: tuple[Shift, ...] = ()
+        self.stride = 1
+        self.measuring = False
+        self.busy = False
+        self.units: dict[str, UnitSums] = {}
+        self.rows_below: dict[str, tuple[str, ...]] = {}
+        self.unaudited: dict[str, tuple[str, ...]] = {}
+        self.skipped: dict[str, SkippedModule] = {}
+
+    def attach(self) -> list[Any]:
+        """Hook every module; the caller removes the handles."""
+        handles = []
+        for name, module in self.model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave))
+        return handles
+
+    def look(self, views: list[Tensor]) -> None:
+        """Get ready for one run of the model on these images, one after the other in one batch."""
+        self.images, self.batch = len(views[0]), sum(len(view) for view in views)
+        self.stack: list[_Call] = []
+        self.counts: dict[str, int] = {}
+
+    def plan(self, shifts: Iterable[Shift] | None, sub_shifts: Iterable[Shift] | None) -> None:
+        """Choose or check the shifts, now that the strides are known."""
+        s = self.stride
+        fits = min(self.sides) >= MIN_SIDE * s
+        require(fits, "images sides", f"at least {MIN_SIDE} times the stride {s} of the model", self.sides)
+        self.shifts = ((s, 0), (0, s)) if shifts is None else tuple(shifts)
+        nearest = ((1, 0), (0, 1)) if s > 1 else ()
+        self.sub_shifts = nearest if sub_shifts is None else tuple(sub_shifts)
+        require(len(self.shifts) > 0, "shifts", "at least one", self.shifts)
+        limits = [side // MIN_SIDE for side in self.sides]
+        for shift in (*self.shifts, *self.sub_shifts):
+            roll(torch.empty(1, 1), shift)  # refuses what is no pair of ints
+            require(any(shift), "shifts and sub_stride_shifts", "without the identity", shift)
+        for shift in self.shifts:
+            expected = f"multiples of the stride {s} within a quarter of the sides {self.sides}"
+            fits = all(part % s == 0 and abs(part) <= most for part, most in zip(shift, limits, strict=True))
+            require(fits, "shifts", expected, shift)
+        for shift in self.sub_shifts:
+            below = all(abs(part) < s for part in shift)
+            require(below, "sub_stride_shifts", f"below the stride {s} of the model", shift)
+        self.measuring = True
+        self.skipped.clear()
+
+    def report(self, num_images: int) -> AuditReport:
+        """All rows that stand on their own, and the sums behind them as relative errors."""
+        require(
+            bool(self.units), "module", "one that maps grids over the image to grids", type(self.model).__name__
+        )
+        rows = [self._row(name) for name in self.units if self._listed(name)]
+        shifts, below = self.shifts, self.sub_shifts
+        skipped = tuple(self.skipped.values())
+        return AuditReport(tuple(rows), skipped, self.stride, self.sides, num_images, shifts, below)
+
+    def _row(self, name: str) -> AuditRow:
+        return self.units[name].row(name, self.unaudited.get(name, ()))
+
+    def _listed(self, name: str) -> bool:
+        """Leaves always; others if they answer for a child, or lose something where no child does."""
+        if name not in self.rows_below or self.unaudited.get(name):
+            return True
+        row = self._row(name)
+        # Ten times the amplitude of one module's rounding: that of the children has added up.
+        own = max(row.border_error, row.global_error) > 100 * row.floor
+        below = [self._row(child) for child in self.rows_below[name]]
+        return own and not any(child.part(part) for child in below for part in ("border", "global"))
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.busy:
+                return
+            hidden = any(call.whole for call in self.stack)
+            self.counts[name] = self.counts.get(name, 0) + 1
+            unique = name if self.counts[name] == 1 else f"{name}#{self.counts[name]}"
+            # A copy, as the module may write into its input.
+            inputs = None if hidden else map_tensors((args, kwargs), Tensor.clone)
+            self.stack.append(_Call(unique, module, inputs, name in self.whole or _is_attention(module)))
+
+        return hook
+
+    def _leave(self, _module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
+        if self.busy:
+            return
+        call = self.stack.pop()
+        if call.inputs is None:
+            return
+        parent = self.stack[-1] if self.stack else None
+        if parent is not None:
+            parent.children += 1
+        source, result = (first_grid(v, self.sides, self.batch) for v in (call.inputs, output))
+        if source is None or result is None:
+            reason = f"its {'input' if source is None else 'output'} is no grid over the image"
+            self.skipped[call.name] = SkippedModule(call.name, type(call.module).__name__, reason)
+            if parent is not None:
+                parent.failed.append(call.name)
+                parent.rows += call.rows
+            return
+        for grid in (source, result):
+            stride = stride_of(grid, self.sides, self.batch)
+            self.stride = math.lcm(self.stride, stride.numerator if stride else 1)
+        if parent is not None:
+            parent.rows += [*call.rows, call.name]
+        if self.measuring:
+            self._measure(call, source, result)
+
+    def _measure(self, call: _Call, source: Tensor, result: Tensor) -> None:
+        if call.children and not call.whole:
+            self.rows_below[call.name] = tuple(call.rows)
+            self.unaudited[call.name] = tuple(call.failed)
+            if not call.failed and any(self._loses(name) for name in call.rows):
+                # It would only show its children's losses again.
+                self.units.pop(call.name, None)
+                return
+        trial = Trial(call.module, call.inputs, source, result, self.sides, self.images)
+        if call.name not in self.units:
+            self.units[call.name] = UnitSums(trial)
+        self.busy = True
+        try:
+            self.units[call.name].add(trial, self.shifts, self.sub_shifts)
+        finally:
+            self.busy = False
+
+    def _loses(self, name: str) -> bool:
+        row = self._row(name) if name in self.units else None
+        return row is None or bool(row.part("border") or row.part("global"))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()

@@ -1,0 +1,176 @@
+"""One call that measures how equivariant any tokenizer is: ``report = measure_equivariance(tokenize, …)``.
+
+Shape letters: B batch, C channels, H W sides of what the tokenizer sees, h w token grid, S canvas side,
+s stride, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from te_quant._checks import (
+    require,
+    require_axis,
+    require_floating,
+    require_int,
+    require_number,
+    require_rank,
+)
+from te_quant._values import require_finite
+from te_quant.equivariance._measurement import Callables, ImageMap, Measurement
+from te_quant.equivariance.metrics.numerical_floor import Variant, check_variants
+from te_quant.equivariance.report.report import EquivarianceReport
+from te_quant.equivariance.report.values import EquivarianceSettings
+from te_quant.equivariance.views import Views
+from te_quant.functional import nearest_code
+from te_quant.shifts import Protocol, Shift
+
+__all__ = ["measure_equivariance"]
+
+
+@torch.no_grad()
+def measure_equivariance(
+    tokenize: ImageMap,
+    images: Tensor,
+    *,
+    stride: int,
+    num_codes: int,
+    canvas_size: int | None = None,
+    protocol: Protocol = "canvas",
+    reconstruct: ImageMap | None = None,
+    latents: ImageMap | None = None,
+    quantize: ImageMap | None = None,
+    codebook: Tensor | None = None,
+    variants: Mapping[str, Variant] | None = None,
+    shifts: Iterable[Shift] | None = None,
+    sub_stride_shifts: Iterable[Shift] | None = None,
+    ground: float = -1.0,
+    tau: float = 0.1,
+    batch_size: int = 64,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> EquivarianceReport:
+    """Measure whether indices move with the content, for any callable ``images -> indices``.
+
+    Put your model in evaluation mode first; nothing here touches its state. One image costs one call of
+    ``tokenize``, ``latents`` and ``reconstruct``, as far as they are given, for every shift, plus five for the
+    placements. The 95 % intervals come from resampling the images (the sprites): they say how far the figures
+    would move with other images, not with another training run.
+
+    Example::
+
+        # any tokenizer of this library
+        report = measure_equivariance(
+            model.encode_to_indices, sprites, canvas_size=64, stride=4, num_codes=256,
+            latents=model.encode, codebook=model.quantizer.codebook,
+            reconstruct=lambda x: model(x).reconstruction)
+
+        # a VQGAN whose encode(x) ends in flat indices
+        report = measure_equivariance(
+            lambda x: model.encode(x)[2][2].view(len(x), 16, 16), sprites, stride=16, num_codes=1024)
+
+        # a VQModel of diffusers, photographs shifted circularly
+        def tokenize(x):
+            z = vq.encode(x).latents
+            return vq.quantize(z)[2][2].view(len(x), *z.shape[-2:])
+        report = measure_equivariance(
+            tokenize, photos, protocol="circular", stride=4, num_codes=8192,
+            reconstruct=lambda x: vq(x).sample)
+        print(report.to_markdown())
+
+    Args:
+        tokenize: images -> indices.
+        images: in [-1, 1]. Under ``canvas`` sprites, half as wide and high as the canvas, pasted at its
+            centre. Under ``circular`` full images, or sprites if ``canvas_size`` is twice their side. Under
+            ``crop`` images larger than the window.
+        stride: s, pixels a token.
+        num_codes: K.
+        canvas_size: side in pixels of what the tokenizer sees (the window under ``crop``, where it has to be
+            given). None: twice the sprites under ``canvas``, the images themselves under ``circular``.
+        protocol: how content moves; see :mod:`te_quant.shifts`.
+        reconstruct: images -> images; adds the reconstruction error, and end to end the PSNR of decoded shifted
+            images against shifted decoded images.
+        latents: images -> latents z before quantization; adds the feature errors in dB, and with ``quantize`` or
+            ``codebook`` the Fourier form of the sub-stride agreement.
+        quantize: latents -> indices. None: the nearest code in L2, if ``codebook`` is given.
+        codebook: with ``latents``, adds margins and the certified rate. Has to be what ``tokenize`` compares with
+            in L2; for cosine similarity give normalised codes and latents.
+        variants: other ways to compute the same indices, for the numerical floor; see :func:`numerical_floor`.
+            None: batches of one. ``{}`` for none.
+        shifts: pixel shifts (dy, dx) by whole tokens, the identity excluded. None: by one token and as far
+            as possible, in every direction.
+        sub_stride_shifts: pixel shifts below one token. None: all of {0..s-1}² but the identity.
+        ground: value of the ground, in the unit of ``images``.
+        tau: a token is foreground when any pixel of its cell differs from the ground by more.
+        batch_size: images a call.
+        resamples: of the images, for the intervals; 0 for none.
+        seed: of the resamples.
+
+    Shape:
+        images: (B, C, H, W) or (B, C, S/2, S/2). tokenize: (N, C, H, W) -> (N, H/s, W/s) integer.
+        reconstruct: (N, C, H, W) -> the same. latents: (N, C, H, W) -> (N, D, H/s, W/s) floating.
+        quantize: (N, D, H/s, W/s) -> (N, H/s, W/s) integer. codebook: (K, D).
+
+    Raises:
+        ValueError: sizes that do not fit protocol and stride, shifts out of range, ``quantize`` or ``codebook``
+            without ``latents``, a codebook whose nearest codes are not what ``tokenize`` returns, or a callable
+            that returns other shapes, latents that are not finite, or indices outside [0, K).
+        TypeError: a callable returns something else than tensors of its kind.
+
+    Source: placement: evaluation code of Shin et al. 2021, arXiv:2112.00384; κ: Cohen 1960; end to
+        end: as EQ-T of Karras et al. 2021 (StyleGAN3), over encoded images; the others and their reasons: "What
+        is and is not translation-equivariant" in the documentation. Code use and
+        reconstruction are taken over the sprites at their five placements, or over the unshifted images.
+    """
+    views = Views.plan(images, protocol=protocol, canvas_size=canvas_size, stride=stride, ground=ground)
+    require_int("num_codes", num_codes, 1)
+    require_int("batch_size", batch_size, 1)
+    require_number("tau", tau, 0)
+    for name, part in (("quantize", quantize), ("codebook", codebook)):
+        require(part is None or latents is not None, name, "given with latents", f"{name} without latents")
+    if codebook is not None:
+        codebook = _checked_codebook(codebook, num_codes)
+        quantize = quantize or _nearest(codebook)
+    settings = EquivarianceSettings(
+        protocol=protocol,
+        image_size=views.size,
+        stride=stride,
+        num_codes=num_codes,
+        num_images=len(images),
+        ground=views.ground,
+        tau=float(tau),
+        shifts=views.stride_shifts(shifts),
+        sub_stride_shifts=views.sub_stride_shifts(sub_stride_shifts),
+        reference_images=f"{len(images):,} "
+        + ("sprites at five places each" if views.sprites else "unshifted images"),
+        resamples=resamples,
+        seed=seed,
+    )
+    require_int("resamples", resamples, 0)
+    require_int("seed", seed, 0)
+    given = Callables(tokenize, reconstruct, latents, quantize, codebook, check_variants(variants))
+    run = Measurement(views, settings, given)
+    for batch in torch.split(images, batch_size):
+        run.add(batch)
+    return run.report()
+
+
+def _checked_codebook(codebook: Tensor, num_codes: int) -> Tensor:
+    require_rank("codebook", codebook, (2,), "(K, C)")
+    require_floating("codebook", codebook)
+    require_axis("codebook", codebook, 0, num_codes, "num_codes")
+    return require_finite("codebook", codebook)
+
+
+def _nearest(codebook: Tensor) -> ImageMap:
+    def quantize(z: Tensor) -> Tensor:
+        require_axis("latents(images)", z, 1, codebook.shape[1], "codebook axis 1")
+        dtype = torch.promote_types(z.dtype, codebook.dtype)
+        vectors = z.movedim(1, -1).to(dtype)
+        codes = codebook.to(device=z.device, dtype=dtype)
+        return nearest_code(vectors.flatten(0, 2), codes).reshape(vectors.shape[:-1])
+
+    return quantize

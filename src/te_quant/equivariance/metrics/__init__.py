@@ -1,0 +1,1 @@
+"""The metrics, one module each, as functions of tokens or latents."""

@@ -1,0 +1,123 @@
+"""Equal indices and code frequencies, image by image, so that an agreement comes with its interval.
+
+Shape letters: N images, R resamples, B batch, K codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, ImageSums, Resamples
+from te_quant.equivariance.metrics.agreement import CHANCE_GAP, Agreement, PairCounts
+
+__all__ = ["PairTally"]
+
+# Codes whose resampled frequencies are held at once: codes x resamples float64 stay below 32 MiB.
+_MOST_ELEMENTS = 2**22
+
+
+class PairTally:
+    """Pairs of indices of one metric, over all images.
+
+    Frequencies by image are kept as (image, code, count) for the codes that occur, so that memory grows with the
+    tokens and not with N x K.
+
+    Args:
+        num_codes: K.
+        by_image: keep the code frequencies of every image, for the interval of κ; False keeps the pooled ones.
+    """
+
+    def __init__(self, num_codes: int, *, by_image: bool = True) -> None:
+        self._num_codes, self._by_image = num_codes, by_image
+        self._sums = ImageSums()
+        self._images = 0
+        self._batch = 0
+        self._open: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._closed: tuple[list[Tensor], list[Tensor]] = ([], [])
+        zeros = torch.zeros(num_codes, dtype=torch.int64)
+        self._pooled = (zeros, zeros.clone())
+
+    def add(self, first: Tensor, second: Tensor, mask: Tensor | None = None) -> None:
+        """Compare the images of this batch once more.
+
+        Args:
+            first: indices of x.
+            second: indices of the shifted x, aligned with ``first``.
+            mask: True where a position counts; None counts all.
+
+        Shape:
+            first, second, mask: (B, ...), one shape; B the same until ``close``.
+        """
+        counted = torch.ones_like(first, dtype=torch.bool) if mask is None else mask
+        equal = ((first == second) & counted).flatten(1).sum(1)
+        self._sums.add(equal, counted.flatten(1).sum(1))
+        self._batch = len(first)
+        image = torch.arange(len(first), device=first.device).reshape(-1, *(1 for _ in first.shape[1:]))
+        for side, codes in enumerate((first, second)):
+            if self._by_image:
+                self._open[side].append((image * self._num_codes + codes)[counted])
+            else:
+                self._pooled[side].add_(torch.bincount(codes[counted], minlength=self._num_codes).cpu())
+
+    def close(self) -> None:
+        """End the batch; what is added next belongs to other images."""
+        self._sums.close()
+        for side in (0, 1):
+            if not self._open[side]:
+                continue
+            keys, counts = torch.unique(torch.cat(self._open[side]), return_counts=True)
+            keys, counts = keys.cpu(), counts.cpu()
+            image, code = keys // self._num_codes + self._images, keys % self._num_codes
+            self._pooled[side].index_add_(0, code, counts)
+            self._closed[side].append(torch.stack([image, code, counts]).to(torch.int32))
+            self._open[side].clear()
+        self._images += self._batch
+
+    def agreement(self, resamples: Resamples, *, symmetric: bool = False) -> Agreement:
+        """Return rate and κ with their intervals; see :meth:`PairCounts.agreement`."""
+        sums = self._sums.rows
+        pooled = PairCounts(int(sums[:, 0].sum()), *self._pooled).agreement(symmetric=symmetric)
+        rate = resamples.interval_of_sums(sums, lambda pooled_sums: pooled_sums[:, 0] / pooled_sums[:, 1])
+        kappa = NO_INTERVAL
+        if self._by_image and pooled.kappa_defined:
+            frequencies = (self._frequencies(0), self._frequencies(1))
+
+            def resampled_kappa(times: Tensor) -> Tensor:
+                equal, tokens = (times @ sums).unbind(1)
+                gap = 1 - _coincidences(times, frequencies, self._num_codes, symmetric=symmetric) / tokens.square()
+                return torch.where(gap > CHANCE_GAP, 1 - (1 - equal / tokens) / gap, torch.nan)
+
+            kappa = resamples.interval(resampled_kappa)
+        return replace(pooled, rate_interval=rate, kappa_interval=kappa)
+
+    def _frequencies(self, side: int) -> Tensor:
+        """(3, entries) int32: code, image and how often, sorted by code."""
+        image, code, counts = torch.cat(self._closed[side], dim=1)
+        # Stable, because images come in order and have to stay so within a code.
+        code, order = code.sort(stable=True)
+        return torch.stack([code, image[order], counts[order]])
+
+
+def _coincidences(times: Tensor, frequencies: tuple[Tensor, Tensor], num_codes: int, *, symmetric: bool) -> Tensor:
+    """Return Σ_c n_c m_c of every resample, n and m how often it shows code c on the two sides: (r,) float64."""
+    total = torch.zeros(len(times), dtype=torch.float64)
+    drawn = times.T.contiguous()
+    step = max(1, _MOST_ELEMENTS // max(1, len(times)))
+    for start in range(0, num_codes, step):
+        stop = min(start + step, num_codes)
+        first, second = (torch.sparse.mm(_rows(side, start, stop, len(drawn)), drawn) for side in frequencies)
+        if symmetric:
+            first = second = (first + second) / 2
+        total += (first * second).sum(0)
+    return total
+
+
+def _rows(frequencies: Tensor, start: int, stop: int, num_images: int) -> Tensor:
+    """(stop - start, N) sparse float64: the codes from ``start`` on."""
+    low, high = torch.searchsorted(frequencies[0], torch.tensor([start, stop], dtype=torch.int32)).tolist()
+    code, image, counts = frequencies[:, low:high]
+    indices, size = torch.stack([code - start, image]).long(), (stop - start, num_images)
+    return torch.sparse_coo_tensor(indices, counts.double(), size, is_coalesced=True, check_invariants=False)

@@ -1,0 +1,118 @@
+"""The numerical floor: how often a tokenizer agrees with itself about the same images.
+
+Another batch size or dtype sums in another order, and near-ties between two codes then fall the other way. No
+agreement under shifts means more than this one.
+
+Shape letters: B batch, C channels, H W pixels, h w token grid, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from te_quant._checks import require, require_floating, require_int, require_rank, require_type
+from te_quant.equivariance.metrics._bootstrap import Resamples
+from te_quant.equivariance.metrics._pair_tally import PairTally
+from te_quant.equivariance.metrics.agreement import Agreement, checked_tokens, tokens_of
+
+__all__ = ["DEFAULT_VARIANTS", "Variant", "check_variants", "numerical_floor", "variant_tokens"]
+
+Variant = Callable[[Tensor], Tensor] | int
+DEFAULT_VARIANTS: Mapping[str, Variant] = {"batch of one": 1}
+
+
+@torch.no_grad()
+def numerical_floor(
+    tokenize: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    num_codes: int,
+    variants: Mapping[str, Variant] | None = None,
+    batch_size: int = 64,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Agreement]:
+    """Measure how often the same images get the same indices when only the arithmetic differs.
+
+    Example::
+
+        half = copy.deepcopy(model).bfloat16()
+        floor = numerical_floor(
+            model.encode_to_indices, images, num_codes=256,
+            variants={"batch of one": 1, "bfloat16": lambda x: half.encode_to_indices(x.bfloat16())})
+        floor["bfloat16"].differing, floor["bfloat16"].tokens
+
+    Args:
+        tokenize: images -> indices; set your model to evaluation mode first.
+        images: in [-1, 1], as the tokenizer sees them.
+        num_codes: K.
+        variants: what to compare with ``tokenize``, by name: another callable, or a batch size at which
+            ``tokenize`` is called again. None: ``{"batch of one": 1}``.
+        batch_size: images a call.
+        resamples: of the images, for the intervals; 0 for none.
+        seed: of the resamples.
+
+    Shape:
+        images: (B, C, H, W). tokenize and callables in ``variants``: (N, C, H, W) -> (N, h, w) integer.
+
+    Returns:
+        One agreement a variant; ``differing`` counts the indices that changed.
+
+    Raises:
+        ValueError: no image, an impossible size, or a callable that returns other shapes or indices.
+        TypeError: a variant is neither a callable nor an int, or returns no integer tensor.
+    """
+    require_rank("images", images, (4,), "(B, C, H, W)")
+    require_floating("images", images)
+    require(images.shape[0] > 0, "images", "at least one", f"shape {tuple(images.shape)}")
+    require_int("num_codes", num_codes, 1)
+    require_int("batch_size", batch_size, 1)
+    drawn = Resamples(len(images), resamples, seed)
+    checked = check_variants(variants)
+    tallies = {name: PairTally(num_codes) for name in checked}
+    for batch in torch.split(images, batch_size):
+        first = tokenize(batch)
+        require_rank("tokenize(images)", first, (3,), "(N, h, w)")
+        grid = (first.shape[1], first.shape[2])
+        indices = checked_tokens(first, batch, grid=grid, num_codes=num_codes, label="tokenize(images)")
+        for name, tally in tallies.items():
+            other = variant_tokens(name, checked[name], tokenize, batch, grid=grid, num_codes=num_codes)
+            tally.add(indices, other)
+            tally.close()
+    return {name: tally.agreement(drawn) for name, tally in tallies.items()}
+
+
+def check_variants(variants: Mapping[str, Variant] | None) -> Mapping[str, Variant]:
+    """Refuse variants that are neither callables nor batch sizes; None gives the default."""
+    if variants is None:
+        return DEFAULT_VARIANTS
+    require_type("variants", variants, Mapping, "a mapping from names to callables or batch sizes")
+    for name, variant in variants.items():
+        if not callable(variant):
+            require_int(f"variants[{name!r}]", variant, 1)
+    return variants
+
+
+def variant_tokens(
+    name: str,
+    variant: Variant,
+    tokenize: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    grid: tuple[int, int],
+    num_codes: int,
+) -> Tensor:
+    """Tokenize one batch the other way.
+
+    Shape:
+        images: (B, C, H, W). Returns (B, h, w) int64 on the device of ``images``.
+    """
+    other, size = (tokenize, variant) if isinstance(variant, int) else (variant, len(images))
+    parts = [
+        tokens_of(other, part, grid=grid, num_codes=num_codes, name=f"variants[{name!r}]")
+        for part in torch.split(images, size)
+    ]
+    return torch.cat(parts)

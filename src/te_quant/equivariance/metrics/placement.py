@@ -1,0 +1,130 @@
+"""The placement metric of the paper's authors: one digit at five places, ten pairs of token blocks.
+
+All offsets are multiples of a quarter of the canvas, hence of the stride. Decimation commutes with such
+shifts, so this metric **cannot see aliasing**; it sees padding, normalisation statistics, attention,
+near-ties and codebook collapse. Read it beside the sub-stride agreement.
+
+Shape letters: B batch, C channels, S side of the canvas, s stride, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from te_quant._checks import require, require_floating, require_int, require_number, require_rank
+from te_quant.equivariance.metrics._bootstrap import Resamples
+from te_quant.equivariance.metrics._pair_tally import PairTally
+from te_quant.equivariance.metrics.agreement import Agreement, foreground_tokens, tokens_of
+from te_quant.shifts import Shift, place
+
+__all__ = ["place_sprites", "placement_agreement", "placement_offsets", "placement_pairs"]
+
+
+def placement_offsets(canvas_size: int) -> tuple[Shift, ...]:
+    """Return the five (top, left) offsets in pixels: four quadrants in reading order, then the centre."""
+    half, quarter = canvas_size // 2, canvas_size // 4
+    return (0, 0), (0, half), (half, 0), (half, half), (quarter, quarter)
+
+
+def place_sprites(sprites: Tensor, *, canvas_size: int, stride: int, ground: float = -1.0) -> Tensor:
+    """Paste every sprite at each of the five placements.
+
+    Args:
+        sprites: in [-1, 1], half as wide and high as the canvas.
+        canvas_size: S in pixels; S/4 must be a multiple of the stride, so that tokens align.
+        stride: s, pixels a token.
+        ground: value of the canvas around the sprite.
+
+    Shape:
+        sprites: (B, C, S/2, S/2). Returns (5, B, C, S, S).
+
+    Raises:
+        ValueError: S/4 is no multiple of s, or the sprites are not S/2 wide and high.
+    """
+    require_rank("sprites", sprites, (4,), "(B, C, S/2, S/2)")
+    require_floating("sprites", sprites)
+    require_int("stride", stride, 1)
+    require_int("canvas_size", canvas_size, 4)
+    require_number("ground", ground)
+    aligned = canvas_size % (4 * stride) == 0
+    require(aligned, "canvas_size", f"a multiple of 4 * stride = {4 * stride}", canvas_size)
+    half = canvas_size // 2
+    sides = tuple(sprites.shape[-2:])
+    require(sides == (half, half), "sprites", f"of shape (B, C, {half}, {half})", f"shape {tuple(sprites.shape)}")
+    size = (canvas_size, canvas_size)
+    return torch.stack([place(sprites, o, size=size, fill=ground) for o in placement_offsets(canvas_size)])
+
+
+def placement_pairs(indices: Tensor, *, stride: int) -> tuple[Tensor, Tensor]:
+    """Cut the five token blocks and pair them in all ten ways; neither side of a pair is the reference.
+
+    Args:
+        indices: tokens of the five canvases, in the order of :func:`placement_offsets`.
+        stride: s, pixels a token.
+
+    Shape:
+        indices: (5, B, S/s, S/s). Returns two of (B, 10, S/(2s), S/(2s)).
+    """
+    grid = indices.shape[-1]
+    block = grid // 2
+    corners = [(top // stride, left // stride) for top, left in placement_offsets(grid * stride)]
+    blocks = [
+        placed[:, top : top + block, left : left + block]
+        for placed, (top, left) in zip(indices, corners, strict=True)
+    ]
+    first, second = zip(*combinations(blocks, 2), strict=True)
+    return torch.stack(first, dim=1), torch.stack(second, dim=1)
+
+
+@torch.no_grad()
+def placement_agreement(
+    tokenize: Callable[[Tensor], Tensor],
+    sprites: Tensor,
+    *,
+    canvas_size: int,
+    stride: int,
+    num_codes: int,
+    ground: float = -1.0,
+    tau: float | None = None,
+    batch_size: int = 64,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Agreement:
+    """Measure the paper's placement metric: one digit encoded at five places, equal indices over ten pairs.
+
+    Args:
+        tokenize: images -> indices; set your model to evaluation mode first.
+        sprites: in [-1, 1].
+        canvas_size: S in pixels, a multiple of 4·s.
+        stride: s, pixels a token.
+        num_codes: K.
+        ground: value of the canvas around the sprite.
+        tau: None compares all tokens of the blocks, as the authors do; a number only those whose pixels
+            differ from the ground by more.
+        batch_size: images a call.
+        resamples: of the sprites, for the intervals; 0 for none.
+        seed: of the resamples.
+
+    Shape:
+        sprites: (B, C, S/2, S/2). tokenize: (N, C, S, S) -> (N, S/s, S/s) integer.
+
+    Source: evaluation code of Shin et al. 2021, arXiv:2112.00384. Differs: κ is ours, with
+        every pair counted in both orders, since no placement is the reference.
+    """
+    require_int("batch_size", batch_size, 1)
+    require_int("num_codes", num_codes, 1)
+    drawn = Resamples(len(sprites), resamples, seed)
+    tally = PairTally(num_codes)
+    for batch in torch.split(sprites, batch_size):
+        canvases = place_sprites(batch, canvas_size=canvas_size, stride=stride, ground=ground)
+        grid = (canvas_size // stride, canvas_size // stride)
+        indices = torch.stack([tokens_of(tokenize, placed, grid=grid, num_codes=num_codes) for placed in canvases])
+        first, second = placement_pairs(indices, stride=stride)
+        mask = None if tau is None else foreground_tokens(batch, stride=stride, ground=ground, tau=tau)
+        tally.add(first, second, None if mask is None else mask.unsqueeze(1).expand_as(first))
+        tally.close()
+    return tally.agreement(drawn, symmetric=True)

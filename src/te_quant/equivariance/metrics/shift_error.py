@@ -1,0 +1,128 @@
+"""Errors in decibels: of latents before quantization, and of images after decoding.
+
+Indices only say that something changed; these say by how much.
+
+Shape letters: B batch, D latent channels, h w compared tokens, C image channels, H W compared pixels, R resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, ImageSums, Interval, Resamples
+
+__all__ = ["FeatureTally", "PixelTally", "ShiftError", "psnr"]
+
+# Images live in [-1, 1].
+_PEAK_TO_PEAK = 2.0
+
+
+@dataclass(frozen=True)
+class ShiftError:
+    """How far a shifted result is from the shift of the result.
+
+    Attributes:
+        decibels: more is better; inf for no error at all, NaN where it is undefined (no signal and no error, or
+            nothing compared). Of features 10·log10(Σ‖z - z̄‖² / Σ‖z' - z‖²), of images the PSNR.
+        interval: 95 % confidence interval (low, high) of the decibels, by percentile bootstrap over images.
+        mean_square: mean of the squared error: of features ‖z' - z‖² a token, of images a pixel and channel.
+    """
+
+    decibels: float
+    interval: Interval
+    mean_square: float
+
+
+class FeatureTally:
+    """Sums behind the feature error: both sides over the compared tokens, pooled over images and shifts.
+
+    Args:
+        pooled: keep the sums of all images alone, without intervals.
+    """
+
+    def __init__(self, *, pooled: bool = False) -> None:
+        self._sums = ImageSums(pooled=pooled)
+        self._origin: Tensor | None = None
+
+    def add(self, expected: Tensor, actual: Tensor) -> None:
+        """Compare the images of this batch once more.
+
+        Args:
+            expected: z, brought to the place of the shifted image or the other way round.
+            actual: z'.
+
+        Shape:
+            expected, actual: (B, D, h, w).
+        """
+        z = expected.double()
+        error = (actual.double() - z).square().sum((1, 2, 3))
+        tokens = torch.full_like(error, z[0, 0].numel())
+        if self._origin is None and z.numel():
+            # Any fixed origin gives the same variance; one near the mean keeps it accurate.
+            self._origin = z[:1].mean((2, 3), keepdim=True)
+        if self._origin is not None:
+            z = z - self._origin
+        self._sums.add(error, tokens, z.square().sum((1, 2, 3)), z.sum((2, 3)))
+
+    def close(self) -> None:
+        """End the batch; what is added next belongs to other images."""
+        self._sums.close()
+
+    def error(self, resamples: Resamples | None) -> ShiftError:
+        """Return the error, with its interval unless ``resamples`` is None."""
+        total = self._sums.total
+        interval = (
+            NO_INTERVAL if resamples is None else resamples.interval_of_sums(self._sums.rows, _signal_to_error)
+        )
+        return ShiftError(float(_signal_to_error(total)), interval, float(total[0, 0] / total[0, 1]))
+
+
+class PixelTally:
+    """Sums behind the error of decoded images.
+
+    Args:
+        pooled: keep the sums of all images alone, without intervals.
+    """
+
+    def __init__(self, *, pooled: bool = False) -> None:
+        self._sums = ImageSums(pooled=pooled)
+
+    def add(self, expected: Tensor, actual: Tensor) -> None:
+        """Compare the images of this batch once more.
+
+        Shape:
+            expected, actual: (B, C, H, W).
+        """
+        difference = (actual.to(expected.device).double() - expected.double()).flatten(1)
+        counted = torch.full_like(difference[:, :1], difference.shape[1])
+        self._sums.add(difference.abs().sum(1), difference.square().sum(1), counted)
+
+    def close(self) -> None:
+        """End the batch; what is added next belongs to other images."""
+        self._sums.close()
+
+    @property
+    def rows(self) -> Tensor:
+        """Sums of |d|, of d² and the number of values: (N, 3), or (1, 3) if pooled."""
+        return self._sums.rows
+
+    def error(self, resamples: Resamples | None) -> ShiftError:
+        """Return the PSNR, with its interval unless ``resamples`` is None."""
+        total = self._sums.total
+        interval = NO_INTERVAL if resamples is None else resamples.interval_of_sums(self._sums.rows, psnr)
+        return ShiftError(float(psnr(total)), interval, float(total[0, 1] / total[0, 2]))
+
+
+def psnr(sums: Tensor) -> Tensor:
+    """10·log10(2² / mean d²) of the sums of a :class:`PixelTally`, (R, 3) -> (R,)."""
+    return 10 * torch.log10(_PEAK_TO_PEAK**2 * sums[:, 2] / sums[:, 1])
+
+
+def _signal_to_error(sums: Tensor) -> Tensor:
+    error, tokens, squares, z = sums[:, 0], sums[:, 1], sums[:, 2], sums[:, 3:]
+    # Σ‖z - z̄‖² = Σ‖z‖² - ‖Σz‖²/n, which rounding may take below zero.
+    signal = (squares - z.square().sum(1) / tokens).clamp_min(0)
+    return 10 * torch.log10(signal / error)

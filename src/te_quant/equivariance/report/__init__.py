@@ -1,0 +1,1 @@
+"""The result of a measurement: values, tables and pictures."""

@@ -1,0 +1,207 @@
+"""What was measured, as a value: typed fields, a table, a picture, and strict JSON both ways.
+
+An agreement is never shown alone: κ, the use of the codebook and the reconstruction error stand beside it,
+because a tokenizer that has collapsed to one code agrees perfectly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from te_quant._checks import require
+from te_quant.equivariance.metrics._bootstrap import Interval
+from te_quant.equivariance.metrics.agreement import Agreement
+from te_quant.equivariance.metrics.margin import Margin, Spread
+from te_quant.equivariance.metrics.shift_error import ShiftError
+from te_quant.equivariance.report.values import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
+from te_quant.shifts import Shift
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["AGREEMENT_LABELS", "ERROR_LABELS", "EquivarianceReport"]
+
+FORMAT = 3
+# Lacks the intervals of the medians of margins; they read as not measured.
+_FORMER = 2
+
+
+@dataclass(frozen=True)
+class EquivarianceReport:
+    """How equivariant a tokenizer's indices are; made by :func:`measure_equivariance`.
+
+    Attributes:
+        placement: the paper's metric (five places, ten pairs); None where no sprites were given.
+        placement_foreground: the same over tokens that show ink.
+        aligned: agreement after shifts by whole tokens.
+        aligned_foreground: the same over tokens that show ink.
+        sub_stride: agreement after shifts below one token, at the best token shift in {0, 1}² of each image.
+        sub_stride_foreground: the same over tokens that show ink.
+        sub_stride_fourier: agreement with the quantized Fourier-shifted latents; None without ``latents``.
+        sub_stride_fourier_foreground: the same over tokens that show ink.
+        feature_error: how far latents after a shift by whole tokens are from the shifted latents, in dB; None
+            without ``latents``.
+        feature_error_sub_stride: the same for shifts below one token, against the Fourier-shifted latents.
+        end_to_end: PSNR of decode(encode(T_t x)) against T_t decode(encode(x)) over the pixels valid in both, for
+            shifts by whole tokens; None without ``reconstruct``. Compare with StyleGAN3's EQ-T.
+        end_to_end_sub_stride: the same for shifts below one token.
+        margin: how far tokens are from another code, beside how far shifts by whole tokens move them; None
+            without ``codebook``.
+        numerical_floor: agreement of the unshifted images with themselves when only the arithmetic differs, by
+            name of the variant; see :func:`numerical_floor`.
+        code_use: use of the codebook over the reference images.
+        reconstruction: error over the reference images; None without ``reconstruct``.
+        aligned_by_shift: agreement and errors for each shift by whole tokens.
+        sub_stride_by_shift: agreement and errors for each shift below one token.
+        settings: the conditions.
+    """
+
+    placement: Agreement | None
+    placement_foreground: Agreement | None
+    aligned: Agreement
+    aligned_foreground: Agreement
+    sub_stride: Agreement
+    sub_stride_foreground: Agreement
+    sub_stride_fourier: Agreement | None
+    sub_stride_fourier_foreground: Agreement | None
+    feature_error: ShiftError | None
+    feature_error_sub_stride: ShiftError | None
+    end_to_end: ShiftError | None
+    end_to_end_sub_stride: ShiftError | None
+    margin: Margin | None
+    numerical_floor: Mapping[str, Agreement]
+    code_use: CodeUse
+    reconstruction: ReconstructionError | None
+    aligned_by_shift: tuple[ShiftAgreement, ...]
+    sub_stride_by_shift: tuple[ShiftAgreement, ...]
+    settings: EquivarianceSettings
+
+    def agreements(self) -> dict[str, Agreement]:
+        """Return the measured agreements by field name, in the order of the table."""
+        values = {name: getattr(self, name) for name in AGREEMENT_LABELS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def errors(self) -> dict[str, ShiftError]:
+        """Return the measured errors in dB by field name, in the order of the table."""
+        values = {name: getattr(self, name) for name in ERROR_LABELS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_markdown(self) -> str:
+        """Return a table of every agreement with κ, and under it the errors, code use and reconstruction error."""
+        from te_quant.equivariance.report.tables import report_table
+
+        return report_table(self)
+
+    def plot(self) -> Figure:
+        """Draw rates, κ and errors by metric with their intervals, and the maps over shifts.
+
+        Needs matplotlib. Returns a figure that belongs to no window; use its ``savefig``.
+        """
+        from te_quant.equivariance.report.plot import plot_reports
+
+        return plot_reports({"measured": self})
+
+    @staticmethod
+    def table(reports: Mapping[str, EquivarianceReport]) -> str:
+        """Return several reports side by side as a Markdown table; see :func:`comparison_table`."""
+        from te_quant.equivariance.report.tables import comparison_table
+
+        return comparison_table(reports)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for strict JSON: NaN and infinities become the strings that ``float`` reads."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return {"format": FORMAT, **plain}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EquivarianceReport:
+        """Rebuild a report from :meth:`to_dict`, before or after JSON, of this format or of the one before it.
+
+        Raises:
+            ValueError: another format, or missing or unknown fields.
+        """
+        known = data.get("format") in (_FORMER, FORMAT)
+        expected = f"{_FORMER} or {FORMAT} (measure anew: another format lacks fields)"
+        require(known, "format", expected, repr(data.get("format")))
+        names = {field.name for field in fields(cls)}
+        require(set(data) == names | {"format"}, "report fields", f"{sorted(names | {'format'})}", sorted(data))
+        settings = dict(data["settings"])
+        for name in ("shifts", "sub_stride_shifts"):
+            settings[name] = tuple(_shift(shift) for shift in settings[name])
+        settings["image_size"] = _shift(settings["image_size"])
+        error, margin = data["reconstruction"], data["margin"]
+        values: dict[str, Any] = {
+            "code_use": CodeUse(**_numbers(data["code_use"])),
+            "reconstruction": None if error is None else ReconstructionError(**_numbers(error)),
+            "margin": None if margin is None else _margin(margin),
+            "numerical_floor": {name: Agreement(**_numbers(a)) for name, a in data["numerical_floor"].items()},
+            "settings": EquivarianceSettings(**settings),
+        }
+        for kind, labels in ((Agreement, AGREEMENT_LABELS), (ShiftError, ERROR_LABELS)):
+            for name in labels:
+                values[name] = None if data[name] is None else kind(**_numbers(data[name]))
+        for name in ("aligned_by_shift", "sub_stride_by_shift"):
+            values[name] = tuple(_shift_agreement(entry) for entry in data[name])
+        return cls(**values)
+
+
+AGREEMENT_LABELS: dict[str, str] = {
+    "placement": "placement (paper: 5 places, 10 pairs)",
+    "placement_foreground": "placement, foreground",
+    "aligned": "aligned (whole tokens)",
+    "aligned_foreground": "aligned, foreground",
+    "sub_stride": "sub-stride (best token shift)",
+    "sub_stride_foreground": "sub-stride, foreground",
+    "sub_stride_fourier": "sub-stride (Fourier)",
+    "sub_stride_fourier_foreground": "sub-stride (Fourier), foreground",
+}
+
+
+ERROR_LABELS: dict[str, str] = {
+    "feature_error": "features, whole tokens",
+    "feature_error_sub_stride": "features, sub-stride (Fourier)",
+    "end_to_end": "end to end PSNR, whole tokens",
+    "end_to_end_sub_stride": "end to end PSNR, sub-stride",
+}
+
+
+def _numbers(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _number(value) for name, value in data.items()}
+
+
+def _number(value: Any) -> Any:
+    """Read what :func:`_plain` has written: strings are NaN or infinities, lists are intervals."""
+    if isinstance(value, str):
+        return float(value)
+    return _interval(value) if isinstance(value, list | tuple) else value
+
+
+def _interval(values: Any) -> Interval:
+    return float(values[0]), float(values[1])
+
+
+def _margin(data: Mapping[str, Any]) -> Margin:
+    spreads = {name: Spread(**_numbers(data[name])) for name in ("margin", "movement", "ratio")}
+    return Margin(**{**_numbers({k: v for k, v in data.items() if k not in spreads}), **spreads})
+
+
+def _shift_agreement(data: Mapping[str, Any]) -> ShiftAgreement:
+    values = _numbers({k: v for k, v in data.items() if k not in ("shift", "agreement")})
+    return ShiftAgreement(_shift(data["shift"]), Agreement(**_numbers(data["agreement"])), **values)
+
+
+def _shift(values: Any) -> Shift:
+    return int(values[0]), int(values[1])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

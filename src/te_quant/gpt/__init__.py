@@ -1,0 +1,6 @@
+"""A small GPT over segments with vocabularies of their own, such as captions and image tokens."""
+
+from te_quant.gpt.config import GPTConfig, Segment
+from te_quant.gpt.model import GPT, KeyValueCache
+
+__all__ = ["GPT", "GPTConfig", "KeyValueCache", "Segment"]

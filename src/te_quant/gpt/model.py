@@ -1,0 +1,438 @@
+"""A decoder-only transformer over sequences of segments: captions and image tokens, in any order.
+
+The network reads ``start, token 0, token 1, ...`` and says after each what comes next, so that what it says about
+token i rests on the tokens before it alone. Everything public speaks of *tokens*: ``logits[:, i]`` are about
+``tokens[:, i]``, and nobody has to shift anything.
+
+Shape letters: B batch, T tokens of a sequence, P tokens of a prompt, t tokens of a chunk, V vocabulary, D width,
+H heads.
+
+Source: Radford et al. 2019, "Language models are unsupervised multitask learners" (GPT-2), for the network; Ramesh
+et al. 2021, arXiv:2102.12092, for captions and image tokens in one sequence; Shin et al. 2021, arXiv:2112.00384,
+for both orders with the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from te_quant import _pretrained
+from te_quant._checks import require, require_axis, require_device, require_int, require_type
+from te_quant._precision import AUTOCAST_DEVICES, widen
+from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
+from te_quant.gpt.config import GPTConfig, Segment
+from te_quant.gpt.sampling import Ending, Sampler, extend
+from te_quant.gpt.segment_layout import Layout, Span, own_columns
+
+__all__ = ["GPT", "GPTConfig", "KeyValueCache", "Segment"]
+
+
+class KeyValueCache:
+    """What a :class:`GPT` remembers of the tokens it was given; :meth:`GPT.new_cache` makes one.
+
+    Attributes:
+        layout: which columns each segment takes.
+        length: how many tokens it has been given.
+        memory: for each block (2, B, H, 1 + capacity, D/H) keys and values, of the start and then of the tokens.
+        state: (B, 1, D), what the network says after the last token; (B, 0, D) before it has read the start.
+    """
+
+    def __init__(self, layout: Layout, memory: list[Tensor], state: Tensor) -> None:
+        self.layout = layout
+        self.length = 0
+        self.memory = memory
+        self.state = state
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Names of the segments of the sequence."""
+        return self.layout.names
+
+    @property
+    def batch(self) -> int:
+        """B, the number of sequences."""
+        return self.state.shape[0]
+
+
+class GPT(nn.Module):
+    """Predicts each token of a sequence of segments from those before it.
+
+    The same weights serve every order of the segments: positions belong to a segment, not to a sequence, and only
+    the vector that stands at the front says which segment comes first.
+
+    Args:
+        config: every option.
+
+    Shape:
+        tokens: (B, T) integers, those of the first segment of the order, then those of the next. Each is an
+            integer of its segment's own vocabulary. All segments but the last are complete.
+        logits: (B, T, V), V the largest ``vocab_size``; -inf beyond the vocabulary of the token's segment.
+
+    Raises:
+        ValueError: the order names a segment twice or one that is not there, there are more tokens than it has, or
+            one lies outside its vocabulary (accelerators leave that to their kernels, so as not to wait).
+        TypeError: tokens are not integers.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        require_type("config", config, GPTConfig, "a GPTConfig")
+        self.config = config
+        D = config.width
+        self.ends = nn.ModuleList(SegmentEnds(segment, D, config.tied_head) for segment in config.segments)
+        self.start = nn.Parameter(INITIAL_STD * torch.randn(len(config.segments), D))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(D)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        order: Sequence[str] | None = None,
+        *,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(B, T) tokens to (B, T, V) logits, each about its token and from the tokens before it.
+
+        Args:
+            tokens: of the whole sequence from its first column on, or the next ones after those in ``cache``.
+            order: names of some or all segments as they follow each other. ``None``: that of the cache, else that
+                of the config.
+            mask: (B, T) bool; a token where it is False is as if it were not there, while the others keep the
+                positions of their columns. What follows it is predicted by the last token before it that is there.
+            cache: what was given before; the tokens are added to it. There is no gradient then.
+
+        Raises:
+            ValueError: also if a mask is given with a cache, or another order than the cache has.
+        """
+        if cache is None:
+            layout = self._layout(order)
+            tokens, states = self._predictions(tokens, layout, mask)
+            return self._logits(layout, states, 0)
+        require_type("cache", cache, KeyValueCache, "a KeyValueCache")
+        require(mask is None, "mask", "None with a cache", "a tensor")
+        if order is not None:
+            same = self._layout(order) == cache.layout
+            require(same, "order", f"that of the cache, {cache.order}", tuple(order))
+        return self._continue(tokens, cache)
+
+    def losses(
+        self,
+        tokens: Tensor,
+        order: Sequence[str] | None = None,
+        ignore_index: int = -100,
+        *,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Mean cross entropy of the tokens of each segment in nats, without a tensor of all logits.
+
+        Args:
+            tokens: (B, T), as of :meth:`forward`.
+            order: as of :meth:`forward`.
+            ignore_index: the negative integer that takes a target out of the mean.
+            targets: (B, T) integers, what should be predicted. ``None``: the tokens, but for those that the mask
+                takes out.
+            mask: as of :meth:`forward`.
+
+        Returns:
+            A value of shape () for each segment that has tokens here, as they follow each other; zero, with zero
+            gradient, where all targets are ignored.
+        """
+        require_int("ignore_index", ignore_index, maximum=-1)
+        layout = self._layout(order)
+        tokens, states = self._predictions(tokens, layout, mask)
+        if targets is None:
+            targets = tokens if mask is None else tokens.masked_fill(~mask, ignore_index)
+        else:
+            targets = layout.checked("targets", targets, tokens.device, ignored=ignore_index)
+            _require_shape("targets", targets, tokens)
+        losses = {}
+        for span, begin, end in layout.within(0, tokens.shape[1]):
+            wanted = targets[:, begin:end].flatten()
+            logits = widen(self._ends(span).logits(states[:, begin:end]).flatten(0, 1))
+            total = F.cross_entropy(logits, wanted, ignore_index=ignore_index, reduction="sum")
+            losses[span.segment.name] = total / (wanted != ignore_index).sum().clamp_min(1)
+        return losses
+
+    def new_cache(
+        self, batch: int, *, order: Sequence[str] | None = None, dtype: torch.dtype | None = None
+    ) -> KeyValueCache:
+        """An empty cache for ``batch`` sequences, with memory for all tokens of ``order``.
+
+        Give it tokens in chunks of any size, through :meth:`forward` for the logits about them, or through
+        :meth:`next_logits` for those about the token after them. It holds for the weights of the moment.
+
+        Args:
+            batch: B, at least 0.
+            order: as of :meth:`forward`.
+            dtype: of keys and values. ``None``: that of autocast where it is on, else that of the weights.
+
+        Raises:
+            ValueError: dropout is at work, or as :meth:`forward`.
+            TypeError: the dtype is not floating point.
+        """
+        require_int("batch", batch, 0)
+        layout = self._layout(order)
+        return self._new_cache(batch, layout, layout.length, dtype)
+
+    @torch.no_grad()
+    def next_logits(self, cache: KeyValueCache, tokens: Tensor | None = None) -> Tensor:
+        """(B, V) logits about the token after those in ``cache`` and then ``tokens``, which are added to it.
+
+        Args:
+            cache: of :meth:`new_cache`.
+            tokens: (B, t), the next ones. ``None``: no more.
+
+        Raises:
+            ValueError: nothing comes after them, or as :meth:`forward`.
+        """
+        require_type("cache", cache, KeyValueCache, "a KeyValueCache")
+        if tokens is None:
+            tokens = torch.empty(cache.batch, 0, dtype=torch.int64, device=self.start.device)
+        tokens = self._checked_next(tokens, cache)
+        length, end = cache.length + tokens.shape[1], cache.layout.length
+        require(
+            length < end, "cache", f"short of the end of its order, {end} tokens", f"{length} with the new ones"
+        )
+        self._extend(cache, tokens)
+        return self._logits(cache.layout, cache.state, length).squeeze(1)
+
+    def generate(
+        self,
+        prompt: Tensor,
+        *,
+        order: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+        prompt_lengths: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_fraction: float | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        stop_token: int | None = None,
+        callback: Callable[[int, Tensor], object] | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """(B, P) tokens to (B, P + new) tokens: each new one drawn from what the network says about it.
+
+        Args:
+            prompt: (B, P) integers, as of :meth:`forward`; P may be 0.
+            order: as of :meth:`forward`.
+            max_new_tokens: columns added, at least 0. ``None``: all that the order has left.
+            prompt_lengths: (B,) integers in [0, P], how many tokens of each row are its prompt; the others are not
+                looked at. Columns are drawn from the shortest prompt on, and a row whose prompt is longer keeps
+                its own tokens there: every row comes out as it would alone.
+            temperature: what logits are divided by, >= 0; 0 takes the likeliest token.
+            top_k: keep the k largest logits, or all of a smaller vocabulary.
+            top_fraction: keep this share of the segment's vocabulary, in (0, 1]: the ⌊share·V⌋ largest logits, at
+                least one. The paper has 0.1. Not with ``top_k``.
+            top_p: of what is kept so far, keep the fewest tokens whose probabilities add up to this, in (0, 1].
+            generator: all randomness; the global one if ``None``.
+            stop_token: the token that ends a row; the rest of it is the segment's ``pad_token``, else the stop
+                token again. When every row has ended, nothing more is computed. Tokens of a prompt end nothing.
+                For a single segment only: generate one, then the next with that as the prompt.
+            callback: called with each column drawn and its (B,) tokens; not for columns filled after the end.
+            use_cache: whether keys and values are kept. Without, every token costs a pass over all before it; the
+                results differ by rounding.
+
+        Raises:
+            ValueError: an option is out of range or contradicts another, the prompt does not fit the order, or
+                dropout is at work.
+            TypeError: the prompt or its lengths are not integers, or an option has the wrong type.
+
+        Source: Shin et al. 2021, arXiv:2112.00384, whose code keeps the largest tenth of the logits.
+        """
+        sampler = Sampler(temperature, top_k, top_fraction, top_p, generator)
+        self._require_no_dropout()
+        layout = self._layout(order)
+        own = None
+        if prompt_lengths is not None:
+            own = own_columns(prompt, prompt_lengths)
+            prompt = prompt.masked_fill(~own, 0)
+        prompt = layout.checked("prompt", prompt, self.start.device, always_look=True)
+        if generator is not None:
+            same = generator.device.type == prompt.device.type
+            require(same, "generator", f"on {prompt.device} as the prompt", generator.device)
+        B, P = prompt.shape
+        new = layout.length - P
+        if max_new_tokens is not None:
+            require_int("max_new_tokens", max_new_tokens, 0, new)
+            new = max_new_tokens
+        # Made here, not in inference mode, so that the caller may train on it.
+        sequence = F.pad(prompt, (0, new))
+        first = P if own is None or not B else int(own.sum(1).min())
+        ending = None if stop_token is None else _ending(stop_token, layout, first, P + new)
+        cache = self._new_cache(B, layout, P + new) if use_cache else None
+
+        def predict(begin: int, end: int) -> Tensor:
+            if cache is None:
+                states = self._read(layout, sequence[:, :end])
+            else:
+                states = self._extend(cache, sequence[:, begin:end])
+            return self._ends(layout.at(end)).logits(states[:, -1])
+
+        extend(sequence, first, predict, sampler, own=own, ending=ending, callback=callback)
+        return sequence
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
+
+        Raises:
+            ImportError: safetensors is not installed (``te_quant[hub]``).
+        """
+        _pretrained.save(folder, "GPT", self.config.to_dict(), self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> GPT:
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode, on the CPU, in the saved dtypes.
+
+        Args:
+            source: a local folder, else a hub id ``owner/name``.
+            revision: branch, tag or commit, for a hub id only.
+            cache_dir: where downloads are kept, for a hub id only.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file is missing in it.
+            ValueError: a file is damaged, of another format version, or does not fit the other.
+            ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
+        """
+        return _pretrained.load("GPT", GPTConfig.from_dict, cls, source, revision, cache_dir)
+
+    def _predictions(self, tokens: Tensor, layout: Layout, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The tokens, checked, and (B, T, D), what the network says before each of them."""
+        tokens = layout.checked("tokens", tokens, self.start.device)
+        if mask is not None:
+            require_device("mask", mask, tokens.device, "tokens")
+            require(mask.dtype == torch.bool, "mask", "of dtype torch.bool", mask.dtype)
+            _require_shape("mask", mask, tokens)
+            mask = mask[:, :-1]
+        return tokens, self._read(layout, tokens[:, :-1], mask)[:, : tokens.shape[1]]
+
+    def _read(self, layout: Layout, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, n) tokens to (B, n + 1, D), what the network says after the start and after each token."""
+        stream, visible = self._embed(layout, tokens, 0, with_start=True), None
+        if mask is not None:
+            stream, visible = _omit(stream, mask)
+        for block in self.blocks:
+            stream = block(stream, visible, None, 0)
+        states: Tensor = self.norm(stream)
+        return states
+
+    @torch.no_grad()
+    def _continue(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        tokens = self._checked_next(tokens, cache)
+        first, before = cache.length, cache.state
+        states = torch.cat([before, self._extend(cache, tokens)], 1)
+        return self._logits(cache.layout, states[:, : tokens.shape[1]], first)
+
+    def _extend(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
+        """As :meth:`_read`, but of tokens that follow those in the cache; the start is read only once."""
+        fresh = not cache.state.shape[1]
+        past = 0 if fresh else 1 + cache.length
+        stream = self._embed(cache.layout, tokens, cache.length, with_start=fresh)
+        t = stream.shape[1]
+        if not t:
+            return stream
+        visible = None
+        if past and t > 1:
+            visible = torch.ones(t, past + t, dtype=torch.bool, device=tokens.device).tril(past)
+        for block, memory in zip(self.blocks, cache.memory, strict=True):
+            stream = block(stream, visible, memory, past)
+        states: Tensor = self.norm(stream)
+        cache.state = states[:, -1:]
+        cache.length += tokens.shape[1]
+        return states
+
+    def _embed(self, layout: Layout, tokens: Tensor, first: int, *, with_start: bool) -> Tensor:
+        """(B, t) tokens of the columns from ``first`` on to (B, t, D), or (B, 1 + t, D) with the start."""
+        B, t = tokens.shape
+        parts = [self.start[layout.spans[0].number].expand(B, 1, -1)] if with_start else []
+        for span, begin, end in layout.within(first, first + t):
+            parts.append(self._ends(span).embed(tokens[:, begin - first : end - first], begin - span.begin))
+        stream = torch.cat(parts, 1) if parts else self.start.new_empty(B, 0, self.config.width)
+        return F.dropout(stream, self.config.dropout, self.training)
+
+    def _logits(self, layout: Layout, states: Tensor, first: int) -> Tensor:
+        """(B, t, D) states before the columns from ``first`` on to (B, t, V), -inf beyond each vocabulary."""
+        V = max(segment.vocab_size for segment in self.config.segments)
+        B, t, _ = states.shape
+        parts = []
+        for span, begin, end in layout.within(first, first + t):
+            known = self._ends(span).logits(states[:, begin - first : end - first])
+            parts.append(F.pad(known, (0, V - known.shape[-1]), value=-math.inf))
+        return torch.cat(parts, 1) if parts else states.new_empty(B, 0, V)
+
+    def _ends(self, span: Span) -> SegmentEnds:
+        return cast(SegmentEnds, self.ends[span.number])
+
+    def _layout(self, order: Sequence[str] | None) -> Layout:
+        return Layout.of(self.config.segments, order)
+
+    def _new_cache(
+        self, batch: int, layout: Layout, capacity: int, dtype: torch.dtype | None = None
+    ) -> KeyValueCache:
+        self._require_no_dropout()
+        start, config = self.start, self.config
+        if dtype is None:
+            device = start.device.type
+            autocast = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if autocast else start.dtype
+        require_type("dtype", dtype, torch.dtype, "a torch.dtype")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be floating point, got {dtype}.")
+        shape = (2, batch, config.num_heads, 1 + capacity, config.width // config.num_heads)
+        memory = [torch.empty(shape, dtype=dtype, device=start.device) for _ in range(config.depth)]
+        return KeyValueCache(layout, memory, start.detach().new_empty(batch, 0, config.width))
+
+    def _checked_next(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        self._require_no_dropout()
+        tokens = cache.layout.checked("tokens", tokens, self.start.device, first=cache.length)
+        require_axis("tokens", tokens, 0, cache.batch, "batch of the cache")
+        return tokens
+
+    def _require_no_dropout(self) -> None:
+        noisy = self.training and self.config.dropout > 0
+        mode = f"training mode with dropout={self.config.dropout:g}"
+        require(not noisy, "GPT", "in evaluation mode to generate or to cache (call eval())", mode)
+
+
+def _omit(stream: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What makes the tokens where the (B, n) mask is False as if they were not there.
+
+    Nobody sees them, and their places in the (B, n + 1, D) stream, which have to say what follows, become copies
+    of the last one that is there.
+    """
+    there = F.pad(mask, (1, 0), value=True)
+    n = there.shape[1]
+    columns = torch.arange(n, device=mask.device)
+    last = torch.where(there, columns, 0).cummax(1).values
+    causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
+    return stream.gather(1, last.unsqueeze(-1).expand_as(stream)), there[:, None, None, :] & causal
+
+
+def _ending(stop_token: int, layout: Layout, first: int, last: int) -> Ending:
+    segments = [span.segment for span, _, _ in layout.within(first, last)]
+    require(len(segments) < 2, "stop_token", "None where more than one segment is generated", stop_token)
+    segment = segments[0] if segments else layout.spans[-1].segment
+    require_int("stop_token", stop_token, 0, segment.vocab_size - 1)
+    return Ending(stop_token, stop_token if segment.pad_token is None else segment.pad_token)
+
+
+def _require_shape(name: str, tensor: Tensor, tokens: Tensor) -> None:
+    same = tensor.shape == tokens.shape
+    require(same, name, f"of shape {tuple(tokens.shape)} as the tokens", f"shape {tuple(tensor.shape)}")

@@ -1,0 +1,522 @@
+"""The benchmarks measure what they say, refuse who computes something else, and judge as the targets ask."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import blur, generation, stage1
+from benchmarks.__main__ import main, measure_all
+from benchmarks.contest import OURS, Cell, Contender, Context, Unavailable, compete, optional_module
+from benchmarks.floor import Tiles, tiled_product
+from benchmarks.memory import extra_peak
+from benchmarks.peers import MODES, QUANTIZERS
+from benchmarks.plots import write_plots
+from benchmarks.problem import Problem, Size, require_memory
+from benchmarks.quantizers import quantizer_contender
+from benchmarks.results import Store
+from benchmarks.search import FUSED, search_contender, searches
+from benchmarks.sections import SECTIONS
+from benchmarks.tables import tables
+from benchmarks.targets import TARGETS, Target, judge
+from benchmarks.timing import Failure, Limits, Spread, measure, spread
+from examples.te_vqgan.stage1.presets import PRESETS
+from tests.readme_tables import ROOT, first_table
+
+CPU = torch.device("cpu")
+CONTEXT = Context(CPU, 1, "quick", Limits(budget=0.0, min_rounds=1, max_rounds=1, sample=0.0))
+PACKAGES = {
+    "vector-quantize-pytorch": "vector_quantize_pytorch",
+    "diffusers": "diffusers",
+    "kornia": "kornia",
+    "antialiased-cnns": "antialiased_cnns",
+}
+
+
+def require_package(name: str) -> None:
+    """Skip the test if a contender's package is not installed."""
+    module = PACKAGES.get(name)
+    if module is not None and importlib.util.find_spec(module) is None:
+        pytest.skip(f"{name} is not installed")
+
+
+class FakeClock:
+    """Takes what each contender says that a call takes, and writes down who was called when."""
+
+    def __init__(self, seconds: dict[str, list[float]]) -> None:
+        self.seconds = seconds
+        self.calls: list[tuple[str, int]] = []
+
+    def __call__(self, call: Any, first: int, count: int) -> float:
+        """The seconds of the next sample."""
+        name = call(first)
+        self.calls.append((name, count))
+        values = self.seconds[name]
+        return count * (values.pop(0) if len(values) > 1 else values[0])
+
+
+def named(name: str) -> Any:
+    return lambda _: name
+
+
+# Time
+
+
+def test_median_and_quartiles_are_those_of_the_samples() -> None:
+    """Against numbers worked out by hand."""
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(3.0, 2.0, 4.0, 5, 1)
+    assert spread([1.0, 2.0]) == Spread(1.5, 1.25, 1.75, 2, 1)
+
+
+def test_contenders_take_turns_and_begin_in_turn() -> None:
+    """Each is sampled once a round, and another one begins the next round."""
+    clock = FakeClock({"a": [0.1], "b": [0.2]})
+    results = measure({"a": named("a"), "b": named("b")}, clock, Limits(budget=0.9, sample=0.0))
+    assert [name for name, _ in clock.calls[-6:]] == ["a", "b", "b", "a", "a", "b"]
+    assert results["a"] == Spread(0.1, 0.1, 0.1, 3, 1)
+    assert results["b"] == Spread(0.2, 0.2, 0.2, 3, 1)
+
+
+def test_rounds_follow_the_budget_within_bounds() -> None:
+    """Fast calls get many rounds, slow ones the least number, and short ones are repeated within a sample."""
+    limits = Limits(budget=4.0, min_rounds=3, max_rounds=10, sample=0.004)
+    for seconds, rounds, calls in ((2.0, 3, 1), (0.8, 5, 1), (0.01, 10, 1), (0.001, 10, 4)):
+        (result,) = measure({"a": named("a")}, FakeClock({"a": [seconds]}), limits).values()
+        assert isinstance(result, Spread)
+        assert (result.rounds, result.calls) == (rounds, calls)
+
+
+def test_slow_and_broken_contenders_drop_out_alone() -> None:
+    """One that takes too long gets no second call, one that raises is named with its message; others are timed."""
+
+    def broken(_: int) -> None:
+        raise RuntimeError("no\n such luck")
+
+    clock = FakeClock({"a": [0.1], "slow": [100.0]})
+    results = measure({"slow": named("slow"), "broken": broken, "a": named("a")}, clock, Limits(call=15.0))
+    assert results["slow"] == Failure("skipped", "a call took 100.0 s, more than 15 s")
+    assert results["broken"] == Failure("failed", "RuntimeError: no such luck")
+    assert isinstance(results["a"], Spread)
+    assert [name for name, _ in clock.calls].count("slow") == 1
+
+
+# Who takes part
+
+
+@pytest.mark.parametrize("name", searches(CPU))
+def test_searches_agree_with_float64(name: str) -> None:
+    """Each search passes the check; the index next to the right one does not."""
+    problem = Problem(Size(300, 40, 8), CPU)
+    contender = search_contender(name, problem)
+    assert contender.check() is None
+    indices = contender.call(0)
+    assert isinstance(indices, torch.Tensor)
+    oracle = torch.cdist(problem.latents[0].double(), problem.codebook.double()).argmin(1)
+    assert torch.equal(indices, oracle)
+    verdict = problem.verdict((indices + 1) % 40)
+    assert verdict is not None
+    assert verdict.endswith("are not those of the nearest code")
+
+
+def test_one_kernel_is_for_cuda_devices() -> None:
+    """It has a place beside the tiled search there, and none here."""
+    assert FUSED in searches(torch.device("cuda"))
+    assert FUSED not in searches(CPU)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers_agree_with_float64(name: str, mode: str) -> None:
+    """Indices, codes and gradients of every adapter pass the check."""
+    require_package(name)
+    problem = Problem(Size(256, 32, 8), CPU)
+    if (name, mode) == ("diffusers", "ema"):
+        with pytest.raises(Unavailable, match="no moving averages"):
+            quantizer_contender(name, mode, problem)
+        return
+    assert quantizer_contender(name, mode, problem).check() is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (lambda given: torch.zeros(256, dtype=torch.int64), "not those of the nearest code"),
+        (lambda given: torch.full((256,), 99), "outside of the codebook"),
+        (lambda given: torch.zeros(255, dtype=torch.int64), r"indices are \(255,\)"),
+        (lambda given: torch.zeros(256), "torch.float32, not"),
+    ],
+)
+def test_contenders_that_compute_something_else_are_refused(wrong: Any, expected: str) -> None:
+    """A wrong one is not timed; its entry says what is wrong, and the right one is timed all the same."""
+    problem = Problem(Size(256, 32, 8), CPU)
+    entries = compete(
+        {
+            "wrong": lambda: Contender(wrong, lambda: problem.verdict(wrong(0))),
+            OURS: lambda: search_contender(OURS, problem),
+        },
+        CONTEXT,
+    )
+    assert entries["wrong"]["status"] == "refused"
+    assert re.search(expected, entries["wrong"]["reason"])
+    assert entries[OURS]["status"] == "ok"
+
+
+def test_absent_packages_are_reported() -> None:
+    """A contender whose package is not there is an entry, not an error."""
+
+    def build() -> Contender:
+        optional_module("no_such_package_at_all", "no-such-package")
+        raise AssertionError
+
+    (entry,) = compete({"peer": build}, CONTEXT).values()
+    assert entry["status"] == "not installed"
+    assert entry["reason"].startswith("no-such-package: ModuleNotFoundError")
+
+
+def test_what_does_not_fit_into_memory_is_skipped() -> None:
+    """The limit is stated in the reason."""
+    require_memory(Size(4096, 65536, 8), 12)
+    with pytest.raises(Unavailable, match=r"about 12\.0 GiB, more than 6 GiB"):
+        require_memory(Size(65536, 16384, 64), 12)
+
+
+@pytest.mark.parametrize("padding", blur.PADDINGS)
+@pytest.mark.parametrize("name", blur.BLURS)
+def test_blurs_agree_with_float64(name: str, padding: str) -> None:
+    """Each passes the check under its own padding and fails it under another."""
+    require_package(name)
+    images = torch.randn(2, 3, 8, 8)
+    if name == "kornia" and padding != "zeros":
+        with pytest.raises(Unavailable, match="pads with zeros"):
+            blur.blur_contender(name, padding, images, backward=True)
+        return
+    contender = blur.blur_contender(name, padding, images, backward=True)
+    assert contender.check() is None
+    result = contender.call(0)
+    assert isinstance(result, torch.Tensor)
+    other = "replicate" if padding != "replicate" else "zeros"
+    assert "off by up to" in str(blur._verdict(result, images, other))
+
+
+def test_hugging_face_has_the_same_weights() -> None:
+    """GPT-2 with our weights gives our logits, and generates as many tokens; with other weights it is refused."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    setting = generation.Setting(2, side=2, width=16, depth=2, num_heads=2, vocab_size=8, top_k=3)
+    gpt = generation.build_gpt(setting)
+    tokens = torch.randint(8, (2, 4))
+    contender = generation._hugging_face(gpt, setting, tokens)
+    assert contender.check() is None
+    with torch.no_grad():
+        # Not all of it: LayerNorm does not see a constant.
+        gpt.start[:, 0].add_(1)
+    assert "logits differ" in str(contender.check())
+
+
+def test_summing_steps_is_exact_for_a_cubic() -> None:
+    """Four values give the sum of any cubic over all columns."""
+    columns = np.arange(256)
+    lengths = (0, 85, 170, 255)
+    polynomial = np.polynomial.Polynomial([3.0, -1.0, 0.2, 0.001])
+    summed = np.dot(generation.step_weights(lengths, 256), polynomial(np.array(lengths)))
+    assert summed == pytest.approx(polynomial(columns).sum())
+
+
+def test_plain_network_takes_the_same_steps() -> None:
+    """Losses and gradients of the plain network are ours under every padding, before and after steps of both."""
+    settings = PRESETS["smoke"]
+    # Some batches have a latent midway between two codes, which rounding sends either way.
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    losses = {}
+    for padding in stage1.PADDINGS:
+        changed = stage1.with_padding(settings, padding)
+        ours, plain = stage1.library_step(changed, images, stage1.Mode()), stage1.reference_step(changed, images)
+        losses[padding] = ours.losses()
+        assert stage1.losses_differ(losses[padding], plain.losses(), bf16=False) is None
+        assert [float(ours()) for _ in range(3)] == pytest.approx([float(plain()) for _ in range(3)], rel=1e-4)
+        rounded = stage1.library_step(changed, images, stage1.Mode(bf16=True)).losses()
+        expected = stage1.reference_step(changed, images, stage1.Mode(bf16=True)).losses()
+        assert stage1.losses_differ(rounded, expected, bf16=True) is None
+        assert stage1.losses_differ(rounded, losses[padding], bf16=False) is not None
+    assert "losses" in str(stage1.losses_differ(losses["zeros"], losses["circular"], bf16=False))
+
+
+def test_losses_are_compared_with_their_gradients() -> None:
+    """Each has its tolerance, wider in bfloat16; what is not a number is refused."""
+    expected = [(2.0, 10.0), (3.0, 20.0)]
+    assert stage1.losses_differ(expected, expected, bf16=False) is None
+    near = [(2.0, 10.0), (3.003, 20.2)]
+    assert stage1.losses_differ(near, expected, bf16=True) is None
+    assert "losses [2.0, 3.003] are not [2.0, 3.0]: off by 0.10%" in str(
+        stage1.losses_differ(near, expected, bf16=False)
+    )
+    steep = [(2.0, 11.0), (3.0, 20.0)]
+    found = stage1.losses_differ(steep, expected, bf16=True)
+    assert found == "norms of gradients [11.0, 20.0] are not [10.0, 20.0]: off by 10.00%"
+    assert "off by nan" in str(stage1.losses_differ([(math.nan, 10.0), (3.0, 20.0)], expected, bf16=True))
+
+
+@pytest.mark.parametrize("tiles", [Tiles(7, 5, False), Tiles(64, 16, True)])
+def test_tiled_product_is_the_product(tiles: Tiles) -> None:
+    """The last tile in the buffer holds the last corner of the product."""
+    problem = Problem(Size(30, 12, 4), CPU)
+    buffer = tiled_product(problem, tiles)(0)
+    assert isinstance(buffer, torch.Tensor)
+    product = problem.latents[0] @ problem.codebook.T
+    corner = product[(29 // tiles.rows) * tiles.rows :, (11 // tiles.codes) * tiles.codes :]
+    corner = corner.T if tiles.transposed else corner
+    torch.testing.assert_close(buffer[: corner.numel()].view(corner.shape), corner)
+
+
+# Memory
+
+
+def test_memory_probe_sees_what_is_touched_and_nothing_else() -> None:
+    """64 MiB that are dropped again count, those returned do not, and none are none."""
+    size = 64 << 20
+
+    def dropped() -> list[torch.Tensor]:
+        torch.ones(size // 4).sum()
+        return []
+
+    assert extra_peak(dropped, CPU)["bytes"] == pytest.approx(size, abs=4 << 20)
+    returned = extra_peak(lambda: [torch.ones(size // 4)], CPU)
+    assert returned["returned"] == size
+    assert returned["bytes"] < 4 << 20
+    assert extra_peak(list, CPU)["bytes"] < 2 << 20
+
+
+# Results
+
+
+def store(path: Path, *, commit: str = "a", grid: str = "quick", fresh: bool = False) -> Store:
+    return Store(path, device="cpu", grid=grid, stamp={"commit": commit}, command="python", fresh=fresh)
+
+
+def counting(calls: list[str], *keys: str) -> list[Cell]:
+    def run(key: str) -> dict[str, Any]:
+        calls.append(key)
+        if key.endswith("stop"):
+            raise KeyboardInterrupt("stopped here")
+        return {"contenders": {}}
+
+    return [Cell(key, {}, lambda given, key=key: run(key)) for key in keys]
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Cells that were finished at this commit are not measured again; those of another commit are."""
+    path, calls = tmp_path / "results.json", []
+    with pytest.raises(KeyboardInterrupt, match="stopped here"):
+        measure_all(store(path), {"s": counting(calls, "s/1", "s/stop", "s/2")}, CONTEXT)
+    assert list(json.loads(path.read_text())["cells"]) == ["s/1"]
+    measure_all(store(path), {"s": counting(calls, "s/1", "s/2")}, CONTEXT)
+    assert calls == ["s/1", "s/stop", "s/2"]
+    measure_all(store(path, commit="b"), {"s": counting(calls, "s/1")}, CONTEXT)
+    assert calls[3:] == ["s/1"]
+    document = json.loads(path.read_text())
+    assert list(document["cells"]) == ["s/1"]
+    assert [run["stamp"]["commit"] for run in document["runs"].values()] == ["b"]
+
+
+def test_sections_are_merged_and_grids_are_not(tmp_path: Path) -> None:
+    """Measuring one section keeps the others with their own commit; another grid needs to be told so."""
+    path = tmp_path / "results.json"
+    measure_all(store(path), {"s": counting([], "s/1"), "t": counting([], "t/1")}, CONTEXT)
+    measure_all(store(path, commit="b"), {"t": counting([], "t/1")}, CONTEXT)
+    document = json.loads(path.read_text())
+    commits = {key: document["runs"][cell["run"]]["stamp"]["commit"] for key, cell in document["cells"].items()}
+    assert commits == {"s/1": "a", "t/1": "b"}
+    with pytest.raises(ValueError, match="must hold grid 'full', got 'quick'; use --fresh"):
+        store(path, grid="full")
+    assert store(path, grid="full", fresh=True).cells == {}
+
+
+def test_command_measures_a_section_and_writes_it_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One section from the command line: JSON, tables, no second measurement; wrong names are one sentence."""
+    arguments = ["--only", "rendering", "--grid", "quick", "--threads", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "| target | at |" in capsys.readouterr().out
+    path = tmp_path / "cpu" / "results.json"
+    document = json.loads(path.read_text())
+    assert list(document["cells"]) == ["rendering/S32-B4"]
+    (run,) = document["runs"].values()
+    assert run["command"].startswith("python -m benchmarks --only rendering")
+    assert {"commit", "cpu", "threads", "versions"} <= set(run["stamp"])
+    assert "| 32 px | 4 |" in (tmp_path / "cpu" / "rendering.md").read_text()
+    before = path.read_text()
+    assert main(arguments) == 0
+    assert path.read_text() == before
+    assert main([*arguments[:3], "full", *arguments[4:]]) == 2
+    assert "must hold grid 'full', got 'quick'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--only", "nonsense"])
+    assert "got 'nonsense'" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command ends as one that was interrupted, with the finished cell and the tables on disk."""
+    monkeypatch.setitem(SECTIONS, "floor", lambda context: counting([], "floor/1", "floor/stop"))
+    assert main(["--only", "floor", "--grid", "quick", "--threads", "1", "--out", str(tmp_path)]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "cpu" / "results.json").read_text())["cells"]) == ["floor/1"]
+    assert (tmp_path / "cpu" / "targets.md").exists()
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
+    """Ratios and growth, a contender without a time left out; nothing measured, nothing drawn."""
+    write_plots({"cells": {}}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    size = {"N": 1024, "K": 256, "C": 8}
+    both = {OURS: entry(1.0), "cdist": entry(2.0), "expanded": {"status": "skipped", "reason": "too large"}}
+    drawn = {
+        "quantizer/eval-N1024-K256-C8": {"settings": {"mode": "eval", **size}, "contenders": both},
+        "growth/time-N": {"settings": {"what": "time", "along": "N", **size}, "contenders": both},
+    }
+    write_plots({"cells": drawn}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.png", "ratios.png"]
+
+
+# Verdicts
+
+
+def entry(seconds: float) -> dict[str, Any]:
+    return {"status": "ok", "median": seconds, "low": seconds, "high": seconds, "rounds": 3, "calls": 1}
+
+
+def cells(**seconds: float) -> dict[str, Any]:
+    """Two search cells, the second with all times doubled but ours."""
+    return {
+        f"search/{number}": {
+            "settings": {"N": 10, "K": 1024, "C": 128},
+            "contenders": {
+                name: entry(value * (number if name != OURS else 1)) for name, value in seconds.items()
+            },
+            "facts": {"bytes": 10, "tiles": Tiles(4, 4, True)._asdict()},
+            "run": "r",
+            "seconds": 1.0,
+        }
+        for number in (1, 2)
+    }
+
+
+def test_targets_are_judged() -> None:
+    """Worst and mean, met and missed, by how much, and at how many points."""
+    measured = cells(te_quant=1.0, cdist=1.2)
+    (target,) = [target for target in TARGETS if target.text == "cdist and argmin by search"]
+    verdict = judge(target, measured)
+    assert (verdict.points, verdict.worst, verdict.where, verdict.failing) == (2, 1.2, "1 (cdist)", 1)
+    assert verdict.met is False
+    assert verdict.missed_by == pytest.approx(1.4 / 1.2 - 1)
+    assert verdict.mean == pytest.approx(1.2 * 2**0.5)
+    assert judge(target._replace(mean=True), measured).met is True
+    assert judge(target._replace(limit=1.2), measured).met is True
+    assert judge(target, {}).met is None
+    upper = Target("", 1.5, True, target.values)
+    assert judge(upper, measured).missed_by == pytest.approx(2.4 / 1.5 - 1)
+    assert judge(upper._replace(limit=2.4), measured).met is True
+
+
+def test_memory_is_judged_at_the_large_size_alone() -> None:
+    """Search and evaluation in one row, training in another, in MiB; other sizes and contenders do not count."""
+    evaluation, training = (target for target in TARGETS if target.unit == " MiB")
+    mib = 2**20
+    measured = {
+        f"memory/{mode}-{size}": {"settings": {}, "contenders": {OURS: {"status": "ok", "bytes": count * mib}}}
+        for mode, size, count in (
+            ("search", "N65536-K16384-C64", 10),
+            ("eval", "N65536-K16384-C64", 40),
+            ("ema", "N65536-K16384-C64", 80),
+            ("eval", "N16384-K1024-C64", 900),
+        )
+    }
+    verdict = judge(evaluation, measured)
+    assert (verdict.met, verdict.worst, verdict.points) == (True, 40.0, 2)
+    verdict = judge(training, measured)
+    assert (verdict.met, verdict.missed_by, verdict.points) == (False, 0.25, 1)
+
+
+def test_stage1_is_judged_at_each_batch() -> None:
+    """By the fastest mode of each; the padding by its own cell."""
+    context = Context(CPU, 1, "full", Limits())
+    assert [cell.key for cell in stage1.cells(context)] == [
+        "stage1/modes-B16",
+        "stage1/modes-B64",
+        "stage1/padding-B16",
+    ]
+    measured = {
+        f"stage1/modes-B{batch}": {
+            "settings": {},
+            "contenders": {
+                stage1.REFERENCE: entry(3.0),
+                f"{stage1.REFERENCE} compiled": entry(0.1),
+                "te_quant slow": entry(4.0),
+                "te_quant fast": entry(3.0 / gain),
+            },
+        }
+        for batch, gain in ((16, 1.5), (64, 1.75))
+    }
+    measured["stage1/padding-B16"] = {
+        "settings": {},
+        "contenders": {"zeros": entry(1.0), "circular": entry(1.05), "replicate": {"status": "refused"}},
+    }
+    step, padding = (target for target in TARGETS if target.text.startswith("Stage-1 step"))
+    verdict = judge(step, measured)
+    assert (verdict.points, verdict.worst, verdict.where, verdict.failing) == (
+        2,
+        1.5,
+        "modes-B16 (te_quant fast)",
+        1,
+    )
+    verdict = judge(padding, measured)
+    assert (verdict.points, verdict.worst, verdict.met) == (1, 1.05, True)
+
+
+def test_only_other_implementations_must_not_be_faster() -> None:
+    """Floors may be faster than ours, peers may not; contenders without a time are no values."""
+    (target,) = [target for target in TARGETS if target.text.startswith("any other")]
+    measured = cells(te_quant=1.0, cdist=1.2, product=0.1)
+    assert judge(target, measured).met is True
+    measured["search/1"]["contenders"]["expanded"] = entry(0.8)
+    verdict = judge(target, measured)
+    assert (verdict.met, verdict.where) == (False, "1 (expanded)")
+    measured["search/1"]["contenders"]["expanded"] = {"status": "skipped", "reason": "too large"}
+    assert judge(target, measured).met is True
+
+
+def test_tables_are_made_of_the_document_alone() -> None:
+    """Times, ratios and reasons of a small document; no section that was not measured fails."""
+    measured = cells(te_quant=0.001, cdist=0.0012)
+    measured["search/2"]["contenders"]["expanded"] = {"status": "skipped", "reason": "would hold 7 GiB"}
+    copied = {"settings": {}, "contenders": {"copy": entry(1.0)}, "facts": {"bytes": 1000}, "run": "r"}
+    document = {"runs": {}, "cells": {**measured, "floor/copy": copied}}
+    result = tables(document)
+    assert (
+        "| 10 | 1,024 | 128 | 1 [1, 1] | 1.2 [1.2, 1.2] (1.20 x) | – | 10 | 4 x 4, transposed |"
+        in result["search"]
+    )
+    assert "skipped" in result["search"]
+    assert "Not measured: expanded: skipped (would hold 7 GiB)." in result["search"]
+    assert "| cdist and argmin by search | ≥ 1.4 x | 1.20 x | 1 (cdist) |" in result["targets"]
+    assert "**missed by 17%**, at 1 of 2 |" in result["targets"]
+    assert "| generation: uncached by cached | ≥ 10 x | – | – | – | 0 | not measured |" in result["targets"]
+    assert set(result) >= {"memory", "growth-time", "blur", "stage1", "rendering", "machine"}
+
+
+def test_committed_tables_are_those_of_the_committed_results() -> None:
+    """Each Markdown file of the results is what its JSON says."""
+    paths = sorted(ROOT.glob("benchmarks/results/**/results.json"))
+    assert paths
+    for path in paths:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for name, text in tables(document).items():
+            assert (path.parent / f"{name}.md").read_text(encoding="utf-8") == text, name
+            assert first_table(text)

@@ -1,0 +1,412 @@
+"""The paper's tables and the sentences about them, from made-up results whose every cell is known."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from examples.te_vqgan import __main__ as command_line
+from examples.te_vqgan.data.recipes import LAYOUTS
+from examples.te_vqgan.reports.document import Table
+from examples.te_vqgan.reports.generation.figures import (
+    Point,
+    draw_captions,
+    draw_confusions,
+    draw_generated,
+    draw_tradeoff,
+)
+from examples.te_vqgan.reports.generation.findings import generation_findings
+from examples.te_vqgan.reports.generation.paper import TABLE1, TABLE2, TABLE3
+from examples.te_vqgan.reports.generation.report import generation_blocks, generation_figures, generation_tables
+from examples.te_vqgan.reports.generation.tables import (
+    accuracies,
+    full_size,
+    generations,
+    sampling_table,
+    table1,
+    table2,
+    table3,
+)
+from examples.te_vqgan.stage1.presets import ARMS
+from te_quant import EquivarianceReport
+
+TASKS = ("text_to_image", "image_to_text")
+LARGE, SMALL = 300, 100
+RESULTS = Path(__file__).parents[2] / "examples" / "te_vqgan" / "results" / "small"
+
+
+def _cases(rng: np.random.Generator, **accuracy: float | None) -> dict[str, Any]:
+    cases = {}
+    for case in LAYOUTS:
+        rate = accuracy.get(case, float(rng.uniform(0.1, 0.9)))
+        digits = int(rng.integers(100, 200))
+        right = 0 if rate is None else round(rate * digits)
+        cases[case] = {"digits": digits, "digits_right": right, "digit_accuracy": rate}
+    return cases
+
+
+def _generation(rng: np.random.Generator, **accuracy: float | None) -> dict[str, Any]:
+    confusion = rng.integers(0, 50, (10, 11)).tolist()
+    return {
+        split: {task: {"cases": _cases(rng, **accuracy), "confusion": confusion} for task in TASKS}
+        for split in ("held_out", "seen")
+    }
+
+
+def _run(arm: str, seed: int, sizes: tuple[int, ...] = (LARGE,), **changes: Any) -> dict[str, Any]:
+    """One run with random numbers; ``quad1`` fixes that accuracy in both tasks, ``data`` the digits."""
+    rng = np.random.default_rng()
+    accuracy = {name: changes[name] for name in ("quad1",) if name in changes}
+    test = {
+        "used_codes": int(rng.integers(1, 256)),
+        "frequent_codes": int(rng.integers(1, 99)),
+        "l1": float(rng.uniform(0.01, 0.1)),
+    }
+    return {
+        "arm": arm,
+        "title": ARMS[arm].title,
+        "seed": seed,
+        "settings": {"data": changes.get("data", "mnist")},
+        "evaluation": {"test": test},
+        "reading": {
+            "original": {"cases": _cases(rng)},
+            "reconstruction": {"cases": _cases(rng)},
+            "feature_distance": float(rng.uniform(0, 4)),
+        },
+        "stage2": {str(size): {"generation": _generation(rng, **accuracy)} for size in sizes},
+    }
+
+
+def test_table_3_has_lpips_where_it_was_measured() -> None:
+    """Seeds without it, or with another distance, do not count."""
+    runs = [_run("vqgan", seed) for seed in range(4)]
+    for run, (name, value) in zip(runs, (("lpips", 0.25), ("lpips", 0.75), ("other", 9.0)), strict=False):
+        run["reading"] |= {"perceptual": name, "perceptual_distance": value}
+    (row,) = table3({"runs": runs}).rows
+    assert row[-1].startswith("0.5000 (0.3536) / ")
+
+
+def _row(table: Table, name: str) -> dict[str, str]:
+    (row,) = (row for row in table.rows if row[0] == name)
+    return dict(zip(table.header, row, strict=True))
+
+
+def _text(values: list[float], pattern: str = ".3f") -> str:
+    """Mean and sample standard deviation, by their formulas."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return format(mean, pattern)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return f"{mean:{pattern}} ({deviation:{pattern}})"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_cells_of_table_1_are_means_and_deviations_beside_the_papers(task: str) -> None:
+    """Every case of both splits; arms that the paper lacks have a dash beside them."""
+    runs = [_run(arm, seed) for arm in ("vqgan", "k16", "mb") for seed in range(3)]
+    table = table1({"runs": runs}, task)
+    # The paper's order, then the rest.
+    assert [row[0] for row in table.rows] == [ARMS[arm].title for arm in ("mb", "vqgan", "k16")]
+    for arm in ("mb", "vqgan", "k16"):
+        own = [run for run in runs if run["arm"] == arm]
+        row = _row(table, ARMS[arm].title)
+
+        def values(case: str, split: str, own: list[dict[str, Any]] = own) -> list[float]:
+            measured = [run["stage2"][str(LARGE)]["generation"][split][task]["cases"][case] for run in own]
+            return [case["digit_accuracy"] for case in measured]
+
+        for number in range(4):
+            printed = "–"
+            if arm in TABLE1:
+                cell = TABLE1[arm][task][number]
+                printed = f"{cell.mean:.3f} ({cell.deviation:.3f})"
+            assert row[f"Quad{number + 1}"] == f"{_text(values(f'quad{number + 1}', 'held_out'))} / {printed}"
+        assert row["centre"] == _text(values("centre", "held_out"))
+        assert row["seen, Quad1"] == _text(values("quad1", "seen"))
+        assert row["seen, Quad4"] == _text(values("quad4", "seen"))
+        if task == "text_to_image":
+            shares = []
+            for run in own:
+                cases = run["reading"]["reconstruction"]["cases"].values()
+                shares.append(sum(c["digits_right"] for c in cases) / sum(c["digits"] for c in cases))
+            assert row["read in reconstructions"] == _text(shares)
+        else:
+            assert "read in reconstructions" not in table.header
+
+
+def test_few_seeds_are_counted_in_the_rows_name() -> None:
+    """One has no deviation; nothing is claimed of three."""
+    table = table1({"runs": [_run("vqgan", 0, quad1=0.25), _run("k16", 0), _run("k16", 1)]}, "text_to_image")
+    assert [row[0] for row in table.rows] == ["VQGAN, 1 seed", "SC, K = 16, 2 seeds"]
+    assert _row(table, "VQGAN, 1 seed")["Quad1"] == "0.250 / 0.812 (0.032)"
+
+
+def test_a_case_without_digits_and_a_run_without_a_reading_are_dashes() -> None:
+    """Nothing is made up for them."""
+    empty = _run("vqgan", 0, quad1=None)
+    del empty["reading"]
+    row = _row(table1({"runs": [empty]}, "text_to_image"), "VQGAN, 1 seed")
+    assert row["Quad1"] == "– / 0.812 (0.032)"
+    assert row["seen, Quad1"] == row["read in reconstructions"] == "–"
+    row = _row(table3({"runs": [empty]}), "mnist, VQGAN, 1 seed")
+    assert row["feature distance"] == "–"
+    assert generation_findings({"runs": [empty]}) == []
+
+
+def test_runs_without_a_measured_gpt_stay_out() -> None:
+    """Trained alone, of another size, or a tokenizer alone; with none at all there is no table."""
+    trained = _run("mb", 0)
+    del trained["stage2"][str(LARGE)]["generation"]
+    alone = _run("mp", 0)
+    del alone["stage2"]
+    results = {"runs": [trained, alone, _run("cb", 0, (SMALL,)), _run("vqgan", 0)]}
+    assert full_size(results) == LARGE
+    assert list(generations(results, LARGE)) == ["vqgan"]
+    assert list(generations(results, SMALL)) == ["cb"]
+    assert len(accuracies([results["runs"][3]], LARGE, TASKS[0], "quad1")) == 1
+    nothing = {"runs": [trained, alone]}
+    assert full_size(nothing) is None
+    assert generation_findings(nothing) == generation_blocks(nothing) == []
+    assert generation_figures(nothing, {}) == {}
+    with pytest.raises(ValueError, match="results must hold a measured Stage 2, got none"):
+        table1(nothing, "text_to_image")
+
+
+def test_table_2_compares_the_two_sizes() -> None:
+    """Means beside the paper's, and the difference of the means; other arms are not in it."""
+    values = {"vqgan": ([0.5, 0.7], [0.3, 0.2]), "te_vqgan": ([0.9, 0.8], [0.88, 0.78])}
+    runs = []
+    for arm, sizes in values.items():
+        for seed in range(2):
+            run = _run(arm, seed, (LARGE, SMALL))
+            for size, accuracy in zip((LARGE, SMALL), sizes, strict=True):
+                run["stage2"][str(size)]["generation"] = _generation(np.random.default_rng(), quad1=accuracy[seed])
+            runs.append(run)
+    table = table2({"runs": [*runs, _run("mb", 0, (LARGE, SMALL))]})
+    assert table is not None
+    assert table.header == ["training images", "VQGAN", "TE-VQGAN (λ = 10)"]
+    paper = [
+        [f"{TABLE2[size][arm].mean:.3f} ({TABLE2[size][arm].deviation:.3f})" for arm in values] for size in TABLE2
+    ]
+    ours = [[_text(values[arm][number]) for arm in values] for number in range(2)]
+    assert table.rows == [
+        ["300 (paper: 300,000)", *(f"{a} / {b}" for a, b in zip(ours[0], paper[0], strict=True))],
+        ["100 (paper: 100,000)", *(f"{a} / {b}" for a, b in zip(ours[1], paper[1], strict=True))],
+        ["difference", "0.350 / 0.073", "0.020 / 0.012"],
+    ]
+
+
+def test_table_2_misses_what_is_not_measured() -> None:
+    """No table of one size; a dash for an arm without the other; a size that is only trained does not count."""
+    both, one = (LARGE, SMALL), _run("vqgan", 0, (LARGE,))
+    assert table2({"runs": [one]}) is None
+    assert "table2" not in generation_tables({"runs": [one]})
+    assert table2({"runs": [one, _run("mb", 0, both)]}) is None
+    half = table2({"runs": [one, _run("te_vqgan", 0, both)]})
+    assert half is not None
+    assert [row[1].split(" / ")[0] == "–" for row in half.rows] == [False, True, True]
+    assert all(not row[2].startswith("–") for row in half.rows)
+    trained = copy.deepcopy(one)
+    trained["stage2"]["900"] = {"settings": {}}
+    unchanged = table2({"runs": [trained, _run("te_vqgan", 0, both)]})
+    assert unchanged is not None
+    assert [row[0] for row in unchanged.rows] == ["300 (paper: 300,000)", "100 (paper: 100,000)", "difference"]
+    first = _run("vqgan", 0, (SMALL,))
+    first["stage2"][str(LARGE)] = {"settings": {}}
+    assert table2({"runs": [first]}) is None
+
+
+def test_table_3_has_both_data_sets_beside_the_papers() -> None:
+    """Codes, errors and distances; other arms and arms that are not there have no row."""
+    main = [_run(arm, seed) for arm in ("vqgan", "te_vqgan", "mb") for seed in range(3)]
+    other = [_run("vqgan", seed, data="fashion-mnist") for seed in range(2)]
+    table = table3({"runs": main, "other": {"fashion-mnist": {"runs": other}}})
+    names = ["mnist, VQGAN", "mnist, TE-VQGAN (λ = 10)", "fashion-mnist, VQGAN, 2 seeds"]
+    assert [row[0] for row in table.rows] == names
+    groups = {names[0]: main[:3], names[1]: main[3:6], names[2]: other}
+    for name, runs in groups.items():
+        printed = TABLE3[name.split(",")[0]]["te_vqgan" if "TE-VQGAN" in name else "vqgan"]
+        row = _row(table, name)
+        tests = [run["evaluation"]["test"] for run in runs]
+        assert row["codes used"] == f"{_text([t['used_codes'] for t in tests], '.0f')} / {printed.codes}"
+        assert row["codes > 0.1 %"] == _text([t["frequent_codes"] for t in tests], ".0f")
+        assert row["reconstruction L1"] == f"{_text([t['l1'] for t in tests], '.4f')} / {printed.reconstruction}"
+        assert row["feature distance"] == _text([run["reading"]["feature_distance"] for run in runs], ".4f")
+        assert row["LPIPS"] == f"– / {printed.perceptual}"
+    # Digits that the paper does not have.
+    (row,) = table3({"runs": [_run("vqgan", 0, data="digits")]}).rows
+    assert row[1].endswith(" / –")
+    assert row[-1] == "– / –"
+
+
+def _findings(**accuracy: list[float]) -> str:
+    runs = [_run(arm, seed, quad1=value) for arm, values in accuracy.items() for seed, value in enumerate(values)]
+    return "\n".join(generation_findings({"runs": runs}))
+
+
+def test_findings_tell_gains_from_losses() -> None:
+    """Exchanging the values exchanges the words; equal values are neither."""
+    better = _findings(vqgan=[0.5], te_vqgan=[0.625])
+    assert "Text to image: the penalty (TE-VQGAN) gains 0.125 (0.625 against 0.500 at Quad1)." in better
+    assert "Image to text: the penalty (TE-VQGAN) gains 0.125 (0.625 against 0.500 at Quad1)." in better
+    worse = _findings(vqgan=[0.625], te_vqgan=[0.5])
+    assert "Text to image: the penalty (TE-VQGAN) loses 0.125 (0.500 against 0.625 at Quad1)." in worse
+    assert " gains " not in worse
+    same = _findings(vqgan=[0.5], te_vqgan=[0.5001])
+    assert "changes nothing to the digits shown (0.500 against 0.500 at Quad1)." in same
+    assert " gains " not in same
+    assert " loses " not in same
+
+
+def test_findings_say_whether_seeds_differ_as_much() -> None:
+    """The gap in standard errors of the difference of means, with several seeds of both alone."""
+    base, near, far = [0.4, 0.5, 0.6], [0.59, 0.6, 0.61], [0.9, 0.92, 0.91]
+    error = math.sqrt(statistics.variance(base) / 3 + statistics.variance(near) / 3)
+    text = _findings(vqgan=base, te_vqgan=near)
+    assert error < 0.1 < 2 * error
+    assert f"gains 0.100 (0.600 against 0.500 at Quad1), less than twice the standard error of {error:.3f}" in text
+    text = _findings(vqgan=base, te_vqgan=far)
+    assert "gains 0.410 (0.910 against 0.500 at Quad1), more than twice the standard error" in text
+    assert "single seed" not in text
+    text = _findings(vqgan=base, te_vqgan=[0.9])
+    assert "standard error" not in text
+    assert "At least one arm has a single seed" in text
+
+
+def test_findings_name_the_best_arm_beside_the_papers() -> None:
+    """Above or not above its TE-VQGAN; without the strided VQGAN there is nothing to compare with."""
+    text = _findings(mb=[0.2], k16=[0.95])
+    assert "Best arm at Quad1, text to image: SC, K = 16 with 0.950, above the paper's 0.931" in text
+    assert " gains " not in text
+    text = _findings(vqgan=[0.3], k16=[0.2], stride_exact=[0.1], stride_exact_te=[0.7])
+    assert "circular (stride-exact), λ = 10 with 0.700, not above the paper's 0.825" in text
+    for question in ("16 codes without penalty loses", "encoder loses", "encoder with the penalty gains"):
+        assert text.count(question) == 2
+
+
+def test_figures_show_what_they_are_given() -> None:
+    """Captions above their images, shares of each row, a point a run, an arm a row; names of garments."""
+    rng = np.random.default_rng()
+    images = rng.integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
+    captions = [f"caption {number}" for number in range(5)]
+    figure = draw_captions(images, captions)
+    assert [axis.get_title() for axis in figure.axes if axis.images] == captions
+    assert all(
+        (a.images[0].get_array() == i.transpose(1, 2, 0)).all() for a, i in zip(figure.axes, images, strict=False)
+    )
+
+    figure = draw_generated(captions, images, {"one": images[::-1], "two": images})
+    assert [axis.get_ylabel() for axis in figure.axes[::5]] == ["the caption's image", "one", "two"]
+    assert (figure.axes[5].images[0].get_array() == images[-1].transpose(1, 2, 0)).all()
+
+    # A class that was never asked for has an empty row; what was not read is in no column, yet in the sum.
+    counts = np.array([[3, 0, 1], [0, 0, 0]])
+    figure = draw_confusions({"arm": counts}, ["t-shirt", "ankle boot"])
+    assert (figure.axes[0].images[0].get_array() == [[0.75, 0], [0, 0]]).all()
+    assert [text.get_text() for text in figure.axes[0].texts] == ["75"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["t-shirt", "ankle boot"]
+
+    points = [Point("a", 0.5, 20.0, 0.9), Point("a", 0.25, 30.0, 0.5), Point("b", 0.1, 5.0, 0.1)]
+    left, right = draw_tradeoff(points).axes
+    assert [line.get_xydata().tolist() for line in left.lines] == [[[0.5, 0.9], [0.25, 0.5]], [[0.1, 0.1]]]
+    assert [line.get_xydata().tolist() for line in right.lines] == [[[20.0, 0.9], [30.0, 0.5]], [[5.0, 0.1]]]
+
+
+def test_sampling_is_compared_over_all_quadrant_digits() -> None:
+    """Pooled over the four cases, the centre left out; no table without a number of candidates of its own."""
+    runs = [_run("vqgan", 0), _run("k16", 0), _run("k16", 1), _run("te_vqgan", 0)]
+    assert sampling_table({"runs": runs}) is None
+    rng = np.random.default_rng()
+    for run in runs[:3]:
+        part = run["stage2"][str(LARGE)]
+        part["sampling"] = {"generation-2": _generation(rng), "generation-16": _generation(rng)}
+    for run in runs:
+        run["stage2"][str(LARGE)]["settings"] = {"top_fraction": 0.1}
+    del runs[0]["stage2"][str(LARGE)]["sampling"]["generation-16"]
+    table = sampling_table({"runs": runs})
+    assert table is not None
+    columns = [f"{number} codes{case}" for number in (2, 16) for case in ("", ", Quad1")]
+    assert table.header == ["tokenizer", "top 10 % of its codes", *columns]
+    assert [row[0] for row in table.rows] == [ARMS["vqgan"].title, ARMS["k16"].title]
+
+    def pooled(generation: dict[str, Any]) -> float:
+        cases = generation["held_out"]["text_to_image"]["cases"]
+        quadrants = [cases[f"quad{number}"] for number in (1, 2, 3, 4)]
+        return sum(c["digits_right"] for c in quadrants) / sum(c["digits"] for c in quadrants)
+
+    parts = [run["stage2"][str(LARGE)] for run in runs[1:3]]
+    row = _row(table, ARMS["k16"].title)
+    assert row["top 10 % of its codes"] == _text([pooled(part["generation"]) for part in parts])
+    assert row["16 codes"] == _text([pooled(part["sampling"]["generation-16"]) for part in parts])
+    single = [part["sampling"]["generation-16"]["held_out"]["text_to_image"]["cases"]["quad1"] for part in parts]
+    assert row["16 codes, Quad1"] == _text([case["digit_accuracy"] for case in single])
+    assert _row(table, ARMS["vqgan"].title)["16 codes"] == "–"
+
+
+def test_regimes_are_told_by_what_differs_from_the_first(tmp_path: Path) -> None:
+    """From the published results: the table of two copies, one of them trained for longer and measured worse."""
+    base = json.loads((RESULTS / "results.json").read_text(encoding="utf-8"))
+    base["runs"] = [run for run in base["runs"] if run["arm"] in ("vqgan", "te_vqgan") and run["seed"] == 0]
+    longer = copy.deepcopy(base)
+    images = str(full_size(base))
+    for run in longer["runs"]:
+        run["settings"]["steps"] *= 3
+        for case in run["stage2"][images]["generation"]["held_out"]["text_to_image"]["cases"].values():
+            case["digits_right"] = 0
+        del run["stage2"][images]["sampling"]
+    # A tokenizer whose GPT is not trained yet.
+    alone = copy.deepcopy(longer["runs"][0])
+    del alone["stage2"]
+    untrained = {"runs": [alone, longer["runs"][1]]}
+    folders = [tmp_path / "base", tmp_path / "longer", tmp_path / "untrained"]
+    for folder, results in zip(folders, (base, longer, untrained), strict=True):
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(results))
+    words = ["regimes", "--results", *map(str, folders), "--into", str(tmp_path / "regimes.md")]
+    assert command_line.main(words) == 0
+    lines = (tmp_path / "regimes.md").read_text().strip().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    steps = base["runs"][0]["settings"]["steps"]
+    assert [row[0] for row in table[2:]] == ["(the preset `small`)"] * 2 + [
+        f"steps was {steps}, now {3 * steps}"
+    ] * 4
+    assert [row[1] for row in table[2:]] == [f"{ARMS[arm].title}, 1 seed" for arm in ("vqgan", "te_vqgan")] * 3
+    assert table[6][5:] == [table[4][5], "–", "–", "–"]
+    for row, run in zip(table[2:4], base["runs"], strict=True):
+        part, test = run["stage2"][images], run["evaluation"]["test"]
+
+        def share(cases: Any) -> str:
+            return f"{sum(c['digits_right'] for c in cases) / sum(c['digits'] for c in cases):.3f}"
+
+        def in_quadrants(generation: Any, task: str) -> str:
+            cases = generation["held_out"][task]["cases"]
+            return share([cases[f"quad{number}"] for number in (1, 2, 3, 4)])
+
+        assert row[2:] == [
+            "64",
+            str(test["used_codes"]),
+            f"{EquivarianceReport.from_dict(run['evaluation']['equivariance']).sub_stride.kappa:.3f}",
+            share(run["reading"]["reconstruction"]["cases"].values()),
+            in_quadrants(part["generation"], "text_to_image"),
+            in_quadrants(part["sampling"]["generation-2"], "text_to_image"),
+            in_quadrants(part["generation"], "image_to_text"),
+        ]
+    assert [row[6:8] for row in table[4:6]] == [["0.000", "–"]] * 2
+
+
+def test_regimes_need_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without them, or without a GPT, is named."""
+    words = ["regimes", "--results", str(tmp_path), "--into", str(tmp_path / "regimes.md")]
+    assert command_line.main(words) == 1
+    assert f"results must be folders with results.json, got {tmp_path}." in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"runs": []}')
+    assert command_line.main(words) == 1
+    assert "results must hold a measured Stage 2, got none." in capsys.readouterr().err
+    assert not (tmp_path / "regimes.md").exists()

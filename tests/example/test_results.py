@@ -1,0 +1,295 @@
+"""Results as one value: gathered from folders, brought together from several reports, and written among them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.te_vqgan.reports import report
+from examples.te_vqgan.reports.results import collect, commands, merged
+from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
+from examples.te_vqgan.stage1.presets import ARMS
+
+SIZES = (32, 16)
+
+
+def _write(folder: Path, **parts: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+
+
+def _settings(seed: int, data: str = "digits") -> dict[str, Any]:
+    return {"seed": seed, "data": data, "steps": 6, "model": {"num_codes": 16}}
+
+
+def _finish(
+    out: Path, arm: str, seed: int, sizes: tuple[int, ...] = SIZES, data: str = "digits", **facts: Any
+) -> None:
+    """Leave behind what a finished run of both stages does; pictures tell whose they are."""
+    folder = out / f"{arm}-seed{seed}"
+    _write(folder, settings=_settings(seed, data), evaluation={"test": facts}, provenance={}, reading={"of": arm})
+    lines = [{"step": step, "loss": float(step)} for step in range(1, 7)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_checkpoint(folder / "samples.safetensors", {"seed": torch.tensor(seed)}, {})
+    for size in sizes:
+        inner = folder / f"stage2-{size}"
+        second = {"seed": seed, "train_images": size, "steps": 9, "stage1": _settings(seed, data)}
+        _write(inner, settings=second, evaluation={}, provenance={}, generation={"held_out": [arm, seed, size]})
+        (inner / "log.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
+        texts = {split: {"captions": [f"{split} caption"], "written": ["x"]} for split in ("held_out", "seen")}
+        save_checkpoint(inner / "generation.safetensors", {"is": torch.tensor([seed, size])}, texts)
+
+
+def _runs(results: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(run["arm"], run["seed"]) for run in results["runs"]]
+
+
+def test_everything_finished_is_gathered(tmp_path: Path) -> None:
+    """Both stages, the classifier, the other data; in the order of arms and seeds; nothing that is unfinished."""
+    for arm, seed in (("te_vqgan", 10), ("te_vqgan", 9), ("vqgan", 9)):
+        _finish(tmp_path, arm, seed)
+    _finish(tmp_path, "stride_exact", 1, sizes=())
+    _finish(tmp_path, "stride_exact_te", 0)
+    (tmp_path / "stride_exact_te-seed0" / "evaluation.json").unlink()
+    (tmp_path / "vqgan-seed9" / "stage2-16" / "evaluation.json").unlink()
+    (tmp_path / "vqgan-seed9" / "stage2-32" / "generation.json").unlink()
+    _write(tmp_path / "classifier", evaluation={"test": 1}, settings={"a": 1})
+    _finish(tmp_path / "fashion-mnist", "vqgan", 9, sizes=(), data="fashion-mnist")
+    _write(tmp_path / "fashion-mnist" / "classifier", evaluation={"test": 2})
+    _write(tmp_path / "mnist" / "mb-seed0", settings={})
+
+    results = collect(tmp_path, command="as typed", wall_seconds=3.0)
+    assert _runs(results) == [("vqgan", 9), ("te_vqgan", 9), ("te_vqgan", 10), ("stride_exact", 1)]
+    assert (results["commands"], results["wall_seconds"]) == (["as typed"], 3.0)
+    assert results["classifier"] == {"settings": {"a": 1}, "evaluation": {"test": 1}}
+    assert list(results["other"]) == ["fashion-mnist"]
+    assert _runs(results["other"]["fashion-mnist"]) == [("vqgan", 9)]
+    assert results["other"]["fashion-mnist"]["classifier"] == {"evaluation": {"test": 2}}
+    first, second, *_ = results["runs"]
+    assert first["title"] == "VQGAN"
+    assert first["folder"] == "vqgan-seed9"
+    assert list(first["stage2"]) == ["32"]
+    assert "generation" not in first["stage2"]["32"]
+    assert set(second["stage2"]) == {"32", "16"}
+    assert second["stage2"]["16"]["generation"] == {"held_out": ["te_vqgan", 9, 16]}
+    assert second["stage2"]["16"]["log"] == [{"step": 9, "loss": 1.0}]
+    assert [line["step"] for line in second["log"]] == [1, 2, 3, 4, 5, 6]
+    assert second["reading"] == {"of": "te_vqgan"}
+    assert "stage2" not in results["runs"][3]
+    with pytest.raises(ValueError, match="out must be a folder with finished runs, got"):
+        collect(tmp_path / "mnist", command="")
+
+
+def test_a_classifier_that_is_not_finished_is_left_out(tmp_path: Path) -> None:
+    """Its settings say nothing yet; and without other data there is no entry for them."""
+    _finish(tmp_path, "vqgan", 0)
+    _write(tmp_path / "classifier", settings={"a": 1})
+    results = collect(tmp_path, command="")
+    assert results.keys() == {"commands", "wall_seconds", "runs"}
+
+
+def _collected(folder: Path, *runs: tuple[str, int], **options: Any) -> dict[str, Any]:
+    """Results of these runs; JSON as they will be read."""
+    for arm, seed in runs:
+        _finish(folder, arm, seed, **options)
+    return json.loads(json.dumps(collect(folder, command=f"into {folder.name}")))
+
+
+def test_new_seeds_and_arms_are_added_in_order(tmp_path: Path) -> None:
+    """Whichever is first; the commands say both; the same results again change nothing."""
+    first = _collected(tmp_path / "a", ("vqgan", 1), ("k16", 0))
+    second = _collected(tmp_path / "b", ("vqgan", 0), ("vqgan", 2), ("mb", 0))
+    forth, back = merged(first, second), merged(second, first)
+    order = [("vqgan", 0), ("vqgan", 1), ("vqgan", 2), ("mb", 0), ("k16", 0)]
+    assert _runs(forth) == _runs(back) == order
+    assert forth["runs"] == back["runs"]
+    assert (forth["commands"], back["commands"]) == (["into a", "into b"], ["into b", "into a"])
+    assert forth["wall_seconds"] is None
+    assert merged(forth, second) == forth
+    assert merged(first, first) == first
+    whole = _collected(tmp_path / "c", *order)
+    assert forth["runs"] == whole["runs"]
+    # Nothing was changed in place.
+    assert _runs(first) == [("vqgan", 1), ("k16", 0)]
+
+
+def test_the_same_run_is_replaced_and_keeps_what_was_not_trained_again(tmp_path: Path) -> None:
+    """Other sizes of Stage 2 stay if the tokenizer's settings do; else they would stand on another tokenizer."""
+    before = _collected(tmp_path / "a", ("vqgan", 0), ("mb", 0), l1=1.0)
+    after = _collected(tmp_path / "b", ("vqgan", 0), sizes=(32,), l1=2.0)
+    after["runs"][0]["stage2"]["32"]["generation"] = "new"
+    result = merged(before, after)
+    run, other = result["runs"]
+    assert run["evaluation"]["test"] == {"l1": 2.0}
+    assert other["evaluation"]["test"] == {"l1": 1.0}
+    assert run["stage2"]["32"]["generation"] == "new"
+    assert run["stage2"]["16"] == before["runs"][0]["stage2"]["16"]
+
+    longer = copy.deepcopy(after)
+    longer["runs"][0]["settings"]["steps"] = 7
+    assert list(merged(before, longer)["runs"][0]["stage2"]) == ["32"]
+    alone = copy.deepcopy(longer)
+    del alone["runs"][0]["stage2"]
+    assert "stage2" not in merged(before, alone)["runs"][0]
+
+
+def test_results_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    """Seeds of other settings, Stage 2 of other settings, other data; only the seed may differ."""
+    before = _collected(tmp_path / "a", ("vqgan", 0))
+    longer = _collected(tmp_path / "b", ("vqgan", 1))
+    longer["runs"][0]["settings"]["model"]["num_codes"] = 32
+    message = r"settings must be the same for every seed of vqgan, got model.num_codes was 16, now 32\."
+    with pytest.raises(ValueError, match=message):
+        merged(before, longer)
+    # Another arm may be another model, and the first seed alone may be replaced.
+    longer["runs"][0] |= {"arm": "k16", "title": ARMS["k16"].title}
+    assert len(merged(before, longer)["runs"]) == 2
+    gpt = _collected(tmp_path / "c", ("mb", 1))
+    gpt["runs"][0]["stage2"]["16"]["settings"]["steps"] = 8
+    message = r"settings must be the same for every Stage 2 of 16 images, got steps was 9, now 8\."
+    with pytest.raises(ValueError, match=message):
+        merged(before, gpt)
+    other = _collected(tmp_path / "d", ("mb", 0), sizes=(), data="mnist")
+    with pytest.raises(ValueError, match="data must be the same in both results, got digits and mnist"):
+        merged(before, other)
+
+
+def test_classifiers_of_other_settings_are_refused(tmp_path: Path) -> None:
+    """Accuracies that different readers gave do not stand in one table; a result without a reader has no say."""
+    before, after = (_collected(tmp_path / name, ("vqgan", seed)) for name, seed in (("a", 0), ("b", 1)))
+    before["classifier"] = {"settings": {"steps": 5, "seed": 0}, "evaluation": {}}
+    after.pop("classifier", None)
+    assert merged(before, after)["classifier"] == merged(after, before)["classifier"] == before["classifier"]
+    after["classifier"] = {"settings": {"steps": 5, "seed": 3}, "evaluation": {}}
+    assert merged(before, after)["classifier"] == after["classifier"]
+    after["classifier"]["settings"]["steps"] = 6
+    message = r"settings must be the same for the classifiers of the data, got steps was 5, now 6\."
+    with pytest.raises(ValueError, match=message):
+        merged(before, after)
+    others = [{**one, "classifier": {}, "other": {"mnist": one}} for one in (before, after)]
+    with pytest.raises(ValueError, match=r"the classifiers of mnist, got steps was 5, now 6\."):
+        merged(*others)
+
+
+def test_other_data_sets_are_merged_too(tmp_path: Path) -> None:
+    """Added, and seed by seed within one; a main result without any keeps those of the other."""
+
+    def made(name: str, data: str, seed: int) -> dict[str, Any]:
+        _finish(tmp_path / name / data, "vqgan", seed, sizes=(), data=data)
+        return _collected(tmp_path / name, ("vqgan", 0))
+
+    first, second = made("a", "fashion-mnist", 0), made("b", "fashion-mnist", 1)
+    third, none = made("c", "mnist", 0), _collected(tmp_path / "d", ("vqgan", 0))
+    both = merged(first, second)
+    assert _runs(both["other"]["fashion-mnist"]) == [("vqgan", 0), ("vqgan", 1)]
+    assert list(merged(third, both)["other"]) == list(merged(both, third)["other"]) == ["fashion-mnist", "mnist"]
+    for results in (merged(both, none), merged(none, both)):
+        assert results["other"] == both["other"]
+    assert "other" not in merged(none, none)
+    second["other"]["fashion-mnist"]["runs"][0]["settings"]["steps"] = 7
+    with pytest.raises(ValueError, match=r"every seed of vqgan, got steps was 6, now 7"):
+        merged(first, second)
+
+
+def test_results_of_before_had_one_command(tmp_path: Path) -> None:
+    """Published ones are read and added to all the same."""
+    after = _collected(tmp_path / "a", ("vqgan", 0))
+    before = copy.deepcopy(after)
+    before["command"] = "as it was"
+    del before["commands"]
+    assert commands(before) == ["as it was"]
+    result = merged(before, after)
+    assert commands(result) == ["as it was", "into a"]
+    assert "command" not in result
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and texts are a function of what lies beside them; the command line's tests draw them."""
+    monkeypatch.setattr(report, "render", lambda folder: None)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _tensor(folder: Path, name: str, key: str) -> Any:
+    return load_checkpoint(folder / "samples" / f"{name}.safetensors")[0][key].tolist()
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_a_report_written_into_a_folder_twice_is_the_same_as_once(tmp_path: Path) -> None:
+    """Byte for byte; and its own folder is written anew, not added to."""
+    out, target = tmp_path / "runs", tmp_path / "published"
+    _finish(out, "vqgan", 0)
+    _finish(out, "mb", 0)
+    _finish(out / "mnist", "vqgan", 0, sizes=(), data="mnist")
+    _write(out / "classifier", evaluation={})
+    assert report.write_report(out, command="as typed", into=target) == target
+    once = _files(target)
+    assert {"results.json", "samples/vqgan.safetensors", "samples/mb-generated.safetensors"} <= once.keys()
+    report.write_report(out, command="as typed", into=target)
+    assert _files(target) == once
+    assert report.write_report(out, command="as typed") == out / "report"
+    assert _files(out / "report") == once
+    for path in (out / "mb-seed0").rglob("evaluation.json"):
+        path.unlink()
+    report.write_report(out, command="as typed", into=target)
+    assert _files(target) == once
+    report.write_report(out, command="as typed")
+    assert _runs(json.loads((out / "report" / "results.json").read_text())) == [("vqgan", 0)]
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_reports_of_several_folders_are_one(tmp_path: Path) -> None:
+    """In any order the same runs, pictures and captions as from one folder with all of them."""
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    for arm, seed, part in (("vqgan", 1, first), ("k16", 0, first), ("vqgan", 0, second), ("mb", 1, second)):
+        for out in (whole, part):
+            _finish(out, arm, seed)
+    report.write_report(whole, command="typed")
+    expected = _files(whole / "report")
+    for number, order in enumerate(((first, second), (second, first))):
+        target = tmp_path / f"published{number}"
+        for out in order:
+            report.write_report(out, command="typed", into=target)
+        found = _files(target)
+        assert found.keys() == expected.keys()
+        for name in expected.keys() - {"results.json"}:
+            assert found[name] == expected[name], name
+        assert json.loads(found["results.json"]) == json.loads(expected["results.json"])
+    # The pictures are those of each arm's first seed and of the larger training set.
+    assert _tensor(target, "vqgan", "seed") == 0
+    assert _tensor(target, "vqgan-generated", "is") == [0, 32]
+    results = json.loads((target / "results.json").read_text())
+    assert list(results["samples"]) == ["VQGAN", "MB", "SC, K = 16"]
+    assert results["captions"] == {"held_out": ["held_out caption"], "seen": ["seen caption"]}
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_a_smaller_training_set_does_not_replace_the_pictures(tmp_path: Path) -> None:
+    """Those of the larger one stay, though the run that is added has the same arm and seed."""
+    large, small, target = (tmp_path / name for name in ("large", "small", "target"))
+    _finish(large, "vqgan", 0, sizes=(32,))
+    _finish(small, "vqgan", 0, sizes=(16,))
+    report.write_report(large, command="typed", into=target)
+    report.write_report(small, command="typed", into=target)
+    assert _tensor(target, "vqgan-generated", "is") == [0, 32]
+    (run,) = json.loads((target / "results.json").read_text())["runs"]
+    assert run["stage2"].keys() == {"32", "16"}
+    # The other way round they do.
+    other = tmp_path / "other"
+    report.write_report(small, command="typed", into=other)
+    assert _tensor(other, "vqgan-generated", "is") == [0, 16]
+    report.write_report(large, command="typed", into=other)
+    assert _tensor(other, "vqgan-generated", "is") == [0, 32]
+    # A tokenizer alone generates nothing.
+    _finish(tmp_path / "alone", "mp", 0, sizes=())
+    report.write_report(tmp_path / "alone", command="typed")
+    assert "generated" not in json.loads((tmp_path / "alone" / "report" / "results.json").read_text())

@@ -1,0 +1,353 @@
+"""The Stage 1 trainer: stops and goes on bit for bit, refuses what would mix two runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from examples.te_vqgan.data.sources import DigitSource, DigitSplit
+from examples.te_vqgan.runs import running
+from examples.te_vqgan.runs.checkpoint import load_checkpoint
+from examples.te_vqgan.stage1.presets import (
+    ARMS,
+    DEFAULT_ARMS,
+    PRESETS,
+    Stage1Settings,
+    differing,
+    from_dict,
+    settings_for,
+    to_dict,
+)
+from examples.te_vqgan.stage1.train import CHECKPOINT, Interrupted, train_stage1
+from examples.te_vqgan.stage1.trainer import Stage1Trainer
+from te_quant import VQAutoencoder
+
+SMOKE = PRESETS["smoke"]
+
+
+@pytest.fixture(scope="module")
+def source() -> DigitSource:
+    """Random pictures: nothing here depends on what they show."""
+    rng = np.random.default_rng()
+
+    def split(count: int) -> DigitSplit:
+        return DigitSplit(rng.integers(0, 256, (count, 7, 7), dtype=np.uint8), np.arange(count) % 10)
+
+    return DigitSource("random", tuple("0123456789"), split(40), split(20), split(20))
+
+
+def _settings(**changes: Any) -> Stage1Settings:
+    small = {"train_images": 64, "eval_images": 4, "eval_sprites": 2}
+    return dataclasses.replace(SMOKE, **{**small, **changes})
+
+
+def _train(settings: Stage1Settings, folder: Path, source: DigitSource, **options: Any) -> bool:
+    return train_stage1(settings, folder, source, progress=False, **options)
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    tensors, _ = load_checkpoint(folder / CHECKPOINT)
+    return tensors
+
+
+def _assert_same_model(first: Path, second: Path) -> None:
+    # Not the files' bytes: some versions of safetensors write the header's entries in random order.
+    models = [VQAutoencoder.from_pretrained(folder / "model").state_dict() for folder in (first, second)]
+    assert models[0].keys() == models[1].keys()
+    for name, tensor in models[0].items():
+        assert torch.equal(tensor, models[1][name]), name
+
+
+ADVERSARIAL = {"adversarial_weight": 0.5, "adversarial_start": 2}
+# Dropout draws from torch's own generator, so its state must be in the checkpoint too.
+DROPOUT = {"model": dataclasses.replace(SMOKE.model, dropout=0.2)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stops"),
+    [({}, (2,)), (ADVERSARIAL, (1, 3)), (DROPOUT, (3, 5)), ({"codebook_init": "kmeans", "bf16": True}, (4,))],
+    ids=["plain", "adversarial", "dropout", "kmeans-bf16"],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tmp_path: Path, source: DigitSource, changes: dict[str, Any], stops: tuple[int, ...]
+) -> None:
+    """Weights, moments, generator states, log, numbers and pictures are equal bit for bit."""
+    settings = _settings(**changes)
+    once, often = tmp_path / "once", tmp_path / "often"
+    assert _train(settings, once, source)
+    for stop in stops:
+        with pytest.raises(Interrupted, match=f"stopped at step {stop} of 6; --resume goes on from there"):
+            _train(settings, often, source, resume=True, stop=lambda done, stop=stop: done == stop)
+        torch.manual_seed(99)  # whatever another program left behind
+    assert _train(settings, often, source, resume=True)
+    first, second = _weights(once), _weights(often)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    for name in ("log.jsonl", "evaluation.json", "samples.safetensors", "settings.json"):
+        assert (once / name).read_bytes() == (often / name).read_bytes(), name
+    _assert_same_model(once, often)
+
+
+def test_another_seed_or_lambda_gives_other_weights(tmp_path: Path, source: DigitSource) -> None:
+    """The negative control of the test above: equality of bits is not for free."""
+    for name, settings in {
+        "base": _settings(),
+        "seed": _settings(seed=1),
+        "reg": _settings(model=dataclasses.replace(SMOKE.model, orthogonal_reg=10.0)),
+    }.items():
+        _train(settings, tmp_path / name, source)
+    base = _weights(tmp_path / "base")["model.quantizer.codebook"]
+    assert not torch.equal(base, _weights(tmp_path / "seed")["model.quantizer.codebook"])
+    assert not torch.equal(base, _weights(tmp_path / "reg")["model.quantizer.codebook"])
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash between two checkpoints loses the steps between them and nothing else."""
+    settings = _settings()
+    once, killed = tmp_path / "once", tmp_path / "killed"
+    _train(settings, once, source)
+    step = Stage1Trainer.train_step
+
+    def crash(self: Stage1Trainer, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.step == 5:
+            raise RuntimeError("power cut")
+        return step(self, images)
+
+    monkeypatch.setattr(Stage1Trainer, "train_step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        _train(settings, killed, source)
+    monkeypatch.undo()
+    assert load_checkpoint(killed / CHECKPOINT)[1]["step"] == 4
+    assert len((killed / "log.jsonl").read_text().splitlines()) == 5
+    _train(settings, killed, source, resume=True)
+    assert (once / "log.jsonl").read_bytes() == (killed / "log.jsonl").read_bytes()
+    _assert_same_model(once, killed)
+
+
+def test_equal_seeds_give_two_arms_equal_starts(tmp_path: Path) -> None:
+    """Only λ differs between the arms, so only the codes' gradient does; torch's own generator is left alone."""
+    before = torch.get_rng_state()
+    first, second = (Stage1Trainer(settings_for("smoke", arm), torch.device("cpu")) for arm in DEFAULT_ARMS)
+    assert torch.equal(before, torch.get_rng_state())
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    one, two = first.train_step(images), second.train_step(images)
+    assert one["l1"] == two["l1"]
+    assert one["orthogonal_loss"] == 0 < two["orthogonal_loss"]
+
+
+def _assert_alike(plain: Stage1Trainer, other: Stage1Trainer) -> None:
+    """Three steps with the same numbers up to rounding, and the same names and shapes behind them."""
+    for number in range(3):
+        images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        wanted, found = plain.train_step(images), other.train_step(images)
+        for name, value in wanted.items():
+            assert found[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-6), (number, name)
+    shapes = [{name: value.shape for name, value in trainer.tensors().items()} for trainer in (plain, other)]
+    assert shapes[0] == shapes[1]
+
+
+def test_channels_last_changes_rounding_alone() -> None:
+    """And the training goes on from its state with the same bits."""
+    plain, other, again = (
+        Stage1Trainer(_settings(), torch.device("cpu"), channels_last=last) for last in (False, True, True)
+    )
+    _assert_alike(plain, other)
+    assert other.model.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    again.load(other.tensors(), {"step": 3})
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    wanted, found = other.train_step(images), again.train_step(images)
+    assert {name: value.item() for name, value in wanted.items()} == {n: v.item() for n, v in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")
+def test_a_compiler_changes_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced with its gradients, and run by torch's own kernels; parts of the network test the compiler's.
+
+    With the padding of the paper's encoder, replicate, and channels last.
+    """
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    settings = _settings(model=dataclasses.replace(SMOKE.model, channel_multipliers=(1, 2)))
+    assert settings.model.encoder_padding == "replicate"
+    plain = Stage1Trainer(settings, torch.device("cpu"))
+    _assert_alike(plain, Stage1Trainer(settings, torch.device("cpu"), channels_last=True, compiled=True))
+
+
+def test_the_first_step_of_adam_moves_the_codes_by_the_faster_rate() -> None:
+    """Adam's first step is the rate times the sign of the gradient: codes move ten times as far as weights."""
+    settings = _settings(learning_rate=1e-3, warmup_steps=4)
+    trainer = Stage1Trainer(settings, torch.device("cpu"))
+    start = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    numbers = trainer.train_step(torch.rand(4, 3, 32, 32) * 2 - 1)
+    moved = {
+        name: (tensor - start[name]).abs().max().item() for name, tensor in trainer.model.state_dict().items()
+    }
+    rate = 1e-3 / 4
+    assert numbers["learning_rate"].item() == pytest.approx(rate)
+    assert moved["quantizer.codebook"] == pytest.approx(10 * rate, rel=1e-2)
+    others = [value for name, value in moved.items() if name.startswith(("encoder", "decoder"))]
+    assert max(others) == pytest.approx(rate, rel=1e-2)
+
+
+def test_gradient_is_clipped_to_the_stated_norm() -> None:
+    """The norm before clipping is reported; what reaches Adam has at most the limit. 0 clips nothing."""
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    norms = {}
+    for limit in (0.01, 0.0):
+        trainer = Stage1Trainer(_settings(clip_norm=limit), torch.device("cpu"))
+        reported = trainer.train_step(images)["grad_norm"].item()
+        squares = [
+            parameter.grad.square().sum() for parameter in trainer.model.parameters() if parameter.grad is not None
+        ]
+        norms[limit] = (reported, torch.stack(squares).sum().sqrt().item())
+    assert norms[0.01][0] == pytest.approx(norms[0.0][0])
+    assert norms[0.01][1] == pytest.approx(0.01, rel=1e-3)
+    assert norms[0.0][1] == pytest.approx(norms[0.0][0], rel=1e-5)
+
+
+def test_the_discriminator_joins_at_its_step() -> None:
+    """Before it, neither its loss is computed nor its weights move."""
+    trainer = Stage1Trainer(_settings(**ADVERSARIAL), torch.device("cpu"))
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    start = [parameter.detach().clone() for parameter in trainer.discriminator.parameters()]
+    for step in range(3):
+        numbers = trainer.train_step(images)
+        same = all(torch.equal(a, b) for a, b in zip(start, trainer.discriminator.parameters(), strict=True))
+        assert ("adversarial_loss" in numbers) is (step >= 2)
+        assert same is (step < 2)
+
+
+def test_a_finished_run_is_skipped(tmp_path: Path, source: DigitSource) -> None:
+    """Nothing is written again."""
+    settings = _settings(steps=2)
+    assert _train(settings, tmp_path, source)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert not _train(settings, tmp_path, source)
+    assert not _train(settings, tmp_path, source, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path, source: DigitSource) -> None:
+    """Finished or not, a folder never mixes two runs; the differing settings are named with both values."""
+    with pytest.raises(Interrupted):
+        _train(_settings(), tmp_path, source, stop=lambda done: done == 2)
+    changed = _settings(learning_rate=1e-3, model=dataclasses.replace(SMOKE.model, orthogonal_reg=10.0))
+    message = r"learning_rate was 0.0005, now 0.001; model.orthogonal_reg was 0.0, now 10.0"
+    with pytest.raises(ValueError, match=message):
+        _train(changed, tmp_path, source, resume=True)
+    with pytest.raises(ValueError, match=r"resume must be set, as .* holds an unfinished run, got False"):
+        _train(_settings(), tmp_path, source)
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes in one folder would mix their logs."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(running, "_LOCK_SECONDS", 0.1)
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="must not be in use, but another process works there"):
+            _train(_settings(), tmp_path, source)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than fill the log with NaN."""
+    step = Stage1Trainer.train_step
+
+    def broken(self: Stage1Trainer, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {**step(self, images), "loss": torch.tensor(float("nan"))}
+
+    monkeypatch.setattr(Stage1Trainer, "train_step", broken)
+    with pytest.raises(FloatingPointError, match="loss must be finite, got nan at step 1"):
+        _train(_settings(), tmp_path, source)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_writes_a_checkpoint(
+    tmp_path: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Sent in the middle of a step, it takes effect after it; the old handlers come back."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    step = Stage1Trainer.train_step
+
+    def signalled(self: Stage1Trainer, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.step == 2:
+            os.kill(os.getpid(), number)
+        return step(self, images)
+
+    monkeypatch.setattr(Stage1Trainer, "train_step", signalled)
+    with pytest.raises(Interrupted, match="stopped at step 3 of 6"):
+        _train(_settings(), tmp_path, source)
+    assert load_checkpoint(tmp_path / CHECKPOINT)[1]["step"] == 3
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_settings_survive_json_and_name_their_differences() -> None:
+    """Every preset and arm, tuples and all."""
+    for preset in PRESETS:
+        for arm in ARMS:
+            settings = settings_for(preset, arm, {"seed": 3, "steps": None})
+            assert from_dict(json.loads(json.dumps(to_dict(settings)))) == settings
+            assert settings.seed == 3
+    first, second = (to_dict(settings_for("quick", arm)) for arm in ("vqgan", "te_vqgan"))
+    assert differing(first, second) == ["model.orthogonal_reg was 0.0, now 10.0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be an int >= 1, got 0"),
+        ({"steps": True}, "steps must be an int >= 1, got True"),
+        ({"seed": -1}, "seed must be an int >= 0, got -1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number >= 0, got nan"),
+        ({"final_lr_share": 1.5}, "final_lr_share must be a finite number >= 0 and <= 1, got 1.5"),
+        ({"perceptual": "vgg"}, "perceptual must be one of 'none', 'lpips', got 'vgg'"),
+        (
+            {"perceptual": "lpips"},
+            "perceptual_weight must be 0 without a perceptual distance and above 0 with one",
+        ),
+        ({"codebook_init": "zeros"}, "codebook_init must be one of 'uniform', 'kmeans', got 'zeros'"),
+        ({"l1_weight": 0.0, "l2_weight": 0.0}, "above 0 in sum, got 0"),
+        ({"log_every": 2, "validate_every": 3}, "validate_every must be a multiple of log_every=2, got 3"),
+        ({"canvas_size": 34}, "canvas_size must be a multiple of 4, got 34"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    """Each by name, with what came."""
+    with pytest.raises(ValueError, match=message):
+        _settings(**changes)
+
+
+def test_unknown_presets_and_arms_are_refused() -> None:
+    """With the list of those that exist."""
+    with pytest.raises(ValueError, match=r"preset must be one of 'smoke', 'quick', .*, got 'huge'"):
+        settings_for("huge", "vqgan")
+    with pytest.raises(ValueError, match=r"arm must be one of 'vqgan', 'te_vqgan', .*, got 'x'"):
+        settings_for("smoke", "x")
+
+
+def test_importing_the_command_line_is_quick() -> None:
+    """--help must not wait for matplotlib or tensorboard."""
+    heavy = ("matplotlib", "tensorboard", "sklearn")
+    code = f"import sys, examples.te_vqgan.__main__; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

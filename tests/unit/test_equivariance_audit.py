@@ -1,0 +1,622 @@
+"""The audit names the module that loses equivariance, by the parts that its documentation defines."""
+
+import json
+import math
+import warnings
+from dataclasses import FrozenInstanceError, replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from te_quant import AutoencoderConfig, VQAutoencoder, build_encoder
+from te_quant.equivariance.audits.auditor import audit
+from te_quant.equivariance.audits.constant_image import constant_image_probe
+from te_quant.equivariance.audits.report import AuditReport, decibels
+from te_quant.layers import MaxPool, SelfAttention2d
+from tests.unit.grid_oracles import convolve, fresh, normalize
+
+
+def conv(cin, cout, kernel=3, stride=1, mode="circular"):
+    """A padded convolution in float64."""
+    return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, padding_mode=mode).double()
+
+
+def encoder(padding, **options):
+    """The small brother of the paper's encoder."""
+    config = AutoencoderConfig(
+        image_channels=1,
+        base_channels=8,
+        norm_groups=4,
+        code_dim=8,
+        encoder_padding=padding,
+        decoder_padding=padding,
+        num_codes=8,
+        **options,
+    )
+    return build_encoder(config).double()
+
+
+class Polyphase(nn.Module):
+    """Keep the component with the largest norm, image by image."""
+
+    def forward(self, images):
+        """The kept component, and which."""
+        parts = torch.stack([images[..., p::2, q::2] for p in (0, 1) for q in (0, 1)], 1)
+        best = parts.square().sum((2, 3, 4)).argmax(1)
+        return parts[torch.arange(len(images)), best], best
+
+
+class First(nn.Module):
+    """The first entry of a tuple."""
+
+    def forward(self, pair):
+        """Drop the rest."""
+        return pair[0]
+
+
+class Positions(nn.Module):
+    """A child that is exact, and absolute positions that the container adds itself."""
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.inner, self.weight = conv(2, 2), weight
+
+    def forward(self, images):
+        """Add a wave that does not move."""
+        return self.inner(images) + self.weight * torch.arange(images.shape[-1]).sin()
+
+
+def row(report, name):
+    """The row of one module."""
+    (found,) = [r for r in report.rows if r.name == name]
+    return found
+
+
+def interior_by_loops(side, shift, share):
+    """Positions at least side // share from both ends, before and after the shift."""
+    margin, kept = side // share, []
+    for u in range(side):
+        before = (u - shift) % side
+        kept.append(margin <= u < side - margin and margin <= before < side - margin)
+    return np.array(kept)
+
+
+def fourier_by_matrix(signal, amount, axis):
+    """Shift one axis by trigonometric interpolation, an even side's Nyquist frequency left out."""
+    side = signal.shape[axis]
+    u = np.arange(side)
+    kernel = np.zeros((side, side))
+    for k in range(-(side - 1) // 2 if side % 2 else -side // 2 + 1, (side + 1) // 2):
+        kernel += np.cos(2 * np.pi * k * (u[:, None] - u[None, :] - amount) / side) / side
+    return np.moveaxis(np.tensordot(kernel, signal, (1, axis)), 0, axis)
+
+
+def relative(error, reference):
+    """Squared error over the variance by channel."""
+    return error / ((reference - reference.mean((0, 2, 3), keepdims=True)) ** 2).sum()
+
+
+def mean_inside(errors, rows, columns):
+    """The mean over the interior, times the number of positions."""
+    summed = errors.sum((0, 1))
+    return summed[np.ix_(rows, columns)].mean() * summed.size
+
+
+def test_border_and_global_follow_their_definitions():
+    """A zero-padded convolution and a GroupNorm behind it, against NumPy, with loops and masks of its own."""
+    first, norm = conv(1, 4, mode="zeros"), nn.GroupNorm(2, 4, eps=1e-6).double()
+    images = fresh(3, 1, 16, 24)
+    report = audit(nn.Sequential(first, norm), images, shifts=[(2, -3)], sub_stride_shifts=())
+    weight, bias, margins = first.weight, first.bias, (1, 1, 1, 1)
+
+    def moved(z):
+        return np.roll(z, (2, -3), (2, 3))
+
+    x = images.numpy()
+    b = convolve(x, weight, bias, margins, "zeros")
+    actual = convolve(moved(x), weight, bias, margins, "zeros")
+    errors = (actual - moved(b)) ** 2
+    rows, columns = interior_by_loops(16, 2, 4), interior_by_loops(24, -3, 4)
+    inside = mean_inside(errors, rows, columns)
+    assert inside < 1e-20
+    entry = row(report, "0")
+    assert entry.whole_error == pytest.approx(relative(errors.sum(), b))
+    assert entry.border_error == pytest.approx(relative(errors.sum() - inside, b))
+    assert entry.part("global") == 0
+
+    z = normalize(b, 2)
+    zone = ~(interior_by_loops(16, 2, 8)[:, None] & interior_by_loops(24, -3, 8)[None, :])
+    partly = np.where(zone, actual, moved(b))
+    errors = (normalize(partly, 2) - moved(z)) ** 2
+    entry = row(report, "1")
+    assert entry.global_error == pytest.approx(relative(mean_inside(errors, rows, columns), z), rel=1e-6)
+    assert entry.part("border") == 0
+    assert entry.part("global") > 0
+    assert entry.whole_error == pytest.approx(
+        relative(((normalize(actual, 2) - moved(z)) ** 2).sum(), z), rel=1e-6
+    )
+
+
+def test_what_is_lost_everywhere_is_not_counted_as_border():
+    """A leaf that adds noise to fixed places: its density inside makes the global part, the excess the border."""
+    noise = fresh(1, 1, 16, 16) * torch.where(torch.arange(16) < 1, 9.0, 1.0)
+
+    class Noisy(nn.Module):
+        """Adds the noise."""
+
+        def forward(self, images):
+            """Add it."""
+            return images + noise
+
+    images = fresh(2, 1, 16, 16)
+    entry = audit(nn.Sequential(Noisy()), images, shifts=[(0, 2)]).rows[0]
+    b, n = (images + noise).numpy(), noise.numpy()
+    errors = np.repeat((n - np.roll(n, 2, 3)) ** 2, 2, axis=0)
+    inside = mean_inside(errors, interior_by_loops(16, 0, 4), interior_by_loops(16, 2, 4))
+    assert entry.global_error == pytest.approx(relative(inside, b))
+    assert entry.border_error == pytest.approx(relative(errors.sum() - inside, b))
+    assert entry.whole_error == pytest.approx(entry.global_error + entry.border_error)
+
+
+def test_aliasing_follows_its_definition():
+    """A strided convolution against trigonometric sums and the whole shifts beside them, image by image."""
+    module = conv(1, 2, stride=2)
+    images = fresh(3, 1, 16, 32)
+    report = audit(nn.Sequential(module), images)
+    b = convolve(images.numpy(), module.weight, module.bias, (1, 1, 1, 1), "circular", 2)
+    inside, everywhere = [], []
+    for step in ((1, 0), (0, 1)):
+        axis = 2 if step[0] else 3
+        x = np.roll(images.numpy(), step, (2, 3))
+        y = convolve(x, module.weight, module.bias, (1, 1, 1, 1), "circular", 2)
+        smooth = fourier_by_matrix(y, 0, axis)
+        laws = [y - b, y - np.roll(b, 1, axis), smooth - fourier_by_matrix(b, 0.5, axis)]
+        errors = np.stack(laws) ** 2
+        rows, columns = (interior_by_loops(n, math.ceil(k / 2), 4) for n, k in zip(b.shape[2:], step, strict=True))
+        mask = rows[:, None] & columns[None, :]
+        total = 0.0
+        for image in range(3):
+            best = errors[:, image][..., mask].sum((1, 2)).argmin()
+            total += errors[best, image][..., mask].sum()
+        inside.append(total / mask.sum() * mask.size)
+        everywhere.append(sum(errors[:, image].sum((1, 2, 3)).min() for image in range(3)))
+    entry = row(report, "0")
+    assert entry.aliasing_error == pytest.approx(relative(np.mean(inside), b))
+    assert entry.sub_stride_error == pytest.approx(relative(np.mean(everywhere), b))
+    assert entry.part("border") == entry.part("global") == 0
+
+
+def test_zero_padded_encoder_has_the_padding_and_the_strided_convolution_as_culprits():
+    """What the paper's baseline loses, and where; the statistics only spread it."""
+    report = audit(encoder("zeros"), fresh(2, 1, 32, 32))
+    border, spread, aliasing = (report.worst(part) for part in ("border", "global", "aliasing"))
+    assert border.kind == "PaddedConv2d"
+    assert border.padding == "pads (zeros)"
+    assert spread.kind in ("GroupNorm", "SelfAttention2d")
+    assert aliasing.name.endswith("downsample.conv")
+    assert report.stride == 4
+    for entry in report.rows:
+        assert (entry.part("border") > 0) == bool(entry.padding), entry.name
+        assert (entry.aliasing_error is not None) == entry.name.endswith("downsample.conv")
+    assert row(report, "levels.0.block0.norm1").part("global") > 0
+    assert row(report, "middle.attention").part("global") > 0
+
+
+def test_circular_encoder_keeps_its_aliasing_alone():
+    """The control: the same encoder without a border loses nothing under whole strides."""
+    report = audit(encoder("circular"), fresh(2, 1, 32, 32))
+    assert report.worst("border") is None
+    assert report.worst("global") is None
+    assert report.worst("aliasing").name.endswith("downsample.conv")
+    assert all(r.whole_error < 1e-20 for r in report.rows)
+    assert row(report, "to_latents").sub_stride_error > 1e-3
+
+
+def test_adaptive_polyphase_loses_nothing_at_one_pixel():
+    """Two levels of it, behind circular convolutions: every part and the error at the end are rounding."""
+    model = nn.Sequential(conv(1, 3), nn.SiLU(), Polyphase(), First(), conv(3, 3), Polyphase())
+    report = audit(model, fresh(3, 1, 32, 48), sub_stride_shifts=[(1, 0), (0, 3), (2, -1)])
+    assert report.stride == 4
+    assert report.culprits() == {"border": None, "global": None, "aliasing": None}
+    assert all(r.whole_error < 1e-20 and r.sub_stride_error < 1e-20 for r in report.rows)
+    worse = audit(nn.Sequential(*model[:4], MaxPool().double()), fresh(3, 1, 32, 48))
+    assert worse.worst("aliasing").kind == "MaxPool"
+
+
+def test_integer_encoder_of_the_library_keeps_everything():
+    """The configuration that is exact for integer shifts: no culprit, nothing lost at one pixel, phases too."""
+    report = audit(encoder("circular", downsample="polyphase", upsample="polyphase"), fresh(2, 1, 32, 32))
+    assert report.culprits() == {"border": None, "global": None, "aliasing": None}
+    assert row(report, "to_latents").sub_stride_error < 1e-20
+    assert any("olyphase" in r.kind for r in report.rows)
+
+
+def test_resnet_stem():
+    """A ResNet's stem in plain torch: its convolution and pool pad and stride; BatchNorm and ReLU are exact."""
+    stem = nn.Sequential(
+        nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+    )
+    report = audit(stem, fresh(2, 3, 64, 64, dtype=torch.float32))
+    assert report.worst("border").padding.startswith("pads")
+    assert report.worst("border").kind in ("Conv2d", "MaxPool2d")
+    assert report.worst("global") is None
+    assert report.worst("aliasing").kind in ("Conv2d", "MaxPool2d")
+    assert [r.stride for r in report.rows] == [2, 2, 2, 4]
+    for name in "12":
+        assert row(report, name).part("border") == row(report, name).part("global") == 0
+    # In place or not: what is compared is what the module was given.
+    stem[2] = nn.ReLU()
+    assert audit(stem, fresh(2, 3, 64, 64, dtype=torch.float32)).rows[2].part("border") == 0
+
+
+def test_diffusers_vq_model():
+    """A third party's VQGAN, untouched: its downsampling pads outside of the convolution and is named."""
+    with warnings.catch_warnings():
+        # Deprecation notes of its own imports; nothing of ours runs in here.
+        warnings.simplefilter("ignore")
+        diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+        model = diffusers.VQModel(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=3,
+            num_vq_embeddings=16,
+            norm_num_groups=4,
+        )
+    report = audit(model, fresh(2, 3, 32, 32, dtype=torch.float32))
+    culprits = report.culprits()
+    assert culprits["border"].padding == "pads (zeros)"
+    assert culprits["global"].kind in ("GroupNorm", "Attention")
+    assert culprits["aliasing"].name == "encoder.down_blocks.0.downsamplers.0"
+    assert culprits["aliasing"].unaudited == ("encoder.down_blocks.0.downsamplers.0.conv",)
+    assert row(report, "encoder.mid_block.attentions.0").kind == "Attention"
+    assert row(report, "quantize").part("border") == 0
+
+
+def test_autoencoder_through_its_quantizer():
+    """Our own model from images to images; the quantizer is pointwise, the decoder has strides again."""
+    model = VQAutoencoder(
+        AutoencoderConfig(
+            image_channels=1,
+            base_channels=8,
+            norm_groups=4,
+            code_dim=8,
+            num_codes=8,
+            channel_multipliers=(1, 1),
+            attention_levels=(),
+        )
+    ).double()
+    report = audit(model, fresh(2, 1, 32, 32))
+    quantizer = row(report, "quantizer")
+    assert quantizer.part("border") == quantizer.part("global") == 0
+    assert report.worst("border").padding.startswith("pads")
+    assert report.rows[-1].name == "decoder.conv_out"
+    assert report.rows[-1].stride == 1
+    part = audit(model, fresh(2, 1, 32, 32), run=model.encode)
+    assert part.rows[-1].name == "encoder.to_latents"
+
+
+def test_absolute_positions_are_found_where_they_are_added():
+    """By a container between exact children it is the container that is named; without them it has no row."""
+    images = fresh(2, 2, 16, 16)
+    report = audit(nn.Sequential(conv(2, 2), Positions()), images)
+    assert report.worst("global").name == "1"
+    assert report.worst("global").kind == "Positions"
+    assert report.worst("border") is None or report.worst("border").name == "1"
+    harmless = audit(nn.Sequential(conv(2, 2), Positions(0.0)), images)
+    assert [r.name for r in harmless.rows] == ["0", "1.inner"]
+
+
+def test_attention_spreads_what_the_padding_lost():
+    """A border error in, an error everywhere out; nothing if there was none; ``whole`` hides the inside."""
+    images = fresh(2, 2, 16, 16)
+    attention = SelfAttention2d(4, norm_groups=2).double()
+    report = audit(nn.Sequential(conv(2, 4, mode="zeros"), attention), images)
+    assert [r.name for r in report.rows] == ["0", "1"]
+    assert report.worst("global").name == "1"
+    assert audit(nn.Sequential(conv(2, 4), attention), images).worst("global") is None
+    pair = nn.Sequential(conv(2, 2, mode="zeros"), nn.SiLU())
+    assert [r.name for r in audit(nn.Sequential(pair, conv(2, 2)), images, whole=["0"]).rows] == ["0", "1"]
+    assert [r.name for r in audit(nn.Sequential(pair, conv(2, 2)), images).rows] == ["0.0", "0.1", "1"]
+
+
+def test_padding_outside_of_a_convolution_is_the_containers():
+    """What no child can show alone is shown by the smallest module around it."""
+    outside = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(2, 2, 3).double())
+    report = audit(nn.Sequential(conv(2, 2), outside), fresh(2, 2, 16, 16))
+    assert report.worst("border").name == "1"
+    assert report.worst("border").unaudited == ("1.0", "1.1")
+    assert {s.name for s in report.skipped} == {"1.0", "1.1"}
+    assert {s.reason for s in report.skipped} == {
+        "its output is no grid over the image",
+        "its input is no grid over the image",
+    }
+
+
+class Shared(nn.Module):
+    """One module twice, with a tensor by keyword and a mapping as the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Scaled()
+
+    def forward(self, images):
+        """Twice, with a pool between."""
+        scale = images.new_full((len(images), 1, 1, 1), 2.0)
+        once = self.inner(grid=images, scale=scale)["out"]
+        return self.inner(grid=F.avg_pool2d(once, 2), scale=scale)
+
+
+class Scaled(nn.Module):
+    """A convolution and a factor for each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 2, 3, 3, dtype=torch.float64))
+
+    def forward(self, grid, scale):
+        """Zero-padded, scaled."""
+        return {"note": None, "out": scale * F.conv2d(grid, self.weight, padding=1)}
+
+
+def test_repeated_calls_keywords_and_mappings():
+    """Each call has its row; other inputs keep the batch size of the images that are repeated."""
+    report = audit(Shared(), fresh(3, 2, 16, 16), batch_size=2)
+    assert [r.name for r in report.rows] == ["inner", "inner#2"]
+    assert [r.stride for r in report.rows] == [1, 2]
+    assert all(r.part("border") > 0 for r in report.rows)
+
+
+class Pair(NamedTuple):
+    """Two maps."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Sum(nn.Module):
+    """Takes a named tuple."""
+
+    def forward(self, pair):
+        """Pool and add."""
+        return F.avg_pool2d(pair.first + pair.second, 4)
+
+
+class Pools(nn.Module):
+    """Gives a named tuple to a child, whose grid has odd sides; on the way there is a grid 5/2 pixels apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.odd, self.sum = nn.Upsample(size=(8, 8)), Sum()
+
+    def forward(self, images):
+        """Look away from the odd one."""
+        self.odd(images)
+        return self.sum(Pair(images, images**2))
+
+
+def test_odd_grids_and_named_tuples():
+    """Sides of 5 have no Nyquist frequency; what lies between pixels is skipped; all grids move."""
+    report = audit(Pools(), fresh(2, 1, 20, 20))
+    assert [s.name for s in report.skipped] == ["odd"]
+    assert row(report, "sum").part("aliasing") > 0
+    assert row(report, "sum").part("border") == 0
+    infinite = replace(report, rows=(replace(report.rows[0], border_error=math.inf),))
+    text = json.dumps(infinite.to_dict(), allow_nan=False)
+    assert json.loads(text)["rows"][0]["border_error"] == "inf"
+    assert AuditReport.from_dict(json.loads(text)) == infinite
+
+
+def test_result_does_not_depend_on_the_batch_size():
+    """Sums are pooled before they are divided."""
+    model, images = encoder("zeros", channel_multipliers=(1, 1), attention_levels=()), fresh(5, 1, 16, 16)
+    one, all_at_once = (audit(model, images, batch_size=n) for n in (2, 5))
+    for first, second in zip(one.rows, all_at_once.rows, strict=True):
+        for field in ("whole_error", "sub_stride_error", "border_error", "global_error"):
+            assert getattr(first, field) == pytest.approx(getattr(second, field), rel=1e-9, abs=1e-25)
+
+
+class Fails(nn.Module):
+    """Raises at its n-th call."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.left = calls
+
+    def forward(self, images):
+        """Double, or raise."""
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("out of order")
+        torch.rand(3)
+        return images * 2
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4, 100])
+def test_the_model_is_left_as_it_was(calls):
+    """Hooks, training flags, weights, random state; also if a pass or a repeated call fails."""
+    model = nn.Sequential(conv(2, 2), nn.BatchNorm2d(2).double(), nn.Dropout(0.5), Fails(calls))
+    model[0].eval()
+    flags = [m.training for m in model.modules()]
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    images = fresh(2, 2, 16, 16)
+    before, state = images.clone(), torch.get_rng_state()
+    if calls < 100:
+        with pytest.raises(RuntimeError, match="out of order"):
+            audit(model, images)
+    else:
+        audit(model, images)
+    assert [m.training for m in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(images, before)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_dropout_is_off_and_gradients_stay_away():
+    """Random noise would pass for an error."""
+    model = nn.Sequential(conv(2, 2), nn.Dropout(0.5))
+    assert audit(model, fresh(2, 2, 16, 16)).rows[1].whole_error < 1e-20
+    assert model[0].weight.grad is None
+
+
+def test_refusals():
+    """Each wrong argument has one clear error."""
+    model, images = nn.Sequential(conv(1, 1), conv(1, 1, stride=2)), fresh(1, 1, 16, 16)
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got function"):
+        audit(lambda x: x, images)
+    with pytest.raises(ValueError, match=r"images must be of shape \(B, C, H, W\)"):
+        audit(model, images[0])
+    with pytest.raises(TypeError, match="images must be floating point"):
+        audit(model, images.long())
+    with pytest.raises(ValueError, match="images must be at least one, got 0"):
+        audit(model, images[:0])
+    with pytest.raises(ValueError, match="batch_size must be an int >= 1"):
+        audit(model, images, batch_size=0)
+    with pytest.raises(ValueError, match="whole entry must be the name of a module, got 'two'"):
+        audit(model, images, whole=["two"])
+    with pytest.raises(ValueError, match="images sides must be at least 4 times the stride 6"):
+        audit(nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2), nn.AvgPool2d(3)), fresh(1, 1, 18, 18))
+    for shift in ((1, 0), (8, 0)):
+        with pytest.raises(ValueError, match="shifts must be multiples of the stride 2 within a quarter"):
+            audit(model, images, shifts=[shift])
+    with pytest.raises(ValueError, match="sub_stride_shifts must be below the stride 2"):
+        audit(model, images, sub_stride_shifts=[(0, 2)])
+    with pytest.raises(ValueError, match="without the identity"):
+        audit(model, images, shifts=[(0, 0)])
+    with pytest.raises(ValueError, match="shifts must be at least one"):
+        audit(model, images, shifts=[])
+    with pytest.raises(TypeError, match="must be a pair of ints"):
+        audit(model, images, shifts=[2])
+    with pytest.raises(ValueError, match="module must be one that maps grids over the image to grids"):
+        audit(nn.Flatten(), images)
+
+
+def test_report_as_values():
+    """Strict JSON, frozen, a table with every row or with the losing ones, and what NaN and zero are in dB."""
+    report = audit(nn.Sequential(conv(1, 2, mode="zeros"), nn.SiLU()), fresh(1, 1, 16, 16))
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    assert json.loads(text)["rows"][0]["border_error"] == report.rows[0].border_error
+    with pytest.raises(FrozenInstanceError):
+        report.stride = 2
+    again = AuditReport.from_dict(json.loads(text))
+    assert again == report
+    assert AuditReport.from_dict(report.to_dict()) == report
+    with pytest.raises(ValueError, match="format must be 1, got 2"):
+        AuditReport.from_dict({**report.to_dict(), "format": 2})
+    with pytest.raises(ValueError, match=r"AuditReport fields must be \['image_size', .*'extra'"):
+        AuditReport.from_dict({**report.to_dict(), "extra": 1})
+    with pytest.raises(ValueError, match=r"AuditRow fields must be \['aliasing_error', .*got \['name'\]"):
+        AuditReport.from_dict({**report.to_dict(), "rows": [{"name": "0"}]})
+    table = report.to_markdown()
+    assert "- border: `0` (Conv2d, pads (zeros)) at" in table
+    assert "- aliasing: none adds more than rounding" in table
+    assert "| 1 | SiLU | 1 |" in table
+    assert "SiLU" not in report.to_markdown(losses_only=True)
+    assert decibels(0.0) == math.inf
+    assert decibels(math.inf) == -math.inf
+    assert decibels(0.01) == pytest.approx(20)
+    with pytest.raises(ValueError, match="part must be one of 'border', 'global', 'aliasing', got 'corner'"):
+        report.worst("corner")
+    with pytest.raises(ValueError, match="part must be one of"):
+        report.rows[0].part("corner")
+
+
+def test_constant_features_have_no_signal_to_lose():
+    """No division by zero: nothing lost of nothing is exact, something lost of nothing is infinite."""
+    report = audit(nn.Sequential(conv(1, 2), conv(2, 2, mode="zeros")), torch.ones(1, 1, 16, 16).double())
+    assert row(report, "0").part("border") == 0
+    assert row(report, "1").part("border") > 0
+    zero = audit(nn.Sequential(nn.ReLU()), -torch.ones(1, 1, 16, 16))
+    assert zero.rows[0].whole_error == 0
+
+
+def test_pictures_show_every_row_and_the_culprits(tmp_path):
+    """One tick a module, bars as long as the losses, the worst in the legend; also where nothing is lost."""
+    report = audit(encoder("zeros"), fresh(1, 1, 32, 32))
+    figure = report.plot()
+    after, added = figure.axes
+    labels = [tick.get_text() for tick in after.get_yticklabels()]
+    assert labels == [f"{r.name} ({r.kind})" for r in report.rows]
+    legend = " ".join(text.get_text() for text in added.get_legend().get_texts())
+    assert all(worst.name in legend for worst in report.culprits().values())
+    ends = sorted(bar.get_x() + bar.get_width() for bar in added.patches if not math.isnan(bar.get_width()))
+    parts = ("border", "global", "aliasing")
+    losses = [decibels(r.part(p)) for r in report.rows for p in parts if r.part(p)]
+    assert ends == pytest.approx(sorted(losses))
+    assert all(bar.get_x() > max(losses) for bar in added.patches)
+    first, last = after.get_xlim()
+    assert first > max(losses) > min(losses) > last
+    figure.savefig(tmp_path / "audit.png")
+    assert f"stride {report.stride}" in [text.get_text() for text in after.texts]
+    exact = audit(nn.Sequential(nn.SiLU()), fresh(1, 1, 16, 16)).plot()
+    assert "border: nothing" in [t.get_text() for t in exact.axes[1].get_legend().get_texts()]
+    infinite = replace(report, rows=(replace(report.rows[0], border_error=math.inf, whole_error=math.inf),))
+    infinite.plot().savefig(tmp_path / "infinite.png")
+
+
+def test_constant_image_probe_measures_a_known_pattern():
+    """A grid of period 4, a ring two pixels wide and nothing else: each is found with its own size."""
+    pattern = fresh(1, 2, 4, 4)
+    ring = torch.zeros(24, 32, dtype=torch.float64)
+    ring[:2] = ring[-2:] = 5.0
+    ring[:, :2] = ring[:, -2:] = 5.0
+
+    def function(codes):
+        return pattern.repeat(len(codes), 1, 6, 8) + ring + 3.0
+
+    for margin in (None, 6):
+        report = constant_image_probe(function, torch.ones(2, 7, 6, 8), stride=4, margin=margin)
+        expected = pattern - pattern.mean((2, 3), keepdim=True)
+        assert report.margin == (4 if margin is None else 6)
+        assert torch.allclose(report.phases, expected[0])
+        assert report.grid_error == pytest.approx(float(expected.square().mean().sqrt()))
+        assert report.rest < 1e-12
+        border = 24 * 32 - (24 - 2 * report.margin) * (32 - 2 * report.margin)
+        assert report.border_error == pytest.approx(5 * math.sqrt((24 * 32 - 20 * 28) / border))
+        assert report.profile[:2] == pytest.approx((5.0, 5.0))
+        assert max(report.profile[2:]) < 1e-12
+    json.dumps(report.to_dict(), allow_nan=False)
+    assert "grid: period 4" in report.to_markdown()
+
+
+def test_constant_image_probe_tells_decoders_apart(tmp_path):
+    """Transposed convolutions draw a grid, nearest upsampling with circular padding draws none."""
+    codes = fresh(1, 3, 1, 1).expand(1, 3, 8, 8)
+    transposed = nn.ConvTranspose2d(3, 1, 3, 2, 1, output_padding=1).double()
+    circular = nn.Sequential(nn.Upsample(scale_factor=2), conv(3, 1))
+    zeros = nn.Sequential(nn.Upsample(scale_factor=2), conv(3, 1, mode="zeros"))
+    grid, none, ring = (constant_image_probe(f, codes, stride=2) for f in (transposed, circular, zeros))
+    assert grid.grid_error > 1e-3
+    assert none.grid_error < 1e-12 > none.border_error
+    assert ring.grid_error < 1e-12
+    assert ring.border_error > 1e-3
+    for report in (grid, none):
+        figure = report.plot()
+        assert len(figure.axes) >= 4
+        figure.savefig(tmp_path / "grid.png")
+
+
+def test_constant_image_probe_refusals():
+    """What is not constant, not an image, or too small."""
+    ones = torch.ones(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="constant must be the same at all places of a channel"):
+        constant_image_probe(lambda z: z, torch.randn(1, 1, 8, 8), stride=1)
+    with pytest.raises(TypeError, match="constant must be floating point"):
+        constant_image_probe(lambda z: z, ones.long(), stride=1)
+    with pytest.raises(ValueError, match=r"function\(constant\) must be of shape \(B, I, H, W\)"):
+        constant_image_probe(lambda z: z[0], ones, stride=1)
+    with pytest.raises(TypeError, match=r"function\(constant\) must be floating point"):
+        constant_image_probe(lambda z: z.long(), ones, stride=1)
+    with pytest.raises(ValueError, match="sides must be divisible by the stride 3"):
+        constant_image_probe(lambda z: z, ones, stride=3)
+    with pytest.raises(ValueError, match="margin must be one that leaves two periods of 2"):
+        constant_image_probe(lambda z: z, ones, stride=2, margin=3)
+    with pytest.raises(ValueError, match="stride must be an int >= 1"):
+        constant_image_probe(lambda z: z, ones, stride=0)
+    with pytest.raises(ValueError, match="margin must be an int >= 0"):
+        constant_image_probe(lambda z: z, ones, stride=1, margin=-1)

@@ -1,0 +1,308 @@
+"""Saving and loading: bit-identical, and refused where the files do not fit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from te_quant import _pretrained
+from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
+from tests.unit.grid_oracles import fresh
+
+SMALL = AutoencoderConfig(
+    image_channels=1,
+    base_channels=4,
+    channel_multipliers=(1, 2),
+    attention_levels=(1,),
+    norm_groups=2,
+    num_codes=8,
+    code_dim=6,
+    downsample="max_blur_pool",
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    VQAutoencoder(SMALL).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_weights(folder: Path, change: Callable[[dict], object]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_loaded_model_is_the_saved_one(tmp_path: Path, dtype: torch.dtype, update: str) -> None:
+    """Same config, same outputs to the bit, same dtypes, in evaluation mode; after a training step too."""
+    model = VQAutoencoder(AutoencoderConfig.from_dict({**SMALL.to_dict(), "codebook_update": update}))
+    model(fresh(4, 1, 8, 8, dtype=torch.float32))
+    model = model.to(dtype).eval()
+    model.save_pretrained(tmp_path / "new" / "model")
+    again = VQAutoencoder.from_pretrained(str(tmp_path / "new" / "model"))
+    assert not again.training
+    assert again.config == model.config
+    images = fresh(2, 1, 8, 8, dtype=dtype)
+    for got, expected in zip(again(images), model(images), strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name: p.requires_grad for name, p in again.named_parameters()} == trainable
+
+
+def test_folder_holds_two_readable_files(folder: Path) -> None:
+    """Nothing else, and the config says what it is."""
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    content = json.loads((folder / "config.json").read_text())
+    assert content == {"class_name": "VQAutoencoder", "format_version": 1, "config": SMALL.to_dict()}
+
+
+def test_loading_does_not_touch_the_random_state(folder: Path) -> None:
+    """Weights that are overwritten at once need no draw from the caller's generator."""
+    before = torch.get_rng_state()
+    VQAutoencoder.from_pretrained(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loaded_model_does_not_follow_its_file(folder: Path) -> None:
+    """Overwriting the file in place leaves a loaded model alone."""
+    model = VQAutoencoder.from_pretrained(folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = folder / "model.safetensors"
+    with path.open("rb+") as file:
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_interrupted_saving_keeps_the_old_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder loads as before, with nothing added."""
+    import safetensors.torch
+
+    before = (folder / "model.safetensors").read_bytes()
+
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        Path(path).write_bytes(before[:100])
+        raise KeyboardInterrupt("stopped")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", half)
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
+        VQAutoencoder(SMALL).save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    VQAutoencoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_file_is_named(folder: Path, name: str) -> None:
+    """Either of the two."""
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"folder must hold config.json and model.safetensors.*{name}"):
+        VQAutoencoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [str, Path])
+def test_folder_that_is_not_there_is_no_hub_id(tmp_path: Path, make: type) -> None:
+    """Absolute paths and Path objects never reach the network."""
+    with pytest.raises(FileNotFoundError, match="source must be an existing folder or a hub id 'owner/name', got"):
+        VQAutoencoder.from_pretrained(make(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("source", ["model", "./model", "a/b/c", "~/model", "owner/", "/name", Path("owner/name")])
+def test_only_owner_and_name_make_a_hub_id(source: object) -> None:
+    """Everything else is a folder that does not exist."""
+    with pytest.raises(FileNotFoundError, match="source must be an existing folder or a hub id"):
+        VQAutoencoder.from_pretrained(source)
+
+
+@pytest.mark.parametrize("option", [{"revision": "main"}, {"cache_dir": "cache"}])
+def test_hub_options_are_refused_with_a_folder(folder: Path, option: dict) -> None:
+    """They would have no effect."""
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be None for a local folder, got"):
+        VQAutoencoder.from_pretrained(folder, **option)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda c: c.update(format_version=2), r"config\.json format_version must be 1, got 2"),
+        (lambda c: c.update(class_name="GPT"), r"config\.json class_name must be 'VQAutoencoder', got 'GPT'"),
+        (
+            lambda c: c.pop("format_version"),
+            r"config\.json must be an object of .*, got \['class_name', 'config'\]",
+        ),
+        (lambda c: c.update(config=[1]), r"config\.json config must be an object, got \[1\]"),
+        (
+            lambda c: c["config"].update(depth=1),
+            r"config\.json must hold a valid config, got: config key .*'depth'",
+        ),
+        (lambda c: c["config"].update(code_dim=0), r"config\.json must hold a valid config, got: code_dim must"),
+        (lambda c: c["config"].update(code_dim="6"), r"config\.json must hold a valid config, got: code_dim must"),
+        (
+            lambda c: c["config"].update(code_dim=5),
+            r"model\.safetensors must be saved together with the config\.json beside it, got another 'code_dim'",
+        ),
+    ],
+)
+def test_config_that_does_not_fit_is_refused(folder: Path, change: Callable, match: str) -> None:
+    """Version, class, keys, values, and agreement with the weights."""
+    edit(folder, change)
+    with pytest.raises(ValueError, match=match):
+        VQAutoencoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (b"{", r"config\.json must be JSON in UTF-8, got"),
+        (b"\xff\xfe\xff", r"config\.json must be JSON in UTF-8, got"),
+        (b"[1]", r"config\.json must be an object of .*, got list"),
+    ],
+)
+def test_config_that_is_no_config_is_refused(folder: Path, text: bytes, match: str) -> None:
+    """Whatever else may lie under that name."""
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=match):
+        VQAutoencoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda t: t.pop("quantizer.codebook"),
+            r"must be complete \(\d+ tensors\), got none named 'quantizer\.codebook'",
+        ),
+        (lambda t: t.clear(), r"must be complete \(\d+ tensors\), got none named '.*', '.*', '.*' and \d+ more"),
+        (lambda t: t.update(extra=torch.zeros(1)), r"must be of \d+ tensors, got unexpected 'extra'"),
+        (
+            lambda t: t.update({"quantizer.codebook": torch.zeros(8, 7)}),
+            r"quantizer\.codebook must be of shape \(8, 6\), got shape \(8, 7\)",
+        ),
+        (
+            lambda t: t.update({"quantizer.codebook": torch.zeros(8, 6, dtype=torch.int64)}),
+            r"quantizer\.codebook must be of the kind of torch\.float32, got torch\.int64",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder: Path, change: Callable, match: str) -> None:
+    """Missing, unexpected, of another shape or of another kind: by name."""
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=r"model\.safetensors.*" + match):
+        VQAutoencoder.from_pretrained(folder)
+
+
+def test_weights_of_another_config_are_refused(folder: Path) -> None:
+    """Of two saves that were mixed, as by a writer stopped between its files, nothing loads."""
+    edit(folder, lambda content: content["config"].update(encoder_padding="circular"))
+    with pytest.raises(ValueError, match=r"model\.safetensors must be saved together with the config\.json"):
+        VQAutoencoder.from_pretrained(folder)
+
+
+def test_pickled_weights_are_never_opened(folder: Path) -> None:
+    """A pickle under the name of the weights is refused as a wrong format, without running it."""
+
+    class Trap:
+        def __reduce__(self) -> tuple:
+            return (pytest.fail, ("the pickle was opened",))
+
+    torch.save({"x": Trap()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a safetensors file, got"):
+        VQAutoencoder.from_pretrained(folder)
+
+
+def test_hub_id_downloads_both_files_with_its_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Revision and cache go to the hub's own client, once for each file."""
+    import huggingface_hub
+
+    calls = []
+
+    def download(**options: object) -> str:
+        calls.append(options)
+        return str(folder / options["filename"])
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    model = VQAutoencoder.from_pretrained("owner/name", revision="v1", cache_dir="cache")
+    assert model.config == SMALL
+    common = {"repo_id": "owner/name", "revision": "v1", "cache_dir": "cache"}
+    assert calls == [{"filename": name, **common} for name in ("config.json", "model.safetensors")]
+
+
+def test_existing_folder_wins_over_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A relative path of two parts is a folder if it exists."""
+    (tmp_path / "owner").mkdir()
+    folder.rename(tmp_path / "owner" / "name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert VQAutoencoder.from_pretrained("owner/name").config == SMALL
+
+
+def test_missing_hub_client_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extra is named."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"huggingface_hub must be installed .*'owner/name'.* 'te_quant\[hub\]'"):
+        VQAutoencoder.from_pretrained("owner/name")
+
+
+def test_missing_safetensors_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For saving and for loading; nothing is written then."""
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(
+        ImportError, match=r"safetensors must be installed to save and load weights.*te_quant\[hub\]"
+    ):
+        VQAutoencoder.from_pretrained(folder)
+    with pytest.raises(ImportError, match="safetensors must be installed"):
+        VQAutoencoder(SMALL).save_pretrained(folder / "other")
+    assert not (folder / "other").exists()
+
+
+def test_format_version_is_written_and_read_by_the_same_constant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of a later format is refused by this version."""
+    with monkeypatch.context() as later:
+        later.setattr(_pretrained, "FORMAT_VERSION", 2)
+        VQAutoencoder(SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="format_version must be 1, got 2"):
+        VQAutoencoder.from_pretrained(tmp_path)
+
+
+def test_config_of_before_the_newer_options_still_loads(tmp_path: Path) -> None:
+    """Saved without them, a model comes back with what it was: nearest, GroupNorm and SiLU."""
+    model = VQAutoencoder(SMALL).eval()
+    old = {name: v for name, v in SMALL.to_dict().items() if name not in ("upsample", "norm", "activation")}
+    _pretrained.save(tmp_path / "old", "VQAutoencoder", old, model.state_dict())
+    again = VQAutoencoder.from_pretrained(tmp_path / "old")
+    assert (again.config.upsample, again.config.norm, again.config.activation) == ("nearest", "group", "silu")
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    assert torch.equal(again(images).reconstruction, model(images).reconstruction)
+
+
+def test_model_with_phases_is_saved_and_loaded(tmp_path: Path) -> None:
+    """Polyphase sampling, per-pixel norms and polynomial activations included."""
+    options = {"downsample": "polyphase", "upsample": "polyphase", "norm": "channel", "activation": "polynomial"}
+    paddings = {"encoder_padding": "circular", "decoder_padding": "circular"}
+    model = VQAutoencoder(AutoencoderConfig.from_dict({**SMALL.to_dict(), **options, **paddings})).eval()
+    model.save_pretrained(tmp_path / "model")
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    for got, expected in zip(
+        VQAutoencoder.from_pretrained(tmp_path / "model")(images), model(images), strict=True
+    ):
+        assert torch.equal(got, expected)
