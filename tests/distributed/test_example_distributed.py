@@ -52,7 +52,7 @@ def _torchrun(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def _worker(*words: str) -> subprocess.CompletedProcess[str]:
-    return _torchrun(str(ROOT / "tests" / "distributed_worker.py"), *words)
+    return _torchrun(str(ROOT / "tests" / "distributed" / "worker.py"), *words)
 
 
 def _log(folder: Path) -> list[dict[str, float]]:
