@@ -130,7 +130,7 @@ def dtype_of(quantizer: Any) -> torch.dtype:
 
 def index_axes(quantizer: Any) -> tuple[int, ...]:
     """The axes that indices have behind those of the tokens: (Q,) where a token has Q of them."""
-    return (quantizer.num_quantizers,) if hasattr(quantizer, "num_quantizers") else ()
+    return () if quantizer.num_quantizers is None else (quantizer.num_quantizers,)
 
 
 def index_layout(quantizer: Any) -> str:
@@ -145,7 +145,7 @@ def index_shape(quantizer: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def lowest_index(quantizer: Any) -> int:
     """0; -1 for codebooks left out, where they may be."""
-    return -1 if getattr(quantizer, "quantizer_dropout", False) else 0
+    return int(quantizer.lowest_index)
 
 
 def has_loss(quantizer: Any) -> bool:
