@@ -25,10 +25,6 @@ __all__ = [
 ]
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
-    "vector": VectorQuantizer,
-    "residual": ResidualVectorQuantizer,
-    "fsq": FSQ,
-    "lfq": LFQ,
-    "sim": SimVQ,
+    kind.__name__: kind for kind in (FSQ, LFQ, ResidualVectorQuantizer, SimVQ, VectorQuantizer)
 }
-"""The classes that a config may name. Add your own under a new name before you load a model that uses it."""
+"""The classes that a config may name. Add your own here before you load a model that uses it."""
