@@ -35,6 +35,7 @@ from examples.te_vqgan.stage1.train import Interrupted, train_stage1
 from examples.te_vqgan.stage2.settings import stage2_settings_for
 from examples.te_vqgan.stage2.train import stage2_folder, train_stage2
 from tests.distributed import worker
+from tests.helpers import numpy_generator
 
 ROOT = Path(__file__).parents[2]
 ARM = "te_vqgan"
@@ -277,7 +278,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
 @given(size=st.integers(1, 9), each=st.integers(1, 9))
 def test_shares_are_equal_parts_of_the_batch(size: int, each: int) -> None:
     """Every row belongs to one process, whether rows are numbers or pixels; a remainder is refused."""
-    rows = np.random.default_rng().permutation(size * each)
+    rows = numpy_generator().permutation(size * each)
     with pytest.MonkeyPatch.context() as monkeypatch:
         parts = []
         for rank in range(size):

@@ -34,6 +34,7 @@ from examples.te_vqgan.data.sources import SOURCES, DigitSource, DigitSplit
 from examples.te_vqgan.runs import running
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
 from examples.te_vqgan.runs.running import CHECKPOINT, Interrupted
+from tests.helpers import numpy_generator
 
 SMOKE = CLASSIFIERS["smoke"]
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ NUMERALS = tuple("0123456789")
 
 
 def _split(count: int) -> DigitSplit:
-    pictures = np.random.default_rng().integers(0, 256, (count, 7, 7), dtype=np.uint8)
+    pictures = numpy_generator().integers(0, 256, (count, 7, 7), dtype=np.uint8)
     return DigitSplit(pictures, np.arange(count, dtype=np.int64) % 10)
 
 
@@ -479,8 +480,8 @@ def test_it_learns_what_there_is_to_learn(tmp_path: Path) -> None:
 
 def test_accuracy_counts_every_cell_once() -> None:
     """Against cells read one at a time; a class without cells has no accuracy; the mode stays what it was."""
-    labels = np.concatenate([np.arange(9), np.random.default_rng().integers(0, 9, 600)]).astype(np.int64)
-    pictures = np.random.default_rng().integers(0, 256, (len(labels), 7, 7), dtype=np.uint8)
+    labels = np.concatenate([np.arange(9), numpy_generator().integers(0, 9, 600)]).astype(np.int64)
+    pictures = numpy_generator().integers(0, 256, (len(labels), 7, 7), dtype=np.uint8)
     split = DigitSplit(pictures, labels)
     cells = CellDataset(DigitSource("x", NUMERALS, split, split, split), "test", canvas_size=32)
     model = _classifier(widths=(4, 6)).float()

@@ -29,6 +29,7 @@ from examples.te_vqgan.reports import report
 from examples.te_vqgan.reports.results import collect, run_folder
 from examples.te_vqgan.runs.pipeline import STOPPED, Job, JobFailed, run_jobs
 from te_quant import GPT, VQAutoencoder
+from tests.helpers import numpy_generator
 
 PICTURES = (
     *("token_grids", "token_shifts", "reconstructions", "loss_curves", "equivariance"),
@@ -333,7 +334,7 @@ def test_a_run_killed_at_random_points_ends_like_one_that_was_not(
     shutil.copytree(out / "classifier", tmp_path / "classifier")
     folder = run_folder(tmp_path, "vqgan", 0)
     points = _points(folder)
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     chosen = np.sort(rng.choice(len(points), 2, replace=False)).tolist()
     numbers = rng.permutation([signal.SIGKILL, signal.SIGTERM]).tolist()
     delays = rng.uniform(0, 0.3, 2).tolist()

@@ -25,6 +25,7 @@ from examples.te_vqgan.data.recipes import (
     sample_recipes,
 )
 from examples.te_vqgan.data.sources import SPLITS, DigitSource, DigitSplit
+from tests.helpers import numpy_generator
 
 SEEDS = st.integers(0, 2**63)
 CHANNELS = {"white": (0, 1, 2), "red": (0,), "green": (1,), "blue": (2,)}
@@ -39,7 +40,7 @@ def random_split(rng: np.random.Generator, count: int, side: int = 28) -> DigitS
 @pytest.fixture
 def source() -> DigitSource:
     """Three splits of fresh noise, 20 pictures each."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     return DigitSource("noise", tuple("0123456789"), *(random_split(rng, 20) for _ in SPLITS))
 
 
@@ -133,7 +134,7 @@ def test_equal_generators_give_equal_recipes() -> None:
 def test_draws_are_uniform() -> None:
     """Layouts, places of a single digit, classes and colours are equally likely, even with uneven labels."""
     labels = np.repeat(np.arange(10), [1, 2, 3, 4, 5, 6, 7, 8, 9, 55])
-    recipe = sample_recipes(labels, 20_000, np.random.default_rng(), layouts=LAYOUTS)
+    recipe = sample_recipes(labels, 20_000, numpy_generator(), layouts=LAYOUTS)
     filled = recipe.filled
     layout = np.where(filled[:, 4], 5, recipe.num_digits)
     single = filled[layout == 1, :4].argmax(axis=1)
@@ -152,7 +153,7 @@ def test_draws_are_uniform() -> None:
 
 def test_held_out_combinations_never_occur() -> None:
     """With a table of allowed combinations exactly these occur, all of them, and its complement never."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     labels = rng.integers(0, 10, 200)
     held_out = np.zeros((10, len(PLACES), len(COLORS)), bool)
     for classes, place in (((0, 1, 2), 0), ((3, 4), 1), ((5, 6), 2), ((7, 8, 9), 3)):
@@ -190,7 +191,7 @@ def test_held_out_combinations_never_occur() -> None:
 )
 def test_sampling_refuses(options: dict, message: str) -> None:
     """Every argument out of range is refused by name."""
-    arguments = {"labels": np.arange(10), "count": 3, "rng": np.random.default_rng(), **options}
+    arguments = {"labels": np.arange(10), "count": 3, "rng": numpy_generator(), **options}
     with pytest.raises(ValueError, match=message):
         sample_recipes(**arguments)
 
@@ -214,7 +215,7 @@ def test_recipes_refuse_what_cannot_be_drawn(digits: list, colors: list, message
 
 def test_recipes_refuse_other_types() -> None:
     """Unsigned integers have no place for empty; one row is no recipe."""
-    recipe = sample_recipes(np.arange(10), 2, np.random.default_rng())
+    recipe = sample_recipes(np.arange(10), 2, numpy_generator())
     with pytest.raises(TypeError, match="colors must be signed integers, got uint8"):
         QuadrantRecipe(recipe.digits, recipe.colors.astype(np.uint8))
     with pytest.raises(TypeError, match="rows must be a slice or an array, got 0"):
@@ -227,7 +228,7 @@ def test_recipes_refuse_other_types() -> None:
 @pytest.mark.parametrize(("source_side", "canvas"), [(28, 64), (28, 32), (8, 32), (8, 64)])
 def test_rendering_equals_the_slow_one(source_side: int, canvas: int) -> None:
     """Every pixel equals the one of explicit loops over exact fractions, rounded once to float32."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     split = random_split(rng, 10, source_side)
     recipe = sample_recipes(split.labels, 12, rng, layouts=LAYOUTS)
     assert (recipe.num_digits > 0).all()

@@ -15,6 +15,7 @@ from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.quadrants import PAPER_SIZES
 from examples.te_vqgan.data.recipes import EMPTY, LAYOUTS
 from examples.te_vqgan.data.sources import SPLITS, DigitSource, DigitSplit
+from tests.helpers import numpy_generator
 
 NAMES = tuple("0123456789")
 
@@ -22,7 +23,7 @@ NAMES = tuple("0123456789")
 @pytest.fixture(scope="module")
 def source() -> DigitSource:
     """Three splits of fresh noise, 30 pictures each, every class present."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
 
     def split() -> DigitSplit:
         labels = rng.permutation(np.arange(30) % 10)
@@ -102,8 +103,8 @@ def test_captions_depend_on_the_arguments_alone(source: DigitSource) -> None:
     for step in (8, 2, 5):
         resumed = make(source, seed=4)
         assert torch.equal(resumed.caption_tokens(resumed.rows(step, 16), step), history[step])
-    rows = np.random.default_rng().permutation(60)
-    numbers = np.random.default_rng().integers(5, size=60)
+    rows = numpy_generator().permutation(60)
+    numbers = numpy_generator().integers(5, size=60)
     together = pairs.captions(rows, numbers)
     alone = [make(source, seed=4).captions(rows[i : i + 1], numbers[i : i + 1])[0] for i in (0, 31, 59)]
     assert alone == [together[i] for i in (0, 31, 59)]

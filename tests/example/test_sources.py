@@ -22,6 +22,7 @@ from examples.te_vqgan.data.prepare import build_datasets, prepare
 from examples.te_vqgan.data.sources import SPLITS, DigitSource, DigitSplit, load_digits
 from examples.te_vqgan.runs import files
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from tests.helpers import numpy_generator
 
 STEMS = tuple(archives.CHECKSUMS["mnist"])
 
@@ -52,7 +53,7 @@ def write_archive(folder: Path, rng: np.random.Generator, first_label: int = 0) 
 def small_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a small "mnist" under the folder ``mnist``, its checksums made the known ones."""
     root = tmp_path / "data"
-    monkeypatch.setitem(archives.CHECKSUMS, "mnist", write_archive(root / "mnist", np.random.default_rng()))
+    monkeypatch.setitem(archives.CHECKSUMS, "mnist", write_archive(root / "mnist", numpy_generator()))
     monkeypatch.setattr(sources, "_NUM_VALIDATION", 7)
     monkeypatch.setattr(archives, "SYSTEM_FOLDER", tmp_path / "nowhere")
     monkeypatch.delenv(archives.DATA_VARIABLE, raising=False)
@@ -95,7 +96,7 @@ def dead_mirror() -> str:
 @pytest.mark.parametrize("packed", [False, True])
 def test_idx_round_trip(tmp_path: Path, shape: tuple[int, ...], packed: bool) -> None:
     """What is written is read, plain or gzipped, as an array of its own."""
-    values = np.random.default_rng().integers(0, 256, shape, np.uint8)
+    values = numpy_generator().integers(0, 256, shape, np.uint8)
     path = tmp_path / ("x.gz" if packed else "x")
     content = idx_bytes(values)
     path.write_bytes(gzip.compress(content) if packed else content)
@@ -107,7 +108,7 @@ def test_idx_round_trip(tmp_path: Path, shape: tuple[int, ...], packed: bool) ->
 
 def test_idx_spans_many_chunks(tmp_path: Path) -> None:
     """A file larger than one read is joined in order."""
-    values = np.random.default_rng().integers(0, 256, 3 * 2**20 + 5, np.uint8)
+    values = numpy_generator().integers(0, 256, 3 * 2**20 + 5, np.uint8)
     (tmp_path / "x").write_bytes(idx_bytes(values))
     assert (read_idx(tmp_path / "x", 1) == values).all()
 
@@ -146,7 +147,7 @@ def test_idx_refuses_every_bad_file(tmp_path: Path, content: bytes, message: str
 
 def test_idx_refuses_a_damaged_gzip(tmp_path: Path) -> None:
     """Cut, overwritten or never gzipped: one clear error that names the file."""
-    packed = gzip.compress(idx_bytes(np.random.default_rng().integers(0, 256, 4000, np.uint8)))
+    packed = gzip.compress(idx_bytes(numpy_generator().integers(0, 256, 4000, np.uint8)))
     flipped = bytearray(packed)
     flipped[len(packed) // 2] ^= 0xFF
     for content in (packed[:-9], packed[:-4], bytes(flipped), b"<html>not found</html>"):
@@ -201,7 +202,7 @@ def test_the_files_of_another_data_set_are_not_taken(
 ) -> None:
     """Both data sets use the same file names: a bare folder of the one is none of the other's."""
     fashion = tmp_path / "fashion"
-    checksums = write_archive(fashion, np.random.default_rng(), first_label=3)
+    checksums = write_archive(fashion, numpy_generator(), first_label=3)
     monkeypatch.setitem(archives.CHECKSUMS, "fashion-mnist", checksums)
     assert find_idx_folder("fashion-mnist", fashion) == fashion
     monkeypatch.setenv("TE_QUANT_DATA", str(fashion))
@@ -386,7 +387,7 @@ def test_splits_and_sources_refuse() -> None:
 
 def test_the_fingerprint_sees_every_byte() -> None:
     """Another pixel, another label or another order of splits is another data set."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     one, two, three = (DigitSplit(rng.integers(0, 256, (3, 8, 8), np.uint8), np.arange(3)) for _ in range(3))
     names = ("a", "b", "c", "d")
     base = DigitSource("x", names, one, two, three).fingerprint()

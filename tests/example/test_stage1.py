@@ -32,6 +32,7 @@ from examples.te_vqgan.stage1.presets import (
 from examples.te_vqgan.stage1.train import CHECKPOINT, Interrupted, train_stage1
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from te_quant import VQAutoencoder
+from tests.helpers import numpy_generator
 
 SMOKE = PRESETS["smoke"]
 
@@ -39,7 +40,7 @@ SMOKE = PRESETS["smoke"]
 @pytest.fixture(scope="module")
 def source() -> DigitSource:
     """Random pictures: nothing here depends on what they show."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
 
     def split(count: int) -> DigitSplit:
         return DigitSplit(rng.integers(0, 256, (count, 7, 7), dtype=np.uint8), np.arange(count) % 10)

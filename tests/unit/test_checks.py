@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
@@ -11,11 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from te_quant import _checks, _values
-
-
-def exactly(message: str) -> str:
-    """A pattern for the whole message."""
-    return f"^{re.escape(message)}$"
+from tests.helpers import exactly
 
 
 def test_require_names_expected_and_actual() -> None:

@@ -6,7 +6,6 @@ Shape letters: N latent vectors, C code size, K codes.
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from te_quant import VectorQuantizer
+from tests.helpers import exactly
 from tests.unit.quantizer_cases import state_of
 
 UPDATES = ("gradient", "ema")
@@ -272,7 +272,7 @@ def test_revival_follows_its_generator() -> None:
 def test_revival_refuses_thresholds(threshold: float) -> None:
     """The threshold is a fraction."""
     message = f"threshold must be a finite number >= 0 and <= 1, got {threshold}."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=exactly(message)):
         VectorQuantizer(3, 3).revive_dead_codes(torch.zeros(5, 3), threshold=threshold)
 
 
@@ -314,7 +314,7 @@ def test_frozen_means_bit_identical(options: dict[str, Any]) -> None:
     assert unchanged(twin, before)
     for method in ("kmeans_init", "revive_dead_codes"):
         message = f"{method} must be called on a quantizer that is not frozen, got a frozen one."
-        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(RuntimeError, match=exactly(message)):
             getattr(quantizer, method)(torch.randn(20, 3))
     assert unchanged(quantizer, before)
     quantizer.freeze(False)

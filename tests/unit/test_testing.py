@@ -20,6 +20,7 @@ from te_quant.testing import (
     latents_off_boundaries,
     phase_token_shift,
 )
+from tests.helpers import numpy_generator
 
 quick = settings(deadline=None, max_examples=25)
 
@@ -328,7 +329,7 @@ def test_margins_are_certified(codebook, margin, dtype, data):
             if j != c:
                 gap = ((z - codes[j]) ** 2).sum() - ((z - codes[c]) ** 2).sum()
                 assert gap / (2 * np.linalg.norm(codes[j] - codes[c])) >= margin
-    push = np.random.default_rng().standard_normal(rows.shape)
+    push = numpy_generator().standard_normal(rows.shape)
     push *= 0.999 * margin / np.linalg.norm(push, axis=1, keepdims=True)
     found = nearest_code(torch.from_numpy(rows + push), codebook.double())
     assert torch.equal(found.view(2, 2, 3), indices)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,11 @@ from torch import Tensor
 from te_quant import VectorQuantizer
 from te_quant.functional import rotation_trick
 from te_quant.testing import assert_shift_equivariant, codebooks, latents_off_boundaries, shifts
+from tests.helpers import exactly
 from tests.unit.quantizer_cases import state_of
 from tests.unit.quantizer_oracles import assert_nearest, orthogonality_oracle
 
 METRICS = ("l2", "cosine")
-
-
-def exactly(message: str) -> str:
-    """A pattern for the whole message."""
-    return f"^{re.escape(message)}$"
 
 
 def double_vq(*, codes: int = 7, dim: int = 4, **options: Any) -> VectorQuantizer:
