@@ -6,6 +6,7 @@ Shape letters: N captions, P = 5 places.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import permutations, product
 
 import numpy as np
@@ -205,6 +206,7 @@ def test_numerals_have_words_and_garments_do_not() -> None:
     assert "number" not in GRAMMARS[GARMENTS, "full"].words
 
 
+@pytest.mark.parametrize("take", [Grammar, lambda names: parse(["white 2 upper left"], names)])
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -221,12 +223,12 @@ def test_numerals_have_words_and_garments_do_not() -> None:
         (("2", "two"), "class_names must be distinct in all spellings"),
     ],
 )
-def test_ambiguous_names_are_refused(names: tuple[str, ...], message: str) -> None:
+def test_ambiguous_names_are_refused(
+    names: tuple[str, ...], message: str, take: Callable[[tuple[str, ...]], object]
+) -> None:
     """Neither the grammar nor the parser takes names that leave a caption in doubt."""
     with pytest.raises(ValueError, match=message):
-        Grammar(names)
-    with pytest.raises(ValueError, match=message):
-        parse(["white 2 upper left"], names)
+        take(names)
 
 
 @pytest.mark.parametrize(
@@ -378,11 +380,11 @@ def test_encoding_names_the_unknown_word(word: str) -> None:
         TOKENIZERS[DIGITS, "full"].encode(["the two", text])
 
 
-def test_one_text_is_not_many() -> None:
+@pytest.mark.parametrize("take", [TOKENIZERS[DIGITS, "full"].encode, lambda text: parse(text, DIGITS)])
+def test_one_text_is_not_many(take: Callable[[str], object]) -> None:
     """A lone string is no sequence of captions, though it is a sequence of strings."""
-    for function in (TOKENIZERS[DIGITS, "full"].encode, lambda text: parse(text, DIGITS)):
-        with pytest.raises(ValueError, match="captions must be a sequence of texts, got 'red'"):
-            function("red")
+    with pytest.raises(ValueError, match="captions must be a sequence of texts, got 'red'"):
+        take("red")
 
 
 # parser ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Shape letters: N recipes, P = 5 places, S canvas side.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
 
@@ -213,11 +214,16 @@ def test_recipes_refuse_what_cannot_be_drawn(digits: list, colors: list, message
         QuadrantRecipe(np.array(digits, np.int32), np.array(colors, np.int8))
 
 
-def test_recipes_refuse_other_types() -> None:
-    """Unsigned integers have no place for empty; one row is no recipe."""
+def test_recipes_refuse_unsigned_integers() -> None:
+    """They have no place for empty."""
     recipe = sample_recipes(np.arange(10), 2, numpy_generator())
     with pytest.raises(TypeError, match="colors must be signed integers, got uint8"):
         QuadrantRecipe(recipe.digits, recipe.colors.astype(np.uint8))
+
+
+def test_one_row_is_no_recipe() -> None:
+    """A slice of one is."""
+    recipe = sample_recipes(np.arange(10), 2, numpy_generator())
     with pytest.raises(TypeError, match="rows must be a slice or an array, got 0"):
         recipe[0]
 
@@ -425,16 +431,21 @@ def test_data_sets_refuse(source: DigitSource, options: dict, message: str) -> N
         QuadrantDataset(source, **{"split": "train", "canvas_size": 32, **options})
 
 
-def test_batches_and_sprites_refuse(source: DigitSource) -> None:
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda dataset: dataset.batch(-1, 2), "step must be an int >= 0, got -1"),
+        (lambda dataset: dataset.batch(0, 0), "batch_size must be an int >= 1, got 0"),
+        (lambda dataset: dataset.sprites(2, color="pink"), r"color must be one of .*, got 'pink'"),
+        (lambda dataset: dataset.sprites(2, seed=-3), "seed must be an int >= 0, got -3"),
+        (lambda dataset: dataset.sprites(-2), "count must be an int >= 0, got -2"),
+    ],
+    ids=["step", "batch_size", "color", "seed", "count"],
+)
+def test_batches_and_sprites_refuse(
+    source: DigitSource, call: Callable[[QuadrantDataset], object], match: str
+) -> None:
     """Steps, sizes, colours and seeds out of range are refused by name."""
     dataset = QuadrantDataset(source, "train", canvas_size=32, size=4)
-    with pytest.raises(ValueError, match="step must be an int >= 0, got -1"):
-        dataset.batch(-1, 2)
-    with pytest.raises(ValueError, match="batch_size must be an int >= 1, got 0"):
-        dataset.batch(0, 0)
-    with pytest.raises(ValueError, match=r"color must be one of .*, got 'pink'"):
-        dataset.sprites(2, color="pink")
-    with pytest.raises(ValueError, match="seed must be an int >= 0, got -3"):
-        dataset.sprites(2, seed=-3)
-    with pytest.raises(ValueError, match="count must be an int >= 0, got -2"):
-        dataset.sprites(-2)
+    with pytest.raises(ValueError, match=match):
+        call(dataset)

@@ -426,7 +426,7 @@ def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSourc
 def test_unfinished_runs_are_not_measured(chain: tuple[Path, Path], source: DigitSource, tmp_path: Path) -> None:
     """Neither GPT nor tokenizer nor classifier, nor a GPT of other settings; and nothing is written."""
     tokenizer, classifier = chain
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         train_stage2(GPT_SETTINGS, tokenizer, source, progress=False, stop=lambda done: done == 1)
     folder = stage2_folder(tokenizer, GPT_SETTINGS)
 

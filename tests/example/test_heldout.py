@@ -5,6 +5,7 @@ Shape letters: L = 10 classes, P = 5 places, Q = 4 colours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -148,14 +149,22 @@ def fresh_seed() -> int:
     return int(numpy_generator().integers(2**31))
 
 
-def test_tables_refuse() -> None:
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: held_out(11), "num_classes must be <= 10, the table's classes, got 11"),
+        (lambda: allowed("train", 0), "num_classes must be an int >= 1, got 0"),
+        (lambda: allowed("eval"), "split must be one of 'train', 'validation', 'test', got 'eval'"),
+    ],
+    ids=["many", "none", "split"],
+)
+def test_tables_refuse(call: Callable[[], object], match: str) -> None:
     """Splits and class counts that the table does not know are refused by name."""
-    with pytest.raises(ValueError, match="num_classes must be <= 10, the table's classes, got 11"):
-        held_out(11)
-    with pytest.raises(ValueError, match="num_classes must be an int >= 1, got 0"):
-        allowed("train", 0)
-    with pytest.raises(ValueError, match="split must be one of 'train', 'validation', 'test', got 'eval'"):
-        allowed("eval")
-    # Too few classes leave places of the test without any; the sampling says so.
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_places_without_a_class_are_refused() -> None:
+    """Too few classes leave places of the test without any; the sampling says so."""
     with pytest.raises(ValueError, match="allowed must leave a digit to draw at 'upper right'"):
         sample_recipes(np.arange(3), 5, numpy_generator(), num_classes=3, allowed=allowed("test", 3))

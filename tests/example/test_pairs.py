@@ -5,6 +5,8 @@ Shape letters: B rows, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -154,27 +156,40 @@ def test_splits_share_their_tokens_and_nothing_else(source: DigitSource) -> None
     assert (train._numbers[:40] != test._numbers[:40]).all()
 
 
-def test_pairs_refuse(source: DigitSource) -> None:
-    """Options, rows, numbers and steps out of range are refused by name."""
-    pairs = make(source)
-    rows = np.arange(3)
-    for options, message in (
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"captions_per_image": 0}, "captions_per_image must be an int >= 1, got 0"),
         ({"style": "long"}, "style must be one of 'full', 'terse', got 'long'"),
         ({"split": "all"}, "split must be one of 'train', 'validation', 'test', got 'all'"),
         ({"size": 0}, "size must be an int >= 1, got 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make(source, **options)
-    with pytest.raises(ValueError, match=r"rows must be in \[0, 60\), got 60"):
-        pairs.classes_colors(np.array([3, 60]))
-    with pytest.raises(ValueError, match=r"rows must be in \[0, 60\), got -1"):
-        pairs.captions(np.array([-1]), 0)
-    with pytest.raises(ValueError, match="rows must be signed integers, got float64"):
-        pairs.captions(np.array([1.0]), 0)
-    with pytest.raises(ValueError, match=r"numbers must be in \[0, 5\), got 5"):
-        pairs.captions(rows, 5)
-    with pytest.raises(ValueError, match=r"numbers must be in \[0, 5\), got -1"):
-        pairs.captions(rows, np.array([0, 1, -1]))
-    with pytest.raises(ValueError, match="step must be an int >= 0, got -1"):
-        pairs.caption_tokens(rows, -1)
+    ],
+)
+def test_options_out_of_range_are_refused(source: DigitSource, options: dict[str, object], message: str) -> None:
+    """By name."""
+    with pytest.raises(ValueError, match=message):
+        make(source, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pairs: pairs.classes_colors(np.array([3, 60])), r"rows must be in \[0, 60\), got 60"),
+        (lambda pairs: pairs.captions(np.array([-1]), 0), r"rows must be in \[0, 60\), got -1"),
+        (lambda pairs: pairs.captions(np.array([1.0]), 0), "rows must be signed integers, got float64"),
+        (lambda pairs: pairs.captions(np.arange(3), 5), r"numbers must be in \[0, 5\), got 5"),
+        (
+            lambda pairs: pairs.captions(np.arange(3), np.array([0, 1, -1])),
+            r"numbers must be in \[0, 5\), got -1",
+        ),
+        (lambda pairs: pairs.caption_tokens(np.arange(3), -1), "step must be an int >= 0, got -1"),
+    ],
+    ids=["high row", "low row", "float row", "high number", "low number", "step"],
+)
+def test_rows_out_of_range_are_refused(
+    source: DigitSource, call: Callable[[CaptionedImages], object], message: str
+) -> None:
+    """Rows, numbers and steps, by name."""
+    pairs = make(source)
+    with pytest.raises(ValueError, match=message):
+        call(pairs)

@@ -385,7 +385,7 @@ def test_a_finished_run_is_skipped(tokenizer: Path, source: DigitSource) -> None
 def test_what_would_mix_two_runs_is_refused(tokenizer: Path, source: DigitSource, tmp_path: Path) -> None:
     """Other settings, another tokenizer underneath, other digits, no tokenizer, or going on unasked."""
     settings = _settings()
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         _train(settings, tokenizer, source, stop=lambda done: done == 3)
     folder = stage2_folder(tokenizer, settings)
     with pytest.raises(ValueError, match=r"resume must be set, as .*stage2-20 holds an unfinished run, got False"):

@@ -138,15 +138,18 @@ def test_kmeans_refuses_negative_iterations(iterations: int) -> None:
         VectorQuantizer(3, 3).kmeans_init(torch.zeros(5, 3), iterations=iterations)
 
 
-def test_kmeans_checks_its_latents() -> None:
+def test_kmeans_checks_the_size_of_its_latents() -> None:
     """As forward does."""
-    quantizer = VectorQuantizer(3, 4)
     with pytest.raises(
-        ValueError, match=r"^latents axis 1 must be code_dim=4, got 3 \(latents shape \(5, 3\)\)\.$"
+        ValueError, match=exactly("latents axis 1 must be code_dim=4, got 3 (latents shape (5, 3)).")
     ):
-        quantizer.kmeans_init(torch.zeros(5, 3))
-    with pytest.raises(ValueError, match=r"^latents must be finite, got 1 NaN or infinite of 4 values\.$"):
-        quantizer.revive_dead_codes(torch.tensor([[0.0, torch.nan, 0.0, 0.0]]))
+        VectorQuantizer(3, 4).kmeans_init(torch.zeros(5, 3))
+
+
+def test_revival_checks_the_values_of_its_latents() -> None:
+    """As forward does."""
+    with pytest.raises(ValueError, match=exactly("latents must be finite, got 1 NaN or infinite of 4 values.")):
+        VectorQuantizer(3, 4).revive_dead_codes(torch.tensor([[0.0, torch.nan, 0.0, 0.0]]))
 
 
 # Revival

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
@@ -109,11 +108,3 @@ def test_a_seed_changes_every_draw_and_a_failure_tells_it(
     assert "\nseed: 7\n" in told
     assert " seed ---" in told
     assert "\n7 (--seed repeats" in told
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
-def test_no_generator_is_seeded_by_the_system(path: Path) -> None:
-    """``default_rng()`` and ``Generator.seed()`` take their seed from the operating system: it never repeats."""
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-    bare = [ast.unparse(call.func) for call in calls if not call.args and not call.keywords]
-    assert not [name for name in bare if name.endswith(("default_rng", ".seed", "SystemRandom", "urandom"))]
