@@ -84,7 +84,9 @@ def test_fast_suite_is_that_of_make_test() -> None:
     """Runners without make give pytest the same options."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (recipe,) = re.findall(r"^test:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    variables = dict(re.findall(r"^(\w+) [:?]?= (.*)$", makefile, re.MULTILINE))
     (options,) = re.findall(r"python -m pytest (.*)", recipe)
+    options = re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], options)
     (command,) = [step["run"] for step in _fast()["steps"] if step.get("name") == "Test"]
     assert command == f"python -m pytest {options} ${{{{ matrix.tests }}}}"
 
