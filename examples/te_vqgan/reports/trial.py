@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["trial_size"]
 
-# Far below every preset that compares anything: after so few steps the weights are still those of the
+# Far below every preset that compares anything: after so few steps the weights are still close to the
 # initialisation, and over so few images an error or a rate is mostly chance.
 _LEAST_STEPS = 100
 _LEAST_IMAGES = 100
