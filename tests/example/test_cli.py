@@ -121,11 +121,22 @@ def test_report_has_the_papers_tables(out: Path) -> None:
         for task in ("text_to_image", "image_to_text"):
             accuracy = measured["held_out"][task]["cases"]["quad1"]["digit_accuracy"]
             assert f"| {title}, 1 seed | {accuracy:.3f} / " in text
-            assert f"{task.replace('_', ' ').capitalize()}: the penalty (TE-VQGAN) " in text
     digits = json.loads((out / "classifier" / "evaluation.json").read_text())["test"]
     assert (
         f"The classifier reads {100 * digits['digit_accuracy']:.2f} % of the {digits['cells']} test digits" in text
     )
+
+
+def test_report_of_a_trial_says_that_its_numbers_mean_nothing(out: Path) -> None:
+    """It is the first sentence below the title; neither stage draws a finding."""
+    text = (out / "report" / "report.md").read_text(encoding="utf-8")
+    first = text.split("\n\n")[1]
+    assert first.startswith(
+        "The numbers in this report mean nothing: it is a trial of 6 optimiser steps and 8 test"
+    )
+    assert "No findings are drawn from a trial of 6 optimiser steps and 8 test images" in text
+    for finding in ("has a higher", "has a lower", "told apart", "the penalty (TE-VQGAN)", "Best arm"):
+        assert finding not in text
 
 
 def test_html_needs_no_other_file(out: Path) -> None:

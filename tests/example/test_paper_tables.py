@@ -37,10 +37,10 @@ from examples.te_vqgan.reports.generation.tables import (
 from examples.te_vqgan.stage1.presets import ARMS
 from te_quant import EquivarianceReport
 from tests.helpers import numpy_generator
+from tests.published import published
 
 TASKS = ("text_to_image", "image_to_text")
 LARGE, SMALL = 300, 100
-RESULTS = Path(__file__).parents[2] / "examples" / "te_vqgan" / "results" / "small"
 
 
 def _cases(rng: np.random.Generator, **accuracy: float | None) -> dict[str, Any]:
@@ -353,7 +353,7 @@ def test_sampling_is_compared_over_all_quadrant_digits() -> None:
 
 def test_regimes_are_told_by_what_differs_from_the_first(tmp_path: Path) -> None:
     """From the published results: the table of two copies, one of them trained for longer and measured worse."""
-    base = json.loads((RESULTS / "results.json").read_text(encoding="utf-8"))
+    base = json.loads(published("small/results.json").read_text(encoding="utf-8"))
     base["runs"] = [run for run in base["runs"] if run["arm"] in ("vqgan", "te_vqgan") and run["seed"] == 0]
     longer = copy.deepcopy(base)
     images = str(full_size(base))
