@@ -833,10 +833,16 @@ def test_a_strangers_quantizer_is_loaded_with_an_instance(tmp_path: Path) -> Non
 def test_a_strangers_quantizer_is_not_imported(tmp_path: Path) -> None:
     """A class that is not registered needs an instance, and the error says how."""
     with_halves().save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"quantizer name must be one of 'FSQ', .*, got 'Halves'; pass from_pretrained\("
-    ):
+    with pytest.raises(ValueError, match=r"quantizer name must be one of 'FSQ', .*, got 'Halves'; add your class"):
         VQAutoencoder.from_pretrained(tmp_path)
+
+
+def test_a_config_that_names_a_strangers_class_builds_no_other() -> None:
+    """Only around an instance."""
+    config = with_halves().config
+    with pytest.raises(ValueError, match="quantizer name must be one of .*, got 'Halves'; add your class"):
+        VQAutoencoder(config)
+    assert VQAutoencoder(config, quantizer=Halves(5)).config == config
 
 
 @pytest.mark.parametrize("other", [Halves(6), FSQ((5,))])

@@ -198,8 +198,7 @@ class AutoencoderConfig:
                 object.__setattr__(self, name, own)
         described = description(quantizer)
         plain = type(quantizer) is VectorQuantizer and set(described) <= {"name", *quantizer_fields()}
-        registered = QUANTIZERS.get(title) is type(quantizer)
-        object.__setattr__(self, "quantizer", described if registered and not plain else None)
+        object.__setattr__(self, "quantizer", None if plain else described)
 
     def build_quantizer(self) -> Quantizer:
         """Build the quantizer that this config describes, from the global random state."""
@@ -211,8 +210,8 @@ class AutoencoderConfig:
     def describing(self, quantizer: Quantizer) -> AutoencoderConfig:
         """Return this config with what it says of the quantizer taken from ``quantizer``.
 
-        Of a quantizer whose class is not in :data:`te_quant.quantizers.QUANTIZERS`, only its sizes and shared
-        options are taken over.
+        A class that is not in :data:`te_quant.quantizers.QUANTIZERS` is named too: only models that are given an
+        instance of it can be built from that config.
 
         Raises:
             ValueError: a field says something else beyond its default.
@@ -291,6 +290,6 @@ def _as_json(options: object) -> dict[str, Any]:
 
 def _quantizer_class(name: object) -> type[Quantizer]:
     known = ", ".join(repr(known) for known in QUANTIZERS)
-    cure = "pass from_pretrained(..., quantizer=...) an instance of a class of your own"
+    cure = "add your class to te_quant.quantizers.QUANTIZERS, or pass quantizer=<an instance>"
     require(name in QUANTIZERS, "quantizer name", f"one of {known}", f"{name!r}; {cure}")
     return QUANTIZERS[str(name)]

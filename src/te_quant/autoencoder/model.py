@@ -22,7 +22,7 @@ from te_quant._values import require_in_range
 from te_quant.autoencoder.coders import build_decoder, build_encoder
 from te_quant.autoencoder.config import AutoencoderConfig, description
 from te_quant.contract import Encoding, EquivarianceContract
-from te_quant.quantizers import QUANTIZERS, Quantizer
+from te_quant.quantizers import Quantizer
 
 __all__ = [
     "AutoencoderConfig",
@@ -183,13 +183,9 @@ class VQAutoencoder(nn.Module):
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
         Raises:
-            ValueError: an option of the quantizer has no form in JSON.
             ImportError: safetensors is not installed (``te_quant[hub]``).
         """
-        options, described = self.config.to_dict(), description(self.quantizer)
-        if QUANTIZERS.get(described["name"]) is not type(self.quantizer):
-            options["quantizer"] = described
-        _pretrained.save(folder, "VQAutoencoder", options, self.state_dict())
+        _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
 
     @classmethod
     def from_pretrained(
