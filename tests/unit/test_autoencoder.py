@@ -840,7 +840,7 @@ def test_a_strangers_quantizer_is_not_imported(tmp_path: Path) -> None:
 def test_a_config_that_names_a_strangers_class_builds_no_other() -> None:
     """Only around an instance."""
     config = with_halves().config
-    with pytest.raises(ValueError, match="quantizer name must be one of .*, got 'Halves'; add your class"):
+    with pytest.raises(ValueError, match=r"quantizer name must be one of .*, got 'Halves'; add your class"):
         VQAutoencoder(config)
     assert VQAutoencoder(config, quantizer=Halves(5)).config == config
 

@@ -83,7 +83,7 @@ class Counting(Signs):
         result = super().quantize(rows, generator)
         if self.training and not self.frozen:
             weights = torch.ones(len(result.indices)) if rows.weights is None else rows.weights.squeeze(1)
-            self.usage.index_add_(0, result.indices, weights.float())
+            self.usage.index_add_(0, result.indices, weights.to(self.usage.dtype))
         return result
 
 
