@@ -2,6 +2,7 @@
 
 from te_quant.testing.assertion import TOLERANCES, assert_shift_equivariant
 from te_quant.testing.difference import ShiftDifference, TokenShift, equivariance_error, phase_token_shift
+from te_quant.testing.downsample import check_downsample
 from te_quant.testing.strategies import codebooks, image_sides, images, latents_off_boundaries, shifts
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "ShiftDifference",
     "TokenShift",
     "assert_shift_equivariant",
+    "check_downsample",
     "codebooks",
     "equivariance_error",
     "image_sides",
