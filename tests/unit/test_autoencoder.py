@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -340,6 +341,7 @@ def test_phases_that_are_no_tensor_are_refused() -> None:
         model.decode(torch.zeros(2, SMALL.code_dim, 2, 2), [[[0, 0]]])
 
 
+@pytest.mark.parametrize("method", ["decode", "decode_indices"])
 @pytest.mark.parametrize(
     ("phases", "error", "match"),
     [
@@ -356,15 +358,20 @@ def test_phases_that_are_no_tensor_are_refused() -> None:
         (torch.full((2, 2, 2), 2), ValueError, r"phases must be in \[0, .*=2\), got 2"),
     ],
 )
-def test_phases_that_do_not_fit_are_refused(phases: Tensor, error: type[Exception], match: str) -> None:
-    """Shape, kind and range; of any other decoder every phase but zero."""
+def test_phases_that_do_not_fit_are_refused(
+    method: str, phases: Tensor, error: type[Exception], match: str
+) -> None:
+    """Shape, kind and range."""
     model = VQAutoencoder(small(downsample="polyphase"))
-    for use, what in ((model.decode, images_of(2, 6, 2, 3)), (model.decode_indices, torch.zeros(2, 2, 3).long())):
-        with pytest.raises(error, match=match):
-            use(what, phases)
-    if phases.shape == (2, 2, 2) and not phases.is_floating_point():
-        with pytest.raises(ValueError, match=r"phases must be in \[0, .*=1\), got 1"):
-            VQAutoencoder(SMALL).decode(images_of(2, 6, 2, 3), phases.abs().clamp(max=1))
+    grid = images_of(2, 6, 2, 3) if method == "decode" else torch.zeros(2, 2, 3).long()
+    with pytest.raises(error, match=match):
+        getattr(model, method)(grid, phases)
+
+
+def test_a_decoder_without_polyphase_layers_takes_no_phase_but_zero() -> None:
+    """Any other would be ignored."""
+    with pytest.raises(ValueError, match=r"phases must be in \[0, .*=1\), got 1"):
+        VQAutoencoder(SMALL).decode(images_of(2, 6, 2, 3), torch.ones(2, 2, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("kind", UPSAMPLERS)
@@ -484,6 +491,7 @@ def images_of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+@pytest.mark.parametrize("method", ["forward", "encode", "encode_to_indices"])
 @pytest.mark.parametrize(
     ("images", "error", "match"),
     [
@@ -516,27 +524,30 @@ def images_of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         (images_of(2, 1, 8, 8, dtype=torch.uint8), TypeError, r"images must be floating point, got torch.uint8"),
     ],
 )
-def test_images_that_do_not_fit_are_refused(images: Tensor, error: type[Exception], match: str) -> None:
+def test_images_that_do_not_fit_are_refused(
+    method: str, images: Tensor, error: type[Exception], match: str
+) -> None:
     """Sides, channels, rank and dtype, each by name."""
-    model = VQAutoencoder(SMALL)
-    for use in (model, model.encode, model.encode_to_indices):
-        with pytest.raises(error, match=match):
-            use(images)
+    with pytest.raises(error, match=match):
+        getattr(VQAutoencoder(SMALL), method)(images)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DOWNSAMPLERS if kind != "fourier"])
 @pytest.mark.parametrize("levels", [(1,), (1, 1), (1, 1, 2)])
-def test_images_too_small_to_reflect_are_refused_by_the_encoder(kind: str, levels: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("strides", [(1, 3), (2, 1)])
+def test_images_too_small_to_reflect_are_refused_by_the_encoder(
+    kind: str, levels: tuple[int, ...], strides: tuple[int, int]
+) -> None:
     """A sentence about the images, not of a layer inside; twice the stride is enough, other modes need less."""
     options = {"channel_multipliers": levels, "downsample": kind, "attention_levels": ()}
     encoder = build_encoder(small(**options, encoder_padding="reflect"))
     stride = encoder.config.stride
     assert encoder(images_of(1, 1, 2 * stride, 2 * stride)).shape[-2:] == (2, 2)
-    for height, width in ((stride, 3 * stride), (2 * stride, stride)):
-        expected = f"images sides must be at least {2 * stride} for encoder_padding='reflect', got images shape "
-        with pytest.raises(ValueError, match=expected + rf"\(1, 1, {height}, {width}\)\.$"):
-            encoder(images_of(1, 1, height, width))
-        build_encoder(small(**options, encoder_padding="replicate"))(images_of(1, 1, height, width))
+    height, width = (stride * number for number in strides)
+    expected = f"images sides must be at least {2 * stride} for encoder_padding='reflect', got images shape "
+    with pytest.raises(ValueError, match=expected + rf"\(1, 1, {height}, {width}\)\.$"):
+        encoder(images_of(1, 1, height, width))
+    build_encoder(small(**options, encoder_padding="replicate"))(images_of(1, 1, height, width))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in UPSAMPLERS if kind != "fourier"])
@@ -565,16 +576,23 @@ def test_codes_that_do_not_fit_are_refused(codes: Tensor, error: type[Exception]
         VQAutoencoder(SMALL).decode(codes)
 
 
-def test_tokens_that_do_not_fit_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("indices", "error", "match"),
+    [
+        (
+            torch.zeros(2, 4, dtype=torch.int64),
+            ValueError,
+            r"indices must be of shape \(B, h, w\), got shape \(2, 4\)",
+        ),
+        (torch.zeros(2, 2, 2), TypeError, "indices must be an integer tensor"),
+        (torch.full((1, 2, 2), -1), ValueError, r"indices must be in \[0, num_codes=8\), got -1"),
+        (torch.full((1, 2, 2), 8), ValueError, r"indices must be in \[0, num_codes=8\), got 8"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(indices: Tensor, error: type[Exception], match: str) -> None:
     """A row of tokens has lost its grid; -1 and K are no codes."""
-    model = VQAutoencoder(SMALL)
-    with pytest.raises(ValueError, match=r"indices must be of shape \(B, h, w\), got shape \(2, 4\)"):
-        model.decode_indices(torch.zeros(2, 4, dtype=torch.int64))
-    with pytest.raises(TypeError, match="indices must be an integer tensor"):
-        model.decode_indices(torch.zeros(2, 2, 2))
-    for index in (-1, 8):
-        with pytest.raises(ValueError, match="indices must"):
-            model.decode_indices(torch.full((1, 2, 2), index))
+    with pytest.raises(error, match=match):
+        VQAutoencoder(SMALL).decode_indices(indices)
 
 
 @pytest.mark.parametrize("name", ["image_channels", "base_channels", "num_res_blocks", "norm_groups"])
@@ -802,14 +820,29 @@ def test_quantizers_that_do_not_fit_are_refused(
         VQAutoencoder(config, quantizer=quantizer)
 
 
-def test_grids_of_another_quantizer_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("build", "shape", "match"),
+    [
+        (
+            lambda: with_own("fsq"),
+            (2, 2, 3, 2),
+            r"the codes of indices must be of shape \(B, C, h, w\), got shape",
+        ),
+        (lambda: with_own("residual"), (2, 6), r"indices must be of shape \(B, h, w\) or \(B, h, w, Q\), got"),
+        (
+            lambda: VQAutoencoder(SMALL),
+            (2, 2, 3, 2),
+            r"indices must be of shape \(B, h, w\), got shape \(2, 2, 3, 2\)",
+        ),
+    ],
+    ids=["fsq", "residual", "vector"],
+)
+def test_grids_of_another_quantizer_are_refused(
+    build: Callable[[], VQAutoencoder], shape: tuple[int, ...], match: str
+) -> None:
     """Several indices a token where it has one, or a row of tokens."""
-    with pytest.raises(ValueError, match=r"the codes of indices must be of shape \(B, C, h, w\), got shape"):
-        with_own("fsq").decode_indices(torch.zeros(2, 2, 3, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"indices must be of shape \(B, h, w\) or \(B, h, w, Q\), got"):
-        with_own("residual").decode_indices(torch.zeros(2, 6, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"indices must be of shape \(B, h, w\), got shape \(2, 2, 3, 2\)"):
-        VQAutoencoder(SMALL).decode_indices(torch.zeros(2, 2, 3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=match):
+        build().decode_indices(torch.zeros(shape, dtype=torch.int64))
 
 
 def test_given_quantizer_is_not_saved(tmp_path: Path) -> None:

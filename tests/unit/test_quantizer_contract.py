@@ -9,7 +9,6 @@ import copy
 import io
 import math
 import pickle
-import re
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from te_quant import QuantizerOutput
 from te_quant.testing import assert_shift_equivariant, image_sides, images, shifts
+from tests.helpers import exactly
 from tests.unit.quantizer_cases import (
     EMPTY_SHAPES,
     QUANTIZERS,
@@ -57,11 +57,6 @@ def equal_states(first: torch.nn.Module, second: torch.nn.Module | dict[str, Ten
 def grid_last(quantizer: Any, indices: Tensor) -> Tensor:
     """Indices of images with h and w as their last two axes, where they have an axis behind them."""
     return indices.movedim(-1, 1) if index_axes(quantizer) else indices
-
-
-def exactly(message: str) -> str:
-    """A pattern for the whole message."""
-    return f"^{re.escape(message)}$"
 
 
 @pytest.mark.parametrize("training", MODES)

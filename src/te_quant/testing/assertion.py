@@ -1,7 +1,7 @@
 """Shift equivariance as a test: measure it, judge it, and draw the inputs with hypothesis.
 
 :func:`equivariance_error` measures, :func:`assert_shift_equivariant` judges; both take any callable. The
-strategies beside them need hypothesis (``te_quant[test]``), which is imported when the first one is made.
+strategies need hypothesis (``pip install te_quant[testing]``), which is imported when the first one is made.
 
 Shape letters: B batch, C channels, H W sides of the images, h w sides of the output.
 """

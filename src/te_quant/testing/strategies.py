@@ -1,6 +1,6 @@
 """Hypothesis strategies for the inputs of an equivariance property; public in :mod:`te_quant.testing`.
 
-hypothesis is imported when the first strategy is made, nowhere else.
+hypothesis is imported when the first strategy is made, nowhere else: ``pip install te_quant[testing]``.
 
 Shape letters: B batch, C channels, H W sides of the images, h w token grid, K codes.
 """
@@ -195,6 +195,6 @@ def _hypothesis() -> Any:
         from hypothesis import strategies
     except ImportError as error:
         raise ImportError(
-            "The strategies of te_quant.testing need hypothesis: pip install te_quant[test]."
+            "The strategies of te_quant.testing need hypothesis: pip install te_quant[testing]."
         ) from error
     return strategies
