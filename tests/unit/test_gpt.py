@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gpt_oracles import BOTH, IMAGE, TEXT, build, draw, logits_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,6 +25,7 @@ from te_quant import VQAutoencoder
 from te_quant.autoencoder import AutoencoderConfig
 from te_quant.gpt import GPT, GPTConfig, Segment
 from te_quant.gpt import blocks as _transformer
+from tests.unit.gpt_oracles import BOTH, IMAGE, TEXT, build, draw, logits_oracle
 
 ORDERS = [None, ("text", "image"), ("image", "text"), ("image",), ("text",)]
 LENGTH = TEXT.length + IMAGE.length

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gpt_oracles import BOTH, IMAGE, TEXT, build, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from te_quant.gpt import GPT, GPTConfig, Segment
 from te_quant.gpt import blocks as _transformer
 from te_quant.gpt.sampling import Sampler
+from tests.unit.gpt_oracles import BOTH, IMAGE, TEXT, build, draw
 
 LENGTH = TEXT.length + IMAGE.length
 ORDERS = [("text", "image"), ("image", "text"), ("image",)]
