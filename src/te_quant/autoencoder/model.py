@@ -149,13 +149,13 @@ class VQAutoencoder(nn.Module):
 
         Raises:
             ValueError: codes or phases have another shape, or a phase is one that this decoder cannot place: not
-                0 or 1 for ``upsample="polyphase"``, not 0 for any other.
+                0 or 1 where the upsampling takes a phase, not 0 where it does not.
             TypeError: codes are not floating point, or phases are not integers.
         """
         if phases is not None:
             require_rank("phases", phases, (3,), f"(B, {len(self.config.channel_multipliers) - 1}, 2)")
             require_integer_tensor("phases", phases)
-            stop = 2 if self.config.upsample == "polyphase" else 1
+            stop = 2 if self.decoder.adaptive else 1
             phases = require_in_range("phases", phases, stop, "number of phases of the decoder")
         images: Tensor = self.decoder(codes, phases)
         return images
