@@ -60,6 +60,8 @@ def load(
     source: str | os.PathLike[str],
     revision: str | None,
     cache_dir: str | Path | None,
+    *,
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> _Model:
     """The model that :func:`save` wrote, in evaluation mode, on the CPU, in the saved dtypes.
 
@@ -70,6 +72,7 @@ def load(
         source: a local folder, else a hub id ``owner/name``.
         revision: as :func:`locate`.
         cache_dir: as :func:`locate`.
+        rename: gives the tensors of an older file their present names.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
@@ -86,7 +89,7 @@ def load(
     with torch.random.fork_rng(devices=[]):
         model = make_model(config)
     # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
-    model.load_state_dict(read_weights(weights_path, options, model.state_dict()), assign=True)
+    model.load_state_dict(read_weights(weights_path, options, model.state_dict(), rename), assign=True)
     return model.eval()
 
 
@@ -145,13 +148,19 @@ def read_config(path: Path, class_name: str) -> dict[str, Any]:
     return dict(options)
 
 
-def read_weights(path: Path, config: Mapping[str, Any], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_weights(
+    path: Path,
+    config: Mapping[str, Any],
+    expected: Mapping[str, Tensor],
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> dict[str, Tensor]:
     """The tensors of ``path``, in the dtypes they were saved in, on the CPU.
 
     Args:
         path: a safetensors file. Pickles are never opened.
         config: what :func:`read_config` returned; the file must have been saved with it, if it says.
         expected: names and shapes that the file must hold, and none other.
+        rename: gives the tensors of an older file their present names.
 
     Raises:
         ValueError: the file is not in the safetensors format, belongs to another config, or holds other names,
@@ -165,7 +174,7 @@ def read_weights(path: Path, config: Mapping[str, Any], expected: Mapping[str, T
         with safe_open(path, framework="pt") as file:
             saved_with = (file.metadata() or {}).get("te_quant")
             # A copy, because the loader may hand out a view of the file itself.
-            found: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            found = rename({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file, got {error}.") from error
     # A writer that was stopped between the two files, or files of two revisions.

@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from te_quant._checks import require, require_axis, require_device, require_int,
 from te_quant._precision import AUTOCAST_DEVICES, widen
 from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
 from te_quant.gpt.config import GPTConfig, Segment
+from te_quant.gpt.former_names import with_present_names
 from te_quant.gpt.sampling import Ending, Sampler, extend
 from te_quant.gpt.segment_layout import Layout, Span, own_columns
 
@@ -91,6 +92,7 @@ class GPT(nn.Module):
         self.start = nn.Parameter(INITIAL_STD * torch.randn(len(config.segments), D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D)
+        self.register_load_state_dict_pre_hook(_rename_entries)
 
     def forward(
         self,
@@ -311,7 +313,9 @@ class GPT(nn.Module):
             ValueError: a file is damaged, of another format version, or does not fit the other.
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
-        return _pretrained.load("GPT", GPTConfig.from_dict, cls, source, revision, cache_dir)
+        return _pretrained.load(
+            "GPT", GPTConfig.from_dict, cls, source, revision, cache_dir, rename=with_present_names
+        )
 
     def _predictions(self, tokens: Tensor, layout: Layout, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The tokens, checked, and (B, T, D), what the network says before each of them."""
@@ -409,6 +413,13 @@ class GPT(nn.Module):
         noisy = self.training and self.config.dropout > 0
         mode = f"training mode with dropout={self.config.dropout:g}"
         require(not noisy, "GPT", "in evaluation mode to generate or to cache (call eval())", mode)
+
+
+def _rename_entries(_module: nn.Module, state: dict[str, Any], *_: object) -> None:
+    """Give the entries of an older checkpoint their present names, in place."""
+    renamed = with_present_names(state)
+    state.clear()
+    state.update(renamed)
 
 
 def _omit(stream: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
