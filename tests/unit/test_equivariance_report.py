@@ -59,7 +59,7 @@ def test_infinite_psnr_survives_json():
 def test_other_dictionaries_are_refused():
     """Another format, a missing field, an unknown field."""
     data = make_report().to_dict()
-    with pytest.raises(ValueError, match=r"format must be 2 or 3 \(measure anew: another format lacks .*, got 1"):
+    with pytest.raises(ValueError, match=r"format must be 2 or 3 \(measure again: another format lacks .*, got 1"):
         EquivarianceReport.from_dict(data | {"format": 1})
     with pytest.raises(ValueError, match="report fields must be"):
         EquivarianceReport.from_dict({k: v for k, v in data.items() if k != "aligned"})
@@ -173,7 +173,7 @@ def test_markdown_says_what_was_not_measured_and_what_is_undefined():
 def test_comparison_shows_conditions_that_differ():
     """Columns side by side; another K or protocol appears as a row, equal conditions as one line."""
     first, second = make_report(), make_report(num_codes=2, full=False)
-    table = EquivarianceReport.table({"A": first, "B|C": second})
+    table = comparison_table({"A": first, "B|C": second}).to_markdown()
     assert "B\\|C" in table
     rows = cells(table.replace("B\\|C", "B"))
     assert rows["rate (κ)"] == ["A", "B"]
@@ -197,22 +197,25 @@ def test_comparison_shows_conditions_that_differ():
     assert rows["reconstruction L1"] == [bracket(error.l1, error.l1_interval, ".4f"), "not measured"]
     assert "Protocol" not in table
 
-    wrapped = cells(comparison_table({"A": first, "B": make_report(protocol="circular", shifts=[(4, 0), (0, 4)])}))
+    moved = make_report(protocol="circular", shifts=[(4, 0), (0, 4)])
+    wrapped = cells(comparison_table({"A": first, "B": moved}).to_markdown())
     assert wrapped["protocol"] == ["canvas", "circular"]
     assert wrapped["image size"] == ["32x32", "16x16"]
     assert wrapped["shifts"][1] == "(4,0) (0,4)"
     assert wrapped["placement (paper: 5 places, 10 pairs)"][1] == "not measured"
 
-    without = comparison_table({"A": second, "B": second})
+    without = comparison_table({"A": second, "B": second}).to_markdown()
     assert "Fourier" not in without
     assert "certified" not in without
     variants = [{"one": 1, "two": 2}, {"two": 2, "half": lambda x: torch.zeros(len(x), 8, 8).long()}]
     floors = cells(
-        comparison_table({n: make_report(full=False, variants=v) for n, v in zip("AB", variants, strict=True)})
+        comparison_table(
+            {n: make_report(full=False, variants=v) for n, v in zip("AB", variants, strict=True)}
+        ).to_markdown()
     )
     assert floors["numerical floor, one: differing"] == ["0 of 192", "not measured"]
     assert floors["numerical floor, half: differing"][0] == "not measured"
-    same = comparison_table({"A": first, "B": make_report()})
+    same = comparison_table({"A": first, "B": make_report()}).to_markdown()
     assert "num codes" not in cells(same)
     assert "Protocol `canvas`" in same
 

@@ -92,7 +92,7 @@ class GPT(nn.Module):
         self.start = nn.Parameter(INITIAL_STD * torch.randn(len(config.segments), D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D)
-        self.register_load_state_dict_pre_hook(_rename_entries)
+        self.register_load_state_dict_pre_hook(_rename_entries)  # type: ignore[no-untyped-call]
 
     def forward(
         self,

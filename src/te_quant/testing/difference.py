@@ -1,4 +1,4 @@
-"""How far f(T x) is from T f(x), for any callable, with the place of the difference.
+"""The measure: how far f(T x) is from T f(x), for any callable, and where they differ.
 
 Shape letters: B batch, C channels, H W sides of the images, h w sides of the output.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_choice, require_int, require_rank
+from te_quant.equivariance._border import border_distances
 from te_quant.shifts import PROTOCOLS, Protocol, Shift, align, canvas, crop, roll
 
 __all__ = ["ShiftDifference", "TokenShift", "equivariance_error", "phase_token_shift"]
@@ -221,6 +222,6 @@ def _difference(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _near_border(output: Tensor) -> Tensor:
-    h, w = output.shape[-2:]
-    rows, columns = (torch.minimum(torch.arange(n), n - 1 - torch.arange(n)) < max(1, n // 8) for n in (h, w))
+    sides = (int(output.shape[-2]), int(output.shape[-1]))
+    rows, columns = (distance < max(1, len(distance) // 8) for distance in border_distances(sides))
     return (rows[:, None] | columns[None, :]).to(output.device)

@@ -1,4 +1,4 @@
-"""What a decoder makes of a constant: an equivariant one gives a constant image, others show their grid.
+"""The constant-image probe: an equivariant decoder gives a constant image, others show their grid.
 
 Shape letters: B batch, C channels of the input, I channels of the output, H W its sides, s stride.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,9 @@ from einops import rearrange
 from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_int, require_rank
+from te_quant.equivariance._border import border_distances
+from te_quant.equivariance.audits.plot import plot_constant_image
+from te_quant.tables import Table, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +26,7 @@ __all__ = ["ConstantImageReport", "constant_image_probe"]
 
 
 @dataclass(frozen=True, eq=False)
-class ConstantImageReport:
+class ConstantImageReport(Tabular):
     """How far the output for a constant input is from constant, in units of the output.
 
     Attributes:
@@ -40,30 +43,45 @@ class ConstantImageReport:
     grid_error: float
     border_error: float
     rest: float
-    phases: Tensor
-    profile: tuple[float, ...]
-    deviation: Tensor
+    phases: Tensor = field(repr=False)
+    profile: tuple[float, ...] = field(repr=False)
+    deviation: Tensor = field(repr=False)
     stride: int
     margin: int
 
-    def to_markdown(self) -> str:
-        """A table of the three errors."""
+    def summary(self) -> Table:
+        """Return the three errors as a table."""
         rows = (
             (f"grid: period {self.stride}, away from the border", self.grid_error),
             (f"border: closer than {self.margin} pixels", self.border_error),
             ("rest: away from the border, not periodic", self.rest),
         )
-        lines = "".join(f"| {label} | {value:.3g} |\n" for label, value in rows)
-        return f"| deviation from a constant | RMS |\n| --- | ---: |\n{lines}"
+        cells = [[label, f"{value:.3g}"] for label, value in rows]
+        return Table(["deviation from a constant", "RMS"], cells)
+
+    def to_markdown(self) -> str:
+        """Return the three errors as a table in Markdown."""
+        return self.summary().to_markdown()
 
     def plot(self) -> Figure:
-        """Draw the deviation, enlarged, by phase and by distance from the border. Needs matplotlib."""
-        from te_quant.equivariance.audits.plot import plot_constant_image
+        """Draw the deviation, enlarged, by phase and by distance from the border.
 
-        return plot_constant_image(self)
+        Returns a figure that belongs to no window; use its ``savefig``.
+
+        Raises:
+            ImportError: matplotlib is not installed (``te_quant[plot]``).
+        """
+        return plot_constant_image(
+            self.deviation,
+            self.phases,
+            self.profile,
+            grid_error=self.grid_error,
+            border_error=self.border_error,
+            margin=self.margin,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the picture."""
+        """Return plain values for JSON, without the picture."""
         return {
             "grid_error": self.grid_error,
             "border_error": self.border_error,
@@ -135,7 +153,8 @@ def _measure(output: Tensor, stride: int, margin: int) -> ConstantImageReport:
     # The interior starts at `margin`, the phases are counted from the corner of the image.
     phases = cells.mean(-1).roll((margin % stride, margin % stride), (-2, -1))
     residue = deviation - phases.repeat(1, 1, height // stride, width // stride)
-    distance = _distance_from_border(height, width)
+    from_top, from_left = border_distances((height, width))
+    distance = torch.minimum(from_top[:, None], from_left[None, :])
     ring = distance < margin
     profile = tuple(_rms(residue[..., distance == d]) for d in range(int(distance.max()) + 1))
     return ConstantImageReport(
@@ -148,12 +167,6 @@ def _measure(output: Tensor, stride: int, margin: int) -> ConstantImageReport:
         stride=stride,
         margin=margin,
     )
-
-
-def _distance_from_border(height: int, width: int) -> Tensor:
-    axes = (torch.minimum(torch.arange(side), side - 1 - torch.arange(side)) for side in (height, width))
-    rows, columns = axes
-    return torch.minimum(rows[:, None], columns[None, :])
 
 
 def _rms(values: Tensor) -> float:
