@@ -17,9 +17,9 @@ import torch
 from examples.te_vqgan.__main__ import main
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.family import train as family
-from examples.te_vqgan.family.table import family_scatter, family_table, write_family
 from examples.te_vqgan.family.train import FAMILY, build_quantizer, collect_family, member_settings, train_family
 from examples.te_vqgan.reports.compare import scatter
+from examples.te_vqgan.reports.family import family_scatter, family_table, write_family
 from examples.te_vqgan.runs.logs import read_log
 from examples.te_vqgan.stage1.joint import joint_indices, num_combinations
 from examples.te_vqgan.stage1.trainer import Stage1Trainer

@@ -19,12 +19,12 @@ import torch
 from examples.te_vqgan.data.sources import DigitSource, DigitSplit
 from examples.te_vqgan.runs import running
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
+from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.stage1.presets import (
     ARMS,
     DEFAULT_ARMS,
     PRESETS,
     Stage1Settings,
-    differing,
     from_dict,
     settings_for,
     to_dict,

@@ -32,8 +32,8 @@ def add_family_command(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _family(options: argparse.Namespace) -> None:
     from examples.te_vqgan.data.sources import load_digits
-    from examples.te_vqgan.family.table import write_family
     from examples.te_vqgan.family.train import FAMILY, collect_family, train_family
+    from examples.te_vqgan.reports.family import write_family
     from examples.te_vqgan.runs.files import write_text_atomically
     from examples.te_vqgan.runs.provenance import command_line
 

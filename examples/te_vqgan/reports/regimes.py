@@ -13,8 +13,9 @@ from typing import Any
 from examples.te_vqgan.reports.document import Table, to_markdown
 from examples.te_vqgan.reports.generation.tables import counted, full_size, mean, quadrants, read_right
 from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.files import write_text_atomically
-from examples.te_vqgan.stage1.presets import ARMS, DEFAULT_ARMS, differing
+from examples.te_vqgan.stage1.presets import ARMS, DEFAULT_ARMS
 from te_quant import EquivarianceReport
 
 __all__ = ["regimes", "write_regimes"]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.logs import read_log
-from examples.te_vqgan.stage1.presets import ARMS, differing
+from examples.te_vqgan.stage1.presets import ARMS
 from te_quant import EquivarianceReport
 
 __all__ = [

@@ -22,10 +22,10 @@ from torch import Tensor
 from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.files import write_text_atomically
 from examples.te_vqgan.runs.logs import RunLog
 from examples.te_vqgan.runs.provenance import Execution, git_commit, versions
-from examples.te_vqgan.stage1.presets import differing
 
 __all__ = [
     "CHECKPOINT",

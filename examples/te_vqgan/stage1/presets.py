@@ -19,7 +19,6 @@ __all__ = [
     "PRESETS",
     "Arm",
     "Stage1Settings",
-    "differing",
     "from_dict",
     "settings_for",
     "to_dict",
@@ -264,15 +263,3 @@ def to_dict(settings: Stage1Settings) -> dict[str, Any]:
 def from_dict(plain: Mapping[str, Any]) -> Stage1Settings:
     """Undo :func:`to_dict`."""
     return Stage1Settings(**{**plain, "model": AutoencoderConfig.from_dict(plain["model"])})
-
-
-def differing(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Name every setting that two dictionaries of settings do not share, with both values."""
-    lines: list[str] = []
-    for name in sorted({*before, *after}):
-        old, new = before.get(name), after.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differing(old, new, f"{prefix}{name}.")
-        elif old != new:
-            lines.append(f"{prefix}{name} was {old!r}, now {new!r}")
-    return lines
