@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# With it come all operators of the library: a program that was exported finds them after ``import te_quant``.
+# These two register all operators of the library, so that an exported program can be loaded after this import.
+from te_quant import _values as _values
 from te_quant import functional as functional
 from te_quant._version import __version__ as __version__
 

@@ -136,14 +136,25 @@ class Tabular:
 
 
 def _narrowed(widths: list[int], align: str) -> list[int]:
-    """Cut the widest columns of text as far as the line asks for it."""
+    """Cut the columns of text so that all columns fit the line, or else the first one next to any other."""
     texts = [column for column, side in enumerate(align) if side == "l"]
-    while sum(widths) + len(_GAP) * (len(widths) - 1) > _WIDTH and texts:
-        widest = max(texts, key=lambda column: widths[column])
-        if widths[widest] <= _SHORTEST:
+    room = _WIDTH - len(_GAP) * (len(widths) - 1)
+    cut = _cut(widths, texts, room)
+    if sum(cut) <= room or len(widths) < 2:
+        return cut
+    first = _cut([widths[0], max(widths[1:])], [0], _WIDTH - len(_GAP))
+    return [first[0], *widths[1:]]
+
+
+def _cut(widths: Sequence[int], texts: Sequence[int], room: int) -> list[int]:
+    """Take from the widest columns of text until the sum fits, or until they are at their shortest."""
+    cut = list(widths)
+    while texts and sum(cut) > room:
+        widest = max(texts, key=lambda column: cut[column])
+        if cut[widest] <= _SHORTEST:
             break
-        widths[widest] -= 1
-    return widths
+        cut[widest] -= 1
+    return cut
 
 
 def _blocks(widths: Sequence[int]) -> list[list[int]]:

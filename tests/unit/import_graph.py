@@ -1,4 +1,4 @@
-"""What the modules of a source tree import: every statement at any depth, also under TYPE_CHECKING and in functions."""
+"""The imports of a source tree: every statement at any depth, also under TYPE_CHECKING and in functions."""
 
 from __future__ import annotations
 

@@ -13,13 +13,14 @@ from te_quant.equivariance.metrics.shift_error import ShiftError
 from te_quant.equivariance.metrics.sub_stride import best_token_shift
 from te_quant.equivariance.report.plot import plot_reports, plot_shift_maps
 from te_quant.equivariance.report.report import EquivarianceReport
-from te_quant.equivariance.report.tables import comparison_table
+from te_quant.equivariance.report.tables import ComparisonTable, comparison_table
 from te_quant.equivariance.report.values import EquivarianceSettings, ReconstructionError, ShiftAgreement
 
 __all__ = [
     "Agreement",
     "AuditReport",
     "AuditRow",
+    "ComparisonTable",
     "ConstantImageReport",
     "EquivarianceReport",
     "EquivarianceSettings",

@@ -1,4 +1,7 @@
-"""Shift equivariance as a test: measure it, judge it, and draw the inputs with hypothesis."""
+"""Shift equivariance as a test: measure it, judge it, and draw the inputs with hypothesis.
+
+Only the strategies need hypothesis (``te_quant[testing]``).
+"""
 
 from te_quant.testing.assertion import TOLERANCES, assert_shift_equivariant
 from te_quant.testing.difference import ShiftDifference, TokenShift, equivariance_error, phase_token_shift

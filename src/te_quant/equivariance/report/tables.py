@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 from te_quant._checks import require
 from te_quant.equivariance._text import NOT_MEASURED
@@ -15,9 +16,18 @@ from te_quant.equivariance.report.values import (
     EquivarianceSettings,
     EquivarianceValues,
 )
-from te_quant.tables import Table
+from te_quant.tables import Table, Tabular
 
-__all__ = ["comparison_table", "report_table", "summary_table"]
+__all__ = ["ComparisonTable", "comparison_table", "report_table", "summary_table"]
+
+_INTERVAL = re.compile(r" \[[^]]*\]")
+# What short tables leave out.
+_LONG_ROWS = (
+    *MARGIN_LABELS[1:],
+    "codes above 0.1 % of use",
+    "tokens behind the code use",
+    "reconstruction MSE",
+)
 
 
 def summary_table(report: EquivarianceValues) -> Table:
@@ -35,8 +45,7 @@ def summary_table(report: EquivarianceValues) -> Table:
     for name, floor in report.numerical_floor.items():
         rest[f"numerical floor, {name}: differing"] = _differing(floor)
     listed = _code_use_and_reconstruction(report)
-    shown = ("used codes", "perplexity", "reconstruction L1", "reconstruction PSNR (dB)")
-    rest |= {label: listed[label] for label in shown if listed[label] != NOT_MEASURED}
+    rest |= {label: text for label, text in listed.items() if label not in _LONG_ROWS and text != NOT_MEASURED}
     rows += [[label, text, "", ""] for label, text in rest.items()]
     return Table(["measured", "rate or value", "κ", "chance"], rows, note=_conditions(report.settings))
 
@@ -66,11 +75,30 @@ def report_table(report: EquivarianceValues) -> str:
     return "\n".join(table.to_markdown() for table in tables)
 
 
-def comparison_table(reports: Mapping[str, EquivarianceValues]) -> Table:
-    """Return several reports side by side, one column each, every agreement as ``rate (κ …)`` with 95 % intervals.
+@dataclass(frozen=True)
+class ComparisonTable(Tabular):
+    """Several reports side by side; ``print`` and notebooks leave out the intervals, :meth:`to_markdown` has them.
 
     Conditions that differ between the reports appear as rows, so that columns under different conditions cannot
     pass for comparable ones.
+
+    Attributes:
+        reports: the reports by name.
+    """
+
+    reports: Mapping[str, EquivarianceValues]
+
+    def summary(self) -> Table:
+        """Return one column per report, every agreement as ``rate (κ)``, without intervals."""
+        return _comparison(self.reports, short=True)
+
+    def to_markdown(self) -> str:
+        """Return one column per report, every agreement as ``rate (κ …)``, with 95 % intervals."""
+        return _comparison(self.reports).to_markdown()
+
+
+def comparison_table(reports: Mapping[str, EquivarianceValues]) -> ComparisonTable:
+    """Put several reports side by side.
 
     Args:
         reports: at least one report by name.
@@ -79,6 +107,10 @@ def comparison_table(reports: Mapping[str, EquivarianceValues]) -> Table:
         ValueError: there is no report.
     """
     require(len(reports) > 0, "reports", "at least one", len(reports))
+    return ComparisonTable(reports)
+
+
+def _comparison(reports: Mapping[str, EquivarianceValues], *, short: bool = False) -> Table:
     values = list(reports.values())
     rows = []
     for field in fields(EquivarianceSettings):
@@ -90,8 +122,11 @@ def comparison_table(reports: Mapping[str, EquivarianceValues]) -> Table:
             rows.append([label, *texts])
     columns = [_code_use_and_reconstruction(report) for report in values]
     rows += [[label, *(column[label] for column in columns)] for label in columns[0]]
+    if short:
+        rows = [[_INTERVAL.sub("", cell) for cell in row] for row in rows if row[0] not in _LONG_ROWS]
     same = all(report.settings == values[0].settings for report in values)
-    return Table(["rate (κ)", *reports], rows, note=_conditions(values[0].settings) if same else "")
+    note = _conditions(values[0].settings, intervals=not short) if same else ""
+    return Table(["rate (κ)", *reports], rows, note=note)
 
 
 def _measured(reports: Sequence[EquivarianceValues]) -> Iterator[tuple[str, list[str]]]:
@@ -124,11 +159,12 @@ def _code_use_and_reconstruction(report: EquivarianceValues) -> dict[str, str]:
     return texts | (dict.fromkeys(labels, NOT_MEASURED) if error is None else error.texts())
 
 
-def _conditions(s: EquivarianceSettings) -> str:
-    bootstrapped = s.resamples > 0 and s.num_images > 1
-    sampled = (
-        f"in brackets 95 % intervals, {s.resamples:,} resamples of the images" if bootstrapped else "no intervals"
-    )
+def _conditions(s: EquivarianceSettings, *, intervals: bool = True) -> str:
+    sampled = "no intervals"
+    if s.resamples > 0 and s.num_images > 1:
+        sampled = f"in brackets 95 % intervals, {s.resamples:,} resamples of the images"
+    if not intervals:
+        sampled = "intervals in to_markdown()"
     return (
         f"Protocol `{s.protocol}`, {s.num_images:,} images, {_setting(s.image_size)} pixels, stride {s.stride}, "
         f"K = {s.num_codes}; {len(s.shifts)} whole-token and {len(s.sub_stride_shifts)} "
