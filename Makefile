@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?= digits
 BIN = $(VENV)/bin
+PARALLEL = -n auto --dist worksteal
 
-.PHONY: demo test coverage lint types docs notebooks smoke bench clean
+.PHONY: demo test test-all test-long coverage lint types docs notebooks smoke bench clean
 .DELETE_ON_ERROR:
 
 # One marker a set of extras, so that a changed pyproject.toml or pin installs again.
@@ -16,12 +17,21 @@ $(VENV)/.%.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.examples.installed
 	$(BIN)/python -m examples.te_vqgan run --preset quick --data $(DATA)
 
+# The fast suite: less than 4 minutes on two cores.
 test: $(VENV)/.test.installed
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest $(PARALLEL)
 
-# The same, watched: half as long again.
+# With the tests marked slow: less than 12 minutes.
+test-all: $(VENV)/.test.installed
+	$(BIN)/python -m pytest $(PARALLEL) -m "not long"
+
+# Those marked long, which test-all leaves out.
+test-long: $(VENV)/.test.installed
+	$(BIN)/python -m pytest $(PARALLEL) -m long
+
+# test-all, measured: half as long again.
 coverage: $(VENV)/.test.installed
-	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term
+	$(BIN)/python -m pytest $(PARALLEL) -m "not long" --cov --cov-report=term
 
 lint: $(VENV)/.dev.installed
 	$(BIN)/ruff check .

@@ -21,6 +21,9 @@ html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
+# Copying an example leaves its prompts and its output behind.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"

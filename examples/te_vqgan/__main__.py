@@ -1,8 +1,8 @@
 """Command line: ``python -m examples.te_vqgan prepare|stage1|report|run|...``.
 
-``run`` does everything for a preset; the other commands are its steps. Each step that was interrupted goes on
-where it was, each that is finished is skipped. Started by ``torchrun --nproc-per-node 2 -m examples.te_vqgan``, on
-one host or on several, the same commands let all processes train each model together.
+``run`` does everything for a preset; the other commands are its steps. Interrupted steps resume, and finished
+steps are skipped. Under ``torchrun --nproc-per-node 2 -m examples.te_vqgan``, on one host or several, the same
+commands train each model on all processes together.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _status(options: argparse.Namespace) -> int:
     except (Interrupted, KeyboardInterrupt) as outcome:
         if not distributed.is_main():
             return 0
-        again = "\nInterrupted. Give the same command again to go on (stage1: with --resume)."
+        again = "\nInterrupted. Give the same command again to resume (stage1: with --resume)."
         print(outcome if isinstance(outcome, Interrupted) else again, file=sys.stderr)
         return STOPPED
     except (ValueError, OSError, ImportError, FloatingPointError, JobFailed) as error:
@@ -210,7 +210,9 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m examples.te_vqgan", description="VQGAN against TE-VQGAN.")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.te_vqgan", description="Train and compare VQGAN and TE-VQGAN."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(
@@ -223,36 +225,40 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     compute = (*SETTINGS, *COMPUTE)
-    add("prepare", _prepare, "fetch and check the data, draw some images", *WHERE, "data-dir", "seed")
+    add("prepare", _prepare, "fetch and check the data, and draw some images", *WHERE, "data-dir", "seed")
     stage1 = add("stage1", _stage1, "train the tokenizer of one arm", *WHERE, *compute)
     stage1.set_defaults(together=True)
     stage1.add_argument("--arm", choices=tuple(ARMS), required=True, help="which tokenizer")
-    stage1.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    stage1.add_argument("--resume", action="store_true", help="resume from the checkpoint, if there is one")
     stage1.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     add_stage2_commands(add)
-    counted = "count the indices that differ after shifts, for an exact arm"
+    counted = "count the indices of an exact arm that differ after shifts"
     exactness = add("exactness", _exactness, counted, *WHERE, "data-dir", "seed", "threads")
     exactness.add_argument("--arm", choices=tuple(ARMS), required=True, help="which tokenizer")
     exactness.add_argument("--tokens", type=int, default=10_000_000, help="comparisons (default: 10 million)")
     report = add("report", _report, "write the report of the finished runs", *WHERE)
     report.add_argument("--into", type=Path, help="add the runs to the report in this folder")
-    report.add_argument("--results", type=Path, help="write a report anew from the results.json in this folder")
-    compare = add("compare", _compare, "table and scatter plot of the arms in a report", *WHERE)
+    report.add_argument("--results", type=Path, help="rewrite the report in this folder from its results.json")
+    compare = add("compare", _compare, "write a table and a scatter plot of the arms in a report", *WHERE)
     compare.add_argument("--results", type=Path, help="folder of a results.json (default: that of --out)")
-    several = add("regimes", _regimes, "one table over the reports of presets that differ in one thing each")
-    several.add_argument("--results", type=Path, nargs="+", required=True, help="folders, the first the base")
-    several.add_argument("--into", type=Path, required=True, help="Markdown file that is written")
+    several = add("regimes", _regimes, "write one table over reports of presets that differ in one setting")
+    several.add_argument(
+        "--results", type=Path, nargs="+", required=True, help="folders of reports, the baseline first"
+    )
+    several.add_argument("--into", type=Path, required=True, help="Markdown file to write")
     add_family_command(add)
-    audit = add("audit", _audit, "say which module of some models, of others and of ours, loses equivariance")
+    audit = add("audit", _audit, "find the modules of some networks that lose equivariance")
     audit.add_argument("--out", type=Path, default=Path("runs/te_vqgan/audits"), help="folder of the results")
-    audit.add_argument("--modules", nargs="+", help="names of what to audit (default: all of it)")
-    audit.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
-    run = add("run", _run, "all steps of the preset's plan, then the report", *WHERE, *compute)
+    audit.add_argument("--modules", nargs="+", help="networks to audit (default: all)")
+    audit.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
+    run = add("run", _run, "run all steps of the preset's plan, then write the report", *WHERE, *compute)
     run.set_defaults(together=True)
-    run.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="these tokenizers alone (default: the plan's)")
+    run.add_argument(
+        "--arms", nargs="+", choices=tuple(ARMS), help="train only these tokenizers (default: the plan's)"
+    )
     run.add_argument("--stage2-steps", type=int, help="optimiser steps of the GPT, instead of the preset's")
     run.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")
-    run.add_argument("--workers", type=int, default=0, help="trainings at once (default: one a core)")
+    run.add_argument("--workers", type=int, default=0, help="trainings at once (default: one per core)")
     return parser
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from te_quant.layers import BlurPool2d as BlurPool2d
     from te_quant.quantizers import FSQ as FSQ
     from te_quant.quantizers import LFQ as LFQ
+    from te_quant.quantizers import Quantizer as Quantizer
     from te_quant.quantizers import QuantizerOutput as QuantizerOutput
     from te_quant.quantizers import ResidualVectorQuantizer as ResidualVectorQuantizer
     from te_quant.quantizers import SimVQ as SimVQ
@@ -61,7 +62,15 @@ _SUBMODULES: dict[str, tuple[str, ...]] = {
     "functional": (),
     "gpt": ("GPT", "GPTConfig", "Segment"),
     "layers": ("BlurPool2d",),
-    "quantizers": ("FSQ", "LFQ", "QuantizerOutput", "ResidualVectorQuantizer", "SimVQ", "VectorQuantizer"),
+    "quantizers": (
+        "FSQ",
+        "LFQ",
+        "Quantizer",
+        "QuantizerOutput",
+        "ResidualVectorQuantizer",
+        "SimVQ",
+        "VectorQuantizer",
+    ),
     "shifts": (),
     "tables": (),
     "testing": (),

@@ -42,12 +42,12 @@ class CodebookUsageReport(Tabular):
         >>> usage = CodebookUsage(64)
         >>> usage.update(torch.tensor([0, 0, 2, 2]))
         >>> print(usage.compute())
-        code use                     value
-        ------------------------  --------
-        used codes                 2 of 64
-        codes above 0.1 % of use         2
-        perplexity                     2.0
-        tokens                           4
+        code use                    value
+        ------------------------  -------
+        used codes                2 of 64
+        codes above 0.1 % of use        2
+        perplexity                    2.0
+        tokens                          4
     """
 
     num_codes: int

@@ -35,6 +35,7 @@ from examples.te_vqgan.stage1.train import Interrupted, train_stage1
 from examples.te_vqgan.stage2.settings import stage2_settings_for
 from examples.te_vqgan.stage2.train import stage2_folder, train_stage2
 from tests.distributed import worker
+from tests.helpers import numpy_generator
 
 ROOT = Path(__file__).parents[2]
 ARM = "te_vqgan"
@@ -187,7 +188,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(tmp_path: Path
     source = load_digits("digits", None)
     out = tmp_path / "host0"
     folder = run_folder(out, ARM, 0)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         train_stage1(SETTINGS, folder, source, execution=ONE, progress=False, stop=lambda done: done == 2)
     words = ["--preset", "smoke", "--arm", ARM, "--threads", "2"]
     stopped = _worker("stopped", str(tmp_path), "stage1", *words, "--resume")
@@ -277,7 +278,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
 @given(size=st.integers(1, 9), each=st.integers(1, 9))
 def test_shares_are_equal_parts_of_the_batch(size: int, each: int) -> None:
     """Every row belongs to one process, whether rows are numbers or pixels; a remainder is refused."""
-    rows = np.random.default_rng().permutation(size * each)
+    rows = numpy_generator().permutation(size * each)
     with pytest.MonkeyPatch.context() as monkeypatch:
         parts = []
         for rank in range(size):
@@ -376,7 +377,7 @@ def test_a_stopped_step_of_a_plan_stops_the_plan(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(distributed, "from_main", lambda compute: compute())
     jobs = [run_command.Job(name, [name], Path(), 1) for name in ("classifier", "stage1", "stage2")]
     monkeypatch.setattr(run_command, "plan_jobs", lambda _: jobs)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
         run_command.run_plan(_options(["run", "--preset", "smoke"]), perform=perform)
     assert done == ["classifier", "stage1"]
 

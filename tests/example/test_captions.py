@@ -6,6 +6,7 @@ Shape letters: N captions, P = 5 places.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import permutations, product
 
 import numpy as np
@@ -18,6 +19,7 @@ from examples.te_vqgan.data.caption_parser import parse
 from examples.te_vqgan.data.caption_tokens import CaptionTokenizer
 from examples.te_vqgan.data.captions import STYLES, Grammar, class_spellings, split_words
 from examples.te_vqgan.data.recipes import COLORS, EMPTY, LAYOUTS, PLACES, sample_recipes
+from tests.helpers import numpy_generator
 
 DIGITS = tuple("0123456789")
 GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -130,7 +132,7 @@ def test_choices_are_uniform_and_independent(case: tuple) -> None:
     classes, colors = (
         np.array([row] * count) for row in scene(UL=(1, RED), UR=(2, RED), LL=(3, RED), LR=(4, RED))
     )
-    captions = grammar.write(classes, colors, np.random.default_rng())
+    captions = grammar.write(classes, colors, numpy_generator())
     lists = [grammar.clauses(place + 1, place, RED) for place in range(4)]
     known = {text: (place, texts.index(text)) for place, texts in enumerate(lists) for text in texts}
     joiners = sorted(grammar.joiners, key=len, reverse=True)
@@ -187,8 +189,8 @@ def test_the_generator_is_the_only_source_of_chance() -> None:
 def test_nothing_is_written_of_nothing() -> None:
     """An empty scene has the empty caption, and no scene has none."""
     grammar, nothing = GRAMMARS[DIGITS, "full"], np.full((1, 5), EMPTY)
-    assert grammar.write(nothing, nothing, np.random.default_rng()) == [""]
-    assert grammar.write(nothing[:0], nothing[:0], np.random.default_rng()) == []
+    assert grammar.write(nothing, nothing, numpy_generator()) == [""]
+    assert grammar.write(nothing[:0], nothing[:0], numpy_generator()) == []
     assert TOKENIZERS[DIGITS, "full"].encode([]).shape == (0, 44)
     assert parse([], DIGITS)[0].shape == parse([], DIGITS)[1].shape == (0, 5)
     assert read("") == scene()
@@ -204,6 +206,7 @@ def test_numerals_have_words_and_garments_do_not() -> None:
     assert "number" not in GRAMMARS[GARMENTS, "full"].words
 
 
+@pytest.mark.parametrize("take", [Grammar, lambda names: parse(["white 2 upper left"], names)])
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -220,12 +223,12 @@ def test_numerals_have_words_and_garments_do_not() -> None:
         (("2", "two"), "class_names must be distinct in all spellings"),
     ],
 )
-def test_ambiguous_names_are_refused(names: tuple[str, ...], message: str) -> None:
+def test_ambiguous_names_are_refused(
+    names: tuple[str, ...], message: str, take: Callable[[tuple[str, ...]], object]
+) -> None:
     """Neither the grammar nor the parser takes names that leave a caption in doubt."""
     with pytest.raises(ValueError, match=message):
-        Grammar(names)
-    with pytest.raises(ValueError, match=message):
-        parse(["white 2 upper left"], names)
+        take(names)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +279,7 @@ def test_the_longest_caption_fills_the_tokens(case: tuple, length: int) -> None:
     grammar, tokenizer, nine = GRAMMARS[case], TOKENIZERS[case], (9, BLUE)
     assert tokenizer.length == length
     classes, colors = (np.array([row] * 30_000) for row in scene(UL=nine, UR=nine, LL=nine, LR=nine))
-    longest = max(grammar.write(classes, colors, np.random.default_rng()), key=lambda text: len(split_words(text)))
+    longest = max(grammar.write(classes, colors, numpy_generator()), key=lambda text: len(split_words(text)))
     assert len(split_words(longest)) == length - 1
     (tokens,) = tokenizer.encode([longest]).tolist()
     assert tokens.index(tokenizer.end_token) == length - 1
@@ -313,7 +316,7 @@ def test_the_vocabulary_is_what_the_grammar_writes(case: tuple) -> None:
     """Every word occurs in some caption, every caption's words are there, and special tokens cannot be written."""
     tokenizer = TOKENIZERS[case]
     classes, colors = scenes(1, 20_000)
-    captions = GRAMMARS[case].write(classes, colors, np.random.default_rng())
+    captions = GRAMMARS[case].write(classes, colors, numpy_generator())
     seen = {word for caption in captions for word in caption.replace(",", " ,").replace(".", " .").split()}
     assert seen == set(tokenizer.vocab) - {"<pad>", "<end>"}
     assert len(set(tokenizer.vocab)) == len(tokenizer.vocab) == tokenizer.vocab_size
@@ -377,11 +380,11 @@ def test_encoding_names_the_unknown_word(word: str) -> None:
         TOKENIZERS[DIGITS, "full"].encode(["the two", text])
 
 
-def test_one_text_is_not_many() -> None:
+@pytest.mark.parametrize("take", [TOKENIZERS[DIGITS, "full"].encode, lambda text: parse(text, DIGITS)])
+def test_one_text_is_not_many(take: Callable[[str], object]) -> None:
     """A lone string is no sequence of captions, though it is a sequence of strings."""
-    for function in (TOKENIZERS[DIGITS, "full"].encode, lambda text: parse(text, DIGITS)):
-        with pytest.raises(ValueError, match="captions must be a sequence of texts, got 'red'"):
-            function("red")
+    with pytest.raises(ValueError, match="captions must be a sequence of texts, got 'red'"):
+        take("red")
 
 
 # parser ----------------------------------------------------------------------------------------------------

@@ -198,25 +198,38 @@ def test_colours_are_equally_likely_and_change_every_epoch() -> None:
         assert tuple(lit[row].nonzero()[:, 0].tolist()) == CHANNELS[names[int(fixed.colors[row])]]
 
 
-def test_bad_requests_are_refused() -> None:
-    """Each by name, with what came."""
-    source = _noise(0)
-    cells = CellDataset(source, "train", canvas_size=32)
+@pytest.mark.parametrize(
+    ("split", "options", "match"),
+    [
+        ("all", {"canvas_size": 32}, "split must be one of 'train', 'validation', 'test', got 'all'"),
+        ("train", {"canvas_size": 32, "seed": -1}, "seed must be an int >= 0, got -1"),
+        ("train", {"canvas_size": 40}, "canvas_size must be a multiple of 32, got 40"),
+    ],
+)
+def test_bad_data_sets_are_refused(split: str, options: dict[str, int], match: str) -> None:
+    """Each argument by name, with what came."""
+    with pytest.raises(ValueError, match=match):
+        CellDataset(_noise(0), split, **options)
+
+
+@pytest.mark.parametrize(
+    ("step", "batch_size", "match"),
+    [(-1, 4, "step must be an int >= 0, got -1"), (0, 0, "batch_size must be an int >= 1, got 0")],
+)
+def test_bad_batches_are_refused(step: int, batch_size: int, match: str) -> None:
+    """Each argument by name, with what came."""
+    cells = CellDataset(_noise(0), "train", canvas_size=32)
     assert len(cells) == 12
-    with pytest.raises(ValueError, match="split must be one of 'train', 'validation', 'test', got 'all'"):
-        CellDataset(source, "all", canvas_size=32)
-    with pytest.raises(ValueError, match="seed must be an int >= 0, got -1"):
-        CellDataset(source, "train", canvas_size=32, seed=-1)
-    with pytest.raises(ValueError, match="canvas_size must be a multiple of 32, got 40"):
-        CellDataset(source, "train", canvas_size=40)
-    with pytest.raises(ValueError, match="step must be an int >= 0, got -1"):
-        cells.batch(-1, 4, CLEAN)
-    with pytest.raises(ValueError, match="batch_size must be an int >= 1, got 0"):
-        cells.batch(0, 0, CLEAN)
-    for name in Distortion._fields:
-        with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0"):
-            CLEAN._replace(**{name: -0.5}).check()
+    with pytest.raises(ValueError, match=match):
+        cells.batch(step, batch_size, CLEAN)
+
+
+@pytest.mark.parametrize("name", Distortion._fields)
+def test_negative_distortions_are_refused(name: str) -> None:
+    """None is accepted."""
     CLEAN.check()
+    with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0"):
+        CLEAN._replace(**{name: -0.5}).check()
 
 
 def test_splits_do_not_mix() -> None:

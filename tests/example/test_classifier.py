@@ -34,6 +34,7 @@ from examples.te_vqgan.data.sources import SOURCES, DigitSource, DigitSplit
 from examples.te_vqgan.runs import running
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
 from examples.te_vqgan.runs.running import CHECKPOINT, Interrupted
+from tests.helpers import numpy_generator
 
 SMOKE = CLASSIFIERS["smoke"]
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ NUMERALS = tuple("0123456789")
 
 
 def _split(count: int) -> DigitSplit:
-    pictures = np.random.default_rng().integers(0, 256, (count, 7, 7), dtype=np.uint8)
+    pictures = numpy_generator().integers(0, 256, (count, 7, 7), dtype=np.uint8)
     return DigitSplit(pictures, np.arange(count, dtype=np.int64) % 10)
 
 
@@ -290,13 +291,18 @@ def test_feature_distance_grows_with_the_noise() -> None:
     assert means[0] < means[2] / 2
 
 
-def test_feature_distance_refuses_what_it_cannot_compare() -> None:
-    """Training mode, in which images change each other's features, and images of other shapes."""
-    model, images = _classifier(widths=(4,)), _images(2, 8)
+def test_feature_distance_refuses_other_shapes() -> None:
+    """Images are compared one by one."""
+    images = _images(2, 8)
     with pytest.raises(ValueError, match=r"second must be as first, \(2, 3, 8, 8\), got \(1, 3, 8, 8\)"):
-        feature_distance(model, images, images[:1])
+        feature_distance(_classifier(widths=(4,)), images, images[:1])
+
+
+def test_feature_distance_refuses_training_mode() -> None:
+    """In which images change each other's features."""
+    images = _images(2, 8)
     with pytest.raises(ValueError, match="classifier must be in evaluation mode, got training mode"):
-        feature_distance(model.train(), images, images)
+        feature_distance(_classifier(widths=(4,)).train(), images, images)
 
 
 # training --------------------------------------------------------------------------------------------------
@@ -378,7 +384,7 @@ def test_a_finished_run_is_skipped_and_others_are_refused(
 ) -> None:
     """Nothing is written again; a folder never mixes two runs; two processes never share it."""
     options = _settings(steps=2)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         _train(options, tmp_path, source, stop=lambda done: done == 1)
     with pytest.raises(ValueError, match=r"resume must be set, as .* holds an unfinished run, got False"):
         _train(options, tmp_path, source)
@@ -479,8 +485,8 @@ def test_it_learns_what_there_is_to_learn(tmp_path: Path) -> None:
 
 def test_accuracy_counts_every_cell_once() -> None:
     """Against cells read one at a time; a class without cells has no accuracy; the mode stays what it was."""
-    labels = np.concatenate([np.arange(9), np.random.default_rng().integers(0, 9, 600)]).astype(np.int64)
-    pictures = np.random.default_rng().integers(0, 256, (len(labels), 7, 7), dtype=np.uint8)
+    labels = np.concatenate([np.arange(9), numpy_generator().integers(0, 9, 600)]).astype(np.int64)
+    pictures = numpy_generator().integers(0, 256, (len(labels), 7, 7), dtype=np.uint8)
     split = DigitSplit(pictures, labels)
     cells = CellDataset(DigitSource("x", NUMERALS, split, split, split), "test", canvas_size=32)
     model = _classifier(widths=(4, 6)).float()

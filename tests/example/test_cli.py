@@ -29,6 +29,7 @@ from examples.te_vqgan.reports import report
 from examples.te_vqgan.reports.results import collect, run_folder
 from examples.te_vqgan.runs.pipeline import STOPPED, Job, JobFailed, run_jobs
 from te_quant import GPT, VQAutoencoder
+from tests.helpers import numpy_generator
 
 PICTURES = (
     *("token_grids", "token_shifts", "reconstructions", "loss_curves", "equivariance"),
@@ -120,11 +121,22 @@ def test_report_has_the_papers_tables(out: Path) -> None:
         for task in ("text_to_image", "image_to_text"):
             accuracy = measured["held_out"][task]["cases"]["quad1"]["digit_accuracy"]
             assert f"| {title}, 1 seed | {accuracy:.3f} / " in text
-            assert f"{task.replace('_', ' ').capitalize()}: the penalty (TE-VQGAN) " in text
     digits = json.loads((out / "classifier" / "evaluation.json").read_text())["test"]
     assert (
         f"The classifier reads {100 * digits['digit_accuracy']:.2f} % of the {digits['cells']} test digits" in text
     )
+
+
+def test_report_of_a_trial_says_that_its_numbers_mean_nothing(out: Path) -> None:
+    """It is the first sentence below the title; neither stage draws a finding."""
+    text = (out / "report" / "report.md").read_text(encoding="utf-8")
+    first = text.split("\n\n")[1]
+    assert first.startswith(
+        "The numbers in this report mean nothing: it is a trial of 6 optimiser steps and 8 test"
+    )
+    assert "No findings are drawn from a trial of 6 optimiser steps and 8 test images" in text
+    for finding in ("has a higher", "has a lower", "told apart", "the penalty (TE-VQGAN)", "Best arm"):
+        assert finding not in text
 
 
 def test_html_needs_no_other_file(out: Path) -> None:
@@ -199,28 +211,34 @@ def test_steps_say_when_there_is_nothing_to_do(out: Path, capsys: pytest.Capture
         assert "was finished before, nothing to do" in capsys.readouterr().out
 
 
-def test_refusals_are_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report"], "out must be a folder with finished runs"),
+        (["report", "--results", "."], "results must be a folder with results.json"),
+        (["prepare", "--data", "digits", "--data-dir", "."], "data_dir must be None"),
+        (["stage1", "--arm", "vqgan", "--steps", "0"], "steps must be an int >= 1, got 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_refusals_are_one_line_and_status_1(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """No traceback for a user's mistake."""
-    cases = {
-        ("report", "--out", str(tmp_path)): "out must be a folder with finished runs",
-        ("report", "--results", str(tmp_path)): "results must be a folder with results.json",
-        (
-            "prepare",
-            "--data",
-            "digits",
-            "--data-dir",
-            str(tmp_path),
-            "--out",
-            str(tmp_path),
-        ): "data_dir must be None",
-        ("stage1", "--arm", "vqgan", "--steps", "0", "--out", str(tmp_path)): "steps must be an int >= 1, got 0",
-    }
-    for arguments, message in cases.items():
-        assert main(list(arguments)) == 1
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1
-        assert lines[0].startswith("error: ")
-        assert message in lines[0]
+    monkeypatch.chdir(tmp_path)
+    where = [] if "--results" in arguments else ["--out", "."]
+    assert main([*arguments, *where]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_unknown_choices_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """As argparse ends."""
     with pytest.raises(SystemExit, match="2"):
         main(["stage1", "--arm", "unknown"])
     assert "invalid choice" in capsys.readouterr().err
@@ -229,39 +247,49 @@ def test_refusals_are_one_line_and_status_1(tmp_path: Path, capsys: pytest.Captu
 _TRAINING = {"--steps": "3", "--perceptual": "none", "--bf16": None, "--device": "cpu"}
 
 
+_UNUSED = [
+    (["prepare"], [*_TRAINING, "--threads"]),
+    (["exactness", "--arm", "integer_exact"], list(_TRAINING)),
+    (["classifier"], ["--perceptual", "--arm"]),
+    (["stage2", "--arm", "vqgan"], ["--perceptual"]),
+    (["evaluate", "--arm", "vqgan"], ["--steps", "--compile"]),
+    (
+        ["publish", "--arm", "vqgan", "--into", "unused"],
+        [*(name for name in _TRAINING if name != "--bf16"), "--threads", "--data-dir"],
+    ),
+    (["report"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
+    (["compare"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
+    (["audit"], [*_TRAINING, "--preset", "--data", "--data-dir"]),
+]
+_VALUES = {
+    **_TRAINING,
+    "--threads": "1",
+    "--seed": "1",
+    "--data-dir": ".",
+    "--preset": "smoke",
+    "--data": "digits",
+}
+
+
 @pytest.mark.parametrize(
-    ("command", "unused"),
-    [
-        (["prepare"], [*_TRAINING, "--threads"]),
-        (["exactness", "--arm", "integer_exact"], list(_TRAINING)),
-        (["classifier"], ["--perceptual", "--arm"]),
-        (["stage2", "--arm", "vqgan"], ["--perceptual"]),
-        (["evaluate", "--arm", "vqgan"], ["--steps", "--compile"]),
-        (
-            ["publish", "--arm", "vqgan", "--into", "unused"],
-            [*(name for name in _TRAINING if name != "--bf16"), "--threads", "--data-dir"],
-        ),
-        (["report"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
-        (["compare"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
-        (["audit"], [*_TRAINING, "--preset", "--data", "--data-dir"]),
-    ],
-    ids=lambda value: value[0],
+    ("command", "option"),
+    [pytest.param(words, option, id=words[0] + option) for words, options in _UNUSED for option in options],
 )
 def test_options_that_a_command_does_not_use_are_refused(
-    command: list[str], unused: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not taken and ignored, and not taken for the beginning of another option; training takes them all."""
-    values = {**_TRAINING, "--threads": "1", "--seed": "1", "--data-dir": str(tmp_path)}
-    values |= {"--preset": "smoke", "--data": "digits"}
-    for option in unused:
-        value = {**values, "--arm": "vqgan", "--compile": None}[option]
-        words = [option] if value is None else [option, value]
-        with pytest.raises(SystemExit, match="2"):
-            main([*command, "--out", str(tmp_path), *words])
-        assert f"unrecognized arguments: {' '.join(words)}" in capsys.readouterr().err
-    words = [word for pair in values.items() for word in pair if word is not None]
-    stage1 = ["stage1", "--arm", "vqgan", "--out", str(tmp_path), *words]
-    assert main([*stage1, "--data-dir", str(tmp_path)]) == 1
+    """Not taken and ignored, and not taken for the beginning of another option."""
+    value = {**_VALUES, "--arm": "vqgan", "--compile": None}[option]
+    words = [option] if value is None else [option, value]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--out", str(tmp_path), *words])
+    assert f"unrecognized arguments: {' '.join(words)}" in capsys.readouterr().err
+
+
+def test_training_takes_every_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The control: what is refused here is a folder for digits that need none, after all options were taken."""
+    words = [word for pair in _VALUES.items() for word in pair if word is not None]
+    assert main(["stage1", "--arm", "vqgan", "--out", str(tmp_path), *words]) == 1
     assert "data_dir must be None" in capsys.readouterr().err
 
 
@@ -333,7 +361,7 @@ def test_a_run_killed_at_random_points_ends_like_one_that_was_not(
     shutil.copytree(out / "classifier", tmp_path / "classifier")
     folder = run_folder(tmp_path, "vqgan", 0)
     points = _points(folder)
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     chosen = np.sort(rng.choice(len(points), 2, replace=False)).tolist()
     numbers = rng.permutation([signal.SIGKILL, signal.SIGTERM]).tolist()
     delays = rng.uniform(0, 0.3, 2).tolist()

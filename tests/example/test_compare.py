@@ -11,9 +11,7 @@ import pytest
 
 from examples.te_vqgan.__main__ import main
 from examples.te_vqgan.reports.compare import comparison, write_comparison
-from tests.readme_tables import ROOT
-
-PUBLISHED = ROOT / "examples" / "te_vqgan" / "results"
+from tests.published import RESULTS, published
 
 
 def test_arms_of_a_run_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +57,7 @@ def test_folder_without_results_is_refused(tmp_path: Path) -> None:
 
 def test_arms_come_before_seeds() -> None:
     """Means over the seeds of an arm, then every run with its interval; an arm of one seed is named."""
-    first = json.loads((PUBLISHED / "small" / "results.json").read_text())["runs"][0]
+    first = json.loads(published("small/results.json").read_text())["runs"][0]
     second, alone = copy.deepcopy(first), copy.deepcopy(first)
     second["seed"], alone["title"] = 1, "alone"
     for run, l1, kappa in ((first, 0.25, 0.5), (second, 0.5, 0.625)):
@@ -82,10 +80,10 @@ def test_arms_come_before_seeds() -> None:
     assert "| undefined (0.500) |" in comparison([undefined, second])
 
 
-@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*/comparison.md")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/comparison.md")), ids=lambda path: path.parent.name)
 def test_published_comparison_follows_from_its_data(path: Path, tmp_path: Path) -> None:
     """The committed tables are what the committed results.json gives."""
-    (tmp_path / "results.json").write_bytes((path.parent / "results.json").read_bytes())
+    (tmp_path / "results.json").write_bytes(published(f"{path.parent.name}/results.json").read_bytes())
     write_comparison(tmp_path)
     # Nothing was counted where there is no exact arm.
     names = [name for name in ("comparison.md", "metrics.md", "exactness.md") if (tmp_path / name).is_file()]

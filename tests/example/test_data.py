@@ -5,6 +5,7 @@ Shape letters: N recipes, P = 5 places, S canvas side.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
 
@@ -25,6 +26,7 @@ from examples.te_vqgan.data.recipes import (
     sample_recipes,
 )
 from examples.te_vqgan.data.sources import SPLITS, DigitSource, DigitSplit
+from tests.helpers import numpy_generator
 
 SEEDS = st.integers(0, 2**63)
 CHANNELS = {"white": (0, 1, 2), "red": (0,), "green": (1,), "blue": (2,)}
@@ -39,7 +41,7 @@ def random_split(rng: np.random.Generator, count: int, side: int = 28) -> DigitS
 @pytest.fixture
 def source() -> DigitSource:
     """Three splits of fresh noise, 20 pictures each."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     return DigitSource("noise", tuple("0123456789"), *(random_split(rng, 20) for _ in SPLITS))
 
 
@@ -133,7 +135,7 @@ def test_equal_generators_give_equal_recipes() -> None:
 def test_draws_are_uniform() -> None:
     """Layouts, places of a single digit, classes and colours are equally likely, even with uneven labels."""
     labels = np.repeat(np.arange(10), [1, 2, 3, 4, 5, 6, 7, 8, 9, 55])
-    recipe = sample_recipes(labels, 20_000, np.random.default_rng(), layouts=LAYOUTS)
+    recipe = sample_recipes(labels, 20_000, numpy_generator(), layouts=LAYOUTS)
     filled = recipe.filled
     layout = np.where(filled[:, 4], 5, recipe.num_digits)
     single = filled[layout == 1, :4].argmax(axis=1)
@@ -152,7 +154,7 @@ def test_draws_are_uniform() -> None:
 
 def test_held_out_combinations_never_occur() -> None:
     """With a table of allowed combinations exactly these occur, all of them, and its complement never."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     labels = rng.integers(0, 10, 200)
     held_out = np.zeros((10, len(PLACES), len(COLORS)), bool)
     for classes, place in (((0, 1, 2), 0), ((3, 4), 1), ((5, 6), 2), ((7, 8, 9), 3)):
@@ -190,7 +192,7 @@ def test_held_out_combinations_never_occur() -> None:
 )
 def test_sampling_refuses(options: dict, message: str) -> None:
     """Every argument out of range is refused by name."""
-    arguments = {"labels": np.arange(10), "count": 3, "rng": np.random.default_rng(), **options}
+    arguments = {"labels": np.arange(10), "count": 3, "rng": numpy_generator(), **options}
     with pytest.raises(ValueError, match=message):
         sample_recipes(**arguments)
 
@@ -212,11 +214,16 @@ def test_recipes_refuse_what_cannot_be_drawn(digits: list, colors: list, message
         QuadrantRecipe(np.array(digits, np.int32), np.array(colors, np.int8))
 
 
-def test_recipes_refuse_other_types() -> None:
-    """Unsigned integers have no place for empty; one row is no recipe."""
-    recipe = sample_recipes(np.arange(10), 2, np.random.default_rng())
+def test_recipes_refuse_unsigned_integers() -> None:
+    """They have no place for empty."""
+    recipe = sample_recipes(np.arange(10), 2, numpy_generator())
     with pytest.raises(TypeError, match="colors must be signed integers, got uint8"):
         QuadrantRecipe(recipe.digits, recipe.colors.astype(np.uint8))
+
+
+def test_one_row_is_no_recipe() -> None:
+    """A slice of one is."""
+    recipe = sample_recipes(np.arange(10), 2, numpy_generator())
     with pytest.raises(TypeError, match="rows must be a slice or an array, got 0"):
         recipe[0]
 
@@ -227,7 +234,7 @@ def test_recipes_refuse_other_types() -> None:
 @pytest.mark.parametrize(("source_side", "canvas"), [(28, 64), (28, 32), (8, 32), (8, 64)])
 def test_rendering_equals_the_slow_one(source_side: int, canvas: int) -> None:
     """Every pixel equals the one of explicit loops over exact fractions, rounded once to float32."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     split = random_split(rng, 10, source_side)
     recipe = sample_recipes(split.labels, 12, rng, layouts=LAYOUTS)
     assert (recipe.num_digits > 0).all()
@@ -424,16 +431,21 @@ def test_data_sets_refuse(source: DigitSource, options: dict, message: str) -> N
         QuadrantDataset(source, **{"split": "train", "canvas_size": 32, **options})
 
 
-def test_batches_and_sprites_refuse(source: DigitSource) -> None:
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda dataset: dataset.batch(-1, 2), "step must be an int >= 0, got -1"),
+        (lambda dataset: dataset.batch(0, 0), "batch_size must be an int >= 1, got 0"),
+        (lambda dataset: dataset.sprites(2, color="pink"), r"color must be one of .*, got 'pink'"),
+        (lambda dataset: dataset.sprites(2, seed=-3), "seed must be an int >= 0, got -3"),
+        (lambda dataset: dataset.sprites(-2), "count must be an int >= 0, got -2"),
+    ],
+    ids=["step", "batch_size", "color", "seed", "count"],
+)
+def test_batches_and_sprites_refuse(
+    source: DigitSource, call: Callable[[QuadrantDataset], object], match: str
+) -> None:
     """Steps, sizes, colours and seeds out of range are refused by name."""
     dataset = QuadrantDataset(source, "train", canvas_size=32, size=4)
-    with pytest.raises(ValueError, match="step must be an int >= 0, got -1"):
-        dataset.batch(-1, 2)
-    with pytest.raises(ValueError, match="batch_size must be an int >= 1, got 0"):
-        dataset.batch(0, 0)
-    with pytest.raises(ValueError, match=r"color must be one of .*, got 'pink'"):
-        dataset.sprites(2, color="pink")
-    with pytest.raises(ValueError, match="seed must be an int >= 0, got -3"):
-        dataset.sprites(2, seed=-3)
-    with pytest.raises(ValueError, match="count must be an int >= 0, got -2"):
-        dataset.sprites(-2)
+    with pytest.raises(ValueError, match=match):
+        call(dataset)

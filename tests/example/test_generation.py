@@ -43,6 +43,7 @@ from examples.te_vqgan.stage2.train import load_tokenizer, stage2_folder, train_
 from examples.te_vqgan.stage2.trainer import Stage2Trainer, gpt_config
 from te_quant import GPT
 from tests.example.tiny_runs import NAMES, PerfectReader, finished_classifier, finished_tokenizer, random_source
+from tests.helpers import numpy_generator
 
 CPU = torch.device("cpu")
 CANVAS, CODES, GRID = 32, 16, (3, 4)
@@ -88,7 +89,7 @@ def test_a_learnt_pair_is_drawn_and_told_as_it_was(pairs: CaptionedImages) -> No
     """A GPT that knows one pair by heart puts each token in its place of the grid, and ends the caption."""
     settings = _settings(steps=80, optimizer="adam", learning_rate=0.03, train_images=1)
     trainer = Stage2Trainer(settings, gpt_config(settings, pairs.tokenizer, CODES, GRID), CPU)
-    captions = [str(np.random.default_rng().choice(pairs.first_captions(0, 60)))]
+    captions = [str(numpy_generator().choice(pairs.first_captions(0, 60)))]
     text = pairs.tokenizer.encode(captions)
     tokens = torch.randperm(CODES)[: GRID[0] * GRID[1]].reshape(1, *GRID)
     for _ in range(80):
@@ -425,7 +426,7 @@ def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSourc
 def test_unfinished_runs_are_not_measured(chain: tuple[Path, Path], source: DigitSource, tmp_path: Path) -> None:
     """Neither GPT nor tokenizer nor classifier, nor a GPT of other settings; and nothing is written."""
     tokenizer, classifier = chain
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         train_stage2(GPT_SETTINGS, tokenizer, source, progress=False, stop=lambda done: done == 1)
     folder = stage2_folder(tokenizer, GPT_SETTINGS)
 

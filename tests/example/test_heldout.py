@@ -5,6 +5,7 @@ Shape letters: L = 10 classes, P = 5 places, Q = 4 colours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -14,6 +15,7 @@ from examples.te_vqgan.data.heldout import allowed, held_out
 from examples.te_vqgan.data.quadrants import PAPER_SIZES, QuadrantDataset
 from examples.te_vqgan.data.recipes import COLORS, EMPTY, LAYOUTS, PLACES, sample_recipes
 from examples.te_vqgan.data.sources import SPLITS, DigitSource, DigitSplit
+from tests.helpers import numpy_generator
 
 # Written out once more, class by class, so that a slip in the module's grouping shows.
 OWN = {
@@ -39,7 +41,7 @@ def is_held_out(label: int, place: str, color: str) -> bool:
 @pytest.fixture(scope="module")
 def source() -> DigitSource:
     """Three splits without a picture worth looking at, with uneven labels in random order."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
 
     def split() -> DigitSplit:
         labels = rng.permutation(np.concatenate([np.arange(10), rng.integers(0, 10, 50), np.full(40, 7)]))
@@ -125,7 +127,7 @@ def test_every_test_image_consists_of_held_out_combinations(source: DigitSource,
 @pytest.mark.parametrize(("split", "layout"), list(product(SPLITS, LAYOUTS)))
 def test_every_layout_has_something_to_draw(split: str, layout: str) -> None:
     """Each place of each layout is filled in each split, from one picture of each class."""
-    recipe = sample_recipes(np.arange(10), 500, np.random.default_rng(), layouts=(layout,), allowed=allowed(split))
+    recipe = sample_recipes(np.arange(10), 500, numpy_generator(), layouts=(layout,), allowed=allowed(split))
     places = {p for p in range(len(PLACES)) if recipe.filled[:, p].any()}
     assert places == ({4} if layout == "centre" else {0, 1, 2, 3})
     assert set(np.unique(recipe.digits)) - {EMPTY} == set(range(10))
@@ -143,18 +145,26 @@ def test_test_cases_are_of_about_equal_size(source: DigitSource) -> None:
 
 
 def fresh_seed() -> int:
-    """Another data set each time the tests run."""
-    return int(np.random.default_rng().integers(2**31))
+    """Another data set for each test."""
+    return int(numpy_generator().integers(2**31))
 
 
-def test_tables_refuse() -> None:
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: held_out(11), "num_classes must be <= 10, the table's classes, got 11"),
+        (lambda: allowed("train", 0), "num_classes must be an int >= 1, got 0"),
+        (lambda: allowed("eval"), "split must be one of 'train', 'validation', 'test', got 'eval'"),
+    ],
+    ids=["many", "none", "split"],
+)
+def test_tables_refuse(call: Callable[[], object], match: str) -> None:
     """Splits and class counts that the table does not know are refused by name."""
-    with pytest.raises(ValueError, match="num_classes must be <= 10, the table's classes, got 11"):
-        held_out(11)
-    with pytest.raises(ValueError, match="num_classes must be an int >= 1, got 0"):
-        allowed("train", 0)
-    with pytest.raises(ValueError, match="split must be one of 'train', 'validation', 'test', got 'eval'"):
-        allowed("eval")
-    # Too few classes leave places of the test without any; the sampling says so.
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_places_without_a_class_are_refused() -> None:
+    """Too few classes leave places of the test without any; the sampling says so."""
     with pytest.raises(ValueError, match="allowed must leave a digit to draw at 'upper right'"):
-        sample_recipes(np.arange(3), 5, np.random.default_rng(), num_classes=3, allowed=allowed("test", 3))
+        sample_recipes(np.arange(3), 5, numpy_generator(), num_classes=3, allowed=allowed("test", 3))

@@ -70,15 +70,19 @@ def test_perceptual_term_is_added_with_its_weight_and_not_computed_at_weight_zer
     assert with_it.item() == pytest.approx(expected, rel=1e-14)
 
 
-def test_reconstruction_loss_refuses_bad_arguments() -> None:
+def test_reconstruction_loss_refuses_other_shapes() -> None:
     """Shapes that broadcast would give a wrong mean in silence."""
     reconstruction, images = _pair()
     with pytest.raises(
         ValueError, match=r"reconstruction must be of shape \(3, 3, 5, 7\), got shape \(1, 3, 5, 7\)"
     ):
         reconstruction_loss(reconstruction[:1], images)
+
+
+def test_a_perceptual_weight_needs_a_distance() -> None:
+    """It would be ignored."""
     with pytest.raises(ValueError, match="perceptual must be a distance if perceptual_weight > 0"):
-        reconstruction_loss(reconstruction, images, perceptual_weight=1.0)
+        reconstruction_loss(*_pair(), perceptual_weight=1.0)
 
 
 def test_hinge_losses_match_their_definition() -> None:
@@ -146,15 +150,18 @@ def test_discriminator_judges_patches_one_by_one() -> None:
     assert not torch.equal(again[0, 0, 0, 0], logits[0, 0, 0, 0])
 
 
-def test_discriminator_refuses_bad_sizes() -> None:
-    """Each argument by name."""
-    for arguments, message in (
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ((0, 8, 2), "image_channels must be an int >= 1, got 0"),
         ((3, 2, 2), "base_channels must be an int >= 4, got 2"),
         ((3, 8, 0), "num_layers must be an int >= 1, got 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            PatchDiscriminator(*arguments)
+    ],
+)
+def test_discriminator_refuses_bad_sizes(arguments: tuple[int, int, int], message: str) -> None:
+    """Each argument by name."""
+    with pytest.raises(ValueError, match=message):
+        PatchDiscriminator(*arguments)
 
 
 def test_a_discriminator_learns_to_tell_and_fools_no_longer() -> None:

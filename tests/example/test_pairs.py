@@ -5,6 +5,8 @@ Shape letters: B rows, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.quadrants import PAPER_SIZES
 from examples.te_vqgan.data.recipes import EMPTY, LAYOUTS
 from examples.te_vqgan.data.sources import SPLITS, DigitSource, DigitSplit
+from tests.helpers import numpy_generator
 
 NAMES = tuple("0123456789")
 
@@ -22,7 +25,7 @@ NAMES = tuple("0123456789")
 @pytest.fixture(scope="module")
 def source() -> DigitSource:
     """Three splits of fresh noise, 30 pictures each, every class present."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
 
     def split() -> DigitSplit:
         labels = rng.permutation(np.arange(30) % 10)
@@ -102,8 +105,8 @@ def test_captions_depend_on_the_arguments_alone(source: DigitSource) -> None:
     for step in (8, 2, 5):
         resumed = make(source, seed=4)
         assert torch.equal(resumed.caption_tokens(resumed.rows(step, 16), step), history[step])
-    rows = np.random.default_rng().permutation(60)
-    numbers = np.random.default_rng().integers(5, size=60)
+    rows = numpy_generator().permutation(60)
+    numbers = numpy_generator().integers(5, size=60)
     together = pairs.captions(rows, numbers)
     alone = [make(source, seed=4).captions(rows[i : i + 1], numbers[i : i + 1])[0] for i in (0, 31, 59)]
     assert alone == [together[i] for i in (0, 31, 59)]
@@ -153,27 +156,40 @@ def test_splits_share_their_tokens_and_nothing_else(source: DigitSource) -> None
     assert (train._numbers[:40] != test._numbers[:40]).all()
 
 
-def test_pairs_refuse(source: DigitSource) -> None:
-    """Options, rows, numbers and steps out of range are refused by name."""
-    pairs = make(source)
-    rows = np.arange(3)
-    for options, message in (
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"captions_per_image": 0}, "captions_per_image must be an int >= 1, got 0"),
         ({"style": "long"}, "style must be one of 'full', 'terse', got 'long'"),
         ({"split": "all"}, "split must be one of 'train', 'validation', 'test', got 'all'"),
         ({"size": 0}, "size must be an int >= 1, got 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make(source, **options)
-    with pytest.raises(ValueError, match=r"rows must be in \[0, 60\), got 60"):
-        pairs.classes_colors(np.array([3, 60]))
-    with pytest.raises(ValueError, match=r"rows must be in \[0, 60\), got -1"):
-        pairs.captions(np.array([-1]), 0)
-    with pytest.raises(ValueError, match="rows must be signed integers, got float64"):
-        pairs.captions(np.array([1.0]), 0)
-    with pytest.raises(ValueError, match=r"numbers must be in \[0, 5\), got 5"):
-        pairs.captions(rows, 5)
-    with pytest.raises(ValueError, match=r"numbers must be in \[0, 5\), got -1"):
-        pairs.captions(rows, np.array([0, 1, -1]))
-    with pytest.raises(ValueError, match="step must be an int >= 0, got -1"):
-        pairs.caption_tokens(rows, -1)
+    ],
+)
+def test_options_out_of_range_are_refused(source: DigitSource, options: dict[str, object], message: str) -> None:
+    """By name."""
+    with pytest.raises(ValueError, match=message):
+        make(source, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pairs: pairs.classes_colors(np.array([3, 60])), r"rows must be in \[0, 60\), got 60"),
+        (lambda pairs: pairs.captions(np.array([-1]), 0), r"rows must be in \[0, 60\), got -1"),
+        (lambda pairs: pairs.captions(np.array([1.0]), 0), "rows must be signed integers, got float64"),
+        (lambda pairs: pairs.captions(np.arange(3), 5), r"numbers must be in \[0, 5\), got 5"),
+        (
+            lambda pairs: pairs.captions(np.arange(3), np.array([0, 1, -1])),
+            r"numbers must be in \[0, 5\), got -1",
+        ),
+        (lambda pairs: pairs.caption_tokens(np.arange(3), -1), "step must be an int >= 0, got -1"),
+    ],
+    ids=["high row", "low row", "float row", "high number", "low number", "step"],
+)
+def test_rows_out_of_range_are_refused(
+    source: DigitSource, call: Callable[[CaptionedImages], object], message: str
+) -> None:
+    """Rows, numbers and steps, by name."""
+    pairs = make(source)
+    with pytest.raises(ValueError, match=message):
+        call(pairs)

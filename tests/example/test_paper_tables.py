@@ -36,10 +36,11 @@ from examples.te_vqgan.reports.generation.tables import (
 )
 from examples.te_vqgan.stage1.presets import ARMS
 from te_quant import EquivarianceReport
+from tests.helpers import numpy_generator
+from tests.published import published
 
 TASKS = ("text_to_image", "image_to_text")
 LARGE, SMALL = 300, 100
-RESULTS = Path(__file__).parents[2] / "examples" / "te_vqgan" / "results" / "small"
 
 
 def _cases(rng: np.random.Generator, **accuracy: float | None) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def _generation(rng: np.random.Generator, **accuracy: float | None) -> dict[str,
 
 def _run(arm: str, seed: int, sizes: tuple[int, ...] = (LARGE,), **changes: Any) -> dict[str, Any]:
     """One run with random numbers; ``quad1`` fixes that accuracy in both tasks, ``data`` the digits."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     accuracy = {name: changes[name] for name in ("quad1",) if name in changes}
     test = {
         "used_codes": int(rng.integers(1, 256)),
@@ -187,7 +188,7 @@ def test_table_2_compares_the_two_sizes() -> None:
         for seed in range(2):
             run = _run(arm, seed, (LARGE, SMALL))
             for size, accuracy in zip((LARGE, SMALL), sizes, strict=True):
-                run["stage2"][str(size)]["generation"] = _generation(np.random.default_rng(), quad1=accuracy[seed])
+                run["stage2"][str(size)]["generation"] = _generation(numpy_generator(), quad1=accuracy[seed])
             runs.append(run)
     table = table2({"runs": [*runs, _run("mb", 0, (LARGE, SMALL))]})
     assert table is not None
@@ -293,7 +294,7 @@ def test_findings_name_the_best_arm_beside_the_papers() -> None:
 
 def test_figures_show_what_they_are_given() -> None:
     """Captions above their images, shares of each row, a point a run, an arm a row; names of garments."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     images = rng.integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
     captions = [f"caption {number}" for number in range(5)]
     figure = draw_captions(images, captions)
@@ -323,7 +324,7 @@ def test_sampling_is_compared_over_all_quadrant_digits() -> None:
     """Pooled over the four cases, the centre left out; no table without a number of candidates of its own."""
     runs = [_run("vqgan", 0), _run("k16", 0), _run("k16", 1), _run("te_vqgan", 0)]
     assert sampling_table({"runs": runs}) is None
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     for run in runs[:3]:
         part = run["stage2"][str(LARGE)]
         part["sampling"] = {"generation-2": _generation(rng), "generation-16": _generation(rng)}
@@ -352,7 +353,7 @@ def test_sampling_is_compared_over_all_quadrant_digits() -> None:
 
 def test_regimes_are_told_by_what_differs_from_the_first(tmp_path: Path) -> None:
     """From the published results: the table of two copies, one of them trained for longer and measured worse."""
-    base = json.loads((RESULTS / "results.json").read_text(encoding="utf-8"))
+    base = json.loads(published("small/results.json").read_text(encoding="utf-8"))
     base["runs"] = [run for run in base["runs"] if run["arm"] in ("vqgan", "te_vqgan") and run["seed"] == 0]
     longer = copy.deepcopy(base)
     images = str(full_size(base))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import statistics
 from typing import Any
@@ -16,8 +17,11 @@ from examples.te_vqgan.reports.figures import code_colors, draw_placements, draw
 from examples.te_vqgan.reports.findings import findings
 from examples.te_vqgan.reports.report import _title
 from examples.te_vqgan.reports.results import METRICS, cell
+from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.runs.provenance import Execution, git_commit, versions
 from examples.te_vqgan.stage1.evaluation import psnr
+from examples.te_vqgan.stage1.presets import PRESETS
+from examples.te_vqgan.stage2.settings import STAGE2
 from te_quant.equivariance import measure_equivariance
 
 
@@ -29,7 +33,9 @@ def _run(title: str, seed: int, **changes: float) -> dict[str, Any]:
     values = {"l1": 0.03, "psnr": 28.0, "used": 50, "perplexity": 20.0, "placement": 0.7, "placement_kappa": 0.6}
     values |= {"sub_stride": 0.6, "sub_stride_kappa": 0.4, **changes}
     for name in ("placement", "sub_stride"):
-        report[name] = {**report[name], "rate": values[name], "kappa": values[name + "_kappa"]}
+        interval = [values[name] - 0.01, values[name] + 0.01]
+        numbers = {"rate": values[name], "kappa": values[name + "_kappa"], "rate_interval": interval}
+        report[name] = {**report[name], **numbers}
     quality = {
         "images": 100,
         "tokens": 6400,
@@ -95,6 +101,43 @@ def test_every_finding_about_an_arm_names_it() -> None:
     *about, last = findings({"runs": [_run("A", 0), *arms]})
     assert "single seed" in last
     assert [sentence.split()[0].rstrip(":") for sentence in about] == ["B"] * 5 + ["C"] * 5
+
+
+def test_findings_of_single_seeds_tell_no_differences_within_the_noise() -> None:
+    """Intervals of ±0.01 tell a difference if they do not overlap; with a second seed they are not looked at."""
+    near, far = _run("B", 0, sub_stride=0.615, perplexity=8.0), _run("B", 0, sub_stride=0.625, perplexity=8.0)
+    text = _text(_run("A", 0), near)
+    assert (
+        "B and A cannot be told apart by their agreement after shifts below a token: the 95 % intervals over test "
+        "digits overlap (0.615 [0.605, 0.625] against 0.600 [0.590, 0.610])"
+    ) in text
+    assert "agrees more often" not in text
+    assert "B has a higher agreement after shifts below a token than A" in _text(_run("A", 0), far)
+    seeds = [_run("A", 0), _run("A", 1), near, _run("B", 1, sub_stride=0.615)]
+    assert "B has a higher agreement after shifts below a token than A" in _text(*seeds)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(100, 100)], None),
+        ([(99, 1_000)], "99 optimiser steps and 1,000 test images"),
+        ([(1_000, 99)], "1,000 optimiser steps and 99 test images"),
+        ([(2_400, 1_500), (1, 1)], "1 optimiser step and 1 test image"),
+    ],
+)
+def test_a_trial_is_a_training_that_is_too_short_or_a_test_set_that_is_too_small(
+    sizes: list[tuple[int, int]], expected: str | None
+) -> None:
+    """One of them among the runs makes the whole comparison one."""
+    assert trial_size([{"steps": steps, "eval_images": images} for steps, images in sizes]) == expected
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_smoke_is_the_only_preset_that_is_a_trial(preset: str) -> None:
+    """Every other one trains for long enough to compare."""
+    sizes = [PRESETS[preset], *([STAGE2[preset]] if STAGE2[preset] else [])]
+    assert (trial_size(dataclasses.asdict(one) for one in sizes) is not None) == (preset == "smoke")
 
 
 def test_title_names_a_few_arms_and_counts_many() -> None:

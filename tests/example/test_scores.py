@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from examples.te_vqgan.data.recipes import COLORS, EMPTY, LAYOUTS, sample_recipes
 from examples.te_vqgan.stage2.scores import Scores
+from tests.helpers import numpy_generator
 
 L = 6
 Scene = tuple[NDArray[Any], NDArray[Any]]
@@ -88,7 +89,7 @@ def test_scores_are_those_counted_by_hand(seed: int, count: int, cut: int) -> No
 
 def test_every_wrong_answer_costs_what_it_should() -> None:
     """From all right: one digit, one colour, one missing answer; nothing for what is read where nothing stands."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     truth, _ = _scenes(rng, 50)
     right = _scored(truth, truth)
     for case in right["cases"].values():
@@ -124,7 +125,7 @@ def test_every_wrong_answer_costs_what_it_should() -> None:
 
 def test_shapes_that_differ_are_refused() -> None:
     """Broadcasting one image over many would count wrongly without a word."""
-    truth, found = _scenes(np.random.default_rng(), 4)
+    truth, found = _scenes(numpy_generator(), 4)
     scores = Scores(L)
     message = r"truth and found must be of one shape, got \[\(1, 5\), \(4, 5\)\]"
     with pytest.raises(ValueError, match=message):

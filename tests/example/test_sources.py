@@ -7,10 +7,11 @@ import hashlib
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from examples.te_vqgan.data.prepare import build_datasets, prepare
 from examples.te_vqgan.data.sources import SPLITS, DigitSource, DigitSplit, load_digits
 from examples.te_vqgan.runs import files
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from tests.helpers import numpy_generator
 
 STEMS = tuple(archives.CHECKSUMS["mnist"])
 
@@ -52,7 +54,7 @@ def write_archive(folder: Path, rng: np.random.Generator, first_label: int = 0) 
 def small_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a small "mnist" under the folder ``mnist``, its checksums made the known ones."""
     root = tmp_path / "data"
-    monkeypatch.setitem(archives.CHECKSUMS, "mnist", write_archive(root / "mnist", np.random.default_rng()))
+    monkeypatch.setitem(archives.CHECKSUMS, "mnist", write_archive(root / "mnist", numpy_generator()))
     monkeypatch.setattr(sources, "_NUM_VALIDATION", 7)
     monkeypatch.setattr(archives, "SYSTEM_FOLDER", tmp_path / "nowhere")
     monkeypatch.delenv(archives.DATA_VARIABLE, raising=False)
@@ -95,7 +97,7 @@ def dead_mirror() -> str:
 @pytest.mark.parametrize("packed", [False, True])
 def test_idx_round_trip(tmp_path: Path, shape: tuple[int, ...], packed: bool) -> None:
     """What is written is read, plain or gzipped, as an array of its own."""
-    values = np.random.default_rng().integers(0, 256, shape, np.uint8)
+    values = numpy_generator().integers(0, 256, shape, np.uint8)
     path = tmp_path / ("x.gz" if packed else "x")
     content = idx_bytes(values)
     path.write_bytes(gzip.compress(content) if packed else content)
@@ -107,7 +109,7 @@ def test_idx_round_trip(tmp_path: Path, shape: tuple[int, ...], packed: bool) ->
 
 def test_idx_spans_many_chunks(tmp_path: Path) -> None:
     """A file larger than one read is joined in order."""
-    values = np.random.default_rng().integers(0, 256, 3 * 2**20 + 5, np.uint8)
+    values = numpy_generator().integers(0, 256, 3 * 2**20 + 5, np.uint8)
     (tmp_path / "x").write_bytes(idx_bytes(values))
     assert (read_idx(tmp_path / "x", 1) == values).all()
 
@@ -144,17 +146,23 @@ def test_idx_refuses_every_bad_file(tmp_path: Path, content: bytes, message: str
         read_idx(path, 3)
 
 
-def test_idx_refuses_a_damaged_gzip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "shorter", "overwritten", "another format"])
+def test_idx_refuses_a_damaged_gzip(tmp_path: Path, damage: str) -> None:
     """Cut, overwritten or never gzipped: one clear error that names the file."""
-    packed = gzip.compress(idx_bytes(np.random.default_rng().integers(0, 256, 4000, np.uint8)))
+    packed = gzip.compress(idx_bytes(numpy_generator().integers(0, 256, 4000, np.uint8)))
     flipped = bytearray(packed)
     flipped[len(packed) // 2] ^= 0xFF
-    for content in (packed[:-9], packed[:-4], bytes(flipped), b"<html>not found</html>"):
-        (tmp_path / "bad.gz").write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"bad\.gz must (be a whole gzip file, got a damaged one|hold 4000|start)"
-        ):
-            read_idx(tmp_path / "bad.gz", 1)
+    contents = {
+        "cut": packed[:-9],
+        "shorter": packed[:-4],
+        "overwritten": bytes(flipped),
+        "another format": b"<html>not found</html>",
+    }
+    (tmp_path / "bad.gz").write_bytes(contents[damage])
+    with pytest.raises(
+        ValueError, match=r"bad\.gz must (be a whole gzip file, got a damaged one|hold 4000|start)"
+    ):
+        read_idx(tmp_path / "bad.gz", 1)
 
 
 def test_idx_refuses_another_checksum(tmp_path: Path) -> None:
@@ -201,7 +209,7 @@ def test_the_files_of_another_data_set_are_not_taken(
 ) -> None:
     """Both data sets use the same file names: a bare folder of the one is none of the other's."""
     fashion = tmp_path / "fashion"
-    checksums = write_archive(fashion, np.random.default_rng(), first_label=3)
+    checksums = write_archive(fashion, numpy_generator(), first_label=3)
     monkeypatch.setitem(archives.CHECKSUMS, "fashion-mnist", checksums)
     assert find_idx_folder("fashion-mnist", fashion) == fashion
     monkeypatch.setenv("TE_QUANT_DATA", str(fashion))
@@ -252,10 +260,14 @@ def test_a_changed_local_file_is_refused(small_mnist: Path) -> None:
         load_digits("mnist", small_mnist)
 
 
-def test_names_and_useless_options_are_refused(tmp_path: Path) -> None:
-    """An unknown name, and a folder for the data set that needs none."""
+def test_unknown_names_are_refused() -> None:
+    """With those that there are."""
     with pytest.raises(ValueError, match="name must be one of 'mnist', 'fashion-mnist', 'digits', got 'MNIST'"):
         load_digits("MNIST")
+
+
+def test_a_folder_for_the_data_set_that_needs_none_is_refused(tmp_path: Path) -> None:
+    """It would be ignored."""
     with pytest.raises(ValueError, match="data_dir must be None for 'digits'"):
         load_digits("digits", tmp_path)
 
@@ -365,28 +377,35 @@ def test_real_fashion_mnist() -> None:
     assert source.class_names[9] == "ankle boot"
 
 
-def test_splits_and_sources_refuse() -> None:
-    """Wrong types, shapes and labels without a name are refused."""
-    pictures, labels = np.zeros((2, 8, 8), np.uint8), np.array([0, 1])
-    good = DigitSplit(pictures, labels)
-    with pytest.raises(ValueError, match=r"images must be \(N, n, n\) uint8, got float64"):
-        DigitSplit(pictures.astype(float), labels)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"images must be \(N, n, n\) uint8, got uint8 of \(2, 8, 7\)"):
-        DigitSplit(pictures[:, :, 1:], labels)
-    with pytest.raises(ValueError, match=r"labels must be int64 of \(2,\), got int64 of \(1,\)"):
-        DigitSplit(pictures, labels[:1])
-    with pytest.raises(ValueError, match=r"labels must be int64 of \(2,\), got int32"):
-        DigitSplit(pictures, labels.astype(np.int32))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="images must hold at least one picture"):
-        DigitSplit(pictures[:0], labels[:0])
-    for bad in (labels + 1, labels - 1):
-        with pytest.raises(ValueError, match=r"validation.labels must be in \[0, 2\)"):
-            DigitSource("x", ("a", "b"), good, DigitSplit(pictures, bad), good)
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda p, n: (p.astype(float), n), r"images must be \(N, n, n\) uint8, got float64"),
+        (lambda p, n: (p[:, :, 1:], n), r"images must be \(N, n, n\) uint8, got uint8 of \(2, 8, 7\)"),
+        (lambda p, n: (p, n[:1]), r"labels must be int64 of \(2,\), got int64 of \(1,\)"),
+        (lambda p, n: (p, n.astype(np.int32)), r"labels must be int64 of \(2,\), got int32"),
+        (lambda p, n: (p[:0], n[:0]), "images must hold at least one picture"),
+    ],
+    ids=["floats", "sides", "count", "int32", "none"],
+)
+def test_splits_refuse(change: Callable[..., tuple[Any, Any]], match: str) -> None:
+    """Wrong types and shapes."""
+    with pytest.raises(ValueError, match=match):
+        DigitSplit(*change(np.zeros((2, 8, 8), np.uint8), np.array([0, 1])))
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [-1, 0]])
+def test_labels_without_a_name_are_refused(labels: list[int]) -> None:
+    """By the source, which knows the names."""
+    pictures = np.zeros((2, 8, 8), np.uint8)
+    good, bad = (DigitSplit(pictures, np.array(values)) for values in ([0, 1], labels))
+    with pytest.raises(ValueError, match=r"validation.labels must be in \[0, 2\)"):
+        DigitSource("x", ("a", "b"), good, bad, good)
 
 
 def test_the_fingerprint_sees_every_byte() -> None:
     """Another pixel, another label or another order of splits is another data set."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     one, two, three = (DigitSplit(rng.integers(0, 256, (3, 8, 8), np.uint8), np.arange(3)) for _ in range(3))
     names = ("a", "b", "c", "d")
     base = DigitSource("x", names, one, two, three).fingerprint()
@@ -461,10 +480,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     write_bytes_atomically(path, b"old")
 
     def interrupt(_: int) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("Ctrl-C")
 
     monkeypatch.setattr(files.os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
         write_bytes_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -32,6 +32,7 @@ from examples.te_vqgan.stage1.presets import (
 from examples.te_vqgan.stage1.train import CHECKPOINT, Interrupted, train_stage1
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from te_quant import VQAutoencoder
+from tests.helpers import numpy_generator
 
 SMOKE = PRESETS["smoke"]
 
@@ -39,7 +40,7 @@ SMOKE = PRESETS["smoke"]
 @pytest.fixture(scope="module")
 def source() -> DigitSource:
     """Random pictures: nothing here depends on what they show."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
 
     def split(count: int) -> DigitSplit:
         return DigitSplit(rng.integers(0, 256, (count, 7, 7), dtype=np.uint8), np.arange(count) % 10)
@@ -247,7 +248,7 @@ def test_a_finished_run_is_skipped(tmp_path: Path, source: DigitSource) -> None:
 
 def test_other_settings_are_refused_by_name(tmp_path: Path, source: DigitSource) -> None:
     """Finished or not, a folder never mixes two runs; the differing settings are named with both values."""
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         _train(_settings(), tmp_path, source, stop=lambda done: done == 2)
     changed = _settings(learning_rate=1e-3, model=dataclasses.replace(SMOKE.model, orthogonal_reg=10.0))
     message = r"learning_rate was 0.0005, now 0.001; model.orthogonal_reg was 0.0, now 10.0"
@@ -337,12 +338,17 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None
         _settings(**changes)
 
 
-def test_unknown_presets_and_arms_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("preset", "arm", "match"),
+    [
+        ("huge", "vqgan", r"preset must be one of 'smoke', 'quick', .*, got 'huge'"),
+        ("smoke", "x", r"arm must be one of 'vqgan', 'te_vqgan', .*, got 'x'"),
+    ],
+)
+def test_unknown_presets_and_arms_are_refused(preset: str, arm: str, match: str) -> None:
     """With the list of those that exist."""
-    with pytest.raises(ValueError, match=r"preset must be one of 'smoke', 'quick', .*, got 'huge'"):
-        settings_for("huge", "vqgan")
-    with pytest.raises(ValueError, match=r"arm must be one of 'vqgan', 'te_vqgan', .*, got 'x'"):
-        settings_for("smoke", "x")
+    with pytest.raises(ValueError, match=match):
+        settings_for(preset, arm)
 
 
 def test_importing_the_command_line_is_quick() -> None:

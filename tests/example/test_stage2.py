@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, stage2_f
 from examples.te_vqgan.stage2.trainer import Stage2Trainer, gpt_config
 from te_quant import GPT, VQAutoencoder
 from tests.example.tiny_runs import NAMES, finished_tokenizer, random_source, stage1_settings
+from tests.helpers import numpy_generator
 
 CPU = torch.device("cpu")
 SMOKE = stage2_settings_for("smoke")
@@ -107,7 +107,7 @@ def test_a_compiler_changes_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 def _batch(size: int = 4) -> tuple[Tensor, Tensor]:
     """(B, T) captions of different lengths and (B, h, w) tokens."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
     clauses = [f"{color} {name} upper left" for color in ("red", "blue") for name in NAMES]
     captions = [", ".join(rng.choice(clauses, 1 + number % 3)) for number in range(size)]
     return TEXT.encode(captions), torch.randint(CODES, (size, SIDE, SIDE))
@@ -349,7 +349,7 @@ def test_a_power_cut_at_any_file_loses_nothing(
         assert _train(settings, tokenizer, source)
     # Settings, tokens, log, three checkpoints, two files of the model, provenance, evaluation.
     assert renames == 10
-    fatal, after = int(np.random.default_rng().integers(1, renames + 1)), bool(np.random.default_rng().integers(2))
+    fatal, after = int(numpy_generator().integers(1, renames + 1)), bool(numpy_generator().integers(2))
     done = 0
 
     def cut(self: Path, target: Path) -> Path:
@@ -401,7 +401,7 @@ def test_a_finished_run_is_skipped(tokenizer: Path, source: DigitSource) -> None
 def test_what_would_mix_two_runs_is_refused(tokenizer: Path, source: DigitSource, tmp_path: Path) -> None:
     """Other settings, another tokenizer underneath, other digits, no tokenizer, or going on unasked."""
     settings = _settings()
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         _train(settings, tokenizer, source, stop=lambda done: done == 3)
     folder = stage2_folder(tokenizer, settings)
     with pytest.raises(ValueError, match=r"resume must be set, as .*stage2-20 holds an unfinished run, got False"):

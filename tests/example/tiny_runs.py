@@ -21,13 +21,14 @@ from examples.te_vqgan.data.recipes import COLOR_RGB, COLORS
 from examples.te_vqgan.data.sources import DigitSource, DigitSplit
 from examples.te_vqgan.stage1.presets import PRESETS, Stage1Settings, to_dict
 from te_quant import VQAutoencoder
+from tests.helpers import numpy_generator
 
 NAMES = tuple("0123456789")
 
 
 def random_source(name: str = "random") -> DigitSource:
     """Fresh noise of all ten classes in all splits: nothing depends on what the pictures show."""
-    rng = np.random.default_rng()
+    rng = numpy_generator()
 
     def split(count: int) -> DigitSplit:
         labels = rng.permutation(np.arange(count) % 10)

@@ -6,12 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.helpers import numpy_generator
+
 NUMPY_MODES = {"zeros": "constant", "replicate": "edge", "reflect": "reflect", "circular": "wrap"}
 
 
 def fresh(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal numbers that no other run has seen."""
-    return torch.from_numpy(np.random.default_rng().standard_normal(shape)).to(dtype)
+    """Normal numbers, other ones at each call."""
+    return torch.from_numpy(numpy_generator().standard_normal(shape)).to(dtype)
 
 
 def pad(images: np.ndarray, margins: tuple[int, int, int, int], mode: str) -> np.ndarray:

@@ -41,7 +41,7 @@ def assert_nearest(indices: Tensor, latents: Tensor, codebook: Tensor, *, clear_
     best = distances.min(1)
     rounding = 8 * (codes.shape[1] + 2) * torch.finfo(codebook.dtype).eps * (best + spread)
     chosen = distances[np.arange(len(distances)), indices.numpy()]
-    assert (chosen <= best + rounding).all()
+    assert (chosen <= best + rounding).all(), "a code that was not chosen is nearer"
     lowest = distances.argmin(1)
     # Equal codes are ties, not near-ties, so they leave a row certain.
     close = distances <= (best + 2 * rounding)[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,11 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from te_quant import _checks, _values
-
-
-def exactly(message: str) -> str:
-    """A pattern for the whole message."""
-    return f"^{re.escape(message)}$"
+from tests.helpers import exactly
 
 
 def test_require_names_expected_and_actual() -> None:
@@ -43,14 +39,20 @@ def test_require_int_bounds(value: int, low: int | None, high: int | None) -> No
             _checks.require_int("k", value, low, high)
 
 
-def test_require_int_states_both_bounds() -> None:
-    """The message has both bounds."""
-    with pytest.raises(ValueError, match=exactly("k must be an int >= 1 and <= 4, got 5.")):
-        _checks.require_int("k", 5, 1, 4)
-    with pytest.raises(ValueError, match=exactly("k must be an int <= 4, got 5.")):
-        _checks.require_int("k", 5, None, 4)
-    with pytest.raises(TypeError, match=exactly("k must be an int, got 'a'.")):
-        _checks.require_int("k", "a")
+@pytest.mark.parametrize(
+    ("value", "bounds", "error", "message"),
+    [
+        (5, (1, 4), ValueError, "k must be an int >= 1 and <= 4, got 5."),
+        (5, (None, 4), ValueError, "k must be an int <= 4, got 5."),
+        ("a", (), TypeError, "k must be an int, got 'a'."),
+    ],
+)
+def test_require_int_states_its_bounds(
+    value: object, bounds: tuple[int | None, ...], error: type[Exception], message: str
+) -> None:
+    """Those that there are, and no other."""
+    with pytest.raises(error, match=exactly(message)):
+        _checks.require_int("k", value, *bounds)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.1, 1.1])
@@ -83,13 +85,18 @@ def test_require_choice() -> None:
         _checks.require_choice("m", "b", ("a", None))
 
 
-def test_require_rank() -> None:
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (torch.zeros(2), ValueError, "x must be of shape (N, C), got shape (2,)."),
+        ([[1]], TypeError, "x must be a tensor, got list."),
+    ],
+)
+def test_require_rank(value: object, error: type[Exception], message: str) -> None:
     """The message states the layout wanted and the shape got; anything but a tensor is a TypeError."""
     _checks.require_rank("x", torch.zeros(2, 3), (2,), "(N, C)")
-    with pytest.raises(ValueError, match=exactly("x must be of shape (N, C), got shape (2,).")):
-        _checks.require_rank("x", torch.zeros(2), (2,), "(N, C)")
-    with pytest.raises(TypeError, match=exactly("x must be a tensor, got list.")):
-        _checks.require_rank("x", [1], (1,), "(N,)")  # type: ignore[arg-type]
+    with pytest.raises(error, match=exactly(message)):
+        _checks.require_rank("x", value, (2,), "(N, C)")  # type: ignore[arg-type]
 
 
 def test_require_axis() -> None:
@@ -111,9 +118,13 @@ def test_require_floating(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
 def test_require_integer_tensor(dtype: torch.dtype) -> None:
     """Floating, boolean and complex tensors are refused."""
+    _checks.require_integer_tensor("x", torch.zeros(2, dtype=torch.int32))
     with pytest.raises(TypeError, match=exactly(f"x must be an integer tensor, got {dtype}.")):
         _checks.require_integer_tensor("x", torch.zeros(2, dtype=dtype))
-    _checks.require_integer_tensor("x", torch.zeros(2, dtype=torch.int32))
+
+
+def test_require_integer_tensor_refuses_a_number() -> None:
+    """An int is no tensor."""
     with pytest.raises(TypeError, match=exactly("x must be a tensor, got int.")):
         _checks.require_integer_tensor("x", 3)  # type: ignore[arg-type]
 
@@ -181,15 +192,26 @@ def test_value_checks_are_operators_in_a_graph(monkeypatch: pytest.MonkeyPatch) 
     values, indices = torch.randn(3), torch.tensor([0, 1])
     assert torch.equal(_values.require_finite("x", values), values)
     assert torch.equal(_values.require_in_range("i", indices, 2, "K"), indices)
-    with pytest.raises(ValueError, match=exactly("x must be finite, got 1 NaN or infinite of 1 values.")):
-        _values.require_finite("x", torch.tensor([math.inf]))
-    with pytest.raises(ValueError, match=exactly("i must be in [0, K=1), got 1.")):
-        _values.require_in_range("i", indices, 1, "K")
 
 
-def test_value_operators_raise_as_the_functions_do() -> None:
+NOT_FINITE = "x must be finite, got 1 NaN or infinite of 1 values."
+OUT_OF_RANGE = "i must be in [0, K=2), got 2."
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _values.require_finite("x", torch.tensor([math.inf])), NOT_FINITE),
+        (lambda: _values.require_in_range("i", torch.tensor([0, 2]), 2, "K"), OUT_OF_RANGE),
+        (lambda: torch.ops.te_quant.check_finite(torch.tensor([math.nan]), "x"), NOT_FINITE),
+        (lambda: torch.ops.te_quant.check_range(torch.tensor([0, 2]), "i", 2, "K"), OUT_OF_RANGE),
+    ],
+    ids=["require_finite", "require_in_range", "check_finite", "check_range"],
+)
+def test_value_operators_raise_as_the_functions_do(
+    call: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The operators, which stand in compiled graphs, refuse with the same sentences."""
-    with pytest.raises(ValueError, match=exactly("x must be finite, got 1 NaN or infinite of 1 values.")):
-        torch.ops.te_quant.check_finite(torch.tensor([math.nan]), "x")
-    with pytest.raises(ValueError, match=exactly("i must be in [0, K=2), got 2.")):
-        torch.ops.te_quant.check_range(torch.tensor([0, 2]), "i", 2, "K")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ValueError, match=exactly(message)):
+        call()

@@ -313,7 +313,7 @@ def test_contract_says_what_it_is() -> None:
     model = VQAutoencoder(three)
     assert model.equivariance == model.encoder.equivariance
     assert hash(model.equivariance) == hash(EquivarianceContract(4, "stride", 77, 4))
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'stride'"):
         model.equivariance.stride = 1
     images = fresh(2, 1, 5, 7)
     encoder = build_encoder(one).double()
@@ -321,18 +321,27 @@ def test_contract_says_what_it_is() -> None:
     assert error_of(encoder, images, (1, 3)) < TOLERANCE
 
 
+PHASES = torch.tensor([[[1, 0], [0, 1], [1, 1]], [[0, 0], [1, 0], [0, 0]]])
+
+
 def test_offsets_weigh_the_phases_by_their_level() -> None:
-    """Finest first: 1, 2, 4; the wrong shape is refused by name."""
-    phases = torch.tensor([[[1, 0], [0, 1], [1, 1]], [[0, 0], [1, 0], [0, 0]]])
-    assert Encoding(torch.zeros(2), phases).offsets.tolist() == [[5, 6], [2, 0]]
+    """Finest first: 1, 2, 4."""
+    assert Encoding(torch.zeros(2), PHASES).offsets.tolist() == [[5, 6], [2, 0]]
     assert Encoding(torch.zeros(2), torch.zeros(2, 0, 2).long()).offsets.tolist() == [[0, 0], [0, 0]]
-    for wrong, error, match in (
-        (phases[0], ValueError, r"phases must be of shape \(B, L, 2\)"),
-        (phases.float(), TypeError, "phases must be an integer tensor"),
-        (phases.repeat(1, 1, 2), ValueError, "phases axis 2 must be 2=2, got 4"),
-    ):
-        with pytest.raises(error, match=match):
-            _ = Encoding(torch.zeros(2), wrong).offsets
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        (PHASES[0], ValueError, r"phases must be of shape \(B, L, 2\)"),
+        (PHASES.float(), TypeError, "phases must be an integer tensor"),
+        (PHASES.repeat(1, 1, 2), ValueError, "phases axis 2 must be 2=2, got 4"),
+    ],
+)
+def test_offsets_of_other_phases_are_refused(wrong: Tensor, error: type[Exception], match: str) -> None:
+    """By name."""
+    with pytest.raises(error, match=match):
+        _ = Encoding(torch.zeros(2), wrong).offsets
 
 
 CIRCULAR = {"encoder_padding": "circular", "norm": "group", "attention_levels": (1,), "activation": "silu"}
@@ -378,14 +387,16 @@ def test_a_phase_that_does_not_follow_the_content_breaks_the_contract(monkeypatc
 
 
 @pytest.mark.parametrize("kind", DOWNSAMPLERS)
-def test_sides_that_the_divisor_does_not_divide_are_refused(kind: str) -> None:
+@pytest.mark.parametrize("sides", [(6, 8), (8, 6), (7, 8)])
+@pytest.mark.parametrize("method", ["forward", "with_phases"])
+def test_sides_that_the_divisor_does_not_divide_are_refused(
+    kind: str, sides: tuple[int, int], method: str
+) -> None:
     """By the encoder, also for the phases; both axes."""
     encoder = build_encoder(config_of({**CIRCULAR, "downsample": kind}, channel_multipliers=(1, 1, 1)))
     assert encoder.equivariance.divisor == 4
-    for sides in ((6, 8), (8, 6), (7, 8)):
-        for use in (encoder, encoder.with_phases):
-            with pytest.raises(ValueError, match="images sides must be positive multiples of the divisor 4"):
-                use(fresh(1, 1, *sides, dtype=torch.float32))
+    with pytest.raises(ValueError, match="images sides must be positive multiples of the divisor 4"):
+        getattr(encoder, method)(fresh(1, 1, *sides, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("kind", UPSAMPLERS)

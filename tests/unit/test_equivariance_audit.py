@@ -465,66 +465,115 @@ def test_dropout_is_off_and_gradients_stay_away():
     assert model[0].weight.grad is None
 
 
-def test_refusals():
+REFUSED = {
+    "function": (
+        lambda model, images: audit(lambda x: x, images),
+        "module must be a torch.nn.Module, got func",
+    ),
+    "rank": (lambda model, images: audit(model, images[0]), r"images must be of shape \(B, C, H, W\)"),
+    "integers": (lambda model, images: audit(model, images.long()), "images must be floating point"),
+    "no image": (lambda model, images: audit(model, images[:0]), "images must be at least one, got 0"),
+    "batch": (lambda model, images: audit(model, images, batch_size=0), "batch_size must be an int >= 1"),
+    "whole": (
+        lambda model, images: audit(model, images, whole=["two"]),
+        "whole entry must be the name of a module, got 'two'",
+    ),
+    "small": (
+        lambda model, images: audit(
+            nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2), nn.AvgPool2d(3)), fresh(1, 1, 18, 18)
+        ),
+        "images sides must be at least 4 times the stride 6",
+    ),
+    "fraction of a token": (
+        lambda model, images: audit(model, images, shifts=[(1, 0)]),
+        "shifts must be multiples of the stride 2 within a quarter",
+    ),
+    "far": (
+        lambda model, images: audit(model, images, shifts=[(8, 0)]),
+        "shifts must be multiples of the stride 2 within a quarter",
+    ),
+    "whole token": (
+        lambda model, images: audit(model, images, sub_stride_shifts=[(0, 2)]),
+        "sub_stride_shifts must be below the stride 2",
+    ),
+    "identity": (lambda model, images: audit(model, images, shifts=[(0, 0)]), "without the identity"),
+    "no shift": (lambda model, images: audit(model, images, shifts=[]), "shifts must be at least one"),
+    "one number": (lambda model, images: audit(model, images, shifts=[2]), "must be a pair of ints"),
+    "no grid": (
+        lambda model, images: audit(nn.Flatten(), images),
+        "module must be one that maps grids over the image to grids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name):
     """Each wrong argument has one clear error."""
+    call, match = REFUSED[name]
     model, images = nn.Sequential(conv(1, 1), conv(1, 1, stride=2)), fresh(1, 1, 16, 16)
-    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got function"):
-        audit(lambda x: x, images)
-    with pytest.raises(ValueError, match=r"images must be of shape \(B, C, H, W\)"):
-        audit(model, images[0])
-    with pytest.raises(TypeError, match="images must be floating point"):
-        audit(model, images.long())
-    with pytest.raises(ValueError, match="images must be at least one, got 0"):
-        audit(model, images[:0])
-    with pytest.raises(ValueError, match="batch_size must be an int >= 1"):
-        audit(model, images, batch_size=0)
-    with pytest.raises(ValueError, match="whole entry must be the name of a module, got 'two'"):
-        audit(model, images, whole=["two"])
-    with pytest.raises(ValueError, match="images sides must be at least 4 times the stride 6"):
-        audit(nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2), nn.AvgPool2d(3)), fresh(1, 1, 18, 18))
-    for shift in ((1, 0), (8, 0)):
-        with pytest.raises(ValueError, match="shifts must be multiples of the stride 2 within a quarter"):
-            audit(model, images, shifts=[shift])
-    with pytest.raises(ValueError, match="sub_stride_shifts must be below the stride 2"):
-        audit(model, images, sub_stride_shifts=[(0, 2)])
-    with pytest.raises(ValueError, match="without the identity"):
-        audit(model, images, shifts=[(0, 0)])
-    with pytest.raises(ValueError, match="shifts must be at least one"):
-        audit(model, images, shifts=[])
-    with pytest.raises(TypeError, match="must be a pair of ints"):
-        audit(model, images, shifts=[2])
-    with pytest.raises(ValueError, match="module must be one that maps grids over the image to grids"):
-        audit(nn.Flatten(), images)
+    with pytest.raises(TypeError if name in ("function", "integers", "one number") else ValueError, match=match):
+        call(model, images)
 
 
-def test_report_as_values():
-    """Strict JSON, frozen, a table with every row or with the losing ones, and what NaN and zero are in dB."""
-    report = audit(nn.Sequential(conv(1, 2, mode="zeros"), nn.SiLU()), fresh(1, 1, 16, 16))
+def small_report():
+    """An audit of two modules, the first of which pads with zeros."""
+    return audit(nn.Sequential(conv(1, 2, mode="zeros"), nn.SiLU()), fresh(1, 1, 16, 16))
+
+
+def test_report_survives_json():
+    """Strict JSON, and the same report from it."""
+    report = small_report()
     text = json.dumps(report.to_dict(), allow_nan=False)
     assert json.loads(text)["rows"][0]["border_error"] == report.rows[0].border_error
-    with pytest.raises(FrozenInstanceError):
-        report.stride = 2
-    again = AuditReport.from_dict(json.loads(text))
-    assert again == report
+    assert AuditReport.from_dict(json.loads(text)) == report
     assert AuditReport.from_dict(report.to_dict()) == report
-    with pytest.raises(ValueError, match="format must be 1, got 2"):
-        AuditReport.from_dict({**report.to_dict(), "format": 2})
-    with pytest.raises(ValueError, match=r"AuditReport fields must be \['image_size', .*'extra'"):
-        AuditReport.from_dict({**report.to_dict(), "extra": 1})
-    with pytest.raises(ValueError, match=r"AuditRow fields must be \['aliasing_error', .*got \['name'\]"):
-        AuditReport.from_dict({**report.to_dict(), "rows": [{"name": "0"}]})
+
+
+def test_report_is_frozen():
+    """What was measured is not edited by accident."""
+    report = small_report()
+    with pytest.raises(FrozenInstanceError, match="cannot assign to field 'stride'"):
+        report.stride = 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"format": 2}, "format must be 1, got 2"),
+        ({"extra": 1}, r"AuditReport fields must be \['image_size', .*'extra'"),
+        ({"rows": [{"name": "0"}]}, r"AuditRow fields must be \['aliasing_error', .*got \['name'\]"),
+    ],
+)
+def test_other_dictionaries_are_refused(changes, match):
+    """Another format, an unknown field, a missing one."""
+    data = small_report().to_dict()
+    with pytest.raises(ValueError, match=match):
+        AuditReport.from_dict(data | changes)
+
+
+def test_report_is_a_table():
+    """With every row, or with the losing ones."""
+    report = small_report()
     table = report.to_markdown()
     assert "- border: `0` (Conv2d, pads (zeros)) at" in table
     assert "- aliasing: none adds more than rounding" in table
     assert "| 1 | SiLU | 1 |" in table
     assert "SiLU" not in report.to_markdown(losses_only=True)
+
+
+def test_decibels_of_nothing_and_of_everything():
+    """An exact result has infinitely many."""
     assert decibels(0.0) == math.inf
     assert decibels(math.inf) == -math.inf
     assert decibels(0.01) == pytest.approx(20)
+
+
+@pytest.mark.parametrize("ask", [lambda r: r.worst("corner"), lambda r: r.rows[0].part("corner")])
+def test_unknown_parts_are_refused(ask):
+    """With the list of those that there are."""
+    report = small_report()
     with pytest.raises(ValueError, match="part must be one of 'border', 'global', 'aliasing', got 'corner'"):
-        report.worst("corner")
-    with pytest.raises(ValueError, match="part must be one of"):
-        report.rows[0].part("corner")
+        ask(report)
 
 
 def test_constant_features_have_no_signal_to_lose():
@@ -602,22 +651,41 @@ def test_constant_image_probe_tells_decoders_apart(tmp_path):
         figure.savefig(tmp_path / "grid.png")
 
 
-def test_constant_image_probe_refusals():
+ONES = torch.ones(1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("function", "constant", "options", "error", "match"),
+    [
+        (
+            lambda z: z,
+            torch.eye(8)[None, None],
+            {"stride": 1},
+            ValueError,
+            "constant must be the same at all places of a channel",
+        ),
+        (lambda z: z, ONES.long(), {"stride": 1}, TypeError, "constant must be floating point"),
+        (
+            lambda z: z[0],
+            ONES,
+            {"stride": 1},
+            ValueError,
+            r"function\(constant\) must be of shape \(B, I, H, W\)",
+        ),
+        (lambda z: z.long(), ONES, {"stride": 1}, TypeError, r"function\(constant\) must be floating point"),
+        (lambda z: z, ONES, {"stride": 3}, ValueError, "sides must be divisible by the stride 3"),
+        (
+            lambda z: z,
+            ONES,
+            {"stride": 2, "margin": 3},
+            ValueError,
+            "margin must be one that leaves two periods of 2",
+        ),
+        (lambda z: z, ONES, {"stride": 0}, ValueError, "stride must be an int >= 1"),
+        (lambda z: z, ONES, {"stride": 1, "margin": -1}, ValueError, "margin must be an int >= 0"),
+    ],
+)
+def test_constant_image_probe_refusals(function, constant, options, error, match):
     """What is not constant, not an image, or too small."""
-    ones = torch.ones(1, 1, 8, 8)
-    with pytest.raises(ValueError, match="constant must be the same at all places of a channel"):
-        constant_image_probe(lambda z: z, torch.randn(1, 1, 8, 8), stride=1)
-    with pytest.raises(TypeError, match="constant must be floating point"):
-        constant_image_probe(lambda z: z, ones.long(), stride=1)
-    with pytest.raises(ValueError, match=r"function\(constant\) must be of shape \(B, I, H, W\)"):
-        constant_image_probe(lambda z: z[0], ones, stride=1)
-    with pytest.raises(TypeError, match=r"function\(constant\) must be floating point"):
-        constant_image_probe(lambda z: z.long(), ones, stride=1)
-    with pytest.raises(ValueError, match="sides must be divisible by the stride 3"):
-        constant_image_probe(lambda z: z, ones, stride=3)
-    with pytest.raises(ValueError, match="margin must be one that leaves two periods of 2"):
-        constant_image_probe(lambda z: z, ones, stride=2, margin=3)
-    with pytest.raises(ValueError, match="stride must be an int >= 1"):
-        constant_image_probe(lambda z: z, ones, stride=0)
-    with pytest.raises(ValueError, match="margin must be an int >= 0"):
-        constant_image_probe(lambda z: z, ones, stride=1, margin=-1)
+    with pytest.raises(error, match=match):
+        constant_image_probe(function, constant, **options)

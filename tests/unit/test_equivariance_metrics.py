@@ -536,12 +536,15 @@ def test_wrong_arguments_are_refused(change, error, match):
         measure_equivariance(options.pop("tokenize"), options.pop("images"), **options)
 
 
-def test_best_token_shift_refuses_other_shapes():
-    """Rank and shape are checked."""
-    tokens = torch.zeros(1, 2, 2).long()
-    with pytest.raises(ValueError, match=r"reference must be of shape \(B, h, w\)"):
-        best_token_shift(tokens[0], tokens[0], protocol="canvas")
-    with pytest.raises(ValueError, match=r"shifted must be of shape \(1, 2, 2\), got \(1, 2, 1\)"):
-        best_token_shift(tokens, tokens[..., :1], protocol="canvas")
-    with pytest.raises(ValueError, match="protocol must be one of"):
-        best_token_shift(tokens, tokens, protocol="mirror")
+@pytest.mark.parametrize(
+    ("reference", "shifted", "protocol", "match"),
+    [
+        ((2, 2), (2, 2), "canvas", r"reference must be of shape \(B, h, w\)"),
+        ((1, 2, 2), (1, 2, 1), "canvas", r"shifted must be of shape \(1, 2, 2\), got \(1, 2, 1\)"),
+        ((1, 2, 2), (1, 2, 2), "mirror", "protocol must be one of"),
+    ],
+)
+def test_best_token_shift_refuses_other_shapes(reference, shifted, protocol, match):
+    """Rank and shape are checked, and the protocol."""
+    with pytest.raises(ValueError, match=match):
+        best_token_shift(torch.zeros(reference).long(), torch.zeros(shifted).long(), protocol=protocol)

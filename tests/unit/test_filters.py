@@ -139,21 +139,26 @@ def test_pad2d_compiles_with_its_gradient(mode: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_pad2d_refuses_an_image_without_pixels() -> None:
+@pytest.mark.parametrize("mode", ["replicate", "reflect", "circular"])
+def test_pad2d_refuses_an_image_without_pixels(mode: str) -> None:
     """There is no edge to repeat; zeros need none."""
     assert pad2d(fresh(1, 1, 0, 2), (1, 1, 1, 1), "zeros").shape == (1, 1, 2, 4)
-    for mode in ("replicate", "reflect", "circular"):
-        message = rf"images sides must be at least 1 for mode='{mode}', got shape \(1, 1, 0, 2\)"
-        with pytest.raises(ValueError, match=message):
-            pad2d(fresh(1, 1, 0, 2), (1, 1, 1, 1), mode)
+    message = rf"images sides must be at least 1 for mode='{mode}', got shape \(1, 1, 0, 2\)"
+    with pytest.raises(ValueError, match=message):
+        pad2d(fresh(1, 1, 0, 2), (1, 1, 1, 1), mode)
 
 
-def test_pad2d_refuses_what_is_no_image_or_mode() -> None:
+@pytest.mark.parametrize(
+    ("shape", "mode", "match"),
+    [
+        ((1, 1, 2, 2), "mirror", r"mode must be one of 'zeros'.*got 'mirror'"),
+        ((2, 2), "zeros", r"images must be of shape \(B, C, H, W\), got shape \(2, 2\)"),
+    ],
+)
+def test_pad2d_refuses_what_is_no_image_or_mode(shape: tuple[int, ...], mode: str, match: str) -> None:
     """Rank and mode are checked before anything else happens."""
-    with pytest.raises(ValueError, match=r"mode must be one of 'zeros'.*got 'mirror'"):
-        pad2d(fresh(1, 1, 2, 2), (1, 1, 1, 1), "mirror")
-    with pytest.raises(ValueError, match=r"images must be of shape \(B, C, H, W\), got shape \(2, 2\)"):
-        pad2d(fresh(2, 2), (1, 1, 1, 1), "zeros")
+    with pytest.raises(ValueError, match=match):
+        pad2d(fresh(*shape), (1, 1, 1, 1), mode)
 
 
 @given(mode=MODES, sides=image_sides(1, smallest=5, largest=8), size=st.integers(1, 5), stride=st.integers(1, 4))
@@ -215,9 +220,14 @@ def test_filter2d_converts_the_kernel_to_the_images() -> None:
         assert result.dtype == dtype
 
 
-def test_filter2d_refuses_wrong_ranks() -> None:
+@pytest.mark.parametrize(
+    ("images", "taps", "match"),
+    [
+        ((1, 1, 4, 4), (3, 3), r"taps must be of shape \(k,\), got shape \(3, 3\)"),
+        ((4, 4), (3,), r"images must be of shape \(B, C, H, W\), got shape \(4, 4\)"),
+    ],
+)
+def test_filter2d_refuses_wrong_ranks(images: tuple[int, ...], taps: tuple[int, ...], match: str) -> None:
     """The kernel is one row, the images have four axes."""
-    with pytest.raises(ValueError, match=r"taps must be of shape \(k,\), got shape \(3, 3\)"):
-        filter2d(fresh(1, 1, 4, 4), fresh(3, 3), padding_mode="zeros")
-    with pytest.raises(ValueError, match=r"images must be of shape \(B, C, H, W\), got shape \(4, 4\)"):
-        filter2d(fresh(4, 4), fresh(3), padding_mode="zeros")
+    with pytest.raises(ValueError, match=match):
+        filter2d(fresh(*images), fresh(*taps), padding_mode="zeros")

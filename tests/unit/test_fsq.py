@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from typing import Any
 
 import pytest
@@ -17,13 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from te_quant import FSQ, CodebookUsage
+from tests.helpers import exactly
 
 LEVELS = st.lists(st.integers(2, 9), min_size=1, max_size=4)
-
-
-def exactly(message: str) -> str:
-    """A pattern for the whole message."""
-    return f"^{re.escape(message)}$"
 
 
 def bounded(value: float, size: int) -> float:

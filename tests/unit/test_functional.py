@@ -6,7 +6,6 @@ Shape letters: N latent vectors, C code size, K codes.
 from __future__ import annotations
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from te_quant.functional import nearest_code, orthogonality, perplexity, rotation_trick, straight_through
+from tests.helpers import exactly
 from tests.unit.quantizer_oracles import LargestTensor, orthogonality_oracle
 
 quick = settings(deadline=None, max_examples=40)
@@ -43,7 +43,7 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor
 )  # fmt: skip
 def test_nearest_code_refuses(latents: Tensor, codebook: Tensor, error: type[Exception], message: str) -> None:
     """Each misfit has its own sentence."""
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+    with pytest.raises(error, match=exactly(message)):
         nearest_code(latents, codebook)
 
 
@@ -226,7 +226,7 @@ def test_orthogonality_refuses(
     codebook: Tensor, mask: Tensor | None, error: type[Exception], message: str
 ) -> None:
     """Each misfit has its own sentence."""
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+    with pytest.raises(error, match=exactly(message)):
         orthogonality(codebook, mask)
 
 

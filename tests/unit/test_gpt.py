@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gpt_oracles import BOTH, IMAGE, TEXT, build, draw, logits_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,6 +25,7 @@ from te_quant import VQAutoencoder
 from te_quant.autoencoder import AutoencoderConfig
 from te_quant.gpt import GPT, GPTConfig, Segment
 from te_quant.gpt import blocks as _transformer
+from tests.unit.gpt_oracles import BOTH, IMAGE, TEXT, build, draw, logits_oracle
 
 ORDERS = [None, ("text", "image"), ("image", "text"), ("image",), ("text",)]
 LENGTH = TEXT.length + IMAGE.length
@@ -396,6 +396,7 @@ def test_half_precision_and_autocast_are_close(dtype: torch.dtype) -> None:
             assert abs(loss - wanted[name]) < 0.05 * wanted[name]
 
 
+@pytest.mark.parametrize("method", ["forward", "losses"])
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -421,13 +422,11 @@ def test_half_precision_and_autocast_are_close(dtype: torch.dtype) -> None:
         (lambda t: t.to("meta"), ValueError, "tokens must be on cpu as the weights, got meta"),
     ],
 )
-def test_tokens_that_do_not_fit_are_refused(change: Callable, error: type, match: str) -> None:
+def test_tokens_that_do_not_fit_are_refused(change: Callable, error: type, match: str, method: str) -> None:
     """By both passes, whichever token it is, the last included."""
-    gpt = build()
     tokens = change(torch.zeros(2, LENGTH, dtype=torch.int64))
-    for call in (gpt, gpt.losses):
-        with pytest.raises(error, match=match):
-            call(tokens)
+    with pytest.raises(error, match=match):
+        getattr(build(), method)(tokens)
 
 
 def test_other_integers_are_tokens_too() -> None:
@@ -438,6 +437,16 @@ def test_other_integers_are_tokens_too() -> None:
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        lambda gpt, tokens, order: gpt(tokens, order),
+        lambda gpt, tokens, order: gpt.losses(tokens, order),
+        lambda gpt, tokens, order: gpt.generate(tokens, order=order),
+        lambda gpt, tokens, order: gpt.new_cache(2, order=order),
+    ],
+    ids=["forward", "losses", "generate", "new_cache"],
+)
+@pytest.mark.parametrize(
     ("order", "error", "match"),
     [
         (("text", "audio"), ValueError, "order entry must be one of 'text', 'image', got 'audio'"),
@@ -446,12 +455,10 @@ def test_other_integers_are_tokens_too() -> None:
         ("text", TypeError, "order must be a sequence of names of segments, got 'text'"),
     ],
 )
-def test_orders_that_are_none_are_refused(order: Any, error: type, match: str) -> None:
+def test_orders_that_are_none_are_refused(order: Any, error: type, match: str, call: Callable) -> None:
     """By all that take one."""
-    gpt, tokens = build(), draw(BOTH, 2, 3)
-    for call in (gpt, gpt.losses, lambda t, o: gpt.generate(t, order=o), lambda _, o: gpt.new_cache(2, order=o)):
-        with pytest.raises(error, match=match):
-            call(tokens, order)
+    with pytest.raises(error, match=match):
+        call(build(), draw(BOTH, 2, 3), order)
 
 
 @pytest.mark.parametrize(
@@ -611,20 +618,27 @@ def test_loaded_model_is_the_saved_one(tmp_path: Path, dtype: torch.dtype) -> No
     assert content == {"class_name": "GPT", "format_version": 1, "config": gpt.config.to_dict()}
 
 
-def test_folders_that_hold_no_gpt_are_refused(tmp_path: Path) -> None:
-    """An autoencoder, a config that is none, and weights of another config."""
-    tokenizer = AutoencoderConfig(base_channels=4, norm_groups=2, num_codes=4, code_dim=4)
-    VQAutoencoder(tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"config\.json class_name must be 'GPT', got 'VQAutoencoder'"):
-        GPT.from_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("vocab_size", "match"),
+    [
+        (0, r"config\.json must hold a valid config, got: vocab_size must be an int"),
+        (8, r"model\.safetensors must be saved together with the config\.json.*'segm"),
+    ],
+)
+def test_weights_of_another_config_are_refused(tmp_path: Path, vocab_size: int, match: str) -> None:
+    """And a config that is none."""
     GPT(BOTH).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     text = path.read_text()
-    path.write_text(text.replace('"vocab_size": 7', '"vocab_size": 0'))
-    with pytest.raises(ValueError, match=r"config\.json must hold a valid config, got: vocab_size must be an int"):
+    assert '"vocab_size": 7' in text
+    path.write_text(text.replace('"vocab_size": 7', f'"vocab_size": {vocab_size}'))
+    with pytest.raises(ValueError, match=match):
         GPT.from_pretrained(tmp_path)
-    path.write_text(text.replace('"vocab_size": 7', '"vocab_size": 8'))
-    with pytest.raises(
-        ValueError, match=r"model\.safetensors must be saved together with the config\.json.*'segm"
-    ):
+
+
+def test_folders_that_hold_no_gpt_are_refused(tmp_path: Path) -> None:
+    """By the class that they name."""
+    tokenizer = AutoencoderConfig(base_channels=4, norm_groups=2, num_codes=4, code_dim=4)
+    VQAutoencoder(tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json class_name must be 'GPT', got 'VQAutoencoder'"):
         GPT.from_pretrained(tmp_path)

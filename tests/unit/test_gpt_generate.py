@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gpt_oracles import BOTH, IMAGE, TEXT, build, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from te_quant.gpt import GPT, GPTConfig, Segment
 from te_quant.gpt import blocks as _transformer
 from te_quant.gpt.sampling import Sampler
+from tests.unit.gpt_oracles import BOTH, IMAGE, TEXT, build, draw
 
 LENGTH = TEXT.length + IMAGE.length
 ORDERS = [("text", "image"), ("image", "text"), ("image",)]
@@ -137,42 +137,67 @@ def test_cache_takes_the_dtype_that_is_asked_for() -> None:
         gpt.new_cache(2, dtype=torch.int8)
 
 
-def test_caches_refuse_what_does_not_belong_to_them() -> None:
-    """A mask, another order, another batch, more tokens than there are, dropout."""
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (
+            lambda gpt, tokens, cache: gpt(tokens[:, -2:], mask=tokens[:, -2:] > 0, cache=cache),
+            "mask must be None with a cache, got a tensor",
+        ),
+        (
+            lambda gpt, tokens, cache: gpt(tokens[:, -2:], ("image",), cache=cache),
+            r"order must be that of the cache, \('text', 'image'\), got \('image',\)",
+        ),
+        (
+            lambda gpt, tokens, cache: gpt(tokens[:1, -2:], ["text", "image"], cache=cache),
+            "tokens axis 0 must be batch of the cache=2, got 1",
+        ),
+        (
+            lambda gpt, tokens, cache: gpt(tokens[:, :3], cache=cache),
+            r"tokens axis 1 must be at most 2, what the order .* has left, got 3",
+        ),
+        (
+            lambda gpt, tokens, cache: gpt.next_logits(cache, tokens[:, :2]),
+            "cache must be short of the end of its order, 17 tokens, got 17 with the",
+        ),
+    ],
+    ids=["mask", "order", "batch", "length", "end"],
+)
+def test_caches_refuse_what_does_not_belong_to_them(call: Callable, match: str) -> None:
+    """A mask, another order, another batch, more tokens than there are; the cache stays as it was."""
     gpt, tokens = build(), draw(BOTH, 2, LENGTH)
     cache = gpt.new_cache(2)
-    with pytest.raises(ValueError, match="mask must be None with a cache, got a tensor"):
-        gpt(tokens, mask=tokens > 0, cache=cache)
-    with pytest.raises(
-        ValueError, match=r"order must be that of the cache, \('text', 'image'\), got \('image',\)"
-    ):
-        gpt(tokens, ("image",), cache=cache)
-    with pytest.raises(ValueError, match="tokens axis 0 must be batch of the cache=2, got 1"):
-        gpt(tokens[:1], ["text", "image"], cache=cache)
     gpt(tokens[:, :-2], cache=cache)
-    with pytest.raises(ValueError, match=r"tokens axis 1 must be at most 2, what the order .* has left, got 3"):
-        gpt(tokens[:, :3], cache=cache)
-    with pytest.raises(
-        ValueError, match="cache must be short of the end of its order, 17 tokens, got 17 with the"
-    ):
-        gpt.next_logits(cache, tokens[:, :2])
+    with pytest.raises(ValueError, match=match):
+        call(gpt, tokens, cache)
     assert cache.length == LENGTH - 2
+
+
+def test_caches_of_a_negative_batch_are_refused() -> None:
+    """None is no cache."""
     with pytest.raises(ValueError, match="batch must be an int >= 0, got -1"):
-        gpt.new_cache(-1)
-    noisy = build(dataclasses.replace(BOTH, dropout=0.1))
-    cache = noisy.new_cache(2)
-    noisy.train()
+        build().new_cache(-1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda gpt, tokens, cache: gpt.new_cache(2),
+        lambda gpt, tokens, cache: gpt(tokens, cache=cache),
+        lambda gpt, tokens, cache: gpt.next_logits(cache),
+        lambda gpt, tokens, cache: gpt.generate(tokens),
+        lambda gpt, tokens, cache: gpt.generate(tokens, use_cache=False),
+    ],
+    ids=["new_cache", "forward", "next_logits", "generate", "generate-uncached"],
+)
+def test_dropout_and_caches_exclude_each_other(call: Callable) -> None:
+    """In training mode a pass with a cache would draw other zeros than one without."""
+    gpt, tokens = build(dataclasses.replace(BOTH, dropout=0.1)), draw(BOTH, 2, LENGTH)
+    cache = gpt.new_cache(2)
+    gpt.train()
     match = r"GPT must be in evaluation mode .*call eval\(\)\), got training mode with dropout=0\.1"
-    calls: list[Callable] = [
-        lambda: noisy.new_cache(2),
-        lambda: noisy(tokens, cache=cache),
-        lambda: noisy.next_logits(cache),
-        lambda: noisy.generate(tokens),
-        lambda: noisy.generate(tokens, use_cache=False),
-    ]
-    for call in calls:
-        with pytest.raises(ValueError, match=match):
-            call()
+    with pytest.raises(ValueError, match=match):
+        call(gpt, tokens, cache)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from typing import Any
 
 import pytest
@@ -18,12 +17,8 @@ from torch import Tensor
 
 from te_quant import LFQ
 from te_quant.quantizers._entropy import assignment_entropy, missing_entropy
+from tests.helpers import exactly
 from tests.unit.quantizer_oracles import LargestTensor
-
-
-def exactly(message: str) -> str:
-    """A pattern for the whole message."""
-    return f"^{re.escape(message)}$"
 
 
 def corners(channels: int) -> Tensor:

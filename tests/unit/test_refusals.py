@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +23,7 @@ from te_quant.filters import binomial_kernel, filter2d, fourier_resample, pad2d
 from te_quant.functional import nearest_code, perplexity, rotation_trick, straight_through
 from te_quant.layers import BlurPool2d, BlurUpsample2d
 from te_quant.shifts import fourier_shift, place
+from tests.helpers import exactly
 
 IMAGES = torch.zeros(1, 1, 4, 4)
 PIXELS = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
 def test_wrong_kinds_are_refused_by_name(name: str) -> None:
     """One sentence: which argument, what was expected, what came."""
     call, error, message = REFUSED[name]
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+    with pytest.raises(error, match=exactly(message)):
         call()
 
 

@@ -5,7 +5,6 @@ Shape letters: N latent vectors, C code size, K codes a codebook, Q codebooks.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -16,13 +15,9 @@ from torch import Tensor
 
 from te_quant import ResidualVectorQuantizer, VectorQuantizer
 from te_quant.functional import rotation_trick
+from tests.helpers import exactly
 from tests.unit.quantizer_cases import state_of
 from tests.unit.quantizer_oracles import orthogonality_oracle
-
-
-def exactly(message: str) -> str:
-    """A pattern for the whole message."""
-    return f"^{re.escape(message)}$"
 
 
 def spread(codes: int = 7, dim: int = 4, steps: int = 3, **options: Any) -> ResidualVectorQuantizer:

@@ -6,7 +6,7 @@ Shape letters: N latent vectors, C code size, K codes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -106,13 +106,20 @@ def test_finds_the_code_that_latents_were_drawn_around(
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_the_judge_sees_wrong_choices() -> None:
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda right, latents, codebook: (right + 1) % 20,
+        lambda right, latents, codebook: (latents @ codebook.T).argmin(1),
+    ],
+    ids=["next", "farthest"],
+)
+def test_the_judge_sees_wrong_choices(choose: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """Negative control: indices shifted by one, and the farthest codes, are both refused."""
     latents, codebook = draw(1, 30, 20, 4)
-    right = nearest_code(latents, codebook)
-    for wrong in ((right + 1) % 20, (latents @ codebook.T).argmin(1)):
-        with pytest.raises(AssertionError):
-            assert_nearest(wrong, latents, codebook)
+    wrong = choose(nearest_code(latents, codebook), latents, codebook)
+    with pytest.raises(AssertionError, match="a code that was not chosen is nearer"):
+        assert_nearest(wrong, latents, codebook)
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (1, 8), (3, 3), (7, 35), (8, 64), (4096, 1 << 19)])

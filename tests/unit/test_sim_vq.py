@@ -6,7 +6,6 @@ Shape letters: N latent vectors, C code size, K codes.
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import pytest
@@ -17,12 +16,8 @@ from torch import Tensor
 
 from te_quant import SimVQ, VectorQuantizer
 from te_quant.functional import rotation_trick
+from tests.helpers import exactly
 from tests.unit.quantizer_oracles import assert_nearest
-
-
-def exactly(message: str) -> str:
-    """A pattern for the whole message."""
-    return f"^{re.escape(message)}$"
 
 
 def spread(codes: int = 9, dim: int = 4, **options: Any) -> SimVQ:

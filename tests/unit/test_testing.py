@@ -20,6 +20,7 @@ from te_quant.testing import (
     latents_off_boundaries,
     phase_token_shift,
 )
+from tests.helpers import numpy_generator
 
 quick = settings(deadline=None, max_examples=25)
 
@@ -76,17 +77,17 @@ def test_error_is_that_of_numpy(images, shift):
     assert error.actual == pytest.approx(actual[b, c, y, x])
 
 
-def test_zero_padding_fails_and_is_suspected():
+@pytest.mark.parametrize(
+    ("shifts", "match"),
+    [
+        ([(0, 0), (0, 3), (1, 0)], r"not equivariant at shift \(0, 3\): relative error .*tolerance 1e-10"),
+        ([(0, 3)], r"largest at \(\d, \d, \d+, \d+\): expected .*, got .*at the padding"),
+    ],
+)
+def test_zero_padding_fails_and_is_suspected(shifts, match):
     """The negative control; the message names the shift, the place, the size and the padding."""
-    images = torch.rand(2, 2, 32, 32).double()
-    with pytest.raises(
-        AssertionError, match=r"not equivariant at shift \(0, 3\): relative error .*tolerance 1e-10"
-    ):
-        assert_shift_equivariant(network("zeros"), images, shifts=[(0, 0), (0, 3), (1, 0)])
-    with pytest.raises(
-        AssertionError, match=r"largest at \(\d, \d, \d+, \d+\): expected .*, got .*at the padding"
-    ):
-        assert_shift_equivariant(network("zeros"), images, shifts=[(0, 3)])
+    with pytest.raises(AssertionError, match=match):
+        assert_shift_equivariant(network("zeros"), torch.rand(2, 2, 32, 32).double(), shifts=shifts)
 
 
 def test_strided_network_fails_at_one_pixel():
@@ -136,25 +137,31 @@ def test_polyphase_passes_with_its_own_law(images, shift):
     assert math.isnan(error.near_border)
 
 
-def test_wrong_laws_fail():
-    """A law that is off by one token is seen; offsets that do not follow the images are refused."""
-    images = torch.rand(2, 1, 8, 8)
+def test_a_law_that_is_off_by_one_token_fails():
+    """The tokens are where it does not look for them."""
     law = phase_token_shift(lambda x: polyphase(x)[1], 2)
     with pytest.raises(AssertionError, match="no multiple of the stride, so at the downsampling layers"):
         assert_shift_equivariant(
-            lambda x: polyphase(x)[0], images, shifts=[(1, 0)], stride=2, token_shift=lambda *a: law(*a) + 1
-        )
-    with pytest.raises(ValueError, match="offsets must be such that t \\+ o - o' is a multiple of the stride 2"):
-        equivariance_error(
-            tokens,
-            images,
-            (1, 0),
+            lambda x: polyphase(x)[0],
+            torch.rand(2, 1, 8, 8),
+            shifts=[(1, 0)],
             stride=2,
-            token_shift=phase_token_shift(lambda x: torch.zeros(2, 2, dtype=torch.int64), 2),
+            token_shift=lambda *a: law(*a) + 1,
         )
-    for wrong in (torch.zeros(2, 2), torch.zeros(1, 2, dtype=torch.int64), (0, 0)):
-        with pytest.raises(ValueError, match=r"token_shift\(...\) must be an integer tensor of shape \(2, 2\)"):
-            equivariance_error(tokens, images, (1, 0), stride=2, token_shift=lambda *_, w=wrong: w)
+
+
+def test_offsets_that_do_not_follow_the_images_are_refused():
+    """No whole number of tokens would be the law."""
+    law = phase_token_shift(lambda x: torch.zeros(2, 2, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="offsets must be such that t \\+ o - o' is a multiple of the stride 2"):
+        equivariance_error(tokens, torch.rand(2, 1, 8, 8), (1, 0), stride=2, token_shift=law)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 2), torch.zeros(1, 2, dtype=torch.int64), (0, 0)])
+def test_laws_without_integers_for_every_image_are_refused(wrong):
+    """Floats, one for all images, and a pair."""
+    with pytest.raises(ValueError, match=r"token_shift\(...\) must be an integer tensor of shape \(2, 2\)"):
+        equivariance_error(tokens, torch.rand(2, 1, 8, 8), (1, 0), stride=2, token_shift=lambda *_: wrong)
 
 
 def test_canvas_and_crop():
@@ -240,33 +247,61 @@ def test_function_may_write_into_its_input():
     assert torch.equal(images, before)
 
 
-def test_refusals():
+@pytest.mark.parametrize(
+    ("function", "shift", "options", "error", "match"),
+    [
+        (tokens, (0, 0), {"stride": 0}, ValueError, "stride must be an int >= 1"),
+        (tokens, (1, 0), {"stride": 2}, ValueError, "shift must be a multiple of the stride 2, as no token_shift"),
+        (tokens, (0, 0), {"protocol": "mirror"}, ValueError, "protocol must be one of"),
+        (
+            tokens,
+            (0, 0),
+            {"protocol": "crop"},
+            ValueError,
+            r"size must be \(height, width\) under the crop protocol",
+        ),
+        (lambda x: (x,), (0, 0), {}, TypeError, r"function\(images\) must be .* tensor, got tuple"),
+        (lambda x: x > 0, (0, 0), {}, TypeError, r"function\(images\) must be .* tensor, got torch.bool"),
+        (lambda x: x[0, 0], (0, 0), {}, ValueError, r"function\(images\) must be of shape \(B, ..., h, w\)"),
+        (
+            lambda x: x if (x > 0).all() else x[..., 1:],
+            (1, 0),
+            {"protocol": "canvas"},
+            ValueError,
+            r"of one shape .* before and after the shift",
+        ),
+        (
+            lambda x: x[..., :1, :1],
+            (1, 0),
+            {"protocol": "canvas"},
+            ValueError,
+            "shift must be one that leaves positions valid in both",
+        ),
+    ],
+)
+def test_refusals(function, shift, options, error, match):
     """Each wrong argument has one clear error."""
-    images = torch.rand(1, 1, 8, 8)
+    with pytest.raises(error, match=match):
+        equivariance_error(function, torch.full((1, 1, 8, 8), 1.0), shift, **options)
+
+
+def test_one_image_without_a_batch_is_refused():
+    """By its shape."""
     with pytest.raises(ValueError, match=r"images must be of shape \(B, C, H, W\)"):
-        equivariance_error(tokens, images[0], (0, 0))
-    with pytest.raises(ValueError, match="stride must be an int >= 1"):
-        equivariance_error(tokens, images, (0, 0), stride=0)
-    with pytest.raises(ValueError, match="shift must be a multiple of the stride 2, as no token_shift"):
-        equivariance_error(tokens, images, (1, 0), stride=2)
-    with pytest.raises(ValueError, match="protocol must be one of"):
-        equivariance_error(tokens, images, (0, 0), protocol="mirror")
-    with pytest.raises(ValueError, match=r"size must be \(height, width\) under the crop protocol"):
-        equivariance_error(tokens, images, (0, 0), protocol="crop")
-    with pytest.raises(TypeError, match=r"function\(images\) must be .* tensor, got tuple"):
-        equivariance_error(lambda x: (x,), images, (0, 0))
-    with pytest.raises(TypeError, match=r"function\(images\) must be .* tensor, got torch.bool"):
-        equivariance_error(lambda x: x > 0, images, (0, 0))
-    with pytest.raises(ValueError, match=r"function\(images\) must be of shape \(B, ..., h, w\)"):
-        equivariance_error(lambda x: x[0, 0], images, (0, 0))
-    with pytest.raises(ValueError, match=r"of one shape .* before and after the shift"):
-        equivariance_error(lambda x: x if x.equal(images) else x[..., 1:], images, (1, 0))
-    with pytest.raises(ValueError, match="shift must be one that leaves positions valid in both"):
-        equivariance_error(lambda x: x[..., :1, :1], torch.full((1, 1, 8, 8), -1.0), (1, 0), protocol="canvas")
-    with pytest.raises(ValueError, match="shifts must be at least one"):
-        assert_shift_equivariant(tokens, images, shifts=[])
-    with pytest.raises(ValueError, match="tolerance must be a finite number >= 0"):
-        assert_shift_equivariant(tokens, images, shifts=[(0, 0)], tolerance=-1)
+        equivariance_error(tokens, torch.rand(1, 8, 8), (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"shifts": []}, "shifts must be at least one"),
+        ({"shifts": [(0, 0)], "tolerance": -1}, "tolerance must be a finite number >= 0"),
+    ],
+)
+def test_assertion_refusals(options, match):
+    """What only the assertion takes."""
+    with pytest.raises(ValueError, match=match):
+        assert_shift_equivariant(tokens, torch.rand(1, 1, 8, 8), **options)
 
 
 @quick
@@ -328,7 +363,7 @@ def test_margins_are_certified(codebook, margin, dtype, data):
             if j != c:
                 gap = ((z - codes[j]) ** 2).sum() - ((z - codes[c]) ** 2).sum()
                 assert gap / (2 * np.linalg.norm(codes[j] - codes[c])) >= margin
-    push = np.random.default_rng().standard_normal(rows.shape)
+    push = numpy_generator().standard_normal(rows.shape)
     push *= 0.999 * margin / np.linalg.norm(push, axis=1, keepdims=True)
     found = nearest_code(torch.from_numpy(rows + push), codebook.double())
     assert torch.equal(found.view(2, 2, 3), indices)
@@ -363,20 +398,22 @@ def test_crowded_codes_are_never_chosen():
         latents_off_boundaries(codebook, margin=7.0)
 
 
-def test_strategies_refuse_impossible_ranges():
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: testing.shifts(2, multiple_of=3, identity=False), "limit must be an int >= 3"),
+        (lambda: testing.image_sides(4, smallest=9, largest=11), "largest must be an int >= 12"),
+        (lambda: testing.codebooks(num_codes=(5, 4)), r"num_codes\[1\] must be an int >= 5"),
+        (lambda: testing.codebooks(separation=-1.0), "separation must be a finite number >= 0"),
+        (lambda: testing.images((4, 4), channels=0), "channels must be an int >= 1"),
+        (lambda: latents_off_boundaries(torch.zeros(1, 1), margin=-1), "margin must be a finite number >= 0"),
+    ],
+    ids=["shifts", "sides", "codes", "separation", "channels", "margin"],
+)
+def test_strategies_refuse_impossible_ranges(build, match):
     """At once, not in the middle of a test."""
-    with pytest.raises(ValueError, match="limit must be an int >= 3"):
-        testing.shifts(2, multiple_of=3, identity=False)
-    with pytest.raises(ValueError, match="largest must be an int >= 12"):
-        testing.image_sides(4, smallest=9, largest=11)
-    with pytest.raises(ValueError, match=r"num_codes\[1\] must be an int >= 5"):
-        testing.codebooks(num_codes=(5, 4))
-    with pytest.raises(ValueError, match="separation must be a finite number >= 0"):
-        testing.codebooks(separation=-1.0)
-    with pytest.raises(ValueError, match="channels must be an int >= 1"):
-        testing.images((4, 4), channels=0)
-    with pytest.raises(ValueError, match="margin must be a finite number >= 0"):
-        latents_off_boundaries(torch.zeros(1, 1), margin=-1)
+    with pytest.raises(ValueError, match=match):
+        build()
 
 
 def test_without_hypothesis_the_judge_still_works(monkeypatch):

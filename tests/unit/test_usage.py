@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 from collections import Counter
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from te_quant import CodebookUsage, CodebookUsageReport
+from tests.helpers import exactly
 
 tokens = st.lists(st.integers(0, 9), max_size=60)
 
@@ -111,7 +111,7 @@ def test_report_is_frozen() -> None:
 )  # fmt: skip
 def test_refuses_options(arguments: dict[str, float], error: type[Exception], message: str) -> None:
     """Each bad option has its own sentence."""
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+    with pytest.raises(error, match=exactly(message)):
         CodebookUsage(**arguments)  # type: ignore[arg-type]
 
 
@@ -128,7 +128,7 @@ def test_refuses_options(arguments: dict[str, float], error: type[Exception], me
 def test_refuses_indices(indices: Tensor, error: type[Exception], message: str) -> None:
     """Refused indices are not counted, not even the good ones beside them."""
     usage = CodebookUsage(10)
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+    with pytest.raises(error, match=exactly(message)):
         usage.update(indices)
     assert usage.compute().tokens == 0
 
@@ -144,5 +144,5 @@ def test_refuses_indices(indices: Tensor, error: type[Exception], message: str) 
 )  # fmt: skip
 def test_refuses_histograms(histogram: Tensor, error: type[Exception], message: str) -> None:
     """Only a histogram of the same codes can be merged."""
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+    with pytest.raises(error, match=exactly(message)):
         CodebookUsage(10).merge(histogram)

@@ -20,14 +20,16 @@ def add_family_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     Args:
         add: makes the parser of a command from its name, function, help text and shared options.
     """
-    trained_alike = "train every quantizer of the library alike, and write one table"
+    trained_alike = "train every quantizer of the library under the same settings, and write one table"
     family = add("family", _family, trained_alike, *WHERE, "seed", "steps", "data-dir", "device", "threads")
-    family.add_argument("--quantizers", nargs="+", help="these alone are trained (default: all that are not yet)")
+    family.add_argument("--quantizers", nargs="+", help="train only these (default: all that are not trained yet)")
     family.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")
     family.add_argument(
-        "--into", type=Path, help="folder of results, table and picture (default: in that of --out)"
+        "--into", type=Path, help="folder of results, table and picture (default: OUT/family/report)"
     )
-    family.add_argument("--results", type=Path, help="write those anew from the results.json in this folder")
+    family.add_argument(
+        "--results", type=Path, help="rewrite table and picture in this folder from its results.json"
+    )
 
 
 def _family(options: argparse.Namespace) -> None:

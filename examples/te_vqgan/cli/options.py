@@ -25,18 +25,28 @@ COMPUTE = ("data-dir", "device", "threads", "channels-last", "compile")
 _COMPILED = ("paper",)
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "preset": {"choices": tuple(PRESETS), "default": "quick", "help": "size of everything (default: quick)"},
-    "data": {"choices": SOURCES, "help": "the digits (default: the preset's)"},
+    "preset": {
+        "choices": tuple(PRESETS),
+        "default": "quick",
+        "help": "sizes of models, data and trainings (default: quick)",
+    },
+    "data": {"choices": SOURCES, "help": "data set (default: the preset's)"},
     "out": {"type": Path, "help": "folder of the results (default: runs/te_vqgan/PRESET-DATA)"},
     "data-dir": {"type": Path, "help": "folder of the IDX files (default: $TE_QUANT_DATA, else downloaded)"},
-    "seed": {"type": int, "help": "of weights and images (default: the preset's, 0)"},
+    "seed": {"type": int, "help": "seed of weights and images (default: the preset's, 0)"},
     "steps": {"type": int, "help": "optimiser steps, instead of the preset's"},
     "perceptual": {"choices": ("none", "lpips"), "help": "perceptual distance in the loss (default: none)"},
-    "bf16": {"action": argparse.BooleanOptionalAction, "help": "the networks in bfloat16 while training"},
-    "device": {"default": "cpu", "help": "as torch names it (default: cpu)"},
-    "channels-last": {"action": argparse.BooleanOptionalAction, "help": "in memory (default: for paper alone)"},
-    "compile": {"action": argparse.BooleanOptionalAction, "help": "what is trained (default: for paper alone)"},
-    "threads": {"type": int, "default": 0, "help": "of the CPU in all (default: every core)"},
+    "bf16": {"action": argparse.BooleanOptionalAction, "help": "train the networks in bfloat16"},
+    "device": {"default": "cpu", "help": "torch device (default: cpu)"},
+    "channels-last": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "channels-last memory format (default: only for preset paper)",
+    },
+    "compile": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "compile the networks (default: only for preset paper)",
+    },
+    "threads": {"type": int, "default": 0, "help": "CPU threads in total (default: one per core)"},
 }
 
 

@@ -34,15 +34,15 @@ def add_stage2_commands(add: Add) -> None:
     measured = "measure a tokenizer and the GPT on its tokens"
     evaluate = add("evaluate", _evaluate, measured, *_MEASURE, "seed", "bf16", "perceptual")
     _add_arm(evaluate)
+    evaluate.add_argument("--stage2-steps", type=int, help="optimiser steps of the GPT, if not the preset's")
     evaluate.add_argument(
-        "--stage2-steps", type=int, help="those that the GPT was trained for, if not the preset's"
+        "--candidates", type=int, help="number of codes to sample from, instead of the preset's share"
     )
-    evaluate.add_argument("--candidates", type=int, help="sample from so many codes instead of the preset's share")
-    evaluate.add_argument("--tokenizer-alone", action="store_true", help="read reconstructions, no more")
+    evaluate.add_argument("--tokenizer-alone", action="store_true", help="measure only reconstructions")
     evaluate.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     share = add("publish", _publish, "copy the weights of one arm, in half precision", *WHERE, "seed", "bf16")
     _add_arm(share)
-    share.add_argument("--into", type=Path, required=True, help="folder that is made")
+    share.add_argument("--into", type=Path, required=True, help="folder to create")
 
 
 def classifier_folder(out: Path) -> Path:
@@ -56,7 +56,7 @@ def _add_arm(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint, if there is one")
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
 
 

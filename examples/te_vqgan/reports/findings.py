@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from examples.te_vqgan.reports.results import METRICS, Metric, by_arm, values_of
+from te_quant import EquivarianceReport
 
 __all__ = ["findings"]
 
@@ -15,7 +16,10 @@ Runs = Sequence[Mapping[str, Any]]
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """Compare every arm with the first one."""
+    """Compare every arm with the first one.
+
+    Two agreements of single trainings whose 95 % intervals overlap are not told apart.
+    """
     groups = by_arm(results["runs"])
     (base, base_runs), *others = groups.items()
     sentences = [sentence for title, runs in others for sentence in _compare(title, runs, base, base_runs)]
@@ -37,8 +41,15 @@ def _compare(title: str, runs: Runs, base: str, base_runs: Runs) -> list[str]:
         f"(over {runs[0]['evaluation']['test']['images']:,} test images); "
         f"mean |cosine| of two used codes {_pair('cosine', runs, base_runs)}.",
     ]
-    gains = {}
+    gains: dict[str, float] = {}
     for name in ("placement", "sub_stride"):
+        overlap = _overlap(name, runs, base_runs)
+        if overlap is not None:
+            sentences.append(
+                f"{title} and {base} cannot be told apart by their {_NOUNS[name]}: the 95 % intervals over test "
+                f"digits overlap ({overlap}); {_kappa(METRICS[name], runs, base_runs)}."
+            )
+            continue
         sentences.append(
             f"{_versus(name, title, runs, base, base_runs)}; {_kappa(METRICS[name], runs, base_runs)}."
         )
@@ -59,6 +70,24 @@ def _compare(title: str, runs: Runs, base: str, base_runs: Runs) -> list[str]:
             "codebook or the other differences (listed below) are the cause, this comparison cannot say."
         )
     return sentences
+
+
+def _overlap(name: str, runs: Runs, base_runs: Runs) -> str | None:
+    """Write both rates with their intervals if these overlap; ``None`` if not, or if both arms have several seeds.
+
+    Without a second seed the spread over test digits is the only noise that is known, and it is a lower bound.
+    """
+    if len(runs) > 1 and len(base_runs) > 1:
+        return None
+    reports = [EquivarianceReport.from_dict(group[0]["evaluation"]["equivariance"]) for group in (runs, base_runs)]
+    ours, theirs = (report.agreements()[name] for report in reports)
+    (low, high), (base_low, base_high) = ours.rate_interval, theirs.rate_interval
+    if ours.rate == theirs.rate or not (low <= base_high and base_low <= high):
+        return None
+    return " against ".join(
+        f"{agreement.rate:.3f} [{agreement.rate_interval[0]:.3f}, {agreement.rate_interval[1]:.3f}]"
+        for agreement in (ours, theirs)
+    )
 
 
 _WORDS = {"placement": "placement", "sub_stride": "shifts below a token"}

@@ -30,6 +30,7 @@ from examples.te_vqgan.reports.findings import findings
 from examples.te_vqgan.reports.generation.report import generation_blocks, generation_figures, generation_tables
 from examples.te_vqgan.reports.generation.tables import full_size, generations
 from examples.te_vqgan.reports.results import METRICS, by_arm, cell, collect, commands, merged
+from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
@@ -178,8 +179,11 @@ def _blocks(results: Mapping[str, Any]) -> list[Block]:
     grid = settings["canvas_size"] // conditions.stride
     seeds = sorted({run["seed"] for run in results["runs"]})
     pictures: list[Block] = [Picture(name, caption) for name, caption in _CAPTIONS.items()]
+    trial = trial_size(run["settings"] for run in results["runs"])
+    warning = [] if trial is None else [Paragraph(_meaningless(trial))]
     return [
         Heading(1, _title(results)),
+        *warning,
         Paragraph(
             f"{_listed(groups)}: {_budget(results)}, on pictures of one to four "
             f"digits (`{settings['data']}`), {settings['canvas_size']}x{settings['canvas_size']} pixels, and "
@@ -187,7 +191,7 @@ def _blocks(results: Mapping[str, Any]) -> list[Block]:
             f"K = {model['num_codes']} codes of size C = {model['code_dim']}."
         ),
         Heading(2, "What came out"),
-        Bullets(findings(results)),
+        *([] if trial else [Bullets(findings(results))]),
         Table(header, rows),
         Paragraph(
             f"Reconstruction and code use over {measured['test']['images']:,} test images "
@@ -209,6 +213,13 @@ def _blocks(results: Mapping[str, Any]) -> list[Block]:
         Bullets(_differences(groups)),
         Paragraph("All settings of the first arm: `" + json.dumps(settings, sort_keys=True) + "`"),
     ]
+
+
+def _meaningless(size: str) -> str:
+    return (
+        f"The numbers in this report mean nothing: it is a trial of {size}. It shows that every step of the "
+        "pipeline runs, and no findings are drawn from it."
+    )
 
 
 def _runs_table(results: Mapping[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""A small GPT over segments with vocabularies of their own, such as captions and image tokens."""
+"""A small GPT over segments with their own vocabularies, such as captions and image tokens."""
 
 from te_quant.gpt.config import GPTConfig, Segment
 from te_quant.gpt.former_names import with_present_names

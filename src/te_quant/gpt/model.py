@@ -1,8 +1,8 @@
 """A decoder-only transformer over sequences of segments: captions and image tokens, in any order.
 
-The network reads ``start, token 0, token 1, ...`` and says after each what comes next, so that what it says about
-token i rests on the tokens before it alone. Everything public speaks of *tokens*: ``logits[:, i]`` are about
-``tokens[:, i]``, and nobody has to shift anything.
+The network reads ``start, token 0, token 1, ...`` and predicts after each what comes next, so its prediction of
+token i depends only on the tokens before it. Logits align with tokens: ``logits[:, i]`` are about ``tokens[:, i]``,
+and callers never shift.
 
 Shape letters: B batch, T tokens of a sequence, P tokens of a prompt, t tokens of a chunk, V vocabulary, D width,
 H heads.
@@ -37,7 +37,7 @@ __all__ = ["GPT", "GPTConfig", "KeyValueCache", "Segment"]
 
 
 class KeyValueCache:
-    """What a :class:`GPT` remembers of the tokens it was given; :meth:`GPT.new_cache` makes one.
+    """The keys and values of the tokens that a :class:`GPT` has read; :meth:`GPT.new_cache` makes one.
 
     Attributes:
         layout: which columns each segment takes.
@@ -71,6 +71,13 @@ class GPT(nn.Module):
 
     Args:
         config: every option.
+
+    Example:
+        >>> text, image = Segment("text", 40, (6,), "learned"), Segment("image", 16, (4, 4), "axial")
+        >>> gpt = GPT(GPTConfig((text, image), width=32, depth=2, num_heads=2)).eval()
+        >>> caption = torch.zeros(1, 6, dtype=torch.int64)
+        >>> gpt.generate(caption, order=("text", "image")).shape
+        torch.Size([1, 22])
 
     Shape:
         tokens: (B, T) integers, those of the first segment of the order, then those of the next. Each is an
@@ -108,8 +115,8 @@ class GPT(nn.Module):
             tokens: of the whole sequence from its first column on, or the next ones after those in ``cache``.
             order: names of some or all segments as they follow each other. ``None``: that of the cache, else that
                 of the config.
-            mask: (B, T) bool; a token where it is False is as if it were not there, while the others keep the
-                positions of their columns. What follows it is predicted by the last token before it that is there.
+            mask: (B, T) bool; tokens with mask False are ignored; the others keep the positions of their columns.
+                The token after an ignored one is predicted from the last token before it that counts.
             cache: what was given before; the tokens are added to it. There is no gradient then.
 
         Raises:
@@ -135,7 +142,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Mean cross entropy of the tokens of each segment in nats, without a tensor of all logits.
+        """Return the mean cross entropy of the tokens of each segment in nats, without a tensor of all logits.
 
         Args:
             tokens: (B, T), as of :meth:`forward`.
@@ -168,7 +175,7 @@ class GPT(nn.Module):
     def new_cache(
         self, batch: int, *, order: Sequence[str] | None = None, dtype: torch.dtype | None = None
     ) -> KeyValueCache:
-        """An empty cache for ``batch`` sequences, with memory for all tokens of ``order``.
+        """Return an empty cache for ``batch`` sequences, with memory for all tokens of ``order``.
 
         Give it tokens in chunks of any size, through :meth:`forward` for the logits about them, or through
         :meth:`next_logits` for those about the token after them. It holds for the weights of the moment.
@@ -298,15 +305,23 @@ class GPT(nn.Module):
         cls,
         source: str | os.PathLike[str],
         *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         revision: str | None = None,
+        token: str | bool | None = None,
         cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> GPT:
-        """The model that :meth:`save_pretrained` wrote, in evaluation mode, on the CPU, in the saved dtypes.
+        """Return the model that :meth:`save_pretrained` wrote, in evaluation mode.
 
         Args:
             source: a local folder, else a hub id ``owner/name``.
+            device: where to put the model; None is the CPU.
+            dtype: floating-point type to convert it to; None keeps the saved ones.
             revision: branch, tag or commit, for a hub id only.
+            token: of an account that may read the repository, for a hub id only.
             cache_dir: where downloads are kept, for a hub id only.
+            local_files_only: use only what has been downloaded before.
 
         Raises:
             FileNotFoundError: no such folder, or a file is missing in it.
@@ -314,7 +329,14 @@ class GPT(nn.Module):
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
         return _pretrained.load(
-            "GPT", GPTConfig.from_dict, cls, source, revision, cache_dir, rename=with_present_names
+            "GPT",
+            GPTConfig.from_dict,
+            cls,
+            source,
+            device=device,
+            dtype=dtype,
+            hub=_pretrained.Hub(revision, token, cache_dir, local_files_only),
+            rename=with_present_names,
         )
 
     def _predictions(self, tokens: Tensor, layout: Layout, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Hypothesis strategies for the inputs of an equivariance property.
 
-Only making the first strategy imports hypothesis.
+Only making the first strategy imports hypothesis (``te_quant[testing]``).
 
 Shape letters: B batch, C channels, H W sides of the images, h w token grid, K codes.
 """

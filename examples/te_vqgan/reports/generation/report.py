@@ -27,6 +27,7 @@ from examples.te_vqgan.reports.generation.tables import (
     table2,
     table3,
 )
+from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.stage1.presets import ARMS
 from te_quant import EquivarianceReport
 
@@ -72,9 +73,11 @@ def generation_blocks(results: Mapping[str, Any]) -> list[Block]:
     settings = first["settings"]
     counts = first["generation"]["held_out"]["text_to_image"]["cases"]
     digits = ", ".join(f"{case['digits']:,} ({name})" for name, case in counts.items())
+    trained = [part for runs in arms.values() for run in runs for part in (run, run["stage2"][str(images)])]
+    trial = trial_size(part["settings"] for part in trained)
     blocks: list[Block] = [
         Heading(2, "Text to image, image to text"),
-        Bullets(generation_findings(results)),
+        _no_findings(trial) if trial else Bullets(generation_findings(results)),
         Paragraph(_conditions(results, settings, images, digits)),
         Heading(3, "Table 1, text to image"),
         tables["table1-text-to-image"],
@@ -135,6 +138,10 @@ def generation_figures(results: Mapping[str, Any], samples: Samples) -> dict[str
         "confusions.png": draw_confusions(counts, CLASS_NAMES[results["runs"][0]["settings"]["data"]]),
         "tradeoff.png": draw_tradeoff(points),
     }
+
+
+def _no_findings(size: str) -> Paragraph:
+    return Paragraph(f"No findings are drawn from a trial of {size}; the numbers of this section mean nothing.")
 
 
 def _conditions(results: Mapping[str, Any], settings: Mapping[str, Any], images: int, digits: str) -> str:

@@ -68,6 +68,13 @@ def audit(
     afterwards, also if it fails. All shifts of a batch go through the model at once, so normalisation by
     statistics of the *batch* is not audited soundly.
 
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU())
+        >>> report = audit(model, torch.rand(2, 3, 16, 16))
+        >>> report.worst("border").name, report.worst("global") is None
+        ('0', True)
+
     Args:
         module: the model.
         images: what it takes, H and W at least four times its stride. Photographs show more than noise.

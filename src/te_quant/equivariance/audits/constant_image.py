@@ -97,17 +97,20 @@ class ConstantImageReport(Tabular):
 def constant_image_probe(
     function: Callable[[Tensor], Tensor], constant: Tensor, *, stride: int, margin: int | None = None
 ) -> ConstantImageReport:
-    """Give a constant to a decoder (codes) or an autoencoder (images) and measure what is not constant.
+    """Give a constant to a decoder (codes) or an autoencoder (images) and measure how the output varies.
 
     A map that commutes with all shifts sends constants to constants. One that commutes with multiples of s alone
     may show a pattern of period s; what padding adds stays near the border, as far as its influence reaches, and
     shows as a ring; attention and statistics can spread it. Put your model in evaluation mode first.
 
-    Example::
-
-        code = model.quantizer.codebook[7].view(1, -1, 1, 1).expand(1, -1, 16, 16)
-        print(constant_image_probe(model.decode, code, stride=4).to_markdown())
-        constant_image_probe(lambda x: model(x).reconstruction, torch.zeros(1, 1, 64, 64), stride=4).plot()
+    Example:
+        >>> decoder = torch.nn.Sequential(
+        ...     torch.nn.Upsample(scale_factor=4), torch.nn.Conv2d(8, 3, 3, padding=1, padding_mode="circular")
+        ... )
+        >>> code = torch.ones(1, 8, 16, 16)
+        >>> report = constant_image_probe(decoder, code, stride=4)
+        >>> report.grid_error < 1e-6, report.border_error < 1e-6
+        (True, True)
 
     Args:
         function: codes or images -> images.

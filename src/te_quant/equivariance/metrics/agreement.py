@@ -159,6 +159,10 @@ def count_pairs(first: Tensor, second: Tensor, num_codes: int, mask: Tensor | No
 
     Shape:
         first, second: one shape, int64. mask: the same, bool.
+
+    Example:
+        >>> count_pairs(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), num_codes=2).equal
+        2
     """
     require_integer_tensor("first", first)
     require_integer_tensor("second", second)
@@ -178,12 +182,18 @@ def foreground_tokens(images: Tensor, *, stride: int, ground: float = -1.0, tau:
 
     Args:
         images: in [-1, 1].
-        stride: s, pixels a token; the cell of token (a, b) is the s x s square at (s·a, s·b).
+        stride: s, pixels per token; the cell of token (a, b) is the s x s square at (s·a, s·b).
         ground: value of the ground, in the unit of ``images``.
         tau: τ, a cell is foreground when any pixel of any channel differs from the ground by more.
 
     Shape:
         images: (B, C, H, W), H and W multiples of s. Returns (B, H/s, W/s) bool.
+
+    Example:
+        >>> images = torch.full((1, 1, 4, 4), -1.0)
+        >>> images[0, 0, 3, 0] = 1.0
+        >>> foreground_tokens(images, stride=2).tolist()
+        [[[False, False], [True, False]]]
     """
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)

@@ -157,6 +157,10 @@ def code_margins(latents: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
         Exact copies of code c form no wall: whichever of them is chosen by the same rule every time (the lowest
         index, in this library), it is chosen for all latents of their common cell. They are left out.
 
+    Example:
+        >>> code_margins(torch.tensor([[0.25]]), torch.tensor([[0.0], [2.0]]), torch.tensor([0]))
+        tensor([0.7500], dtype=torch.float64)
+
     Raises:
         ValueError: a shape or device does not fit, or an index lies outside [0, K).
         TypeError: latents or codebook are not floating point, or indices not integer.
