@@ -1,8 +1,8 @@
 """A decoder-only transformer over sequences of segments: captions and image tokens, in any order.
 
 The network reads ``start, token 0, token 1, ...`` and predicts after each what comes next, so its prediction of
-token i depends only on the tokens before it. Logits align with tokens: ``logits[:, i]`` are about ``tokens[:, i]``,
-and callers never shift.
+token i depends only on the tokens before it. Logits align with tokens: ``logits[:, i]`` are about
+``tokens[:, i]``, and callers never shift.
 
 Shape letters: B batch, T tokens of a sequence, P tokens of a prompt, t tokens of a chunk, V vocabulary, D width,
 H heads.
