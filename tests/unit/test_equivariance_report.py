@@ -95,6 +95,16 @@ def test_reports_of_the_former_format_are_read():
     assert repr(whole) == repr(report)
 
 
+def test_code_use_is_stored_as_before():
+    """Four figures, as in files of older versions; K and the bound of frequent codes are known without them."""
+    report = make_report()
+    data = report.to_dict()
+    assert list(data["code_use"]) == ["used_codes", "frequent_codes", "perplexity", "tokens"]
+    again = EquivarianceReport.from_dict(data)
+    assert again.code_use == report.code_use
+    assert (again.code_use.num_codes, again.code_use.frequent_share) == (4, 1e-3)
+
+
 def test_reports_are_frozen():
     """What was measured is not edited by accident."""
     report = make_report(full=False)
