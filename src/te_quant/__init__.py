@@ -8,7 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from te_quant._version import __version__
-from te_quant.quantizers import FSQ, LFQ, QuantizerOutput, ResidualVectorQuantizer, SimVQ, VectorQuantizer
+from te_quant.quantizers import (
+    FSQ,
+    LFQ,
+    Quantizer,
+    QuantizerOutput,
+    ResidualVectorQuantizer,
+    SimVQ,
+    VectorQuantizer,
+)
 from te_quant.usage import CodebookUsage, CodebookUsageReport
 
 if TYPE_CHECKING:
@@ -37,6 +45,7 @@ __all__ = [  # noqa: RUF022  (GPT is a class, for all its capitals)
     "GPT",
     "GPTConfig",
     "LFQ",
+    "Quantizer",
     "QuantizerOutput",
     "ResidualVectorQuantizer",
     "Segment",

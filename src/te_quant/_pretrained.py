@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require
-from te_quant._files import write_atomically
 
 __all__ = [
     "CONFIG_FILE",
     "FORMAT_VERSION",
     "WEIGHTS_FILE",
+    "Hub",
     "load",
     "locate",
     "read_config",
     "read_weights",
     "save",
+    "write_atomically",
 ]
 
 _Config = TypeVar("_Config")
@@ -32,6 +34,22 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 FORMAT_VERSION = 1
 """Raised whenever an older library could not read, or would misread, a newly written folder."""
+
+
+class Hub(NamedTuple):
+    """How a repository of the hub is downloaded.
+
+    Attributes:
+        revision: branch, tag or commit.
+        token: of an account that may read it; True reads the one that is stored on this machine.
+        cache_dir: where downloads are kept.
+        local_files_only: use only what has been downloaded before.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
 
 
 def save(
@@ -58,25 +76,31 @@ def load(
     make_config: Callable[[Mapping[str, Any]], _Config],
     make_model: Callable[[_Config], _Model],
     source: str | os.PathLike[str],
-    revision: str | None,
-    cache_dir: str | Path | None,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    hub: Hub,
 ) -> _Model:
-    """The model that :func:`save` wrote, in evaluation mode, on the CPU, in the saved dtypes.
+    """Return the model that :func:`save` wrote, in evaluation mode, on the CPU, in the saved dtypes.
 
     Args:
         class_name: what :func:`save` was told.
         make_config: its options to a config; refuses wrong ones with ``TypeError`` or ``ValueError``.
         make_model: the config to a model, of any weights.
         source: a local folder, else a hub id ``owner/name``.
-        revision: as :func:`locate`.
-        cache_dir: as :func:`locate`.
+        device: where to put it, if not on the CPU.
+        dtype: floating-point type to convert it to, if not as saved.
+        hub: how to download.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
         ValueError: a file is damaged, of another format version, or does not fit the other.
         ImportError: safetensors or huggingface_hub is not installed.
     """
-    config_path, weights_path = locate(source, revision, cache_dir)
+    if dtype is not None:
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        require(floating, "dtype", "a floating-point torch.dtype, or None", repr(dtype))
+    config_path, weights_path = locate(source, hub)
     options = read_config(config_path, class_name)
     try:
         config = make_config(options)
@@ -87,25 +111,24 @@ def load(
         model = make_model(config)
     # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
     model.load_state_dict(read_weights(weights_path, options, model.state_dict()), assign=True)
-    return model.eval()
+    return model.to(device=device, dtype=dtype).eval()
 
 
-def locate(
-    source: str | os.PathLike[str], revision: str | None, cache_dir: str | Path | None
-) -> tuple[Path, Path]:
+def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
     """The config and the weights of ``source``, downloaded if it is a repository of the hub.
 
     A folder that exists wins over a repository of the same name.
 
     Raises:
         FileNotFoundError: ``source`` is neither a folder nor of the form ``owner/name``, or a file is missing.
-        ValueError: ``revision`` or ``cache_dir`` was given with a folder, which has none.
+        ValueError: an option of the hub was given with a folder, which has none.
         ImportError: huggingface_hub is not installed.
     """
     folder = Path(source)
     if folder.is_dir():
-        require(revision is None, "revision", "None for a local folder", repr(revision))
-        require(cache_dir is None, "cache_dir", "None for a local folder", repr(cache_dir))
+        require(hub.revision is None, "revision", "None for a local folder", repr(hub.revision))
+        require(hub.token is None, "token", "None for a local folder", "one")
+        require(hub.cache_dir is None, "cache_dir", "None for a local folder", repr(hub.cache_dir))
         config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         for path in (config, weights):
             if not path.is_file():
@@ -118,7 +141,7 @@ def locate(
     except ImportError as error:
         raise ImportError(_missing("huggingface_hub", f"load {source!r}, which is no local folder")) from error
     downloads = (
-        huggingface_hub.hf_hub_download(repo_id=source, filename=name, revision=revision, cache_dir=cache_dir)
+        huggingface_hub.hf_hub_download(repo_id=source, filename=name, **hub._asdict())
         for name in (CONFIG_FILE, WEIGHTS_FILE)
     )
     config, weights = (Path(path) for path in downloads)
@@ -208,3 +231,40 @@ def _shape(tensor: Tensor) -> str:
 def _some(names: list[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def write_atomically(path: str | os.PathLike[str], writer: Callable[[Path], object]) -> None:
+    """Let ``writer`` fill a file next to ``path``, then rename it over ``path``.
+
+    Whatever interrupts the writer, ``path`` keeps its old content and no other file stays behind. Missing
+    parent folders are made.
+
+    Args:
+        path: the file to write. A symbolic link is replaced by a file, not followed.
+        writer: receives the path it must create; it ends like ``path`` (``.safetensors``, ``.png``), because
+            some libraries choose the format by that.
+
+    Raises:
+        FileNotFoundError: the writer returned without creating its file.
+        IsADirectoryError: ``path`` is a folder.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"path must be a file, got the folder {target}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its files are readable by their owner only, and the rename would keep that.
+    beside = target.with_name(f".tmp-{secrets.token_hex(6)}-{target.name}")
+    try:
+        writer(beside)
+        if not beside.is_file():
+            raise FileNotFoundError(f"writer must create the file it is given, got none for {target}.")
+        _flush(beside)
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    # Without it a power cut after the rename can leave an empty file under the final name.
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

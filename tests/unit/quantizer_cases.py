@@ -1,9 +1,8 @@
 """The conformance table: every quantizer that the library offers, in the configurations users choose.
 
-A new quantizer joins every test of ``test_quantizer_contract.py`` by one line here. A factory takes the
-``channel_dim`` and builds a quantizer from the global random state; it must expose ``code_dim``, ``num_codes``,
-``forward``, ``encode`` and ``decode``. What is different about a quantizer is said by the functions below the
-table, from its public attributes, and nowhere in the tests.
+A new quantizer joins every test of ``test_quantizer_contract.py`` by one line here. A factory takes
+``channel_dim`` and ``nonfinite`` and builds a quantizer from the global random state. How quantizers differ is read
+from their public attributes by the functions below the table, and nowhere in the tests.
 """
 
 from __future__ import annotations
@@ -18,17 +17,13 @@ from torch import Tensor
 from te_quant import FSQ, LFQ, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 
 __all__ = [
-    "EMPTY_SHAPES",
     "QUANTIZERS",
-    "SHAPES",
     "dtype_of",
     "has_loss",
     "index_axes",
     "index_layout",
-    "index_shape",
     "is_random",
     "latents_for",
-    "lowest_index",
     "state_of",
 ]
 
@@ -90,27 +85,6 @@ QUANTIZERS: dict[str, Callable[..., Any]] = {
     "sim-one-channel": partial(_sim, 5, 1),
 }
 
-# (channel_dim, shape with C left as -1)
-SHAPES: dict[str, tuple[int, tuple[int, ...]]] = {
-    "BChw": (1, (3, -1, 4, 5)),
-    "BCN": (1, (3, -1, 7)),
-    "NC": (1, (9, -1)),
-    "BCdhw": (1, (2, -1, 2, 3, 2)),
-    "BNC": (-1, (3, 7, -1)),
-    "NC-last": (-1, (9, -1)),
-    "BhwC": (-1, (2, 3, 4, -1)),
-    "BdhwC": (-1, (2, 2, 3, 2, -1)),
-}
-
-EMPTY_SHAPES: dict[str, tuple[int, tuple[int, ...]]] = {
-    "no-images": (1, (0, -1, 4, 5)),
-    "no-width": (1, (2, -1, 4, 0)),
-    "no-rows": (1, (0, -1)),
-    "no-sequences": (-1, (0, 7, -1)),
-    "no-tokens": (-1, (3, 0, -1)),
-    "rank-5": (-1, (2, 2, 0, 2, -1)),
-}
-
 
 def latents_for(quantizer: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Fresh normal latents of ``shape``, in which -1 stands for the code size."""
@@ -130,22 +104,12 @@ def dtype_of(quantizer: Any) -> torch.dtype:
 
 def index_axes(quantizer: Any) -> tuple[int, ...]:
     """The axes that indices have behind those of the tokens: (Q,) where a token has Q of them."""
-    return (quantizer.num_quantizers,) if hasattr(quantizer, "num_quantizers") else ()
+    return () if quantizer.num_quantizers is None else (quantizer.num_quantizers,)
 
 
 def index_layout(quantizer: Any) -> str:
     """The shape of indices, as errors name it."""
     return "(B, h, w, Q), (B, N, Q) or (N, Q)" if index_axes(quantizer) else "(B, h, w), (B, N) or (N,)"
-
-
-def index_shape(quantizer: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the indices of latents of ``shape``, in which -1 stands for the code size."""
-    return tuple(size for size in shape if size != -1) + index_axes(quantizer)
-
-
-def lowest_index(quantizer: Any) -> int:
-    """0; -1 for codebooks left out, where they may be."""
-    return -1 if getattr(quantizer, "quantizer_dropout", False) else 0
 
 
 def has_loss(quantizer: Any) -> bool:

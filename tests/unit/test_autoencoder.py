@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from te_quant import FSQ, LFQ, ResidualVectorQuantizer, SimVQ, VectorQuantizer
+from te_quant import FSQ, LFQ, Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant.autoencoder import (
     AutoencoderConfig,
     AutoencoderOutput,
@@ -33,6 +33,7 @@ from te_quant.layers import (
     SelfAttention2d,
 )
 from te_quant.layers.downsample import BlurPool2d, MaxBlurPool
+from te_quant.quantizers import QUANTIZERS, Rows
 from tests.unit.grid_oracles import fresh, roll
 
 SMALL = AutoencoderConfig(
@@ -697,27 +698,38 @@ def test_given_quantizer_decides_and_not_the_config() -> None:
 @pytest.mark.parametrize(
     ("quantizer", "options", "error", "match"),
     [
-        (FSQ((4, 3, 5)), {}, ValueError, r"quantizer\.code_dim must be config\.code_dim=6, got 3 \(FSQ\)"),
-        (torch.nn.Identity(), {}, TypeError, "quantizer must be a module with .* encode and decode, got Identity"),
-        ("fsq", {}, TypeError, "quantizer must be a module with the methods encode and decode, got str"),
+        (
+            FSQ((4, 3, 5)),
+            {},
+            ValueError,
+            r"config\.code_dim must be its default 256, or what the given quantizer has \(3, FSQ\), got 6",
+        ),
+        (torch.nn.Identity(), {}, TypeError, r"quantizer must be a te_quant\.Quantizer, got Identity"),
+        ("fsq", {}, TypeError, r"quantizer must be a te_quant\.Quantizer, got str"),
         (SimVQ(8, 6, channel_dim=-1), {}, ValueError, r"quantizer\.channel_dim must be 1, .*, got -1 \(SimVQ\)"),
         (
             SimVQ(8, 6),
             {"orthogonal_reg": 10.0},
             ValueError,
-            r"config\.orthogonal_reg must be its default 0\.0, or what the given SimVQ has \('none'\), got 10\.0",
+            r"config\.orthogonal_reg must be its default 0\.0, or what .* has \(None, SimVQ\), got 10\.0",
         ),
         (
             SimVQ(9, 6),
             {"num_codes": 8},
             ValueError,
-            r"config\.num_codes must be its default 256, or .*\(9\), got 8",
+            r"config\.num_codes must be its default 256, or .*\(9, SimVQ\)",
         ),
         (
             VectorQuantizer(256, 6),
             {"metric": "cosine"},
             ValueError,
-            r"config\.metric must be its default 'l2', or what the given .* has \('l2'\), got 'cosine'",
+            r"config\.metric must be its default 'l2', or what .* has \('l2', VectorQuantizer\), got 'cosine'",
+        ),
+        (
+            FSQ((4, 3)),
+            {"quantizer": {"name": "FSQ", "levels": [3, 4]}, "code_dim": 256},
+            ValueError,
+            r"quantizer must be the config's \{'name': 'FSQ', 'levels': \[3, 4\]\}, got .*\[4, 3\]",
         ),
     ],
 )
@@ -730,15 +742,32 @@ def test_quantizers_that_do_not_fit_are_refused(
         VQAutoencoder(config, quantizer=quantizer)
 
 
+def test_options_of_a_residual_quantizer_fit_the_config() -> None:
+    """A residual quantizer keeps its options, so that a config that says the same accepts it."""
+    quantizer = ResidualVectorQuantizer(4, 6, 3, codebook_update="ema", decay=0.5, commitment_weight=0.5)
+    config = small(
+        num_codes=4, orthogonal_reg=0.0, codebook_update="ema", decay=0.5, commitment_weight=0.5, code_dim=6
+    )
+    assert VQAutoencoder(config, quantizer=quantizer).config.quantizer == {
+        "name": "ResidualVectorQuantizer",
+        "num_codes": 4,
+        "code_dim": 6,
+        "num_quantizers": 3,
+        "codebook_update": "ema",
+        "decay": 0.5,
+        "commitment_weight": 0.5,
+    }
+
+
 @pytest.mark.parametrize(
     ("build", "shape", "match"),
     [
         (
             lambda: with_own("fsq"),
             (2, 2, 3, 2),
-            r"the codes of indices must be of shape \(B, C, h, w\), got shape",
+            r"indices must be of shape \(B, h, w\), got shape \(2, 2, 3, 2\)",
         ),
-        (lambda: with_own("residual"), (2, 6), r"indices must be of shape \(B, h, w\) or \(B, h, w, Q\), got"),
+        (lambda: with_own("residual"), (2, 6), r"indices must be of shape \(B, h, w, Q\), got shape \(2, 6\)"),
         (
             lambda: VQAutoencoder(SMALL),
             (2, 2, 3, 2),
@@ -755,16 +784,151 @@ def test_grids_of_another_quantizer_are_refused(
         build().decode_indices(torch.zeros(shape, dtype=torch.int64))
 
 
-def test_given_quantizer_is_not_saved(tmp_path: Path) -> None:
-    """The config would make another one of it; the state goes from model to model."""
-    model = with_own("residual")
-    with pytest.raises(
-        ValueError, match=r"quantizer must be the one that the config describes, .* got a Residual"
-    ):
-        model.save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-    again = with_own("residual")
-    again.load_state_dict(model.state_dict())
+@pytest.mark.parametrize("name", OWN)
+def test_every_quantizer_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    """Without help, since the config describes each of ours; the tokens and the images are the same bits."""
+    model = with_own(name).eval()
+    model.save_pretrained(tmp_path)
+    again = VQAutoencoder.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert type(again.quantizer) is type(model.quantizer)
+    assert again.quantizer.options() == model.quantizer.options()
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    for one, two in zip(model(images), again(images), strict=True):
+        assert torch.equal(one, two)
+
+
+class Halves(Quantizer):
+    """A stranger's: rounds to multiples of one half."""
+
+    def __init__(self, num_codes: int, *, channel_dim: int = 1, nonfinite: str | None = None) -> None:
+        super().__init__(num_codes, 1, channel_dim=channel_dim, nonfinite=nonfinite)
+
+    def search(self, rows: Rows) -> torch.Tensor:
+        """Round."""
+        return (rows.searchable * 2).round().clamp(0, self.num_codes - 1).long().squeeze(1)
+
+    def look_up(self, indices: torch.Tensor) -> torch.Tensor:
+        """Halve."""
+        return indices.unsqueeze(-1) / 2
+
+
+def with_halves() -> VQAutoencoder:
+    """A model around a stranger's quantizer."""
+    return VQAutoencoder(small(num_codes=256, orthogonal_reg=0.0, code_dim=256), quantizer=Halves(5)).eval()
+
+
+def test_a_strangers_quantizer_is_loaded_with_an_instance(tmp_path: Path) -> None:
+    """The file names the class and the options; the caller brings the class."""
+    model = with_halves()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["config"]
+    assert saved["quantizer"] == {"name": "Halves", "num_codes": 5}
+    again = VQAutoencoder.from_pretrained(tmp_path, quantizer=Halves(5))
     images = fresh(2, 1, 8, 8, dtype=torch.float32)
     assert torch.equal(again.encode_to_indices(images), model.encode_to_indices(images))
-    VQAutoencoder(model.config).save_pretrained(tmp_path / "model")
+    assert torch.equal(again(images).reconstruction, model(images).reconstruction)
+
+
+def test_a_strangers_quantizer_is_not_imported(tmp_path: Path) -> None:
+    """A class that is not registered needs an instance, and the error says how."""
+    with_halves().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"quantizer name must be one of 'FSQ', .*, got 'Halves'; pass from_pretrained\("
+    ):
+        VQAutoencoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("other", [Halves(6), FSQ((5,))])
+def test_another_quantizer_than_the_saved_one_is_refused(other: Quantizer, tmp_path: Path) -> None:
+    """Other options and another class alike."""
+    with_halves().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"quantizer must be the one that the file describes, \{'name': 'Halves'"):
+        VQAutoencoder.from_pretrained(tmp_path, quantizer=other)
+
+
+def test_a_registered_class_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line registers it."""
+    monkeypatch.setitem(QUANTIZERS, "Halves", Halves)
+    model = VQAutoencoder(small(num_codes=256, orthogonal_reg=0.0, code_dim=256, quantizer=HALVES))
+    model.save_pretrained(tmp_path)
+    assert VQAutoencoder.from_pretrained(tmp_path).config == model.config
+    assert model.config.code_dim == 1
+    assert model.config.num_codes == 5
+
+
+HALVES = {"name": "Halves", "num_codes": 5}
+
+
+@pytest.mark.parametrize(
+    ("described", "sizes"),
+    [
+        ({"name": "FSQ", "levels": (4, 3, 5)}, (60, 3)),
+        ({"name": "LFQ", "code_dim": 5}, (32, 5)),
+        ({"name": "SimVQ", "num_codes": 9, "code_dim": 7}, (9, 7)),
+        ({"name": "SimVQ"}, (256, 256)),
+        ({"name": "ResidualVectorQuantizer", "num_quantizers": 2, "num_codes": 3}, (3, 256)),
+        ({"name": "VectorQuantizer", "num_codes": 3, "temperature": 0.5}, (3, 256)),
+    ],
+)
+def test_configs_describe_any_quantizer(described: dict, sizes: tuple[int, int]) -> None:
+    """Its sizes are those of the config; JSON keeps it; equal configs have equal hashes."""
+    config = AutoencoderConfig(quantizer=described)
+    assert (config.num_codes, config.code_dim) == sizes
+    quantizer = config.build_quantizer()
+    assert type(quantizer).__name__ == described["name"]
+    again = AutoencoderConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert again.build_quantizer().options() == quantizer.options()
+
+
+def test_a_plain_vector_quantizer_needs_no_description() -> None:
+    """What the fields can say is said by the fields."""
+    config = AutoencoderConfig(quantizer={"name": "VectorQuantizer", "num_codes": 3, "codebook_update": "ema"})
+    assert config == AutoencoderConfig(num_codes=3, codebook_update="ema")
+    assert "quantizer" not in config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"quantizer": "FSQ"}, TypeError, "quantizer must be a mapping with a name and options, got 'FSQ'"),
+        ({"quantizer": {}}, ValueError, "quantizer name must be one of 'FSQ', .*, got None"),
+        ({"quantizer": {"name": "os.system"}}, ValueError, "quantizer name must be one of .*, got 'os.system'"),
+        (
+            {"quantizer": {"name": "FSQ", "level": 3}},
+            ValueError,
+            "FSQ option must be one of levels, .*, got 'level'",
+        ),
+        ({"quantizer": {"name": "FSQ", "levels": [1]}}, ValueError, r"levels\[0\] must be an int >= 2, got 1"),
+        (
+            {"quantizer": {"name": "FSQ", "levels": [3], "channel_dim": -1}},
+            ValueError,
+            r"quantizer\.channel_dim must be 1, as latents are \(B, C, h, w\), got -1",
+        ),
+        (
+            {"quantizer": {"name": "SimVQ", "generator": torch.Generator()}},
+            ValueError,
+            "quantizer options must be values that JSON has",
+        ),
+        (
+            {"quantizer": {"name": "FSQ", "levels": [3]}, "metric": "cosine"},
+            ValueError,
+            r"config\.metric must be its default 'l2', or what config\.quantizer has \(None, FSQ\), got 'cosine'",
+        ),
+    ],
+)
+def test_descriptions_that_fit_nothing_are_refused(options: dict, error: type[Exception], match: str) -> None:
+    """By the name of what is wrong."""
+    with pytest.raises(error, match=match):
+        AutoencoderConfig(**options)
+
+
+def test_the_generator_reaches_the_quantizer() -> None:
+    """Equal generators draw equal codes, whatever the global random state; other generators others."""
+    model = VQAutoencoder(small(quantizer={"name": "VectorQuantizer", "temperature": 100.0}, orthogonal_reg=0.0))
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    drawn = [model(images, generator=torch.Generator().manual_seed(seed)).indices for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from te_quant._files import write_atomically
+from te_quant._pretrained import write_atomically
 
 
 def test_content_arrives_in_folders_that_did_not_exist(tmp_path: Path) -> None:

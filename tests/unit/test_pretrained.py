@@ -131,7 +131,7 @@ def test_only_owner_and_name_make_a_hub_id(source: object) -> None:
         VQAutoencoder.from_pretrained(source)
 
 
-@pytest.mark.parametrize("option", [{"revision": "main"}, {"cache_dir": "cache"}])
+@pytest.mark.parametrize("option", [{"revision": "main"}, {"cache_dir": "cache"}, {"token": True}])
 def test_hub_options_are_refused_with_a_folder(folder: Path, option: dict) -> None:
     """They would have no effect."""
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be None for a local folder, got"):
@@ -240,7 +240,13 @@ def test_hub_id_downloads_both_files_with_its_options(folder: Path, monkeypatch:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     model = VQAutoencoder.from_pretrained("owner/name", revision="v1", cache_dir="cache")
     assert model.config == SMALL
-    common = {"repo_id": "owner/name", "revision": "v1", "cache_dir": "cache"}
+    common = {
+        "repo_id": "owner/name",
+        "revision": "v1",
+        "token": None,
+        "cache_dir": "cache",
+        "local_files_only": False,
+    }
     assert calls == [{"filename": name, **common} for name in ("config.json", "model.safetensors")]
 
 
@@ -306,3 +312,19 @@ def test_model_with_phases_is_saved_and_loaded(tmp_path: Path) -> None:
         VQAutoencoder.from_pretrained(tmp_path / "model")(images), model(images), strict=True
     ):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_loading_converts_to_a_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Parameters are converted; the device is that asked for."""
+    model = VQAutoencoder.from_pretrained(folder, dtype=dtype, device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model(torch.zeros(1, 1, 8, 8, dtype=dtype)).reconstruction.dtype == dtype
+
+
+def test_loading_refuses_a_dtype_that_is_not_floating(folder: Path) -> None:
+    """By its name, before anything is read."""
+    with pytest.raises(
+        ValueError, match=r"dtype must be a floating-point torch\.dtype, or None, got torch\.int64"
+    ):
+        VQAutoencoder.from_pretrained(folder, dtype=torch.int64)

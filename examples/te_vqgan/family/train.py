@@ -25,24 +25,13 @@ from examples.te_vqgan.stage1.evaluation import dataset, quality
 from examples.te_vqgan.stage1.joint import joint_indices, num_combinations
 from examples.te_vqgan.stage1.presets import Stage1Settings, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
-from te_quant import (
-    FSQ,
-    LFQ,
-    AutoencoderConfig,
-    ResidualVectorQuantizer,
-    SimVQ,
-    VectorQuantizer,
-    VQAutoencoder,
-    measure_equivariance,
-)
+from te_quant import AutoencoderConfig, Quantizer, VQAutoencoder, measure_equivariance
+from te_quant.quantizers import QUANTIZERS
 
 __all__ = ["FAMILY", "Member", "build_quantizer", "collect_family", "member_settings", "train_family"]
 
 _VALIDATION_IMAGES = 128
 _DESCRIBED = ("metric", "codebook_update", "commitment_weight", "decay", "orthogonal_reg", "gradient_estimator")
-_KINDS: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (VectorQuantizer, SimVQ, ResidualVectorQuantizer, FSQ, LFQ)
-}
 
 
 class Member(NamedTuple):
@@ -74,10 +63,11 @@ FAMILY: dict[str, Member] = {
 }
 
 
-def build_quantizer(name: str, code_dim: int) -> nn.Module:
+def build_quantizer(name: str, code_dim: int) -> Quantizer:
     """Build the member called ``name``; ``code_dim`` is that of its codebook, if it has one."""
     kind, options = FAMILY[name].kind, FAMILY[name].options
-    return _KINDS[kind](**options) if kind in ("FSQ", "LFQ") else _KINDS[kind](code_dim=code_dim, **options)
+    sizes: dict[str, Any] = {} if kind in ("FSQ", "LFQ") else {"code_dim": code_dim}
+    return QUANTIZERS[kind](**sizes, **options)
 
 
 def member_settings(settings: Stage1Settings, name: str) -> Stage1Settings:

@@ -16,7 +16,7 @@ from examples.te_vqgan.data.heldout import allowed
 from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.data.recipes import LAYOUTS
 from examples.te_vqgan.data.sources import DigitSource
-from examples.te_vqgan.stage1.joint import joint_indices, num_combinations
+from examples.te_vqgan.stage1.joint import joint_indices, num_combinations, vector_quantizer
 from examples.te_vqgan.stage1.presets import Stage1Settings
 from te_quant import CodebookUsage, VQAutoencoder, measure_equivariance
 from te_quant.equivariance import place_sprites
@@ -111,7 +111,7 @@ def evaluate(
         canvas_size=settings.canvas_size,
         reconstruct=lambda images: model(images).reconstruction,
         latents=model.encode,
-        codebook=model.quantizer.codebook.detach(),
+        codebook=vector_quantizer(model).codebook.detach(),
     )
     numbers = {
         "validation": quality(model, validation, settings.eval_images, device),
@@ -126,7 +126,7 @@ def _codebook(
     model: VQAutoencoder, images: QuadrantDataset, settings: Stage1Settings, device: torch.device
 ) -> dict[str, float]:
     """Say how far from orthogonal the codes are: Eq. 5 without λ, and the mean |cosine| of two codes."""
-    codebook = model.quantizer.codebook.detach().double()
+    codebook = vector_quantizer(model).codebook.detach().double()
     indices = [
         model.encode_to_indices(images.fixed(start, start + _BATCH).to(device)).flatten()
         for start in range(0, settings.eval_images, _BATCH)

@@ -28,6 +28,7 @@ from examples.te_vqgan.runs.running import (
     run_steps,
 )
 from examples.te_vqgan.stage1.evaluation import dataset, evaluate, quality
+from examples.te_vqgan.stage1.joint import vector_quantizer
 from examples.te_vqgan.stage1.presets import Stage1Settings, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from te_quant.functional import orthogonality
@@ -97,7 +98,7 @@ def train_stage1(
 
         def validate() -> dict[str, float]:
             measured = quality(trainer.model, validation, _VALIDATION_IMAGES, trainer.device)
-            penalty = float(orthogonality(trainer.model.quantizer.codebook.detach()))
+            penalty = float(orthogonality(vector_quantizer(trainer.model).codebook.detach()))
             return {**{f"validation_{name}": value for name, value in measured.items()}, "orthogonality": penalty}
 
         clock = Clock(None if checkpoint is None else checkpoint[1]["spent"])

@@ -15,7 +15,7 @@ from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checkpoint import adam_state, load_adam_state, under
 from examples.te_vqgan.runs.schedule import rate_factor
 from examples.te_vqgan.stage1.discriminator import PatchDiscriminator
-from examples.te_vqgan.stage1.joint import joint_indices, num_combinations
+from examples.te_vqgan.stage1.joint import joint_indices, num_combinations, vector_quantizer
 from examples.te_vqgan.stage1.losses import (
     adaptive_weight,
     discriminator_loss,
@@ -24,7 +24,7 @@ from examples.te_vqgan.stage1.losses import (
     reconstruction_loss,
 )
 from examples.te_vqgan.stage1.presets import Stage1Settings
-from te_quant import VQAutoencoder
+from te_quant import Quantizer, VQAutoencoder
 from te_quant.functional import perplexity
 
 __all__ = ["Stage1Trainer", "autocast"]
@@ -63,7 +63,7 @@ class Stage1Trainer:
         *,
         channels_last: bool = False,
         compiled: bool = False,
-        quantizer: Callable[[], nn.Module] | None = None,
+        quantizer: Callable[[], Quantizer] | None = None,
     ) -> None:
         self.settings = settings
         self.device = device
@@ -106,7 +106,7 @@ class Stage1Trainer:
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         # The quantizer collects the latents of all processes, who have the same ones here.
         own = latents.float() if distributed.is_main() else latents[:0].float()
-        self.model.quantizer.kmeans_init(own, generator=generator)
+        vector_quantizer(self.model).kmeans_init(own, generator=generator)
 
     def train_step(self, images: Tensor) -> dict[str, Tensor]:
         """Take one step and return the numbers of it, each ().

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Any, Literal
+from typing import Any
+
+import torch
 
 from te_quant._checks import require, require_choice, require_int, require_number
 from te_quant.filters import PADDING_MODES, PaddingMode
@@ -13,6 +18,9 @@ from te_quant.layers.activation import ACTIVATIONS, Activation
 from te_quant.layers.downsample import DOWNSAMPLERS
 from te_quant.layers.norm import NORMS, Norm
 from te_quant.layers.upsample import UPSAMPLERS
+from te_quant.quantizers import QUANTIZERS, Quantizer, VectorQuantizer
+from te_quant.quantizers._losses import GradientEstimator
+from te_quant.quantizers.vector import CodebookUpdate, Metric
 
 __all__ = ["AutoencoderConfig"]
 
@@ -59,6 +67,11 @@ class AutoencoderConfig:
         decay: of the moving averages, in [0, 1).
         orthogonal_reg: λ of the orthogonality penalty, >= 0; 10 for TE-VQGAN.
         gradient_estimator: ``straight_through`` or ``rotation_trick``.
+        quantizer: another quantizer than the :class:`~te_quant.VectorQuantizer` that the fields above describe:
+            ``{"name": ..., option: value, ...}`` with a name in :data:`te_quant.quantizers.QUANTIZERS`. Where its
+            constructor wants ``num_codes`` or ``code_dim`` and they are not named, those of the fields are used.
+            The fields above then show what the quantizer has; one that says something else beyond its default is
+            refused.
         attention: ``False`` is a model without attention, ``attention_levels=()`` in one word; beside levels that
             say otherwise it is refused. It is read here alone and not stored: the config has ``attention_levels``.
 
@@ -87,12 +100,13 @@ class AutoencoderConfig:
     dropout: float = 0.0
     num_codes: int = 256
     code_dim: int = 256
-    metric: Literal["l2", "cosine"] = "l2"
-    codebook_update: Literal["gradient", "ema"] = "gradient"
+    metric: Metric = "l2"
+    codebook_update: CodebookUpdate = "gradient"
     commitment_weight: float = 0.25
     decay: float = 0.99
     orthogonal_reg: float = 0.0
-    gradient_estimator: Literal["straight_through", "rotation_trick"] = "straight_through"
+    gradient_estimator: GradientEstimator = "straight_through"
+    quantizer: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     attention: InitVar[bool | None] = None
 
     def __post_init__(self, attention: bool | None) -> None:
@@ -155,14 +169,60 @@ class AutoencoderConfig:
         require(len(set(attention)) == len(attention), "attention_levels", "without repetition", attention)
 
     def _check_quantizer(self) -> None:
-        require_int("num_codes", self.num_codes, 1)
-        require_int("code_dim", self.code_dim, 1)
-        require_choice("metric", self.metric, ("l2", "cosine"))
-        require_choice("codebook_update", self.codebook_update, ("gradient", "ema"))
-        require_number("commitment_weight", self.commitment_weight, 0)
-        require_number("decay", self.decay, 0, below=1)
-        require_number("orthogonal_reg", self.orthogonal_reg, 0)
-        require_choice("gradient_estimator", self.gradient_estimator, ("straight_through", "rotation_trick"))
+        # On the meta device: only the options are looked at, and no memory or randomness is used.
+        with torch.device("meta"):
+            if self.quantizer is None:
+                self.build_quantizer()
+                return
+            options = _as_json(self.quantizer)
+            kind = _quantizer_class(options.pop("name", None))
+            parameters = inspect.signature(kind).parameters
+            missing = [name for name in ("num_codes", "code_dim") if name in parameters and name not in options]
+            options |= {name: getattr(self, name) for name in missing}
+            for name in options:
+                known = ", ".join(parameters)
+                require(name in parameters, f"{kind.__name__} option", f"one of {known}", repr(name))
+            self._adopt(kind(**options), "config.quantizer")
+
+    def _adopt(self, quantizer: Quantizer, owner: str) -> None:
+        """Take over what ``quantizer`` has, unless a field says something else beyond its default."""
+        title, axis = type(quantizer).__name__, quantizer.channel_dim
+        require(axis == 1, "quantizer.channel_dim", "1, as latents are (B, C, h, w)", f"{axis} ({title})")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in quantizer_fields():
+            value, default, own = getattr(self, name), defaults[name], getattr(quantizer, name, None)
+            if value not in (default, own):
+                expected = f"its default {default!r}, or what {owner} has ({own!r}, {title})"
+                require(False, f"config.{name}", expected, repr(value))
+            if own is not None:
+                object.__setattr__(self, name, own)
+        described = description(quantizer)
+        plain = type(quantizer) is VectorQuantizer and set(described) <= {"name", *quantizer_fields()}
+        registered = QUANTIZERS.get(title) is type(quantizer)
+        object.__setattr__(self, "quantizer", described if registered and not plain else None)
+
+    def build_quantizer(self) -> Quantizer:
+        """Build the quantizer that this config describes, from the global random state."""
+        if self.quantizer is None:
+            return VectorQuantizer(**{name: getattr(self, name) for name in quantizer_fields()})
+        options = dict(self.quantizer)
+        return _quantizer_class(options.pop("name"))(**options)
+
+    def describing(self, quantizer: Quantizer) -> AutoencoderConfig:
+        """Return this config with what it says of the quantizer taken from ``quantizer``.
+
+        Of a quantizer whose class is not in :data:`te_quant.quantizers.QUANTIZERS`, only its sizes and shared
+        options are taken over.
+
+        Raises:
+            ValueError: a field says something else beyond its default.
+        """
+        if self.quantizer is not None:
+            described = description(quantizer)
+            require(self.quantizer == described, "quantizer", f"the config's {self.quantizer}", described)
+        config = copy.copy(self)
+        config._adopt(quantizer, "the given quantizer")
+        return config
 
     @property
     def stride(self) -> int:
@@ -177,6 +237,9 @@ class AutoencoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options as values that JSON keeps: ``from_dict(json.loads(json.dumps(c.to_dict()))) == c``."""
         options = dataclasses.asdict(self)
+        if self.quantizer is None:
+            # As files had it before there was another quantizer to describe.
+            del options["quantizer"]
         return {name: list(value) if name in _SEQUENCES else value for name, value in options.items()}
 
     @classmethod
@@ -197,3 +260,37 @@ def _tuple_of_ints(name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of ints, got {value!r}.")
     return tuple(value)
+
+
+def quantizer_fields() -> tuple[str, ...]:
+    """Return the fields of a config that are options of :class:`~te_quant.VectorQuantizer`, by the same names."""
+    options = inspect.signature(VectorQuantizer).parameters
+    return tuple(field.name for field in dataclasses.fields(AutoencoderConfig) if field.name in options)
+
+
+def description(quantizer: Quantizer) -> dict[str, Any]:
+    """Return the name of a quantizer's class and those of its options that are not defaults, as JSON has them.
+
+    Raises:
+        ValueError: an option has no form in JSON.
+    """
+    defaults = {name: option.default for name, option in inspect.signature(type(quantizer)).parameters.items()}
+    options = {name: value for name, value in quantizer.options().items() if value != defaults[name]}
+    return {"name": type(quantizer).__name__, **_as_json(options)}
+
+
+def _as_json(options: object) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise TypeError(f"quantizer must be a mapping with a name and options, got {options!r}.")
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(options)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"quantizer options must be values that JSON has, got {dict(options)!r}.") from error
+    return plain
+
+
+def _quantizer_class(name: object) -> type[Quantizer]:
+    known = ", ".join(repr(known) for known in QUANTIZERS)
+    cure = "pass from_pretrained(..., quantizer=...) an instance of a class of your own"
+    require(name in QUANTIZERS, "quantizer name", f"one of {known}", f"{name!r}; {cure}")
+    return QUANTIZERS[str(name)]

@@ -9,8 +9,9 @@ Source: Shin et al. 2021, arXiv:2112.00384; Esser et al. 2021, arXiv:2012.09841.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,9 @@ from te_quant import _pretrained
 from te_quant._checks import require, require_integer_tensor, require_rank, require_type
 from te_quant._values import require_in_range
 from te_quant.autoencoder.coders import build_decoder, build_encoder
-from te_quant.autoencoder.config import AutoencoderConfig
+from te_quant.autoencoder.config import AutoencoderConfig, description
 from te_quant.contract import Encoding, EquivarianceContract
-from te_quant.quantizers.base import QuantizerOutput
-from te_quant.quantizers.vector import VectorQuantizer
+from te_quant.quantizers import QUANTIZERS, Quantizer
 
 __all__ = [
     "AutoencoderConfig",
@@ -33,18 +33,6 @@ __all__ = [
     "build_decoder",
     "build_encoder",
 ]
-
-
-# What a config says of the quantizer beside ``code_dim``, under the quantizer's own names.
-_QUANTIZER_OPTIONS = (
-    "num_codes",
-    "metric",
-    "codebook_update",
-    "commitment_weight",
-    "decay",
-    "orthogonal_reg",
-    "gradient_estimator",
-)
 
 
 class AutoencoderOutput(NamedTuple):
@@ -85,11 +73,8 @@ class VQAutoencoder(nn.Module):
 
     Args:
         config: every option.
-        quantizer: used instead of the one that ``config`` describes: any quantizer of this library, or a module
-            that behaves as one, ``forward`` giving a :class:`~te_quant.QuantizerOutput` for latents (B, C, h, w),
-            with methods ``encode`` and ``decode`` and the attribute ``code_dim``. What ``config`` says of the
-            quantizer beyond its defaults must be what this one has. Such a model has no
-            :meth:`save_pretrained`, because a checkpoint stores the config alone: keep its ``state_dict``.
+        quantizer: used instead of the one that ``config`` describes: any :class:`~te_quant.Quantizer` for latents
+            (B, C, h, w). What ``config`` says of the quantizer beyond its defaults must be what this one has.
 
     Shape:
         images: (B, I, H, W) floating point in [-1, 1], sides divisible by ``config.divisor``.
@@ -102,23 +87,36 @@ class VQAutoencoder(nn.Module):
     Source: Shin et al. 2021, arXiv:2112.00384, stage 1.
     """
 
-    def __init__(self, config: AutoencoderConfig, *, quantizer: nn.Module | None = None) -> None:
+    def __init__(self, config: AutoencoderConfig, *, quantizer: Quantizer | None = None) -> None:
         super().__init__()
         require_type("config", config, AutoencoderConfig, "an AutoencoderConfig")
         if quantizer is not None:
-            _require_quantizer(quantizer, config)
+            config = _fitting(config, quantizer)
         self.config = config
         self.encoder = build_encoder(config)
-        self._described = quantizer is None
-        # Typed as what it is unless another was given, so that its codebook is at hand without a cast.
-        self.quantizer = _described(config) if quantizer is None else cast("VectorQuantizer", quantizer)
+        self.quantizer: Quantizer = config.build_quantizer() if quantizer is None else quantizer
         self.decoder = build_decoder(config)
 
-    def forward(self, images: Tensor) -> AutoencoderOutput:
-        """Encode, quantize and decode."""
+    if TYPE_CHECKING:
+        # torch types it as returning Any.
+        def __call__(self, images: Tensor, *, generator: torch.Generator | None = None) -> AutoencoderOutput:
+            """Run :meth:`forward` and the hooks."""
+
+    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> AutoencoderOutput:
+        """Encode, quantize and decode.
+
+        Args:
+            images: see the class.
+            generator: randomness of what the quantizer draws in training; the global one if None.
+        """
         latents, phases = self.encode_with_phases(images)
-        output: QuantizerOutput = self.quantizer(latents)
-        return AutoencoderOutput(self.decoder(output.quantized, phases), *output, latents, phases)
+        output = self.quantizer(latents, generator=generator)
+        return AutoencoderOutput(
+            reconstruction=self.decoder(output.quantized, phases),
+            latents=latents,
+            phases=phases,
+            **output._asdict(),
+        )
 
     @property
     def equivariance(self) -> EquivarianceContract:
@@ -163,75 +161,87 @@ class VQAutoencoder(nn.Module):
                 :meth:`decode` refuses the phases.
             TypeError: the indices or phases are not integers.
         """
-        if self._described:
+        if self.quantizer.num_quantizers is None:
             require_rank("indices", indices, (3,), "(B, h, w)")
         else:
-            require_rank("indices", indices, (3, 4), "(B, h, w) or (B, h, w, Q)")
-        codes = self.quantizer.decode(indices)
-        require_rank("the codes of indices", codes, (4,), "(B, C, h, w)")
-        return self.decode(codes, phases)
+            require_rank("indices", indices, (4,), "(B, h, w, Q)")
+        return self.decode(self.quantizer.decode(indices), phases)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
         Raises:
-            ValueError: the quantizer was given, and a checkpoint stores the config alone.
+            ValueError: an option of the quantizer has no form in JSON.
             ImportError: safetensors is not installed (``te_quant[hub]``).
         """
-        expected = "the one that the config describes, as a checkpoint stores nothing else of it"
-        require(self._described, "quantizer", expected, f"a {type(self.quantizer).__name__} of the caller")
-        _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
+        options, described = self.config.to_dict(), description(self.quantizer)
+        if QUANTIZERS.get(described["name"]) is not type(self.quantizer):
+            options["quantizer"] = described
+        _pretrained.save(folder, "VQAutoencoder", options, self.state_dict())
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
         *,
+        quantizer: Quantizer | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         revision: str | None = None,
+        token: str | bool | None = None,
         cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> VQAutoencoder:
-        """The model that :meth:`save_pretrained` wrote, in evaluation mode, on the CPU, in the saved dtypes.
+        """Return the model that :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Nothing that a file names is ever imported: a model with a quantizer class of your own needs an instance.
 
         Args:
             source: a local folder, else a hub id ``owner/name``.
+            quantizer: of the class and options that the file describes; its weights are replaced by those of the
+                file. Needed where its class is not in :data:`te_quant.quantizers.QUANTIZERS`.
+            device: where to put the model; None is the CPU.
+            dtype: floating-point type to convert it to; None keeps the saved ones.
             revision: branch, tag or commit, for a hub id only.
+            token: of an account that may read the repository, for a hub id only.
             cache_dir: where downloads are kept, for a hub id only.
+            local_files_only: use only what has been downloaded before.
 
         Raises:
             FileNotFoundError: no such folder, or a file is missing in it.
-            ValueError: a file is damaged, of another format version, or does not fit the other.
+            ValueError: a file is damaged, of another format version, or does not fit the other; or the quantizer
+                is not the one that it describes.
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
-        return _pretrained.load("VQAutoencoder", AutoencoderConfig.from_dict, cls, source, revision, cache_dir)
+
+        def make_config(options: Mapping[str, Any]) -> AutoencoderConfig:
+            if quantizer is None:
+                return AutoencoderConfig.from_dict(options)
+            return _config_around(dict(options), quantizer)
+
+        return _pretrained.load(
+            "VQAutoencoder",
+            make_config,
+            lambda config: cls(config, quantizer=quantizer),
+            source,
+            device=device,
+            dtype=dtype,
+            hub=_pretrained.Hub(revision, token, cache_dir, local_files_only),
+        )
 
 
-def _described(config: AutoencoderConfig) -> VectorQuantizer:
-    return VectorQuantizer(
-        config.num_codes,
-        config.code_dim,
-        metric=config.metric,
-        codebook_update=config.codebook_update,
-        commitment_weight=config.commitment_weight,
-        decay=config.decay,
-        orthogonal_reg=config.orthogonal_reg,
-        gradient_estimator=config.gradient_estimator,
-    )
+def _fitting(config: AutoencoderConfig, quantizer: object) -> AutoencoderConfig:
+    """Return ``config`` describing ``quantizer``; refuse what is no quantizer for the latents of ``config``."""
+    if not isinstance(quantizer, Quantizer):
+        raise TypeError(f"quantizer must be a te_quant.Quantizer, got {type(quantizer).__name__}.")
+    return config.describing(quantizer)
 
 
-def _require_quantizer(quantizer: object, config: AutoencoderConfig) -> None:
-    """Refuse what is no quantizer, or not one for the latents and the options of ``config``."""
-    name = type(quantizer).__name__
-    methods = all(callable(getattr(quantizer, method, None)) for method in ("encode", "decode"))
-    if not (isinstance(quantizer, nn.Module) and methods):
-        raise TypeError(f"quantizer must be a module with the methods encode and decode, got {name}.")
-    dim = getattr(quantizer, "code_dim", None)
-    require(dim == config.code_dim, "quantizer.code_dim", f"config.code_dim={config.code_dim}", f"{dim} ({name})")
-    axis = getattr(quantizer, "channel_dim", 1)
-    require(axis == 1, "quantizer.channel_dim", "1, as latents are (B, C, h, w)", f"{axis} ({name})")
-    defaults = AutoencoderConfig()
-    for option in _QUANTIZER_OPTIONS:
-        value, default = getattr(config, option), getattr(defaults, option)
-        if value != default:
-            has = getattr(quantizer, option, "none")
-            expected = f"its default {default!r}, or what the given {name} has ({has!r})"
-            require(value == has, f"config.{option}", expected, repr(value))
+def _config_around(options: dict[str, Any], quantizer: Quantizer) -> AutoencoderConfig:
+    """Return the config that a file holds for a model with ``quantizer``, which must be the one it describes."""
+    described = description(quantizer)
+    saved = options.pop("quantizer", None)
+    if saved is None:
+        saved = description(AutoencoderConfig.from_dict(options).build_quantizer())
+    require(saved == described, "quantizer", f"the one that the file describes, {saved}", described)
+    return AutoencoderConfig.from_dict(options)

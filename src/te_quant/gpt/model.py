@@ -296,22 +296,38 @@ class GPT(nn.Module):
         cls,
         source: str | os.PathLike[str],
         *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         revision: str | None = None,
+        token: str | bool | None = None,
         cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> GPT:
-        """The model that :meth:`save_pretrained` wrote, in evaluation mode, on the CPU, in the saved dtypes.
+        """Return the model that :meth:`save_pretrained` wrote, in evaluation mode.
 
         Args:
             source: a local folder, else a hub id ``owner/name``.
+            device: where to put the model; None is the CPU.
+            dtype: floating-point type to convert it to; None keeps the saved ones.
             revision: branch, tag or commit, for a hub id only.
+            token: of an account that may read the repository, for a hub id only.
             cache_dir: where downloads are kept, for a hub id only.
+            local_files_only: use only what has been downloaded before.
 
         Raises:
             FileNotFoundError: no such folder, or a file is missing in it.
             ValueError: a file is damaged, of another format version, or does not fit the other.
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
-        return _pretrained.load("GPT", GPTConfig.from_dict, cls, source, revision, cache_dir)
+        return _pretrained.load(
+            "GPT",
+            GPTConfig.from_dict,
+            cls,
+            source,
+            device=device,
+            dtype=dtype,
+            hub=_pretrained.Hub(revision, token, cache_dir, local_files_only),
+        )
 
     def _predictions(self, tokens: Tensor, layout: Layout, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The tokens, checked, and (B, T, D), what the network says before each of them."""

@@ -1,36 +1,47 @@
-"""The two distance terms of a quantizer's loss.
+"""How a quantizer trains: the two distance terms of its loss, and the gradient that passes to the latents.
 
 Shape letters: N latent vectors, C code size.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from te_quant.functional import rotation_trick, straight_through
 from te_quant.quantizers._rows import Rows
+from te_quant.quantizers.base import Losses
 
-__all__ = ["distance_losses"]
+__all__ = ["ESTIMATORS", "GradientEstimator", "distance_losses"]
+
+GradientEstimator: TypeAlias = Literal["straight_through", "rotation_trick"]
+ESTIMATORS: dict[GradientEstimator, Callable[[Tensor, Tensor], Tensor]] = {
+    "straight_through": straight_through,
+    "rotation_trick": rotation_trick,
+}
+"""How the gradient passes to the latents, by name."""
 
 # Elements that are looked at together on a CPU: 1 MiB of float32 stays in a core's cache.
 _CHUNK = 1 << 18
 
 
-def distance_losses(
-    rows: Rows, codes: Tensor, commitment_weight: float, *, codebook_follows: bool
-) -> tuple[Tensor, Tensor]:
-    """The weighted codebook and commitment terms: mean squared differences over the rows that count.
+def distance_losses(rows: Rows, codes: Tensor, commitment_weight: float, *, codebook_follows: bool) -> Losses:
+    """Return the weighted codebook and commitment terms: mean squared differences over the rows that count.
 
     Args:
         rows: the latents.
         codes: of each row.
         commitment_weight: β.
-        codebook_follows: the codebook takes gradients; its term is zero otherwise.
+        codebook_follows: whether the codebook takes gradients; its term is zero otherwise.
 
     Shape:
-        codes: (N, C). Returns (), ().
+        codes: (N, C).
+
+    Returns:
+        The terms, each (), with a regularization of zero.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, Eq. 3.
     """
@@ -47,7 +58,11 @@ def distance_losses(
         value = _sum_of_squares(vectors.detach(), codes.detach(), rows.weights) / size
         commitment = _Distance.apply(vectors, codes.detach(), rows.weights, size, value)  # type: ignore[no-untyped-call]
         codebook = _Distance.apply(codes, vectors.detach(), rows.weights, size, value)  # type: ignore[no-untyped-call]
-    return codebook if codebook_follows else torch.zeros_like(commitment), commitment_weight * commitment
+    commitment = commitment_weight * commitment
+    nothing = torch.zeros_like(commitment)
+    return Losses(
+        codebook=codebook if codebook_follows else nothing, commitment=commitment, regularization=nothing
+    )
 
 
 def _sum_of_squares(vectors: Tensor, codes: Tensor, weights: Tensor | None) -> Tensor:

@@ -1,12 +1,80 @@
-"""The one value every quantizer returns, in training and in evaluation alike."""
+"""The class that every quantizer derives from, and the one value that every quantizer returns.
+
+Shape letters: B batch, C code size, h w token grid, K codes, N = B*h*w latent vectors, Q indices per vector.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["QuantizerOutput"]
+from te_quant._checks import (
+    require,
+    require_axis,
+    require_choice,
+    require_device,
+    require_floating,
+    require_generator,
+    require_int,
+    require_integer_tensor,
+    require_rank,
+    require_type,
+)
+from te_quant._precision import AUTOCAST_DEVICES, HALF, full_precision, wide_buffers
+from te_quant._values import require_in_range
+from te_quant.functional import straight_through
+from te_quant.quantizers._distributed import GroupReference
+from te_quant.quantizers._rows import Rows, lay_out, to_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Losses", "NonfiniteMode", "Quantized", "Quantizer", "QuantizerOutput"]
+
+NonfiniteMode: TypeAlias = Literal["raise", "skip", "off"]
+_Self = TypeVar("_Self", bound="Quantizer")
+
+# Parameters of a constructor that describe a run, not the quantizer.
+_NO_OPTIONS = ("self", "generator", "process_group")
+
+
+class Losses(NamedTuple):
+    """The three weighted terms of a quantizer's loss, each (), >= 0.
+
+    Attributes:
+        codebook: moves the codes towards the latents. Zero where no code is learnt by gradient.
+        commitment: moves the latents towards the codes.
+        regularization: what is asked of the codebook or of its use; zero at the optimum.
+    """
+
+    codebook: Tensor
+    commitment: Tensor
+    regularization: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """(), their sum."""
+        return self.codebook + self.commitment + self.regularization
+
+
+class Quantized(NamedTuple):
+    """What :meth:`Quantizer.quantize` computed for N rows.
+
+    Attributes:
+        quantized: (N, C), the codes with a gradient path to the rows.
+        indices: (N,) or (N, Q) int64.
+        codes: (N, C), bit-equal to ``look_up(indices)``.
+        losses: the terms.
+    """
+
+    quantized: Tensor
+    indices: Tensor
+    codes: Tensor
+    losses: Losses
 
 
 class QuantizerOutput(NamedTuple):
@@ -27,6 +95,15 @@ class QuantizerOutput(NamedTuple):
             orthogonality penalty of :class:`~te_quant.VectorQuantizer` and
             :class:`~te_quant.ResidualVectorQuantizer`, the entropy terms of :class:`~te_quant.LFQ`.
         codes: the codes without gradient; bit-equal to ``decode(indices)``.
+
+    Example:
+        >>> from te_quant import VectorQuantizer
+        >>> quantizer = VectorQuantizer(num_codes=16, code_dim=4)
+        >>> output = quantizer(torch.randn(2, 4, 8, 8))
+        >>> output.indices.shape
+        torch.Size([2, 8, 8])
+        >>> torch.equal(quantizer.decode(output.indices), output.codes)
+        True
     """
 
     quantized: Tensor
@@ -36,3 +113,308 @@ class QuantizerOutput(NamedTuple):
     commitment_loss: Tensor
     regularization_loss: Tensor
     codes: Tensor
+
+
+class Quantizer(nn.Module):
+    """Base class of all quantizers: latents in any layout in, codes and indices out.
+
+    The base class checks the latents, turns them into rows, widens half precision, calls the steps below and lays
+    their results out again. A subclass overrides the steps that differ:
+
+    - :meth:`search` (required): the index of each row. Reads state, never changes it.
+    - :meth:`look_up` (required): the code of each index. Any index that :meth:`search` returns has exactly one
+      code, and looking it up twice gives the same bits.
+    - :meth:`losses` (optional, zero by default): the weighted terms.
+    - :meth:`project` (optional, the identity by default): what a row becomes before it is compared, for example
+      unit length.
+    - :meth:`quantize` (optional): all of the above for one training or evaluation pass. Override it to sample, to
+      count or to move a codebook. It must return codes that are bit-equal to ``look_up(indices)`` *after* the
+      call, and may change state only while ``self.training and not self.frozen``.
+
+    ``te_quant.testing.check_quantizer`` holds a subclass to all of this; the page "Add a quantizer" builds one.
+
+    Args:
+        num_codes: K, at least 1.
+        code_dim: C, at least 1.
+        channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
+        nonfinite: what to do about NaN and infinite latents: ``"raise"`` a ``ValueError``, ``"skip"`` the vectors
+            that have any, or ``"off"``, which does not look. ``None`` is ``"raise"`` on the CPU and ``"off"`` on
+            accelerators.
+        process_group: the processes over which statistics are summed. ``None`` is torch.distributed's default
+            group, looked up at each call, and only this process when there is none.
+
+    Shape:
+        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point.
+        quantized, codes: as latents. indices: the latents' shape without the channel axis, and Q behind where a
+            token has Q indices. losses: ().
+
+    Attributes:
+        frozen: whether :meth:`freeze` was called.
+        num_quantizers: Q where a token has Q indices in the last axis; None where it has one and no such axis.
+
+    Raises:
+        ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does
+            not fit, or latents are not finite.
+        TypeError: latents are not floating point, or of another dtype than the quantizer.
+
+    Example:
+        >>> from te_quant import Quantizer
+        >>> class Sign(Quantizer):
+        ...     def search(self, rows):
+        ...         return ((rows.searchable > 0) * 2 ** torch.arange(self.code_dim)).sum(1)
+        ...     def look_up(self, indices):
+        ...         return (indices.unsqueeze(-1) >> torch.arange(self.code_dim) & 1) * 2.0 - 1
+        >>> Sign(num_codes=8, code_dim=3)(torch.tensor([[0.5, -2.0, 0.1]])).indices
+        tensor([5])
+    """
+
+    num_quantizers: int | None = None
+    lowest_index: int = 0
+    """The smallest index; -1 where codebooks may be left out."""
+
+    statistics: ClassVar[tuple[str, ...]] = ()
+    """Names of the buffers that stay in float32 when the module is converted to half precision."""
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        *,
+        channel_dim: int = 1,
+        nonfinite: NonfiniteMode | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        require_int("num_codes", num_codes, 1)
+        require_int("code_dim", code_dim, 1)
+        require_int("channel_dim", channel_dim)
+        require_choice("channel_dim", channel_dim, (1, -1))
+        require_choice("nonfinite", nonfinite, (None, "raise", "skip", "off"))
+        self.num_codes = num_codes
+        self.code_dim = code_dim
+        self.channel_dim = channel_dim
+        self.nonfinite = nonfinite
+        self.frozen = False
+        self._group = GroupReference(process_group)
+
+    if TYPE_CHECKING:
+        # torch types it as returning Any.
+        def __call__(
+            self, latents: Tensor, *, mask: Tensor | None = None, generator: torch.Generator | None = None
+        ) -> QuantizerOutput:
+            """Run :meth:`forward` and the hooks."""
+
+    def forward(
+        self, latents: Tensor, *, mask: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> QuantizerOutput:
+        """Quantize ``latents``; while training and not frozen, also update what the quantizer remembers.
+
+        Args:
+            latents: see the class.
+            mask: reserved; must be None for now.
+            generator: randomness of what is drawn in training; the global one if None.
+        """
+        self._check_latents(latents)
+        _refuse_mask(mask)
+        require_generator(generator)
+        with full_precision(latents.device):
+            rows = self._rows(latents)
+            result = self.quantize(rows, generator)
+        dtype = self._dtype(latents)
+        return QuantizerOutput(
+            quantized=lay_out(result.quantized.to(dtype), rows.grid, self.channel_dim),
+            indices=self._lay_out_indices(result.indices, rows.grid),
+            loss=result.losses.total,
+            codebook_loss=result.losses.codebook,
+            commitment_loss=result.losses.commitment,
+            regularization_loss=result.losses.regularization,
+            codes=lay_out(result.codes.detach().to(dtype), rows.grid, self.channel_dim),
+        )
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        """Return the indices of ``latents``: no losses, no gradient, no sampling, no change of state."""
+        self._check_latents(latents)
+        with full_precision(latents.device):
+            rows = self._rows(latents)
+            return self._lay_out_indices(self.search(rows), rows.grid)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Return the codes of ``indices``, with C at ``channel_dim``; differentiable in what is learnt.
+
+        Args:
+            indices: (B, h, w), (B, N) or (N,), integer, in [0, K); with 1 to Q indices per token in a last axis
+                where ``num_quantizers`` is set.
+
+        Raises:
+            ValueError: an index has no code, or the rank, the number of codebooks or the device does not fit.
+            TypeError: the indices are not integers.
+        """
+        indices = self._check_indices(indices)
+        with full_precision(indices.device):
+            codes = self.look_up(indices)
+        reference = self.reference
+        if reference is not None:
+            codes = codes.to(reference.dtype)
+        return codes if self.channel_dim == -1 else codes.movedim(-1, 1)
+
+    def freeze(self: _Self, frozen: bool = True) -> _Self:
+        """Stop (or resume) every change of state: gradients, moving averages, k-means and revival.
+
+        Does nothing for a quantizer that learns and remembers nothing. The flag belongs to this object: copies and
+        pickles carry it, ``state_dict`` does not.
+        """
+        require_type("frozen", frozen, bool, "a bool")
+        for module in self.modules():
+            if isinstance(module, Quantizer):
+                module.frozen = frozen
+        for parameter in self._learnt():
+            parameter.requires_grad_(not frozen)
+            if frozen:
+                # An optimizer would still step on a gradient left behind.
+                parameter.grad = None
+        return self
+
+    def search(self, rows: Rows) -> Tensor:
+        """Return the index of each row, int64: (N, C) -> (N,), or (N, Q); no gradient, no change of state.
+
+        Args:
+            rows: compare ``rows.searchable``, which carries no gradient.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define search(rows).")
+
+    def look_up(self, indices: Tensor) -> Tensor:
+        """Return the codes of checked int64 indices: (...) -> (..., C), or (..., n) -> (..., C) for n of Q.
+
+        At least float32; with a gradient to what is learnt.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define look_up(indices).")
+
+    def losses(self, rows: Rows, codes: Tensor, indices: Tensor) -> Losses:  # noqa: ARG002
+        """Return the weighted terms for the rows that count, all zero here.
+
+        Args:
+            rows: with gradient in ``rows.vectors``, and ``rows.weights`` where some do not count.
+            codes: (N, C), with gradient to what is learnt.
+            indices: (N,) or (N, Q).
+        """
+        # Zero, but of the rows: `loss.backward()` stays valid.
+        nothing = (rows.vectors * 0).sum()
+        return Losses(codebook=nothing.detach(), commitment=nothing, regularization=nothing.detach())
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Return what rows are compared as: (N, C) -> (N, C), differentiable; the identity here."""
+        return vectors
+
+    def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
+        """Search, look up, take the losses and pass the gradient straight through.
+
+        Args:
+            rows: the projected latents.
+            generator: randomness; the global one if None.
+        """
+        indices = self.search(rows)
+        codes = self.look_up(indices)
+        return Quantized(
+            quantized=straight_through(rows.vectors, codes),
+            indices=indices,
+            codes=codes,
+            losses=self.losses(rows, codes, indices),
+        )
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The group that was given; None is the default group."""
+        return self._group.group
+
+    @property
+    def reference(self) -> Tensor | None:
+        """The tensor whose device and dtype latents must have: the first floating one; None if there is none."""
+        tensors = (*self.parameters(), *self.buffers())
+        return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+
+    def options(self) -> dict[str, Any]:
+        """Return what the constructor was given, by name; a checkpoint of an autoencoder stores it.
+
+        Randomness (``generator``) and processes (``process_group``) belong to a run and are left out.
+
+        Raises:
+            AttributeError: an option is not an attribute of the same name.
+        """
+        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NO_OPTIONS]
+        return {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        """Name the sizes, which tell one quantizer from the next."""
+        return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
+
+    def _learnt(self) -> Iterator[nn.Parameter]:
+        """The parameters that take gradients unless frozen."""
+        return self.parameters()
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        """Keep the statistics in float32 at least."""
+        with wide_buffers(self, self.statistics):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _dtype(self, latents: Tensor) -> torch.dtype:
+        reference = self.reference
+        return latents.dtype if reference is None else reference.dtype
+
+    def _check_latents(self, latents: Tensor) -> None:
+        """Refuse latents that do not fit; call it before autocast is switched off."""
+        shape = "(B, C, h, w) or (N, C)" if self.channel_dim == 1 else "(B, N, C) or (N, C)"
+        require_rank("latents", latents, (2, 3, 4, 5), shape)
+        require_floating("latents", latents)
+        axis = 1 if self.channel_dim == 1 else latents.ndim - 1
+        require_axis("latents", latents, axis, self.code_dim, "code_dim")
+        reference = self.reference
+        if reference is None:
+            return
+        require_device("latents", latents, reference.device, "codebook")
+        if latents.dtype != reference.dtype:
+            device = latents.device.type
+            cast = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+            # Half precision is computed in float32, which a codebook in float64 does not fit.
+            if not (cast and latents.dtype in HALF and reference.dtype != torch.float64):
+                raise TypeError(f"latents must be {reference.dtype} as the codebook, got {latents.dtype}.")
+
+    def _rows(self, latents: Tensor) -> Rows:
+        rows = to_rows(latents, self.channel_dim, self.nonfinite)
+        return rows._replace(vectors=self.project(rows.vectors), searchable=self.project(rows.searchable))
+
+    def _counted(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> (·, C), the checked and projected vectors that count, at least float32."""
+        self._check_latents(latents)
+        with full_precision(latents.device):
+            return self._rows(latents).counted
+
+    def _refuse_frozen(self, method: str) -> None:
+        if self.frozen:
+            raise RuntimeError(f"{method} must be called on a quantizer that is not frozen, got a frozen one.")
+
+    def _lay_out_indices(self, indices: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return indices.view(*grid, *indices.shape[1:])
+
+    def _check_indices(self, indices: Tensor) -> Tensor:
+        """Refuse what no code belongs to; return the indices as int64."""
+        require_integer_tensor("indices", indices)
+        if self.num_quantizers is None:
+            require_rank("indices", indices, (1, 2, 3, 4), "(B, h, w), (B, N) or (N,)")
+        else:
+            require_rank("indices", indices, (2, 3, 4, 5), "(B, h, w, Q), (B, N, Q) or (N, Q)")
+            stages, shape = indices.shape[-1], tuple(indices.shape)
+            expected = f"1 to num_quantizers={self.num_quantizers}"
+            fits = 1 <= stages <= self.num_quantizers
+            require(fits, f"indices axis {indices.ndim - 1}", expected, f"{stages} (indices shape {shape})")
+        if self.reference is not None:
+            require_device("indices", indices, self.reference.device, "codebook")
+        # A negative index would silently count from the end.
+        return require_in_range("indices", indices.long(), self.num_codes, "num_codes", self.lowest_index)
+
+
+def _refuse_mask(mask: object) -> None:
+    if mask is not None:
+        cure = "set the latents to ignore to NaN with nonfinite='skip'"
+        require(False, "mask", "None, as masks are not implemented yet", f"a {type(mask).__name__}; {cure}")

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from te_quant._checks import require, require_int
-from te_quant._precision import full_precision
 from te_quant.functional import straight_through
-from te_quant.quantizers._rows import Layout
-from te_quant.quantizers.base import QuantizerOutput
+from te_quant.quantizers._rows import Rows
+from te_quant.quantizers.base import Losses, NonfiniteMode, Quantized, Quantizer
 
 __all__ = ["FSQ"]
 
 
-class FSQ(nn.Module):
+class FSQ(Quantizer):
     """Bound each channel and round it to the nearest of its levels.
 
     A channel with L levels is squashed to tanh(z + s)·(L - 1)/2 - o, which spans L - 1, rounded to an integer and
@@ -30,8 +28,8 @@ class FSQ(nn.Module):
     have zero among them, so it is shifted down by half a step (o = 1/2), with s chosen such that z = 0 lies on the
     level 0: {-1, -1/2, 0, 1/2} for L = 4. For L = 2 no finite s does that, and the boundary lies at z = 0 (s = 0).
 
-    Nothing here is remembered or learnt: there is no codebook to collapse, no statistic and nothing to freeze.
-    To see which codes are used, count the indices with :class:`~te_quant.CodebookUsage`.
+    Nothing here is remembered or learnt: no codebook can collapse, there is no statistic, and freezing does
+    nothing. To see which codes are used, count the indices with :class:`~te_quant.CodebookUsage`.
 
     Args:
         levels: L of each channel, each at least 2, product below 2^63; the paper advises 5 or more a channel, for
@@ -59,6 +57,14 @@ class FSQ(nn.Module):
         index = Σ_i digit_i · Π_{j<i} L_j, so the first channel changes fastest. Differs: the range is not
         narrowed or widened by 10⁻³, as rounding cannot leave it; s is atanh(o / half range), where the paper's
         listing has tan; codes are read from a table by their digits, and so are the bits that ``decode`` gives.
+
+    Example:
+        >>> from te_quant import FSQ
+        >>> quantizer = FSQ((8, 5, 5, 5))
+        >>> quantizer.num_codes, quantizer.code_dim
+        (1000, 4)
+        >>> quantizer(torch.randn(2, 4, 8, 8)).indices.shape
+        torch.Size([2, 8, 8])
     """
 
     grid: Tensor
@@ -71,70 +77,63 @@ class FSQ(nn.Module):
         levels: Sequence[int],
         *,
         channel_dim: int = 1,
-        nonfinite: Literal["raise", "skip", "off"] | None = None,
+        nonfinite: NonfiniteMode | None = None,
     ) -> None:
-        super().__init__()
         if not isinstance(levels, Sequence) or isinstance(levels, (str, bytes)):
             raise TypeError(f"levels must be a sequence of int, got {levels!r}.")
         require(len(levels) >= 1, "levels", "at least one int", "none")
         for place, size in enumerate(levels):
             require_int(f"levels[{place}]", size, 2)
+        num_codes = math.prod(levels)
+        require(num_codes < 2**63, "levels", "of a product below 2^63", num_codes)
+        super().__init__(num_codes, len(levels), channel_dim=channel_dim, nonfinite=nonfinite)
         self.levels = tuple(levels)
-        self.num_codes = math.prod(self.levels)
-        require(self.num_codes < 2**63, "levels", "of a product below 2^63", self.num_codes)
-        self.code_dim = len(self.levels)
-        self.channel_dim = channel_dim
-        self.nonfinite = nonfinite
-        self._layout = Layout(self.code_dim, channel_dim, nonfinite)
         self._register_constants(None, None)
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Quantize ``latents``; the same in training and in evaluation.
+    @property
+    def reference(self) -> Tensor:
+        """The table of levels."""
+        return self.grid
+
+    def search(self, rows: Rows) -> Tensor:
+        """Return the index of each row of bounded channels."""
+        return self._pack(self._digits(rows.searchable))
+
+    def look_up(self, indices: Tensor) -> Tensor:
+        """Return the codes, in [-1, 1]."""
+        return self._codes(indices.unsqueeze(-1) // self.strides % self.sizes)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Bound each channel: one of L levels to [-⌊L/2⌋, ⌈L/2⌉ - 1]."""
+        half = (self.sizes - 1).to(vectors.dtype) / 2
+        offset = (1 - self.sizes % 2).to(vectors.dtype) / 2
+        shift = torch.where(self.sizes > 2, offset / half, 0.0).atanh()
+        return torch.tanh(vectors + shift) * half - offset
+
+    def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
+        """Round; the same in training and in evaluation, with nothing drawn at random.
 
         The gradient passes the rounding unchanged and then the bounding function.
         """
-        self._layout.check(latents, self.grid)
-        with full_precision(latents.device):
-            rows = self._layout.to_rows(latents)
-            bounded = self._bound(rows.vectors)
-            digits = self._digits(self._bound(rows.searchable))
-            codes = self._codes(digits).to(bounded.dtype)
-            scaled = bounded / (self.sizes // 2)
-            # The paper has no loss; still there has to be something to call backward on.
-            nothing = (scaled * 0).sum()
-            quantized, dtype = straight_through(scaled, codes), self.grid.dtype
-            terms = (nothing.detach(), nothing, nothing.detach())
-            return self._layout.output(latents, dtype, quantized, (digits * self.strides).sum(1), codes, *terms)
-
-    @torch.no_grad()
-    def encode(self, latents: Tensor) -> Tensor:
-        """The index of each latent vector."""
-        self._layout.check(latents, self.grid)
-        with full_precision(latents.device):
-            digits = self._digits(self._bound(self._layout.to_rows(latents).searchable))
-        return self._layout.indices_from_rows((digits * self.strides).sum(1), latents.shape)
-
-    def decode(self, indices: Tensor) -> Tensor:
-        """The codes of ``indices``, with C at ``channel_dim``.
-
-        Args:
-            indices: (B, h, w), (B, N) or (N,), integer, in [0, K).
-
-        Raises:
-            ValueError: an index is negative or >= K, or the rank or device does not fit.
-            TypeError: the indices are not integers.
-        """
-        indices = self._layout.check_indices(indices, self.grid.device, self.num_codes)
-        codes = self._codes(indices.unsqueeze(-1) // self.strides % self.sizes)
-        return codes if self.channel_dim == -1 else codes.movedim(-1, 1)
+        digits = self._digits(rows.searchable)
+        codes = self._codes(digits).to(rows.vectors.dtype)
+        scaled = rows.vectors / (self.sizes // 2)
+        # The paper has no loss; a zero one, but of the latents, keeps `loss.backward()` valid.
+        nothing = (scaled * 0).sum()
+        return Quantized(
+            quantized=straight_through(scaled, codes),
+            indices=self._pack(digits),
+            codes=codes,
+            losses=Losses(codebook=nothing.detach(), commitment=nothing, regularization=nothing.detach()),
+        )
 
     def extra_repr(self) -> str:
         """The options that tell one quantizer from the next."""
         return f"levels={self.levels}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSQ:
-        """Make the constants anew, so that they are exact in every dtype, also after one of fewer digits."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """Compute the constants again, so that they are exact in every dtype, also after one of fewer digits."""
+        super()._apply(fn, recurse)
         self._register_constants(self.grid.device, self.grid.dtype)
         return self
 
@@ -148,13 +147,6 @@ class FSQ(nn.Module):
         for name, values in (("sizes", self.levels), ("starts", starts), ("strides", strides)):
             self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
 
-    def _bound(self, vectors: Tensor) -> Tensor:
-        """(N, C) -> (N, C), a channel of L levels in [-⌊L/2⌋, ⌈L/2⌉ - 1]."""
-        half = (self.sizes - 1).to(vectors.dtype) / 2
-        offset = (1 - self.sizes % 2).to(vectors.dtype) / 2
-        shift = torch.where(self.sizes > 2, offset / half, 0.0).atanh()
-        return torch.tanh(vectors + shift) * half - offset
-
     def _digits(self, bounded: Tensor) -> Tensor:
         """(N, C) -> (N, C) int64, of a channel of L levels in [0, L)."""
         digits = bounded.round().long() + self.sizes // 2
@@ -163,3 +155,7 @@ class FSQ(nn.Module):
 
     def _codes(self, digits: Tensor) -> Tensor:
         return self.grid[self.starts + digits]
+
+    def _pack(self, digits: Tensor) -> Tensor:
+        """(N, C) -> (N,), the first channel changing fastest."""
+        return (digits * self.strides).sum(1)

@@ -5,19 +5,17 @@ Shape letters: B batch, C channels, h w token grid, K = 2^C codes, N = B*h*w lat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from te_quant._checks import require, require_int, require_number
-from te_quant._precision import full_precision
 from te_quant.functional import straight_through
-from te_quant.quantizers._distributed import GroupReference
 from te_quant.quantizers._entropy import assignment_entropy, missing_entropy
 from te_quant.quantizers._losses import distance_losses
-from te_quant.quantizers._rows import Layout, Rows
-from te_quant.quantizers.base import QuantizerOutput
+from te_quant.quantizers._rows import Rows
+from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,7 +26,7 @@ __all__ = ["LFQ"]
 _MAX_JOINT = 24
 
 
-class LFQ(nn.Module):
+class LFQ(Quantizer):
     """Replace each channel by its sign: codes are the corners {-1, 1}^C of a cube.
 
     There is no codebook, so nothing is looked up, learnt or remembered. That the corners are used evenly is asked
@@ -73,6 +71,12 @@ class LFQ(nn.Module):
         Σ_i 2^(i-1)·[z_i > 0], so the first channel is the lowest bit) and Eq. 5 (entropy terms). Differs: log K is
         added, so that no term is negative; the entropies are exact where memory allows, see
         :mod:`te_quant.quantizers._entropy`.
+
+    Example:
+        >>> from te_quant import LFQ
+        >>> quantizer = LFQ(code_dim=3, entropy_weight=0.0)
+        >>> quantizer(torch.tensor([[0.3, -1.2, 2.0]])).indices  # bits 1, 0, 1, the lowest first
+        tensor([5])
     """
 
     signs: Tensor
@@ -87,11 +91,13 @@ class LFQ(nn.Module):
         temperature: float = 0.01,
         entropy_group_dim: int | None = None,
         channel_dim: int = 1,
-        nonfinite: Literal["raise", "skip", "off"] | None = None,
+        nonfinite: NonfiniteMode | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
         require_int("code_dim", code_dim, 1, 62)
+        super().__init__(
+            2**code_dim, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
+        )
         require_number("commitment_weight", commitment_weight, 0.0)
         require_number("entropy_weight", entropy_weight, 0.0)
         require_number("diversity_weight", diversity_weight, 0.0)
@@ -104,56 +110,41 @@ class LFQ(nn.Module):
             require(diverse, name, "unset while entropy_weight or diversity_weight is 0", entropy_group_dim)
         joint = code_dim <= _MAX_JOINT or not diverse or entropy_group_dim is not None
         require(joint, "entropy_group_dim", f"an int <= {_MAX_JOINT} while code_dim={code_dim} is above", None)
-        self.code_dim = code_dim
-        self.num_codes = 2**code_dim
         self.commitment_weight = float(commitment_weight)
         self.entropy_weight = float(entropy_weight)
         self.diversity_weight = float(diversity_weight)
         self.temperature = float(temperature)
         self.entropy_group_dim = entropy_group_dim
-        self.channel_dim = channel_dim
-        self.nonfinite = nonfinite
-        self._layout = Layout(code_dim, channel_dim, nonfinite)
-        self._group = GroupReference(process_group)
         # No state: the values that a bit stands for, and the module's dtype and device.
         self.register_buffer("signs", torch.tensor([-1.0, 1.0]), persistent=False)
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Quantize ``latents``; the same in training and, but for other processes, in evaluation."""
-        self._layout.check(latents, self.signs)
-        with full_precision(latents.device):
-            rows = self._layout.to_rows(latents)
-            bits = rows.searchable > 0
-            codes = self._codes(bits).to(rows.vectors.dtype)
-            codebook_loss, commitment_loss = distance_losses(
-                rows, codes, self.commitment_weight, codebook_follows=False
-            )
-            penalty = self._penalty(rows) if self.entropy_weight else torch.zeros_like(commitment_loss)
-            quantized, dtype = straight_through(rows.vectors, codes), self.signs.dtype
-            terms = (codebook_loss, commitment_loss, penalty)
-            return self._layout.output(latents, dtype, quantized, self._pack(bits), codes, *terms)
+    @property
+    def reference(self) -> Tensor:
+        """The two values of a bit."""
+        return self.signs
 
-    @torch.no_grad()
-    def encode(self, latents: Tensor) -> Tensor:
-        """The index of each latent vector."""
-        self._layout.check(latents, self.signs)
-        bits = self._layout.to_rows(latents).searchable > 0
-        return self._layout.indices_from_rows(self._pack(bits), latents.shape)
+    def search(self, rows: Rows) -> Tensor:
+        """Return the index of each row; zero counts as -1."""
+        return self._pack(rows.searchable > 0)
 
-    def decode(self, indices: Tensor) -> Tensor:
-        """The codes of ``indices``, with C at ``channel_dim``.
-
-        Args:
-            indices: (B, h, w), (B, N) or (N,), integer, in [0, K).
-
-        Raises:
-            ValueError: an index is negative or >= K, or the rank or device does not fit.
-            TypeError: the indices are not integers.
-        """
-        indices = self._layout.check_indices(indices, self.signs.device, self.num_codes)
+    def look_up(self, indices: Tensor) -> Tensor:
+        """Return the corners of ``indices``."""
         places = torch.arange(self.code_dim, device=indices.device)
-        codes = self._codes((indices.unsqueeze(-1) >> places) & 1)
-        return codes if self.channel_dim == -1 else codes.movedim(-1, 1)
+        return self._codes((indices.unsqueeze(-1) >> places) & 1)
+
+    def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
+        """Quantize; only the entropy terms of several processes differ between training and evaluation."""
+        bits = rows.searchable > 0
+        codes = self._codes(bits).to(rows.vectors.dtype)
+        losses = distance_losses(rows, codes, self.commitment_weight, codebook_follows=False)
+        if self.entropy_weight:
+            losses = losses._replace(regularization=self._penalty(rows))
+        return Quantized(
+            quantized=straight_through(rows.vectors, codes),
+            indices=self._pack(bits),
+            codes=codes,
+            losses=losses,
+        )
 
     def extra_repr(self) -> str:
         """The options that tell one quantizer from the next."""

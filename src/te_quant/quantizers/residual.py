@@ -5,19 +5,18 @@ Shape letters: B batch, C code size, h w token grid, K codes a codebook, Q codeb
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require_int, require_type
-from te_quant._precision import full_precision
-from te_quant.functional import rotation_trick, straight_through
-from te_quant.quantizers import _residual, _stages
-from te_quant.quantizers._losses import distance_losses
-from te_quant.quantizers._rows import Layout
-from te_quant.quantizers.base import QuantizerOutput
-from te_quant.quantizers.vector import VectorQuantizer
+from te_quant.quantizers import _residual_steps
+from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
+from te_quant.quantizers._rows import Rows
+from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
+from te_quant.quantizers.vector import CodebookUpdate, VectorQuantizer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["ResidualVectorQuantizer"]
 
 
-class ResidualVectorQuantizer(nn.Module):
+class ResidualVectorQuantizer(Quantizer):
     """Replace each latent vector by a sum of Q codes, each the nearest to what is left of it.
 
     Args:
@@ -55,7 +54,17 @@ class ResidualVectorQuantizer(nn.Module):
     Source: Zeghidour et al. 2021, arXiv:2107.03312, Algorithm 1 and Section III-C (dropout); Lee et al. 2022,
         arXiv:2203.01941, Eq. 4 to 6 and shared codebooks. Differs: the distance terms are the mean over the
         codebooks used, where Lee et al. sum, so that β and learning rates mean the same for every Q.
+
+    Example:
+        >>> from te_quant import ResidualVectorQuantizer
+        >>> quantizer = ResidualVectorQuantizer(num_codes=64, code_dim=8, num_quantizers=4)
+        >>> output = quantizer(torch.randn(2, 8, 16, 16))
+        >>> output.indices.shape
+        torch.Size([2, 16, 16, 4])
+        >>> coarse = quantizer.decode(output.indices[..., :2])  # the first two codebooks only
     """
+
+    num_quantizers: int
 
     def __init__(
         self,
@@ -65,21 +74,22 @@ class ResidualVectorQuantizer(nn.Module):
         *,
         shared_codebook: bool = False,
         quantizer_dropout: bool = False,
-        codebook_update: Literal["gradient", "ema"] = "gradient",
+        codebook_update: CodebookUpdate = "gradient",
         commitment_weight: float = 0.25,
         orthogonal_reg: float = 0.0,
-        gradient_estimator: Literal["straight_through", "rotation_trick"] = "straight_through",
+        gradient_estimator: GradientEstimator = "straight_through",
         decay: float = 0.99,
         channel_dim: int = 1,
-        nonfinite: Literal["raise", "skip", "off"] | None = None,
+        nonfinite: NonfiniteMode | None = None,
         process_group: ProcessGroup | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            num_codes, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
+        )
         require_int("num_quantizers", num_quantizers, 1)
         require_type("shared_codebook", shared_codebook, bool, "a bool")
         require_type("quantizer_dropout", quantizer_dropout, bool, "a bool")
-        self._layout = Layout(code_dim, channel_dim, nonfinite)
         self.stages = nn.ModuleList(
             VectorQuantizer(
                 num_codes,
@@ -95,78 +105,60 @@ class ResidualVectorQuantizer(nn.Module):
             )
             for _ in range(1 if shared_codebook else num_quantizers)
         )
-        self.num_codes, self.code_dim, self.num_quantizers = num_codes, code_dim, num_quantizers
-        self.shared_codebook, self.quantizer_dropout = shared_codebook, quantizer_dropout
-        self.channel_dim, self.frozen = channel_dim, False
+        self.num_quantizers: int = num_quantizers
+        self.shared_codebook = shared_codebook
+        self.quantizer_dropout = quantizer_dropout
+        self.codebook_update: CodebookUpdate = codebook_update
+        self.commitment_weight = float(commitment_weight)
+        self.orthogonal_reg = float(orthogonal_reg)
+        self.gradient_estimator: GradientEstimator = gradient_estimator
+        self.decay = float(decay)
+        # A codebook that was left out has the index -1.
+        self.lowest_index = -1 if quantizer_dropout else 0
 
-    def forward(self, latents: Tensor, *, generator: torch.Generator | None = None) -> QuantizerOutput:
-        """Quantize ``latents``; while training also update the statistics and, under ``"ema"``, the codebooks.
+    @property
+    def reference(self) -> Tensor:
+        """The first codebook."""
+        return self._quantizers[0].codebook
 
-        ``generator`` is the randomness of ``quantizer_dropout``.
-        """
-        stages, first = self._quantizers, self._quantizers[0]
-        self._layout.check(latents, first.codebook)
-        with full_precision(latents.device):
-            rows = self._layout.to_rows(latents)
-            dropped, steps = self.training and self.quantizer_dropout, self.num_quantizers
-            depths = _residual.draw_depths(latents, self.code_dim, steps, generator) if dropped else None
-            tables = _stages.tables_of(stages, steps)
-            chosen = _residual.search_residuals(rows.searchable, tables, depths)
-            if self.training and not self.frozen:
-                sums = _residual.partial_sums(_residual.step_codes(chosen, tables))[:-1]
-                _stages.observe_stages(stages, _residual.residuals(rows, sums, chosen, dropped=dropped), chosen)
-                # Under "ema" the codebooks have just moved, and decode(indices) will read them where they are now.
-                tables = _stages.tables_of(stages, steps)
-            codes = _residual.step_codes(chosen, tables)
-            *sums, total = _residual.partial_sums(codes)
-            codebook_loss, commitment_loss = distance_losses(
-                _residual.joined(_residual.residuals(rows, sums, chosen, dropped=dropped)),
-                torch.cat(codes),
-                first.commitment_weight,
-                codebook_follows=first.codebook_update == "gradient",
-            )
-            nothing = torch.zeros_like(commitment_loss)
-            penalty = first.orthogonal_reg * _stages.mean_penalty(stages) if first.orthogonal_reg else nothing
-            estimate = rotation_trick if first.gradient_estimator == "rotation_trick" else straight_through
-            terms = (codebook_loss, commitment_loss, penalty)
-            quantized = estimate(rows.vectors, total)
-            return self._layout.output(latents, first.codebook.dtype, quantized, chosen, total, *terms)
+    def search(self, rows: Rows) -> Tensor:
+        """Return all Q indices of each row, Q last; no dropout."""
+        return _residual_steps.search_residuals(rows.searchable, self._tables(), None)
 
-    @torch.no_grad()
-    def encode(self, latents: Tensor) -> Tensor:
-        """All Q indices of each latent vector, Q last: no losses, no update, no dropout."""
-        self._layout.check(latents, self._quantizers[0].codebook)
-        with full_precision(latents.device):
-            tables = _stages.tables_of(self._quantizers, self.num_quantizers)
-            chosen = _residual.search_residuals(self._layout.to_rows(latents).searchable, tables, None)
-        return self._layout.indices_from_rows(chosen, latents.shape)
+    def look_up(self, indices: Tensor) -> Tensor:
+        """Return the sums of codes of the first n codebooks: (..., n) -> (..., C); -1 adds nothing."""
+        tables = self._tables()[: indices.shape[-1]]
+        return _residual_steps.partial_sums(_residual_steps.step_codes(indices, tables))[-1]
 
-    def decode(self, indices: Tensor) -> Tensor:
-        """The sums of codes of ``indices``, with C at ``channel_dim``; differentiable in the codebooks.
+    def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:
+        """Quantize; while training also update the statistics and, under ``"ema"``, the codebooks.
 
         Args:
-            indices: (B, h, w, n), (B, N, n) or (N, n), integer, in [0, K), with n in 1..Q: fewer than Q are those
-                of the first codebooks. Under ``quantizer_dropout`` -1 adds nothing.
-
-        Raises:
-            ValueError: an index is out of range, or the rank, the number of codebooks or device does not fit.
-            TypeError: the indices are not integers.
+            rows: the latents.
+            generator: randomness of ``quantizer_dropout``.
         """
-        book, lowest = self._quantizers[0].codebook, -1 if self.quantizer_dropout else 0
-        indices = self._layout.check_indices(
-            indices, book.device, self.num_codes, num_quantizers=self.num_quantizers, lowest=lowest
+        steps = _residual_steps
+        dropped, tables = self.training and self.quantizer_dropout, self._tables()
+        depths = steps.draw_depths(rows, self.num_quantizers, generator) if dropped else None
+        chosen = steps.search_residuals(rows.searchable, tables, depths)
+        if self.training and not self.frozen:
+            sums = steps.partial_sums(steps.step_codes(chosen, tables))[:-1]
+            steps.observe_stages(self._quantizers, steps.residuals(rows, sums, chosen, dropped=dropped), chosen)
+            # Under "ema" the codebooks have just moved, and decode(indices) will read them where they are now.
+            tables = self._tables()
+        codes = steps.step_codes(chosen, tables)
+        *sums, total = steps.partial_sums(codes)
+        losses = distance_losses(
+            steps.joined(steps.residuals(rows, sums, chosen, dropped=dropped)),
+            torch.cat(codes),
+            self.commitment_weight,
+            codebook_follows=self.codebook_update == "gradient",
         )
-        with full_precision(indices.device):
-            tables = _stages.tables_of(self._quantizers, self.num_quantizers)[: indices.shape[-1]]
-            codes = _residual.partial_sums(_residual.step_codes(indices, tables))[-1].to(book.dtype)
-        return codes if self.channel_dim == -1 else codes.movedim(-1, 1)
-
-    def freeze(self, frozen: bool = True) -> ResidualVectorQuantizer:
-        """Stop (or resume) every change of state; as :meth:`te_quant.VectorQuantizer.freeze`."""
-        for stage in self._quantizers:
-            stage.freeze(frozen)
-        self.frozen = frozen
-        return self
+        if self.orthogonal_reg:
+            penalty = self.orthogonal_reg * steps.mean_penalty(self._quantizers)
+            losses = losses._replace(regularization=penalty)
+        estimate = ESTIMATORS[self.gradient_estimator]
+        return Quantized(quantized=estimate(rows.vectors, total), indices=chosen, codes=total, losses=losses)
 
     @torch.no_grad()
     def kmeans_init(
@@ -176,8 +168,8 @@ class ResidualVectorQuantizer(nn.Module):
 
         A shared one is set to those of the latents. As :meth:`te_quant.VectorQuantizer.kmeans_init`.
         """
-        rows = self._layout.counted(latents, self._quantizers[0].codebook)
-        _stages.start_stages(self._quantizers, rows, iterations, generator)
+        rows = self._counted(latents).to(self.reference.dtype)
+        _residual_steps.start_stages(self._quantizers, rows, iterations, generator)
 
     @torch.no_grad()
     def revive_dead_codes(
@@ -187,12 +179,20 @@ class ResidualVectorQuantizer(nn.Module):
 
         Returns (Q, K) bool, (1, K) if shared; else as :meth:`te_quant.VectorQuantizer.revive_dead_codes`.
         """
-        rows = self._layout.counted(latents, self._quantizers[0].codebook)
-        return _stages.revive_stages(self._quantizers, self.num_quantizers, rows, threshold, generator)
+        rows = self._counted(latents).to(self.reference.dtype)
+        return _residual_steps.revive_stages(self._quantizers, self.num_quantizers, rows, threshold, generator)
 
     def extra_repr(self) -> str:
         """What the stages do not tell."""
         return f"num_quantizers={self.num_quantizers}, shared_codebook={self.shared_codebook}"
+
+    def _learnt(self) -> Iterator[nn.Parameter]:
+        for stage in self._quantizers:
+            yield from stage._learnt()
+
+    def _tables(self) -> list[Tensor]:
+        """The codebook of every step: Q of (K, C), at least float32."""
+        return _residual_steps.tables_of(self._quantizers, self.num_quantizers)
 
     @property
     def _quantizers(self) -> list[VectorQuantizer]:

@@ -5,31 +5,33 @@ Shape letters: B batch, C code size, h w token grid, K codes, N = B*h*w latent v
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_choice, require_generator, require_int, require_number, require_type
-from te_quant._precision import full_precision, unit_rows, wide_buffers, widen
+from te_quant._precision import full_precision, unit_rows, widen
 from te_quant._search import sample_codes, search_codes
-from te_quant.functional import orthogonality, rotation_trick, straight_through
-from te_quant.quantizers._codebook import kmeans, replacements
-from te_quant.quantizers._distributed import GroupReference
-from te_quant.quantizers._losses import distance_losses
-from te_quant.quantizers._rows import Layout, Rows
-from te_quant.quantizers._state import CodebookState, observe, restart, revive
-from te_quant.quantizers.base import QuantizerOutput
+from te_quant.functional import orthogonality
+from te_quant.quantizers._lifecycle import kmeans, replacements, restart, revive
+from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
+from te_quant.quantizers._rows import Rows
+from te_quant.quantizers._update import CodebookState, observe
+from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["VectorQuantizer"]
+__all__ = ["CodebookUpdate", "Metric", "VectorQuantizer"]
+
+Metric: TypeAlias = Literal["l2", "cosine"]
+CodebookUpdate: TypeAlias = Literal["gradient", "ema"]
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Quantizer):
     """Replace each latent vector by its nearest code.
 
     Args:
@@ -80,8 +82,19 @@ class VectorQuantizer(nn.Module):
         and appendix A.1. Differs: β is on the commitment term, as in the paper of 2017 and unlike some code;
         under ``"ema"`` the returned codes are those after the update, so that ``decode(indices)`` gives them
         back bit for bit; the penalty lasts under ``"ema"``.
+
+    Example:
+        >>> from te_quant import VectorQuantizer
+        >>> quantizer = VectorQuantizer(num_codes=256, code_dim=64, orthogonal_reg=10.0)
+        >>> output = quantizer(torch.randn(8, 64, 16, 16, requires_grad=True))
+        >>> output.quantized.shape, output.indices.shape
+        (torch.Size([8, 64, 16, 16]), torch.Size([8, 16, 16]))
+        >>> output.loss.backward()  # add your reconstruction loss; an optimizer moves quantizer.codebook
+        >>> torch.equal(quantizer.decode(output.indices), output.codes)
+        True
     """
 
+    statistics = ("usage", "code_sums")
     usage: Tensor
     code_sums: Tensor
 
@@ -90,25 +103,25 @@ class VectorQuantizer(nn.Module):
         num_codes: int,
         code_dim: int,
         *,
-        metric: Literal["l2", "cosine"] = "l2",
-        codebook_update: Literal["gradient", "ema"] = "gradient",
+        metric: Metric = "l2",
+        codebook_update: CodebookUpdate = "gradient",
         commitment_weight: float = 0.25,
         orthogonal_reg: float = 0.0,
         orthogonal_active_only: bool = False,
         orthogonal_max_codes: int | None = None,
-        gradient_estimator: Literal["straight_through", "rotation_trick"] = "straight_through",
+        gradient_estimator: GradientEstimator = "straight_through",
         temperature: float = 0.0,
         decay: float = 0.99,
         channel_dim: int = 1,
-        nonfinite: Literal["raise", "skip", "off"] | None = None,
+        nonfinite: NonfiniteMode | None = None,
         process_group: ProcessGroup | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        require_int("num_codes", num_codes, 1)
-        require_int("code_dim", code_dim, 1)
-        require_choice("metric", metric, ("l2", "cosine"))
-        require_choice("codebook_update", codebook_update, ("gradient", "ema"))
+        super().__init__(
+            num_codes, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
+        )
+        require_choice("metric", metric, get_args(Metric))
+        require_choice("codebook_update", codebook_update, get_args(CodebookUpdate))
         require_number("commitment_weight", commitment_weight, 0.0)
         require_number("orthogonal_reg", orthogonal_reg, 0.0)
         require_type("orthogonal_active_only", orthogonal_active_only, bool, "a bool")
@@ -117,113 +130,81 @@ class VectorQuantizer(nn.Module):
         subset = {"orthogonal_active_only": orthogonal_active_only, "orthogonal_max_codes": orthogonal_max_codes}
         for name, value in subset.items():
             require(not value or orthogonal_reg > 0, name, "unset while orthogonal_reg is 0", repr(value))
-        require_choice("gradient_estimator", gradient_estimator, ("straight_through", "rotation_trick"))
+        require_choice("gradient_estimator", gradient_estimator, ESTIMATORS)
         require_number("temperature", temperature, 0.0)
         require_number("decay", decay, 0.0, below=1.0)
         require_generator(generator)
-        self.num_codes = num_codes
-        self.code_dim = code_dim
-        self.metric = metric
-        self.codebook_update = codebook_update
+        self.metric: Metric = metric
+        self.codebook_update: CodebookUpdate = codebook_update
         self.commitment_weight = float(commitment_weight)
         self.orthogonal_reg = float(orthogonal_reg)
         self.orthogonal_active_only = orthogonal_active_only
         self.orthogonal_max_codes = orthogonal_max_codes
-        self.gradient_estimator = gradient_estimator
+        self.gradient_estimator: GradientEstimator = gradient_estimator
         self.temperature = float(temperature)
         self.decay = float(decay)
-        self.channel_dim = channel_dim
-        self.nonfinite = nonfinite
-        self.frozen = False
-        self._layout = Layout(code_dim, channel_dim, nonfinite)
-        self._group = GroupReference(process_group)
         # The range of taming-transformers and of the paper's code.
         initial = torch.empty(num_codes, code_dim).uniform_(-1 / num_codes, 1 / num_codes, generator=generator)
         self.codebook = nn.Parameter(initial, requires_grad=codebook_update == "gradient")
-        # One pseudo-count a code, so that sums = codebook · smoothed(usage) holds from the first step on.
+        # One pseudo-count per code, so that sums = codebook · smoothed(usage) holds from the first step on.
         self.register_buffer("usage", torch.ones(num_codes))
         if codebook_update == "ema":
             self.register_buffer("code_sums", initial.clone())
 
-    def forward(self, latents: Tensor, *, generator: torch.Generator | None = None) -> QuantizerOutput:
-        """Quantize ``latents``; while training also update the statistics and, under ``"ema"``, the codebook.
+    @property
+    def reference(self) -> Tensor:
+        """The codebook."""
+        return self.codebook
+
+    def search(self, rows: Rows) -> Tensor:
+        """Return the nearest code of each row."""
+        return search_codes(rows.searchable, self._table())
+
+    def look_up(self, indices: Tensor) -> Tensor:
+        """Return the rows of the codebook, scaled to unit length under ``"cosine"``."""
+        return F.embedding(indices, self._table())
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Scale to unit length under ``"cosine"``."""
+        return unit_rows(vectors) if self.metric == "cosine" else vectors
+
+    def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:
+        """Quantize; while training also update the statistics and, under ``"ema"``, the codebook.
 
         Args:
-            latents: see the class.
+            rows: the projected latents.
             generator: randomness for ``temperature`` and ``orthogonal_max_codes``.
         """
-        self._layout.check(latents, self.codebook)
-        require_generator(generator)
-        with full_precision(latents.device):
-            rows = self._rows(latents)
-            table = self._table()
-            if self.training and self.temperature > 0:
-                chosen = sample_codes(rows.searchable, table, self.temperature, generator)
-            else:
-                chosen = search_codes(rows.searchable, table)
-            updating = self.training and not self.frozen
-            penalized, moved = observe(
-                self._state(),
-                rows,
-                chosen,
-                updating=updating,
-                active_only=self.orthogonal_active_only,
-                max_codes=self.orthogonal_max_codes,
-                decay=self.decay,
-                orthogonal_reg=self.orthogonal_reg,
-                unit=self.metric == "cosine",
-                generator=generator,
-                group=self._group.resolve() if updating else None,
-            )
-            # Under "ema" the codebook has just moved, and decode(indices) will read it where it is now.
-            table = table if moved is None else self._project(widen(moved))
-            codes = F.embedding(chosen, table)
-            codebook_loss, commitment_loss = distance_losses(
-                rows, codes, self.commitment_weight, codebook_follows=self.codebook_update == "gradient"
-            )
-            penalty = torch.zeros_like(commitment_loss)
-            if self.orthogonal_reg:
-                penalty = self.orthogonal_reg * orthogonality(penalized.rows(table), penalized.mask)
-            estimate = rotation_trick if self.gradient_estimator == "rotation_trick" else straight_through
-            quantized, dtype = estimate(rows.vectors, codes), self.codebook.dtype
-            terms = (codebook_loss, commitment_loss, penalty)
-            return self._layout.output(latents, dtype, quantized, chosen, codes, *terms)
-
-    @torch.no_grad()
-    def encode(self, latents: Tensor) -> Tensor:
-        """The nearest code of each latent vector: indices only, no losses, no update, no sampling."""
-        self._layout.check(latents, self.codebook)
-        with full_precision(latents.device):
-            chosen = search_codes(self._rows(latents).searchable, self._table())
-        return self._layout.indices_from_rows(chosen, latents.shape)
-
-    def decode(self, indices: Tensor) -> Tensor:
-        """The codes of ``indices``, with C at ``channel_dim``; differentiable in the codebook.
-
-        Args:
-            indices: (B, h, w), (B, N) or (N,), integer, in [0, K).
-
-        Raises:
-            ValueError: an index is negative or >= K, or the rank or device does not fit.
-            TypeError: the indices are not integers.
-        """
-        indices = self._layout.check_indices(indices, self.codebook.device, self.num_codes)
-        with full_precision(indices.device):
-            codes = F.embedding(indices, self._table()).to(self.codebook.dtype)
-        return codes if self.channel_dim == -1 else codes.movedim(-1, 1)
-
-    def freeze(self, frozen: bool = True) -> VectorQuantizer:
-        """Stop (or resume) every change of state: gradients, moving averages, k-means and revival.
-
-        The flag belongs to this object: copies and pickles carry it, ``state_dict`` does not.
-        """
-        require_type("frozen", frozen, bool, "a bool")
-        self.frozen = frozen
-        self.codebook.requires_grad_(not frozen and self.codebook_update == "gradient")
-        if frozen:
-            # An optimizer would still step on a gradient left behind.
-            self.codebook.grad = None
-        return self
+        table = self._table()
+        if self.training and self.temperature > 0:
+            indices = sample_codes(rows.searchable, table, self.temperature, generator)
+        else:
+            indices = search_codes(rows.searchable, table)
+        updating = self.training and not self.frozen
+        penalized, moved = observe(
+            self._state(),
+            rows,
+            indices,
+            updating=updating,
+            active_only=self.orthogonal_active_only,
+            max_codes=self.orthogonal_max_codes,
+            decay=self.decay,
+            orthogonal_reg=self.orthogonal_reg,
+            unit=self.metric == "cosine",
+            generator=generator,
+            group=self._group.resolve() if updating else None,
+        )
+        # Under "ema" the codebook has just moved, and decode(indices) will read it where it is now.
+        table = table if moved is None else self.project(widen(moved))
+        codes = F.embedding(indices, table)
+        losses = distance_losses(
+            rows, codes, self.commitment_weight, codebook_follows=self.codebook_update == "gradient"
+        )
+        if self.orthogonal_reg:
+            penalty = self.orthogonal_reg * orthogonality(penalized.rows(table), penalized.mask)
+            losses = losses._replace(regularization=penalty)
+        estimate = ESTIMATORS[self.gradient_estimator]
+        return Quantized(quantized=estimate(rows.vectors, codes), indices=indices, codes=codes, losses=losses)
 
     @torch.no_grad()
     def kmeans_init(
@@ -247,7 +228,7 @@ class VectorQuantizer(nn.Module):
         rows = self._counted_rows(latents, "kmeans_init")
         group = self._group.resolve()
         with full_precision(latents.device):
-            centers = kmeans(rows, self._table(), iterations, self._project, generator, group)
+            centers = kmeans(rows, self._table(), iterations, self.project, generator, group)
         if centers is not None:
             restart(self._state(), centers)
 
@@ -284,33 +265,17 @@ class VectorQuantizer(nn.Module):
             f"codebook_update={self.codebook_update!r}, orthogonal_reg={self.orthogonal_reg:g}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizer:
-        """Keep the statistics in float32 at least."""
-        with wide_buffers(self, ("usage", "code_sums")):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+    def _learnt(self) -> Iterator[nn.Parameter]:
+        # A moving-average codebook never takes gradients.
+        return self.parameters() if self.codebook_update == "gradient" else iter(())
 
     def _state(self) -> CodebookState:
         sums = self.code_sums if self.codebook_update == "ema" else None
         return CodebookState(self.codebook, self.usage, sums)
 
-    def _project(self, vectors: Tensor) -> Tensor:
-        return unit_rows(vectors) if self.metric == "cosine" else vectors
-
     def _table(self) -> Tensor:
-        return self._project(widen(self.codebook))
-
-    def _rows(self, latents: Tensor) -> Rows:
-        rows = self._layout.to_rows(latents)
-        return Rows(self._project(rows.vectors), self._project(rows.searchable), rows.weights)
-
-    def _refuse_frozen(self, method: str) -> None:
-        if self.frozen:
-            raise RuntimeError(f"{method} must be called on a quantizer that is not frozen, got a frozen one.")
+        return self.project(widen(self.codebook))
 
     def _counted_rows(self, latents: Tensor, method: str) -> Tensor:
         self._refuse_frozen(method)
-        self._layout.check(latents, self.codebook)
-        with full_precision(latents.device):
-            rows = self._rows(latents)
-        return rows.counted
+        return self._counted(latents)

@@ -1,0 +1,86 @@
+"""How a codebook starts, and how its dead codes are revived: between training steps, from latents.
+
+Shape letters: N latent vectors, C code size, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from te_quant._precision import widen
+from te_quant._search import search_codes
+from te_quant.quantizers._distributed import all_reduce_sum, sample_rows
+from te_quant.quantizers._penalized_means import smoothed
+from te_quant.quantizers._update import EPSILON, CodebookState, row_sums
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["kmeans", "replacements", "restart", "revive"]
+
+
+def kmeans(
+    rows: Tensor,
+    table: Tensor,
+    iterations: int,
+    project: Callable[[Tensor], Tensor],
+    generator: torch.Generator | None,
+    group: ProcessGroup | None,
+) -> Tensor | None:
+    """Lloyd's algorithm from K random rows: (N, C), (K, C) -> (K, C); None if no process has any row.
+
+    An empty cluster keeps its centre.
+    """
+    start = sample_rows(rows, table.shape[0], generator, group)
+    if not len(start):
+        return None
+    centers = torch.cat([start, table[start.shape[0] :]])
+    ones = torch.ones_like(rows[:, :1])
+    for _ in range(iterations):
+        chosen = search_codes(rows, centers)
+        counts = all_reduce_sum(row_sums(chosen, ones, len(table)), group)
+        sums = all_reduce_sum(row_sums(chosen, rows, len(table)), group)
+        centers = project(torch.where(counts > 0, sums / counts.clamp_min(1), centers))
+    return centers
+
+
+def replacements(
+    rows: Tensor,
+    usage: Tensor,
+    threshold: float,
+    generator: torch.Generator | None,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """Which codes are dead and can be replaced, (K,) bool, and by what, (K, C), zero elsewhere."""
+    dead = usage < threshold * usage.mean()
+    fresh = sample_rows(rows, usage.shape[0], generator, group)
+    # The j-th dead code takes the j-th row drawn; where the rows run out, the rest stay as they are.
+    order = dead.cumsum(0) - 1
+    revived = dead & (order < fresh.shape[0])
+    padded = torch.cat([fresh, fresh.new_zeros(1, fresh.shape[1])])
+    return revived, padded[torch.where(revived, order, fresh.shape[0])]
+
+
+@torch.no_grad()
+def restart(state: CodebookState, centers: Tensor) -> None:
+    """Put the codebook at ``centers`` (K, C), as if each had been seen once."""
+    state.codebook.copy_(centers)
+    state.usage.fill_(1)
+    if state.code_sums is not None:
+        state.code_sums.copy_(state.codebook)
+
+
+@torch.no_grad()
+def revive(state: CodebookState, revived: Tensor, fresh: Tensor) -> None:
+    """Put the codes that ``revived`` (K,) marks at ``fresh`` (K, C), with the usage of an average code."""
+    column = revived.unsqueeze(1)
+    state.codebook.copy_(torch.where(column, fresh.to(state.codebook.dtype), state.codebook))
+    state.usage.copy_(torch.where(revived, state.usage.mean(), state.usage))
+    if state.code_sums is not None:
+        # Without this the next step would write the old means over the revived codes.
+        weighted = widen(state.codebook) * smoothed(state.usage, EPSILON).unsqueeze(1)
+        state.code_sums.copy_(torch.where(column, weighted, state.code_sums))

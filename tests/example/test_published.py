@@ -1,0 +1,84 @@
+"""What is published follows from what is published with it: reports from results, tokens from weights."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import examples.te_vqgan
+from examples.te_vqgan.__main__ import main
+from te_quant import GPT, VQAutoencoder
+from tests.golden_files import golden_tensors
+
+RESULTS = Path(examples.te_vqgan.__file__).parent / "results"
+REPORTS = sorted(path.parent.name for path in RESULTS.glob("*/report.md"))
+# As the plan has them; the first is the base.
+REGIMES = [name for name in ("small", "small-long", "small-fine") if name in REPORTS]
+
+
+@pytest.fixture
+def white_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the figures but save white pixels, as rasterizing takes nearly all of the time."""
+    white = io.BytesIO()
+    Image.new("RGB", (1, 1), "white").save(white, "png")
+
+    def savefig(_figure: Figure, target: io.BytesIO, **_options: Any) -> None:
+        target.write(white.getvalue())
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+
+
+def _text(path: Path) -> str:
+    """The text of a file without the pictures in it."""
+    return re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.usefixtures("white_pictures")
+@pytest.mark.parametrize("name", REPORTS)
+def test_published_report_follows_from_its_data(name: str, tmp_path: Path) -> None:
+    """Every word and number of the report and of its tables, from ``results.json`` and the samples."""
+    shutil.copy(RESULTS / name / "results.json", tmp_path)
+    shutil.copytree(RESULTS / name / "samples", tmp_path / "samples")
+    assert main(["report", "--results", str(tmp_path)]) == 0
+    written = sorted(path.name for path in tmp_path.iterdir() if path.suffix in (".md", ".html"))
+    assert "report.md" in written
+    for file in written:
+        # The demos' HTML is not published.
+        if file != "report.html" or (RESULTS / name / file).exists():
+            assert _text(tmp_path / file) == _text(RESULTS / name / file), file
+
+
+def test_published_regimes_follow_from_their_reports(tmp_path: Path) -> None:
+    """The table over the presets, from their published results."""
+    folders = [str(RESULTS / name) for name in REGIMES]
+    assert main(["regimes", "--results", *folders, "--into", str(tmp_path / "regimes.md")]) == 0
+    assert (tmp_path / "regimes.md").read_text() == (RESULTS / "regimes.md").read_text()
+
+
+def test_published_weights_give_the_tokens_and_captions_they_gave() -> None:
+    """Digits of the test set, and captions written without randomness, as when the weights were published."""
+    golden = golden_tensors("published")
+    tokenizer = VQAutoencoder.from_pretrained(RESULTS / "small" / "weights" / "tokenizer").float()
+    indices = tokenizer.encode_to_indices(golden["pixels"] / 127.5 - 1)
+    assert torch.equal(indices, golden["indices"].long())
+    gpt = GPT.from_pretrained(RESULTS / "small" / "weights" / "gpt").float()
+    written = gpt.generate(indices.flatten(1), order=("image", "text"), temperature=0)
+    assert torch.equal(written[:, indices[0].numel() :], golden["captions"].long())
+
+
+def test_changed_weights_give_other_tokens() -> None:
+    """The negative control of the test above: codes turned by a little."""
+    golden = golden_tensors("published")
+    tokenizer = VQAutoencoder.from_pretrained(RESULTS / "small" / "weights" / "tokenizer").float()
+    with torch.no_grad():
+        codebook = tokenizer.quantizer.codebook
+        codebook += 0.1 * codebook.roll(1, -1)
+    assert not torch.equal(tokenizer.encode_to_indices(golden["pixels"] / 127.5 - 1), golden["indices"].long())
