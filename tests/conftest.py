@@ -68,11 +68,9 @@ def _seed_all(seed: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seed(request: pytest.FixtureRequest) -> int:
-    """Seed ``random``, numpy and torch from the test's name or by ``--seed``; return the seed."""
-    number = _seed_of(request.node.nodeid, request.config)
-    _seed_all(number)
-    return number
+def seeded_by_name(request: pytest.FixtureRequest) -> None:
+    """Seed ``random``, numpy and torch from the test's name or by ``--seed``."""
+    _seed_all(_seed_of(request.node.nodeid, request.config))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -97,10 +95,10 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Tell with a failure how to repeat its numbers."""
+    """Tell with a failure which seed it had."""
     report = yield
     if report.failed:
-        report.sections.append(("seed", f"{_seed_of(item.nodeid, item.config)} (--seed repeats its draws)"))
+        report.sections.append(("seed", f"random, numpy and torch: {_seed_of(item.nodeid, item.config)}"))
     return report
 
 
