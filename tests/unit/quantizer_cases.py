@@ -1,8 +1,8 @@
 """The conformance table: every quantizer that the library offers, in the configurations users choose.
 
 A new quantizer joins every test of ``test_quantizer_contract.py`` by one line here. A factory takes
-``channel_dim`` and ``nonfinite`` and builds a quantizer from the global random state. How quantizers differ is read
-from their public attributes by the functions below the table, and nowhere in the tests.
+``channel_dim`` and ``nonfinite`` and builds a quantizer from the global random state. The functions below
+the table read from public attributes how quantizers differ; the tests do not.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The quantizers of the library, each trained alike in the autoencoder of a preset, and measured alike.
 
-The folder of each holds what :mod:`~.runs.running` says. The weights lie in its checkpoint: a model
-with a quantizer of its own has no ``save_pretrained``.
+The folder of each holds what :mod:`~.runs.running` says, and the weights lie in its checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,13 +25,12 @@ from examples.te_vqgan.stage1.evaluation import dataset, quality
 from examples.te_vqgan.stage1.joint import joint_indices, num_combinations
 from examples.te_vqgan.stage1.presets import Stage1Settings, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
-from te_quant import AutoencoderConfig, Quantizer, VQAutoencoder, measure_equivariance
+from te_quant import AutoencoderConfig, Quantizer, VectorQuantizer, VQAutoencoder, measure_equivariance
 from te_quant.quantizers import QUANTIZERS
 
 __all__ = ["FAMILY", "Member", "build_quantizer", "collect_family", "member_settings", "train_family"]
 
 _VALIDATION_IMAGES = 128
-_DESCRIBED = ("metric", "codebook_update", "commitment_weight", "decay", "orthogonal_reg", "gradient_estimator")
 
 
 class Member(NamedTuple):
@@ -79,7 +78,8 @@ def member_settings(settings: Stage1Settings, name: str) -> Stage1Settings:
     require_choice("quantizer", name, tuple(FAMILY))
     with torch.random.fork_rng(devices=[]):
         quantizer = build_quantizer(name, settings.model.code_dim)
-    network = {option: value for option, value in settings.model.to_dict().items() if option not in _DESCRIBED}
+    described = inspect.signature(VectorQuantizer).parameters
+    network = {option: value for option, value in settings.model.to_dict().items() if option not in described}
     sizes = {option: getattr(quantizer, option) for option in ("num_codes", "code_dim")}
     return dataclasses.replace(settings, model=AutoencoderConfig.from_dict({**network, **sizes}))
 

@@ -85,6 +85,18 @@ class VQAutoencoder(nn.Module):
         TypeError: images are not floating point, or the quantizer is no quantizer.
 
     Source: Shin et al. 2021, arXiv:2112.00384, stage 1.
+
+    Example:
+        >>> from te_quant import AutoencoderConfig, VQAutoencoder
+        >>> quantizer = {"name": "FSQ", "levels": [8, 5, 5]}
+        >>> config = AutoencoderConfig(base_channels=8, norm_groups=4, quantizer=quantizer)
+        >>> model = VQAutoencoder(config)
+        >>> output = model(torch.rand(2, 3, 32, 32) * 2 - 1)
+        >>> output.reconstruction.shape, output.indices.shape
+        (torch.Size([2, 3, 32, 32]), torch.Size([2, 8, 8]))
+        >>> tokens = model.eval().encode_to_indices(torch.zeros(1, 3, 32, 32))
+        >>> model.decode_indices(tokens).shape
+        torch.Size([1, 3, 32, 32])
     """
 
     def __init__(self, config: AutoencoderConfig, *, quantizer: Quantizer | None = None) -> None:

@@ -315,12 +315,9 @@ class Quantizer(nn.Module):
         """
         indices = self.search(rows)
         codes = self.look_up(indices)
-        return Quantized(
-            quantized=straight_through(rows.vectors, codes),
-            indices=indices,
-            codes=codes,
-            losses=self.losses(rows, codes, indices),
-        )
+        losses = self.losses(rows, codes, indices)
+        quantized = straight_through(rows.vectors, codes)
+        return Quantized(quantized=quantized, indices=indices, codes=codes, losses=losses)
 
     @property
     def process_group(self) -> ProcessGroup | None:

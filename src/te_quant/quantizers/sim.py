@@ -134,9 +134,6 @@ class SimVQ(Quantizer):
             state = CodebookState(table, self.usage, None)
             observe(state, rows, indices, decay=self.decay, group=self._group.resolve())
         codes = F.embedding(indices, table)
-        return Quantized(
-            quantized=ESTIMATORS[self.gradient_estimator](rows.vectors, codes),
-            indices=indices,
-            codes=codes,
-            losses=distance_losses(rows, codes, self.commitment_weight, codebook_follows=True),
-        )
+        losses = distance_losses(rows, codes, self.commitment_weight, codebook_follows=True)
+        quantized = ESTIMATORS[self.gradient_estimator](rows.vectors, codes)
+        return Quantized(quantized=quantized, indices=indices, codes=codes, losses=losses)
