@@ -40,8 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Fix what Hypothesis draws, and run a test that is named by its id whatever its markers are."""
     seed = config.getoption("seed")
-    # The same examples every time. A given seed explores others, and neither keeps a database of what failed.
-    hypothesis.settings.register_profile("fixed", derandomize=seed is None, database=None)
+    # The same examples and the same verdict every time, on a busy machine too: no database of earlier failures, and
+    # no limit that a clock sets. A given seed explores other examples.
+    hypothesis.settings.register_profile(
+        "fixed",
+        derandomize=seed is None,
+        database=None,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
     hypothesis.settings.load_profile("fixed")
     if seed is not None:
         hypothesis.core.global_force_seed = seed
