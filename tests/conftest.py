@@ -40,8 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Fix what Hypothesis draws, and run a test that is named by its id whatever its markers are."""
     seed = config.getoption("seed")
-    # The same examples and the same verdict every time, on a busy machine too: no database of earlier failures, no
-    # limit that a clock sets. A given seed explores other examples.
+    # The same examples and verdict every time, also on a busy machine: no database of earlier failures, and
+    # no limit that a clock sets. A given seed explores other examples.
     hypothesis.settings.register_profile(
         "fixed",
         derandomize=seed is None,

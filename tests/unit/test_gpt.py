@@ -310,7 +310,7 @@ def test_initial_weights_are_those_of_gpt_2() -> None:
         if "norm" in name or name.endswith("bias"):
             assert (parameter == float(name.endswith("weight"))).all()
         else:
-            wanted = 0.005 if name.endswith(("out.weight", "contract.weight")) else 0.02
+            wanted = 0.005 if name.endswith(("out.weight", "down.weight")) else 0.02
             assert abs(parameter.std() / wanted - 1) < 6 / math.sqrt(2 * parameter.numel()), name
 
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from te_quant import tables
+
 __all__ = ["Block", "Bullets", "Heading", "Paragraph", "Picture", "Table", "to_html", "to_markdown"]
 
 
@@ -71,8 +73,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
             case Bullets(items):
                 parts.append("\n".join(f"- {item}" for item in items))
             case Table(header, rows):
-                rule = ["---", *("---:" for _ in header[1:])]
-                parts.append("\n".join(_markdown_row(row) for row in (header, rule, *rows)))
+                parts.append(tables.Table(header, rows).to_markdown().rstrip())
             case Picture(name, caption):
                 parts.append(f"![{_short(name)}]({name})\n\n*{caption}*")
     return "\n\n".join(parts) + "\n"
@@ -114,10 +115,6 @@ def _html_block(block: Block, pictures: Mapping[str, bytes]) -> str:
 def _short(name: str) -> str:
     """The text instead of a picture; its caption, which says more, stands below."""
     return name.rpartition(".")[0].replace("_", " ")
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _number(cell: str) -> str:
