@@ -1,4 +1,4 @@
-"""Low-pass kernels on pixel grids, and the padding they share with every convolution of the package.
+"""Low-pass kernels on pixel grids, and the padding that every convolution of the package shares.
 
 Shape letters: B batch, C channels, H W pixels, k taps, s stride.
 """
@@ -24,7 +24,7 @@ Margins: TypeAlias = tuple[int, int, int, int]
 """Pixels added on the (left, right, top, bottom), the order of :func:`torch.nn.functional.pad`."""
 
 
-# Numbers of a batch that are filtered at once on a CPU.
+# How many numbers of a batch are filtered at once on a CPU.
 _CPU_PIXELS = 1 << 19
 
 
@@ -46,6 +46,10 @@ def binomial_kernel(
         TypeError: size is not an int, or dtype not floating point.
 
     Source: Zhang 2019, arXiv:1904.11486, section 4 (its Rect-2, Tri-3 and Bin-5 are k = 2, 3 and 5).
+
+    Example:
+        >>> binomial_kernel(3)
+        tensor([0.2500, 0.5000, 0.2500], dtype=torch.float64)
     """
     require_int("size", size, 1)
     if not dtype.is_floating_point:
@@ -72,6 +76,10 @@ def pad2d(images: Tensor, margins: Margins, mode: PaddingMode) -> Tensor:
         ValueError: mode is unknown, margins are not four, one is negative, there is no pixel to repeat, or a
             reflected margin is not smaller than the side it mirrors.
         TypeError: margins are no tuple.
+
+    Example:
+        >>> pad2d(torch.tensor([[[[1.0, 2.0, 3.0]]]]), (1, 1, 0, 0), "circular")
+        tensor([[[[3., 1., 2., 3., 1.]]]])
     """
     require_choice("mode", mode, PADDING_MODES)
     require_rank("images", images, (4,), "(B, C, H, W)")
@@ -119,6 +127,11 @@ def filter2d(images: Tensor, taps: Tensor, *, stride: int = 1, padding_mode: Pad
     Raises:
         ValueError: a shape or an option is not as said above.
         TypeError: images or taps are not floating point.
+
+    Example:
+        >>> row = torch.tensor([[[[0.0, 0.0, 4.0, 0.0]]]])
+        >>> filter2d(row, binomial_kernel(3), stride=2, padding_mode="circular")
+        tensor([[[[0., 2.]]]])
     """
     require_rank("taps", taps, (1,), "(k,)")
     require_floating("taps", taps)
@@ -184,6 +197,11 @@ def fourier_resample(images: Tensor, size: tuple[int, int]) -> Tensor:
 
     Source: Karras et al. 2021, arXiv:2106.12423, section 2 (the ideal filter); Michaeli et al. 2023,
         arXiv:2303.08085, section 3 (by the transform of the whole, periodic image).
+
+    Example:
+        >>> wave = torch.cos(2 * torch.pi * torch.arange(4) / 4).expand(1, 1, 4, 4)
+        >>> fourier_resample(wave, (4, 8))[0, 0, 0, ::2].round().abs()
+        tensor([1., 0., 1., 0.])
     """
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -158,9 +159,79 @@ def test_attention_is_an_argument_and_not_an_option_to_store() -> None:
     assert hash(AutoencoderConfig.from_dict({"attention": False})) == hash(config)
     assert dataclasses.replace(config, attention_levels=(1,)).attention_levels == (1,)
     assert dataclasses.replace(AutoencoderConfig(), attention_levels=()) == config
-    assert type(AutoencoderConfig().attention_levels) is tuple
-    with pytest.raises(ValueError, match=r"attention_levels must be \(\) with attention=False, got \(2,\)"):
-        dataclasses.replace(AutoencoderConfig(), attention=False)
+    assert dataclasses.replace(AutoencoderConfig(), attention=False) == config
+    with pytest.raises(
+        ValueError, match=r"attention must be True or None with attention_levels=\(1,\), got False"
+    ):
+        dataclasses.replace(AutoencoderConfig(attention_levels=(1,)), attention=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "levels", "groups"),
+    [
+        ({}, (2,), 32),
+        ({"channel_multipliers": (1, 2)}, (1,), 32),
+        ({"channel_multipliers": (1,)}, (0,), 32),
+        ({"channel_multipliers": (1, 1, 2, 2)}, (3,), 32),
+        ({"base_channels": 16}, (2,), 16),
+        ({"base_channels": 96}, (2,), 32),
+        ({"base_channels": 20}, (2,), 4),
+        ({"base_channels": 7}, (2,), 1),
+        ({"base_channels": 16, "norm": "channel"}, (2,), 32),
+        ({"base_channels": 16, "norm_groups": 8, "attention_levels": (0,)}, (0,), 8),
+    ],
+)
+def test_defaults_adapt_to_what_is_given(options: dict, levels: tuple[int, ...], groups: int) -> None:
+    """The coarsest level, and groups that divide the width; given values stay. `replace` adapts them again."""
+    config = AutoencoderConfig(**options)
+    assert (config.attention_levels, config.norm_groups) == (levels, groups)
+    assert config == AutoencoderConfig(**{**options, "attention_levels": levels, "norm_groups": groups})
+    assert dataclasses.replace(AutoencoderConfig(), **options) == config
+    assert AutoencoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    assert f"attention_levels={levels}, " in repr(config)
+    assert f"norm_groups={groups}, " in repr(config)
+
+
+def test_small_configs_build() -> None:
+    """With the defaults that have adapted, forward and all."""
+    for options in ({"channel_multipliers": (1, 2), "base_channels": 16}, {"base_channels": 6}):
+        model = VQAutoencoder(AutoencoderConfig(**options, num_codes=8, code_dim=4))
+        images = fresh(1, 3, 8, 8, dtype=torch.float32)
+        assert model(images).reconstruction.shape == images.shape
+
+
+OPTIONS = {
+    "base_channels": 12,
+    "channel_multipliers": (1, 2),
+    "norm": "channel",
+    "norm_groups": 5,
+    "downsample": "polyphase",
+    "upsample": "polyphase",
+    "activation": "polynomial",
+    "encoder_padding": "circular",
+    "decoder_padding": "circular",
+    "attention": False,
+    "attention_levels": (2,),
+}
+
+
+def blamed(names: tuple[str, ...]) -> str | None:
+    """The option that the refusal of these options names first, or None if they are accepted."""
+    try:
+        AutoencoderConfig(**{name: OPTIONS[name] for name in names})
+    except ValueError as error:
+        return str(error).split(" ")[0]
+    return None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_no_error_blames_an_option_that_was_not_given(count: int) -> None:
+    """Every set of up to three options that are far from the defaults; most are accepted, some refused."""
+    sets = list(itertools.combinations(OPTIONS, count))
+    refused = [names for names in sets if blamed(names) is not None]
+    assert 0 < len(refused) < len(sets)
+    assert [names for names in refused if blamed(names) not in names] == []
 
 
 @pytest.mark.parametrize("kind", DOWNSAMPLERS)
@@ -547,12 +618,12 @@ def test_config_refuses_counts_that_are_none(name: str, value: object, error: ty
         (
             {"attention": False, "attention_levels": (2,)},
             ValueError,
-            r"attention_levels must be \(\) with attention=False, got \(2,\)",
+            r"attention must be True or None with attention_levels=\(2,\), got False",
         ),
         (
             {"attention": True, "attention_levels": ()},
             ValueError,
-            r"attention_levels must be at least one level with attention=True, got \(\)",
+            r"attention must be False or None with attention_levels=\(\), got True",
         ),
         ({"attention": 0}, TypeError, "attention must be True, False or None, got 0"),
         (
@@ -568,16 +639,35 @@ def test_config_refuses_counts_that_are_none(name: str, value: object, error: ty
         (
             {"downsample": "polyphase"},
             ValueError,
-            "upsample must be 'polyphase' exactly where downsample is, got 'nearest' with downsample='polyphase'",
+            "downsample must be used with an adaptive upsample such as 'polyphase', "
+            "got 'polyphase' with upsample='nearest'",
         ),
-        ({"upsample": "polyphase"}, ValueError, "upsample must be 'polyphase' exactly where downsample is, got"),
-        ({"downsample": "fourier"}, ValueError, "encoder_padding must be 'circular' for .*, got 'replicate'"),
-        ({"upsample": "fourier"}, ValueError, "decoder_padding must be 'circular' for .*, got 'zeros'"),
-        ({"activation": "filtered"}, ValueError, "encoder_padding must be 'circular' for activation='filtered'"),
+        (
+            {"upsample": "polyphase"},
+            ValueError,
+            "upsample must be used with an adaptive downsample such as 'polyphase', "
+            "got 'polyphase' with downsample='strided_conv'",
+        ),
+        (
+            {"downsample": "fourier"},
+            ValueError,
+            "downsample must be used with encoder_padding='circular', "
+            "got 'fourier' with encoder_padding='replicate'",
+        ),
+        (
+            {"upsample": "fourier"},
+            ValueError,
+            "upsample must be used with decoder_padding='circular', got 'fourier' with decoder_padding='zeros'",
+        ),
+        (
+            {"activation": "filtered"},
+            ValueError,
+            "activation must be used with encoder_padding='circular', got 'filtered' with",
+        ),
         (
             {"activation": "polynomial", "encoder_padding": "circular"},
             ValueError,
-            "decoder_padding must be 'circular' for activation='polynomial', got 'zeros'",
+            "activation must be used with decoder_padding='circular', got 'polynomial' with",
         ),
         ({"encoder_padding": "same"}, ValueError, r"encoder_padding must be one of 'zeros', .*got 'same'"),
         ({"decoder_padding": "same"}, ValueError, r"decoder_padding must be one of 'zeros', .*got 'same'"),
@@ -833,10 +923,16 @@ def test_a_strangers_quantizer_is_loaded_with_an_instance(tmp_path: Path) -> Non
 def test_a_strangers_quantizer_is_not_imported(tmp_path: Path) -> None:
     """A class that is not registered needs an instance, and the error says how."""
     with_halves().save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"quantizer name must be one of 'FSQ', .*, got 'Halves'; pass from_pretrained\("
-    ):
+    with pytest.raises(ValueError, match=r"quantizer name must be one of 'FSQ', .*, got 'Halves'; add your class"):
         VQAutoencoder.from_pretrained(tmp_path)
+
+
+def test_a_config_that_names_a_strangers_class_builds_no_other() -> None:
+    """Only around an instance."""
+    config = with_halves().config
+    with pytest.raises(ValueError, match=r"quantizer name must be one of .*, got 'Halves'; add your class"):
+        VQAutoencoder(config)
+    assert VQAutoencoder(config, quantizer=Halves(5)).config == config
 
 
 @pytest.mark.parametrize("other", [Halves(6), FSQ((5,))])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from te_quant.filters import PADDING_MODES
-from te_quant.layers import NearestUpsample, PaddedConv2d, ResidualBlock, SelfAttention2d, group_norm
+from te_quant.layers import NearestUpsampleConv, PaddedConv2d, ResidualBlock, SelfAttention2d, group_norm
 from tests.unit.grid_oracles import convolve, fresh, normalize, roll, silu
 
 
@@ -117,7 +117,7 @@ def test_only_circular_residual_blocks_commute_with_shifts(mode: str) -> None:
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_upsampling_repeats_then_convolves(mode: str) -> None:
     """Nearest neighbour by two, then 3x3."""
-    layer = NearestUpsample(2, padding_mode=mode).double()
+    layer = NearestUpsampleConv(2, padding_mode=mode).double()
     images = fresh(2, 2, 3, 4)
     larger = images.numpy().repeat(2, axis=2).repeat(2, axis=3)
     expected = convolve(larger, layer.conv.weight, layer.conv.bias, (1,) * 4, mode)

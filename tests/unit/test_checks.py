@@ -132,7 +132,7 @@ def test_require_integer_tensor_refuses_a_number() -> None:
 def test_require_device() -> None:
     """The message names both devices."""
     _checks.require_device("x", torch.zeros(1), torch.device("cpu"), "codebook")
-    with pytest.raises(ValueError, match=exactly("x must be on cpu as the codebook, got meta.")):
+    with pytest.raises(ValueError, match=exactly("x must be on cpu as the quantizer, got meta.")):
         _checks.require_device("x", torch.zeros(1, device="meta"), torch.device("cpu"), "codebook")
 
 

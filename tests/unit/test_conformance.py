@@ -54,6 +54,46 @@ def test_a_strangers_quantizer_passes(check: str) -> None:
     QUANTIZER_CHECKS[check](Grid)
 
 
+class Signs(Quantizer):
+    """A quantizer without any tensor."""
+
+    def __init__(self, code_dim: int = 3, *, channel_dim: int = 1, nonfinite: Any = None) -> None:
+        super().__init__(2**code_dim, code_dim, channel_dim=channel_dim, nonfinite=nonfinite)
+
+    def search(self, rows: Rows) -> Tensor:
+        """Return the signs as bits."""
+        return ((rows.searchable > 0) * 2 ** torch.arange(self.code_dim)).sum(1)
+
+    def look_up(self, indices: Tensor) -> Tensor:
+        """Return -1 and 1."""
+        return (indices.unsqueeze(-1) >> torch.arange(self.code_dim) & 1) * 2.0 - 1
+
+
+class Counting(Signs):
+    """Counts in a buffer, which stays in float32 and says nothing about latents."""
+
+    statistics = ("usage",)
+
+    def __init__(self, code_dim: int = 3, *, channel_dim: int = 1, nonfinite: Any = None) -> None:
+        super().__init__(code_dim, channel_dim=channel_dim, nonfinite=nonfinite)
+        self.register_buffer("usage", torch.zeros(self.num_codes))
+
+    def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:
+        """Count the rows that count."""
+        result = super().quantize(rows, generator)
+        if self.training and not self.frozen:
+            weights = torch.ones(len(result.indices)) if rows.weights is None else rows.weights.squeeze(1)
+            self.usage.index_add_(0, result.indices, weights.to(self.usage.dtype))
+        return result
+
+
+@pytest.mark.parametrize("check", QUANTIZER_CHECKS)
+@pytest.mark.parametrize("stranger", [Signs, Counting])
+def test_quantizers_without_a_codebook_pass(stranger: Any, check: str) -> None:
+    """No tensor is needed to know the dtype of the codes."""
+    QUANTIZER_CHECKS[check](stranger)
+
+
 def test_all_checks_are_run_and_leave_the_random_state_alone() -> None:
     """One call for all of them."""
     before = torch.get_rng_state()
@@ -196,6 +236,14 @@ class IgnoresTheGenerator(VectorQuantizer):
         return super().quantize(rows, None)
 
 
+class Crashes(Grid):
+    """Raises an error of its own."""
+
+    def look_up(self, indices: Tensor) -> Tensor:
+        """Fail."""
+        raise RuntimeError("of a stranger")
+
+
 class WrongLayout(Grid):
     """Returns indices of every image as one row."""
 
@@ -221,6 +269,7 @@ class LooksAtStrides(Grid):
             "outputs",
             "documented shapes, dtypes and losses; commitment_loss is .* not one finite number >= 0",
         ),
+        (Crashes, "decoding", "equal bit for bit; RuntimeError 'of a stranger' was raised"),
         (WrongLayout, "outputs", r"indices are torch\.int64 of shape \(3, 20\)"),
         (OtherCodes, "decoding", r"decode\(indices\), codes and quantized are equal bit for bit; decode"),
         (Positional, "token-shifts", "quantized independently of where they lie; indices do not move along"),

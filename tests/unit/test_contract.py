@@ -13,11 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from te_quant.autoencoder import AutoencoderConfig, Encoding, EquivarianceContract, VQAutoencoder, build_encoder
-from te_quant.contract import GROUPS, receptive_field
+from te_quant.contract import GROUPS, Reach
 from te_quant.filters import PADDING_MODES
-from te_quant.layers import ACTIVATIONS, DOWNSAMPLERS, NORMS, UPSAMPLERS, PolyphaseDownsample2d
+from te_quant.layers import (
+    ACTIVATIONS,
+    DOWNSAMPLERS,
+    NORMS,
+    UPSAMPLERS,
+    ConvPolyphaseDownsample,
+    PolyphaseDownsample2d,
+    PolyphaseUpsampleConv,
+)
 from te_quant.shifts import canvas, crop, fourier_shift
-from te_quant.testing import image_sides, shifts
+from te_quant.testing import check_downsample, image_sides, shifts
 from tests.unit.grid_oracles import fresh, roll
 
 TOLERANCE = 1e-9
@@ -297,12 +305,6 @@ def test_receptive_field_is_none_where_all_pixels_are_seen(options: dict) -> Non
         assert everywhere == (used is not local) == (encoder.equivariance.receptive_field is None)
 
 
-def test_receptive_field_refuses_layers_it_does_not_know() -> None:
-    """A layer of unknown reach would make the number a guess."""
-    with pytest.raises(TypeError, match="layer must be one whose reach is known, got MaxPool2d"):
-        receptive_field(nn.Sequential(nn.Conv2d(1, 1, 3), nn.MaxPool2d(2)))
-
-
 def test_contract_says_what_it_is() -> None:
     """Stride and divisor from the levels; one level alone has no stride to lose a shift to."""
     combination = {"downsample": "strided_conv", "encoder_padding": "circular", "norm": "channel"}
@@ -372,6 +374,7 @@ def test_absolute_positions_break_the_contract(combination: dict) -> None:
     assert error_of(encoder, images, (4, 2)) < TOLERANCE
     encoder.conv_in = nn.Sequential(encoder.conv_in, Positions())
     assert error_of(encoder, images, (4, 2)) > BROKEN
+    assert (encoder.equivariance.group, encoder.equivariance.receptive_field) == ("none", None)
 
 
 def test_a_phase_that_does_not_follow_the_content_breaks_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +400,175 @@ def test_sides_that_the_divisor_does_not_divide_are_refused(
     assert encoder.equivariance.divisor == 4
     with pytest.raises(ValueError, match="images sides must be positive multiples of the divisor 4"):
         getattr(encoder, method)(fresh(1, 1, *sides, dtype=torch.float32))
+
+
+def padded(channels: int, *, padding_mode: str) -> nn.Module:
+    """A layer of torch that pads with zeros, whatever the encoder does."""
+    return nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+
+class _Mean(nn.Module):
+    """A stranger's layer: the mean of every 2x2 cell."""
+
+    def __init__(self, channels: int, *, padding_mode: str) -> None:
+        super().__init__()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images, 2)
+
+
+class _StatedMean(_Mean):
+    reach, exact_for = Reach(2, stride=2), "stride"
+
+
+class _Padded(nn.Module):
+    """A stranger's zero-padded convolution, which can state anything."""
+
+    reach, exact_for = Reach(3, stride=2), "interior"
+
+    def __init__(self, channels: int, *, padding_mode: str) -> None:
+        super().__init__()
+        self.conv = padded(channels, padding_mode=padding_mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images)
+
+
+LOCAL = {"encoder_padding": "circular", "norm": "channel", "attention_levels": (), "activation": "silu"}
+
+
+@pytest.mark.parametrize(
+    ("factory", "group"),
+    [
+        (padded, "interior"),
+        (lambda channels, *, padding_mode: nn.AvgPool2d(2), "stride"),
+        (_Mean, "none"),
+        (_StatedMean, "stride"),
+        (_Padded, "interior"),
+    ],
+    ids=["zero-padded", "AvgPool2d", "states nothing", "states stride", "states interior"],
+)
+def test_contract_follows_from_what_a_strangers_layer_states(
+    factory: object, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One class, one line; whole-grid shifts are promised for no layer that breaks them."""
+    monkeypatch.setitem(DOWNSAMPLERS, "own", factory)
+    encoder = build_encoder(config_of({"downsample": "own", **LOCAL})).double()
+    contract = encoder.equivariance
+    assert (contract.stride, contract.group) == (2, group)
+    assert (contract.receptive_field is None) == (group == "none")
+    error = error_of(encoder, fresh(2, 1, 12, 16), (4, 2))
+    assert error < TOLERANCE if factory not in (padded, _Padded) else error > 0.01
+    assert contract.holds_for((4, 2)) <= (error < TOLERANCE)
+    # Behind the whole image the same layers keep as much, or nothing where a border is felt.
+    wide = build_encoder(config_of({"downsample": "own", **CIRCULAR})).equivariance
+    assert (wide.group, wide.receptive_field) == ("stride" if group == "stride" else "none", None)
+
+
+def test_an_adaptive_layer_of_a_stranger_is_taken_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pair, the phases and the decoder follow from the statement, not from the name."""
+
+    class Down(ConvPolyphaseDownsample):
+        pass
+
+    class Up(PolyphaseUpsampleConv):
+        pass
+
+    monkeypatch.setitem(DOWNSAMPLERS, "own", Down)
+    monkeypatch.setitem(UPSAMPLERS, "own", Up)
+    model = model_of(config_of({"downsample": "own", "upsample": "own", **CIRCULAR}))
+    assert model.equivariance.group == "integer"
+    images = fresh(2, 1, 12, 16)
+    error = model(roll(images, 1, 3)).reconstruction - roll(model(images).reconstruction, 1, 3)
+    assert error.abs().max() < TOLERANCE
+    assert model.decoder.adaptive
+    assert model(images).phases.any()
+
+
+def test_a_layer_of_another_stride_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoders double, so tokens would not lie where they are looked for."""
+    monkeypatch.setitem(DOWNSAMPLERS, "own", lambda channels, *, padding_mode: nn.AvgPool2d(4))
+    match = "downsample must be a layer whose reach states stride=2, got 'own', which states 4"
+    with pytest.raises(ValueError, match=match):
+        build_encoder(config_of({"downsample": "own", **LOCAL}))
+
+
+@pytest.mark.parametrize("name", DOWNSAMPLERS)
+def test_every_layer_passes_the_check_for_strangers(name: str) -> None:
+    """Each padding mode that the layer takes."""
+    check_downsample(DOWNSAMPLERS[name])
+
+
+@pytest.mark.parametrize("factory", [_StatedMean, _Padded, lambda channels, *, padding_mode: nn.AvgPool2d(2)])
+def test_honest_layers_pass_the_check(factory: object) -> None:
+    """Of a stranger, or of torch."""
+    check_downsample(factory)
+
+
+class _ThreePixels(_Padded):
+    reach = Reach(2, stride=2)
+
+
+class _Adaptive(_Padded):
+    adaptive = True
+
+
+class _WholeGrid(_Padded):
+    exact_for = "stride"
+
+
+class _Integer(ConvPolyphaseDownsample):
+    def __init__(self, channels: int, *, padding_mode: str) -> None:
+        super().__init__(channels, padding_mode="zeros")
+        self.reach, self.exact_for = Reach(3, stride=2), "integer"
+
+    reach = exact_for = None
+
+
+class _Positions(_Padded):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images) + torch.linspace(0, 1, images.shape[-1] // 2, dtype=images.dtype)
+
+
+class _SameSize(_StatedMean):
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+
+class _Wider(_StatedMean):
+    reach = Reach(2, stride=4)
+
+
+@pytest.mark.parametrize(
+    ("factory", "match"),
+    [
+        (_Mean, r"_Mean with padding_mode='zeros' must state reach and exact_for, and is treated as 'none'\."),
+        (
+            _WholeGrid,
+            r"_WholeGrid .* states exact_for='stride', but it is not equivariant at shift .* padding",
+        ),
+        (_Integer, "_Integer .* states exact_for='integer', but it is"),
+        (_Positions, r"_Positions .* states exact_for='interior', but pixels 3 pixels from the border feel it\."),
+        (_ThreePixels, r"_ThreePixels .* states a reach of 2 pixels, but it reads 3\."),
+        (_Adaptive, r"_Adaptive .* states adaptive=True, but it returns no phase\."),
+        (
+            _SameSize,
+            r"_SameSize .* must turn \(4, 3, 12, 16\) into \(4, 3, 6, 8\), but returns \(4, 3, 12, 16\)\.",
+        ),
+        (_Wider, r"_Wider .* states a stride of 4, but it must be 2\."),
+    ],
+)
+def test_broken_layers_fail_the_check(factory: object, match: str) -> None:
+    """Negative controls: each breaks one promise, which the message names."""
+    with pytest.raises(AssertionError, match=match):
+        check_downsample(factory)
+
+
+def test_the_check_leaves_the_random_state_alone() -> None:
+    """Weights are drawn from a seed of its own."""
+    state = torch.get_rng_state()
+    check_downsample(_Padded)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("kind", UPSAMPLERS)

@@ -122,7 +122,7 @@ def test_builder_knows_the_papers_kinds_and_two_more() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_downsamplings_agree_with_loops(kind: str, mode: str) -> None:
     """What each name means, spelled out pixel by pixel."""
-    layer = build_downsample(kind, 3, mode).double()
+    layer = build_downsample(kind, 3, padding_mode=mode).double()
     images = fresh(2, 3, 6, 8)
     array = images.numpy()
     if kind == "strided_conv":
@@ -145,7 +145,7 @@ def test_downsamplings_agree_with_loops(kind: str, mode: str) -> None:
 @settings(deadline=None, max_examples=40)
 def test_circular_downsampling_commutes_with_even_shifts(kind: str, k: tuple[int, int]) -> None:
     """All four are exactly equivariant under multiples of the stride."""
-    layer = build_downsample(kind, 3, "circular").double()
+    layer = build_downsample(kind, 3, padding_mode="circular").double()
     images = fresh(2, 3, 8, 10)
     shifted = layer(roll(images, 2 * k[0], 2 * k[1]))
     torch.testing.assert_close(shifted, roll(layer(images), *k), rtol=0, atol=1e-12)
@@ -154,7 +154,7 @@ def test_circular_downsampling_commutes_with_even_shifts(kind: str, k: tuple[int
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_downsampling_commutes_with_one_pixel(kind: str) -> None:
     """Negative control: below the stride no shift of the output makes up for that of the input."""
-    layer = build_downsample(kind, 3, "circular").double()
+    layer = build_downsample(kind, 3, padding_mode="circular").double()
     images = fresh(2, 3, 8, 8)
     shifted, original = layer(roll(images, 1, 1)), layer(images)
     for i in (0, 1):
@@ -166,7 +166,7 @@ def test_no_downsampling_commutes_with_one_pixel(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_padding_breaks_even_shifts_unless_no_window_meets_the_border(kind: str, mode: str) -> None:
     """Negative control: the border enters, except in 2x2 cells, which never cross it."""
-    layer = build_downsample(kind, 3, mode).double()
+    layer = build_downsample(kind, 3, padding_mode=mode).double()
     images = fresh(2, 3, 8, 8)
     error = (layer(roll(images, 2, 4)) - roll(layer(images), 1, 2)).abs().max()
     assert (error > 1e-3) == (kind != "max_pool")
@@ -175,14 +175,14 @@ def test_other_padding_breaks_even_shifts_unless_no_window_meets_the_border(kind
 def test_zero_padding_puts_no_zero_into_a_maximum() -> None:
     """Negative features stay so beside the border: only the one row of zeros of the blur fades the corner."""
     images = -1 - fresh(1, 2, 6, 6).abs()
-    layer = build_downsample("max_blur_pool", 2, "zeros")
+    layer = build_downsample("max_blur_pool", 2, padding_mode="zeros")
     assert layer(images)[..., -1, -1].max() <= -((15 / 16) ** 2)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "fourier"])
 def test_downsampling_halves_the_sides(kind: str) -> None:
     """Of no images too."""
-    layer = build_downsample(kind, 2, "circular").double()
+    layer = build_downsample(kind, 2, padding_mode="circular").double()
     assert layer(fresh(0, 2, 4, 6)).shape == (0, 2, 2, 3)
     assert layer.stride == 2
 
@@ -199,13 +199,13 @@ def test_downsampling_halves_the_sides(kind: str) -> None:
 def test_downsampling_refuses_odd_sides(kind: str, shape: tuple[int, ...], match: str) -> None:
     """An odd side has no circular grid of every second pixel."""
     with pytest.raises(ValueError, match=match):
-        build_downsample(kind, 2, "circular").double()(fresh(*shape))
+        build_downsample(kind, 2, padding_mode="circular").double()(fresh(*shape))
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        (("average", 2, "zeros"), ValueError, "kind must be one of 'strided_conv'.*got 'average'"),
+        (("average", 2, "zeros"), ValueError, "downsample must be one of 'strided_conv'.*got 'average'"),
         (("max_pool", 0, "zeros"), ValueError, "channels must be an int >= 1, got 0"),
         (("max_pool", 2.0, "zeros"), TypeError, "channels must be an int >= 1, got 2.0"),
         (("max_pool", 2, "wrap"), ValueError, "padding_mode must be one of 'zeros'.*got 'wrap'"),
@@ -213,5 +213,6 @@ def test_downsampling_refuses_odd_sides(kind: str, shape: tuple[int, ...], match
 )
 def test_build_downsample_refuses(arguments: tuple, error: type[Exception], match: str) -> None:
     """Also for the kinds that would not use the argument."""
+    downsample, channels, padding_mode = arguments
     with pytest.raises(error, match=match):
-        build_downsample(*arguments)
+        build_downsample(downsample, channels, padding_mode=padding_mode)

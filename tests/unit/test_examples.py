@@ -9,13 +9,16 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import te_quant
+from te_quant.layers import DOWNSAMPLERS, UPSAMPLERS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(te_quant.__file__).parent
@@ -68,6 +71,13 @@ def a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """Examples may write files, and print tensors in torch's default format."""
     monkeypatch.chdir(tmp_path)
     torch.set_printoptions(profile="default")
+
+
+@pytest.fixture(autouse=True)
+def registries_as_they_were() -> Iterator[None]:
+    """Examples may add layers of their own to the public dicts."""
+    with patch.dict(DOWNSAMPLERS), patch.dict(UPSAMPLERS):
+        yield
 
 
 @pytest.mark.parametrize("path", sources(sorted(PACKAGE.rglob("*.py")), ">>> "), ids=name_of)

@@ -181,11 +181,11 @@ def test_builder_knows_all_upsamplings() -> None:
 def test_builder_puts_a_convolution_beside_the_filter(mode: str) -> None:
     """Before it on the way down, behind it on the way up, with the padding asked for."""
     images = fresh(2, 2, 6, 4)
-    down = build_downsample("fourier", 2, mode).double()
+    down = build_downsample("fourier", 2, padding_mode=mode).double()
     convolved = convolve(images.numpy(), down.conv.weight, down.conv.bias, (1,) * 4, mode)
     np.testing.assert_allclose(down(images).detach().numpy(), resample(convolved, (3, 2)), atol=1e-12)
     for kind in ("fourier", "blur"):
-        up = build_upsample(kind, 2, mode).double()
+        up = build_upsample(kind, 2, padding_mode=mode).double()
         larger = resample(images.numpy(), (12, 8))
         if kind == "blur":
             repeated = images.numpy().repeat(2, axis=2).repeat(2, axis=3)
@@ -235,12 +235,20 @@ def test_builder_puts_a_convolution_beside_the_filter(mode: str) -> None:
         (lambda: BlurUpsample2d(padding_mode="same"), ValueError, "padding_mode must be one of 'zeros'"),
         (lambda: BlurUpsample2d()(fresh(4, 4)), ValueError, r"images must be of shape \(B, C, H, W\)"),
         (
-            lambda: build_upsample("bilinear", 2, "zeros"),
+            lambda: build_upsample("bilinear", 2, padding_mode="zeros"),
             ValueError,
-            "kind must be one of 'nearest'.*got 'bilinear'",
+            "upsample must be one of 'nearest'.*got 'bilinear'",
         ),
-        (lambda: build_upsample("nearest", 0, "zeros"), ValueError, "channels must be an int >= 1, got 0"),
-        (lambda: build_upsample("nearest", 2, "same"), ValueError, "padding_mode must be one of 'zeros'"),
+        (
+            lambda: build_upsample("nearest", 0, padding_mode="zeros"),
+            ValueError,
+            "channels must be an int >= 1, got 0",
+        ),
+        (
+            lambda: build_upsample("nearest", 2, padding_mode="same"),
+            ValueError,
+            "padding_mode must be one of 'zeros'",
+        ),
     ],
 )
 def test_layers_refuse(use: object, error: type[Exception], match: str) -> None:

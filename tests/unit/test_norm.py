@@ -35,7 +35,7 @@ def test_only_channel_norm_keeps_a_change_where_it_is() -> None:
     other = images.clone()
     other[:, :, 2, 3] += fresh(4)
     for kind, reached in (("channel", 1), ("group", 30)):
-        layer = build_norm(kind, 4, 2).double()
+        layer = build_norm(kind, 4, norm_groups=2).double()
         changed = (layer(other) != layer(images)).any(1)
         assert int(changed.sum()) == reached
 
@@ -43,14 +43,14 @@ def test_only_channel_norm_keeps_a_change_where_it_is() -> None:
 @pytest.mark.parametrize("kind", NORMS)
 def test_both_commute_with_integer_shifts(kind: str) -> None:
     """Whatever the sides."""
-    layer, images = build_norm(kind, 4, 2).double(), fresh(2, 4, 5, 6)
+    layer, images = build_norm(kind, 4, norm_groups=2).double(), fresh(2, 4, 5, 6)
     torch.testing.assert_close(layer(roll(images, 2, 3)), roll(layer(images), 2, 3), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", NORMS)
 def test_only_group_norm_commutes_with_fractional_shifts(kind: str) -> None:
     """Mean and energy of a band-limited image stay; a division that changes from pixel to pixel aliases."""
-    layer, images = build_norm(kind, 4, 2).double(), fourier_shift(fresh(2, 4, 6, 8), (0.5, 0.5))
+    layer, images = build_norm(kind, 4, norm_groups=2).double(), fourier_shift(fresh(2, 4, 6, 8), (0.5, 0.5))
     error = (layer(fourier_shift(images, (0.5, 0.3))) - fourier_shift(layer(images), (0.5, 0.3))).abs().max()
     assert (error < 1e-12) == (kind == "group")
     assert kind == "group" or error > 1e-2
@@ -69,8 +69,8 @@ def test_channel_norm_keeps_memory_layout_dtype_and_batch() -> None:
 def test_builder_knows_two_kinds() -> None:
     """Over the image in groups, or over the channels."""
     assert NORMS == ("group", "channel")
-    assert isinstance(build_norm("group", 6, 3), nn.GroupNorm)
-    assert isinstance(build_norm("channel", 6, 4), ChannelNorm)
+    assert isinstance(build_norm("group", 6, norm_groups=3), nn.GroupNorm)
+    assert isinstance(build_norm("channel", 6, norm_groups=4), ChannelNorm)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,16 @@ def test_builder_knows_two_kinds() -> None:
         (lambda: ChannelNorm(2.0), TypeError, "channels must be an int >= 2, got 2.0"),
         (lambda: ChannelNorm(2)(fresh(1, 3, 4, 4)), ValueError, "images axis 1 must be channels=2, got 3"),
         (lambda: ChannelNorm(2)(fresh(2, 4)), ValueError, r"images must be of shape \(B, C, H, W\)"),
-        (lambda: build_norm("batch", 2, 1), ValueError, "norm must be one of 'group', 'channel', got 'batch'"),
-        (lambda: build_norm("group", 6, 4), ValueError, "norm_groups must be a divisor of channels=6, got 4"),
+        (
+            lambda: build_norm("batch", 2, norm_groups=1),
+            ValueError,
+            "norm must be one of 'group', 'channel', got 'batch'",
+        ),
+        (
+            lambda: build_norm("group", 6, norm_groups=4),
+            ValueError,
+            "norm_groups must be a divisor of channels=6",
+        ),
     ],
 )
 def test_norms_refuse(use: object, error: type[Exception], match: str) -> None:

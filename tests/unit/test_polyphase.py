@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from te_quant.filters import PADDING_MODES
 from te_quant.layers import (
-    ConvPolyphase,
+    ConvPolyphaseDownsample,
     PaddedConv2d,
     PolyphaseDownsample2d,
-    PolyphaseUpsample,
     PolyphaseUpsample2d,
+    PolyphaseUpsampleConv,
     build_downsample,
     build_upsample,
 )
@@ -81,9 +81,9 @@ def test_downsampling_follows_every_integer_shift(
 @given(cells=CELLS, shift=SHIFTS)
 @settings(deadline=None, max_examples=40)
 def test_circular_convolution_before_it_keeps_the_law(cells: tuple[int, int], shift: tuple[int, int]) -> None:
-    """ConvPolyphase is what the builder takes; the way back follows with it."""
-    down = ConvPolyphase(3, "circular").double()
-    up = PolyphaseUpsample(3, padding_mode="circular").double()
+    """ConvPolyphaseDownsample is what the builder takes; the way back follows with it."""
+    down = ConvPolyphaseDownsample(3, padding_mode="circular").double()
+    up = PolyphaseUpsampleConv(3, padding_mode="circular").double()
     images = fresh(2, 3, 2 * cells[0], 2 * cells[1])
     (kept, phase), (again, other) = down(images), down(roll(images, *shift))
     torch.testing.assert_close(again, roll_each(kept, moves(shift, phase, other, 2)), rtol=0, atol=1e-12)
@@ -93,7 +93,7 @@ def test_circular_convolution_before_it_keeps_the_law(cells: tuple[int, int], sh
 @pytest.mark.parametrize("mode", ["zeros", "replicate", "reflect"])
 def test_other_padding_before_it_breaks_the_law(mode: str) -> None:
     """Negative control: the border makes other values, whatever is kept of them."""
-    down = ConvPolyphase(3, mode).double()
+    down = ConvPolyphaseDownsample(3, padding_mode=mode).double()
     images = fresh(2, 3, 6, 8)
     (kept, _), (again, _) = down(images), down(roll(images, 1, 2))
     errors = [(again - roll(kept, i, j)).abs().amax((1, 2, 3)) for i in range(3) for j in range(4)]
@@ -207,7 +207,9 @@ def test_every_dtype_is_kept_and_summed_wide_enough(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_as_one_graph(backend: str) -> None:
     """Values, phases and gradients as without compiling."""
-    layers = nn.ModuleList((ConvPolyphase(2, "circular"), PolyphaseUpsample(2, padding_mode="circular")))
+    layers = nn.ModuleList(
+        (ConvPolyphaseDownsample(2, padding_mode="circular"), PolyphaseUpsampleConv(2, padding_mode="circular"))
+    )
 
     def both(images: Tensor) -> tuple[Tensor, Tensor]:
         kept, phase = layers[0](images)
@@ -239,7 +241,10 @@ def test_layers_store_nothing_copy_and_take_empty_batches() -> None:
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_builder_puts_a_convolution_beside_the_sampling(mode: str) -> None:
     """Before it on the way down, behind it on the way up, with the padding asked for."""
-    down, up = build_downsample("polyphase", 2, mode).double(), build_upsample("polyphase", 2, mode).double()
+    down, up = (
+        build_downsample("polyphase", 2, padding_mode=mode).double(),
+        build_upsample("polyphase", 2, padding_mode=mode).double(),
+    )
     images = fresh(2, 2, 4, 6)
     kept, phase = down(images)
     convolved = convolve(images.numpy(), down.conv.weight, down.conv.bias, (1,) * 4, mode)

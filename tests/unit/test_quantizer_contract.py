@@ -105,14 +105,17 @@ def test_thawing_resumes_the_changes(name: str) -> None:
 def test_refuses_float64_under_autocast(name: str) -> None:
     """Autocast admits half precision, nothing else."""
     quantizer = build(name)
-    with torch.autocast("cpu"), pytest.raises(TypeError, match=r"^latents must be torch\.float32 as the codebook"):
+    with (
+        torch.autocast("cpu"),
+        pytest.raises(TypeError, match=r"^latents must be torch\.float32 as the quantizer"),
+    ):
         quantizer(torch.zeros(2, quantizer.code_dim, dtype=torch.float64))
 
 
 def test_refuses_half_precision_for_a_float64_codebook(name: str) -> None:
     """Half precision is computed in float32, under autocast too."""
     quantizer = build(name).double()
-    message = "latents must be torch.float64 as the codebook, got torch.bfloat16."
+    message = "latents must be torch.float64 as the quantizer, got torch.bfloat16."
     with torch.autocast("cpu"), pytest.raises(TypeError, match=exactly(message)):
         quantizer(torch.zeros(2, quantizer.code_dim, dtype=torch.bfloat16))
 
@@ -129,7 +132,7 @@ def test_refuses_indices_without_a_token_axis(name: str) -> None:
 def test_refuses_indices_of_another_device(name: str) -> None:
     """By name."""
     quantizer = build(name)
-    with pytest.raises(ValueError, match=exactly("indices must be on cpu as the codebook, got meta.")):
+    with pytest.raises(ValueError, match=exactly("indices must be on cpu as the quantizer, got meta.")):
         quantizer.decode(torch.zeros(3, *index_axes(quantizer), dtype=torch.int64, device="meta"))
 
 

@@ -1,11 +1,11 @@
-"""The two halves of the VQGAN family: images to latents, codes to images.
+"""The two halves of the VQGAN family: from images to latents, and from codes to images.
 
 Shape letters: B batch, I image channels, H W pixels, s stride, L downsamplings, C code size, h = H/s and
 w = W/s token grid.
 
 Source: Esser et al. 2021, arXiv:2012.09841. Differs: padding is an option of each half, where the original pads
     with zeros; the middle has attention only if some level has; where the encoder chooses a phase, the decoder
-    takes it.
+    uses it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from te_quant._checks import require, require_axis, require_floating, require_integer_tensor, require_rank
 from te_quant.autoencoder.config import AutoencoderConfig
-from te_quant.contract import Encoding, EquivarianceContract, encoder_contract
+from te_quant.autoencoder.contract import encoder_contract
+from te_quant.contract import Encoding, EquivarianceContract
 from te_quant.filters import PaddingMode
 from te_quant.layers import (
     PaddedConv2d,
-    PolyphaseUpsample,
     ResidualBlock,
     SelfAttention2d,
     build_activation,
     build_downsample,
     build_norm,
     build_upsample,
+    derived,
+    in_series,
 )
 
 __all__ = ["build_decoder", "build_encoder"]
@@ -36,12 +38,20 @@ _REFLECTED = 2
 
 
 class _Level(nn.Sequential):
-    """Layers in a row, the phase given to the one that wants it."""
+    """Layers in a row; in a decoder an adaptive upsampling takes the phase."""
+
+    reach, exact_for = derived(lambda self: in_series(*self))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether one of the layers chooses or takes a phase."""
+        return in_series(*self).adaptive
 
     def forward(self, hidden: Tensor, phase: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """All layers, one after another."""
+        """Run all layers, one after another."""
         for layer in self:
-            hidden = layer(hidden, phase) if isinstance(layer, PolyphaseUpsample) else layer(hidden)
+            takes_phase = phase is not None and getattr(layer, "adaptive", False)
+            hidden = layer(hidden, phase) if takes_phase else layer(hidden)
         return hidden
 
 
@@ -60,42 +70,46 @@ class Encoder(nn.Module):
             width = config.base_channels * multiplier
             stage = _stage(config, level, channels, width, config.num_res_blocks, mode)
             if level < last:
-                stage.add_module("downsample", build_downsample(config.downsample, width, mode))
+                stage.add_module("downsample", build_downsample(config.downsample, width, padding_mode=mode))
             self.levels.append(stage)
             channels = width
         self.middle = _middle(config, channels, mode)
-        self.norm_out = build_norm(config.norm, channels, config.norm_groups)
+        self.norm_out = build_norm(config.norm, channels, norm_groups=config.norm_groups)
         self.activation = build_activation(config.activation, channels)
         self.conv_out = PaddedConv2d(channels, config.code_dim, 3, padding_mode=mode)
         self.to_latents = nn.Conv2d(config.code_dim, config.code_dim, 1)
 
     @property
     def equivariance(self) -> EquivarianceContract:
-        """For which shifts of the images the tokens follow."""
-        return encoder_contract(self.config, self)
+        """The shifts of the images that the tokens follow, from what the layers state."""
+        return encoder_contract(self._layers(), stride=self.config.stride, divisor=self.config.divisor)
 
     def with_phases(self, images: Tensor) -> Encoding:
-        """(B, I, H, W) images in [-1, 1] to (B, C, h, w) latents and (B, L, 2) phases."""
+        """Encode (B, I, H, W) images in [-1, 1] to (B, C, h, w) latents and (B, L, 2) phases."""
         # A call of the module, so that its hooks and its compiled version serve both ways of encoding.
         encoding: Encoding = self(images, return_phases=True)
         return encoding
 
     def forward(self, images: Tensor, *, return_phases: bool = False) -> Tensor | Encoding:
-        """(B, I, H, W) images in [-1, 1] to (B, C, h, w) latents, alone or with the (B, L, 2) phases."""
+        """Encode (B, I, H, W) images in [-1, 1] to (B, C, h, w) latents, with the (B, L, 2) phases on request."""
         self._check(images)
-        hidden = self.conv_in(images)
+        hidden = images
         phases = []
-        for level in self.levels:
-            hidden = level(hidden)
-            # Only a downsampling that chooses a phase, the last layer of its level, gives a pair.
+        for layer in self._layers():
+            hidden = layer(hidden)
+            # An adaptive downsampling, the last layer of its level, returns the phase that it chose too.
             if isinstance(hidden, tuple):
                 hidden, phase = hidden
                 phases.append(phase)
-        hidden = self.conv_out(self.activation(self.norm_out(self.middle(hidden))))
-        latents: Tensor = self.to_latents(hidden)
+        latents = hidden
         shape = (len(images), len(self.levels) - 1, 2)
         chosen = torch.stack(phases, 1) if phases else torch.zeros(shape, dtype=torch.int64, device=images.device)
         return Encoding(latents, chosen) if return_phases else latents
+
+    def _layers(self) -> list[nn.Module]:
+        """Return every layer in the order in which it runs; the forward and the contract share this list."""
+        last = [self.middle, self.norm_out, self.activation, self.conv_out, self.to_latents]
+        return [self.conv_in, *self.levels, *last]
 
     def _check(self, images: Tensor) -> None:
         require_rank("images", images, (4,), f"(B, {self.config.image_channels}, H, W)")
@@ -127,15 +141,15 @@ class Decoder(nn.Module):
             width = config.base_channels * multiplier
             stage = _stage(config, level, channels, width, config.num_res_blocks + 1, mode)
             if level > 0:
-                stage.add_module("upsample", build_upsample(config.upsample, width, mode))
+                stage.add_module("upsample", build_upsample(config.upsample, width, padding_mode=mode))
             self.levels.append(stage)
             channels = width
-        self.norm_out = build_norm(config.norm, channels, config.norm_groups)
+        self.norm_out = build_norm(config.norm, channels, norm_groups=config.norm_groups)
         self.activation = build_activation(config.activation, channels)
         self.conv_out = PaddedConv2d(channels, config.image_channels, 3, padding_mode=mode)
 
     def forward(self, codes: Tensor, phases: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) codes to (B, I, H, W) images, which nothing holds within [-1, 1]."""
+        """Decode (B, C, h, w) codes to (B, I, H, W) images, which are not clamped to [-1, 1]."""
         require_rank("codes", codes, (4,), f"(B, {self.config.code_dim}, h, w)")
         require_floating("codes", codes)
         require_axis("codes", codes, 1, self.config.code_dim, "code_dim")
@@ -151,6 +165,11 @@ class Decoder(nn.Module):
         images: Tensor = self.conv_out(self.activation(self.norm_out(hidden)))
         return images
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the phases place the pixels; otherwise only phases of zero can be decoded."""
+        return any(level.adaptive for level in self.levels)
+
     def _phases(self, codes: Tensor, phases: Tensor | None) -> Tensor:
         batch, count = len(codes), len(self.levels) - 1
         if phases is None:
@@ -163,12 +182,12 @@ class Decoder(nn.Module):
 
 
 def build_encoder(config: AutoencoderConfig) -> Encoder:
-    """The network before the quantizer.
+    """Build the network before the quantizer.
 
     A 3x3 convolution; per level ``num_res_blocks`` residual blocks, attention behind each where the level is
     listed, and a downsampling except on the last level; residual block, attention, residual block in the
     middle; norm, activation, a 3x3 and a 1x1 convolution to C channels. ``encoder.with_phases(images)`` returns
-    the phases beside the latents, and ``encoder.equivariance`` says for which shifts the tokens follow
+    the latents and the phases, and ``encoder.equivariance`` the shifts that the tokens follow
     (:class:`~te_quant.contract.EquivarianceContract`).
 
     Shape:
@@ -180,22 +199,32 @@ def build_encoder(config: AutoencoderConfig) -> Encoder:
     Raises:
         ValueError: (in its forward) the images have another shape.
         TypeError: (in its forward) the images are not floating point.
+
+    Example:
+        >>> encoder = build_encoder(AutoencoderConfig(base_channels=8, code_dim=4))
+        >>> encoder(torch.zeros(1, 3, 16, 16)).shape
+        torch.Size([1, 4, 4, 4])
     """
     return Encoder(config)
 
 
 def build_decoder(config: AutoencoderConfig) -> Decoder:
-    """The network behind the quantizer: the encoder mirrored, with one more residual block a level.
+    """Build the network behind the quantizer: the encoder mirrored, with one more residual block per level.
 
     Shape:
         codes: (B, C, h, w) floating point, h and w at least 2 for ``decoder_padding="reflect"``.
-        phases: (B, L, 2) int64 in {0, 1}, as the encoder gave them, or None for zeros; of no effect unless
-            ``config.upsample`` is ``polyphase``.
+        phases: (B, L, 2) int64 in {0, 1} from the encoder, or None for zeros; without effect unless
+            ``config.upsample`` is adaptive (``polyphase``).
         images: (B, I, s·h, s·w).
 
     Raises:
         ValueError: (in its forward) the codes have another shape.
         TypeError: (in its forward) the codes are not floating point.
+
+    Example:
+        >>> decoder = build_decoder(AutoencoderConfig(base_channels=8, code_dim=4))
+        >>> decoder(torch.zeros(1, 4, 4, 4)).shape
+        torch.Size([1, 3, 16, 16])
     """
     return Decoder(config)
 

@@ -1,4 +1,4 @@
-"""The one description of an autoencoder that a checkpoint has to store."""
+"""The description of an autoencoder that a checkpoint stores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any
@@ -15,45 +16,62 @@ import torch
 from te_quant._checks import require, require_choice, require_int, require_number
 from te_quant.filters import PADDING_MODES, PaddingMode
 from te_quant.layers.activation import ACTIVATIONS, Activation
-from te_quant.layers.downsample import DOWNSAMPLERS
+from te_quant.layers.downsample import DOWNSAMPLERS, Downsample
 from te_quant.layers.norm import NORMS, Norm
-from te_quant.layers.upsample import UPSAMPLERS
+from te_quant.layers.upsample import UPSAMPLERS, Upsample
 from te_quant.quantizers import QUANTIZERS, Quantizer, VectorQuantizer
 from te_quant.quantizers._losses import GradientEstimator
 from te_quant.quantizers.vector import CodebookUpdate, Metric
 
 __all__ = ["AutoencoderConfig"]
 
+# Of every GroupNorm in the paper's configuration.
+_GROUPS = 32
 _SEQUENCES = ("channel_multipliers", "attention_levels")
 
 
-class _Default(tuple[int, ...]):
-    """The levels of a config that was given none: equal to those given by name, and yet told apart."""
+# A default that depends on other options keeps its class, so that `dataclasses.replace` adapts it again. It equals
+# the same value given by the caller.
+class _DefaultLevels(tuple[int, ...]):
+    """Attention levels that the caller did not choose: the coarsest one."""
+
+
+class _DefaultGroups(int):
+    """Norm groups that the caller did not choose: 32, or the largest power of two that divides the width."""
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Every option of a :class:`~te_quant.autoencoder.VQAutoencoder`; the defaults are the paper's stage 1.
+    """Every option of a :class:`~te_quant.autoencoder.VQAutoencoder`, by default as in the paper's stage 1.
+
+    Example:
+        >>> config = AutoencoderConfig(base_channels=16, channel_multipliers=(1, 2))
+        >>> config.stride, config.attention_levels, config.norm_groups
+        (2, (1,), 16)
+        >>> AutoencoderConfig.from_dict(config.to_dict()) == config
+        True
 
     Args:
         image_channels: channels of the images, at least 1.
         base_channels: width at full resolution; a multiple of ``norm_groups`` for ``norm="group"``, at least 2
             for ``norm="channel"``.
-        channel_multipliers: width of each level over ``base_channels``, finest level first. Each level but
+        channel_multipliers: width of each level divided by ``base_channels``, finest level first. Each level but
             the last halves the sides: L levels make a stride of 2^(L-1) pixels.
-        num_res_blocks: residual blocks a level in the encoder, at least 1; the decoder has one more a level.
+        num_res_blocks: residual blocks per level of the encoder, at least 1; the decoder has one more per level.
         attention_levels: the levels, counted from 0 (finest), whose residual blocks are each followed by
-            attention. If there are any, the middle of encoder and decoder has one as well.
-        downsample: a name of :func:`~te_quant.layers.build_downsample`. ``polyphase`` (with circular padding)
-            makes tokens exact for every integer shift; ``fourier`` needs circular padding.
-        upsample: a name of :func:`~te_quant.layers.build_upsample`. ``polyphase`` goes with that downsampling
-            and with no other, as no other decoder puts the pixels back where they were; ``fourier`` needs
+            attention; by default the coarsest. If there are any, the middle of encoder and decoder has one too.
+        downsample: a name in :data:`te_quant.layers.DOWNSAMPLERS`, to which you can add your own layer.
+            ``polyphase`` (with circular padding) makes tokens exact for every integer shift; ``fourier`` needs
             circular padding.
-        encoder_padding: padding mode of all that lies before the quantizer.
-        decoder_padding: padding mode of all that lies behind it.
+        upsample: a name in :data:`te_quant.layers.UPSAMPLERS`. ``polyphase`` and ``downsample="polyphase"``
+            require each other, as no other decoder puts the pixels back where they were; ``fourier`` needs
+            circular padding.
+        encoder_padding: padding mode of every layer before the quantizer.
+        decoder_padding: padding mode of every layer behind the quantizer.
         norm: ``group`` (statistics of the image) or ``channel`` (of each pixel); see
             :func:`~te_quant.layers.build_norm`.
-        norm_groups: groups of every GroupNorm, at least 1; without meaning for ``norm="channel"``.
+        norm_groups: groups of every GroupNorm, at least 1; by default 32, or the largest power of two below that
+            divides ``base_channels``. Without effect for ``norm="channel"``.
         activation: ``silu``, or ``filtered`` or ``polynomial``, which need circular padding everywhere; see
             :func:`~te_quant.layers.build_activation`. Circular ``fourier`` downsampling, ``polynomial``,
             GroupNorm and no attention together make latents follow every integer shift of the image exactly, as
@@ -72,12 +90,12 @@ class AutoencoderConfig:
             constructor wants ``num_codes`` or ``code_dim`` and they are not named, those of the fields are used.
             The fields above then show what the quantizer has; one that says something else beyond its default is
             refused.
-        attention: ``False`` is a model without attention, ``attention_levels=()`` in one word; beside levels that
-            say otherwise it is refused. It is read here alone and not stored: the config has ``attention_levels``.
+        attention: ``False`` builds a model without attention, like ``attention_levels=()``; together with levels
+            that contradict it, it is refused. Only ``attention_levels`` is stored.
 
     Raises:
         ValueError: an option is out of range, ``norm_groups`` does not divide ``base_channels``, or two options
-            contradict each other.
+            contradict each other. The message names an option that was given, never a default.
         TypeError: an option has the wrong type.
 
     Source: Shin et al. 2021, arXiv:2112.00384, and its published configuration (width 128, multipliers
@@ -89,13 +107,13 @@ class AutoencoderConfig:
     base_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 2)
     num_res_blocks: int = 1
-    attention_levels: tuple[int, ...] = _Default((2,))
-    downsample: str = "strided_conv"
-    upsample: str = "nearest"
+    attention_levels: tuple[int, ...] = _DefaultLevels()
+    downsample: Downsample | str = "strided_conv"
+    upsample: Upsample | str = "nearest"
     encoder_padding: PaddingMode = "replicate"
     decoder_padding: PaddingMode = "zeros"
     norm: Norm = "group"
-    norm_groups: int = 32
+    norm_groups: int = _DefaultGroups(32)
     activation: Activation = "silu"
     dropout: float = 0.0
     num_codes: int = 256
@@ -110,29 +128,42 @@ class AutoencoderConfig:
     attention: InitVar[bool | None] = None
 
     def __post_init__(self, attention: bool | None) -> None:
-        self._resolve_attention(attention)
         for name in _SEQUENCES:
             # A list, as JSON gives it, would make the config unhashable and unequal to its own copy.
             object.__setattr__(self, name, _tuple_of_ints(name, getattr(self, name)))
+        self._adapt_defaults()
+        self._resolve_attention(attention)
         self._check_networks()
         self._check_combinations()
         self._check_levels()
         self._check_quantizer()
+
+    def _adapt_defaults(self) -> None:
+        """Fit the options that the caller did not choose to the ones that they depend on."""
+        multipliers = self.channel_multipliers
+        require(len(multipliers) > 0, "channel_multipliers", "at least one int", multipliers)
+        if isinstance(self.attention_levels, _DefaultLevels):
+            object.__setattr__(self, "attention_levels", _DefaultLevels((len(multipliers) - 1,)))
+        require_int("base_channels", self.base_channels, 1)
+        if isinstance(self.norm_groups, _DefaultGroups):
+            # Groups do not matter to another norm, whose stored configs say 32.
+            groups = math.gcd(_GROUPS, self.base_channels) if self.norm == "group" else _GROUPS
+            object.__setattr__(self, "norm_groups", _DefaultGroups(groups))
 
     def _resolve_attention(self, attention: bool | None) -> None:
         if attention is None:
             return
         if not isinstance(attention, bool):
             raise TypeError(f"attention must be True, False or None, got {attention!r}.")
-        if not attention and isinstance(self.attention_levels, _Default):
+        levels = self.attention_levels
+        if not attention and isinstance(levels, _DefaultLevels):
             object.__setattr__(self, "attention_levels", ())
             return
-        levels = _tuple_of_ints("attention_levels", self.attention_levels)
-        expected = "at least one level" if attention else "()"
-        require(bool(levels) == attention, "attention_levels", f"{expected} with attention={attention}", levels)
+        expected = f"{not attention} or None with attention_levels={levels}"
+        require(bool(levels) == attention, "attention", expected, attention)
 
     def _check_networks(self) -> None:
-        for name in ("image_channels", "base_channels", "num_res_blocks", "norm_groups"):
+        for name in ("image_channels", "num_res_blocks", "norm_groups"):
             require_int(name, getattr(self, name), 1)
         require_choice("norm", self.norm, NORMS)
         if self.norm == "group":
@@ -148,20 +179,26 @@ class AutoencoderConfig:
         require_number("dropout", self.dropout, 0, below=1)
 
     def _check_combinations(self) -> None:
-        together = (self.downsample == "polyphase") == (self.upsample == "polyphase")
-        expected = "'polyphase' exactly where downsample is"
-        require(together, "upsample", expected, f"{self.upsample!r} with downsample={self.downsample!r}")
+        # The default layers are neither adaptive nor periodic, so an option blamed here is one that was given.
+        down, up = DOWNSAMPLERS[self.downsample], UPSAMPLERS[self.upsample]
+        adaptive = {"downsample": getattr(down, "adaptive", False), "upsample": getattr(up, "adaptive", False)}
+        for name, other in (("downsample", "upsample"), ("upsample", "downsample")):
+            expected = f"used with an adaptive {other} such as 'polyphase'"
+            got = f"{getattr(self, name)!r} with {other}={getattr(self, other)!r}"
+            require(adaptive[other] or not adaptive[name], name, expected, got)
         # These transform the whole image as one period: any other padding would contradict them.
-        filtered = self.activation != "silu"
-        for option, transforms in (("encoder_padding", self.downsample), ("decoder_padding", self.upsample)):
+        for option, name, layer in (("encoder_padding", "downsample", down), ("decoder_padding", "upsample", up)):
             mode = getattr(self, option)
-            name = f"activation={self.activation!r}" if filtered else "the fourier resampling beside it"
-            fits = mode == "circular" or (transforms != "fourier" and not filtered)
-            require(fits, option, f"'circular' for {name}", repr(mode))
+            expected = f"used with {option}='circular'"
+            for demanding, demands in (
+                (name, getattr(layer, "periodic", False)),
+                ("activation", self.activation != "silu"),
+            ):
+                got = f"{getattr(self, demanding)!r} with {option}={mode!r}"
+                require(mode == "circular" or not demands, demanding, expected, got)
 
     def _check_levels(self) -> None:
         multipliers, attention = self.channel_multipliers, self.attention_levels
-        require(len(multipliers) > 0, "channel_multipliers", "at least one int", multipliers)
         for multiplier in multipliers:
             require_int("channel_multipliers entry", multiplier, 1)
         for level in attention:
@@ -198,8 +235,7 @@ class AutoencoderConfig:
                 object.__setattr__(self, name, own)
         described = description(quantizer)
         plain = type(quantizer) is VectorQuantizer and set(described) <= {"name", *quantizer_fields()}
-        registered = QUANTIZERS.get(title) is type(quantizer)
-        object.__setattr__(self, "quantizer", described if registered and not plain else None)
+        object.__setattr__(self, "quantizer", None if plain else described)
 
     def build_quantizer(self) -> Quantizer:
         """Build the quantizer that this config describes, from the global random state."""
@@ -211,8 +247,8 @@ class AutoencoderConfig:
     def describing(self, quantizer: Quantizer) -> AutoencoderConfig:
         """Return this config with what it says of the quantizer taken from ``quantizer``.
 
-        Of a quantizer whose class is not in :data:`te_quant.quantizers.QUANTIZERS`, only its sizes and shared
-        options are taken over.
+        A class that is not in :data:`te_quant.quantizers.QUANTIZERS` is named too: only models that are given an
+        instance of it can be built from that config.
 
         Raises:
             ValueError: a field says something else beyond its default.
@@ -235,8 +271,9 @@ class AutoencoderConfig:
         return self.stride
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as values that JSON keeps: ``from_dict(json.loads(json.dumps(c.to_dict()))) == c``."""
+        """Return all options as JSON values: ``from_dict(json.loads(json.dumps(c.to_dict()))) == c``."""
         options = dataclasses.asdict(self)
+        options["norm_groups"] = int(self.norm_groups)
         if self.quantizer is None:
             # As files had it before there was another quantizer to describe.
             del options["quantizer"]
@@ -244,7 +281,7 @@ class AutoencoderConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> AutoencoderConfig:
-        """The config with these options; what is not named keeps its default.
+        """Return the config with these options; the others keep their defaults.
 
         Raises:
             ValueError: an option does not exist, or is out of range.
@@ -259,7 +296,7 @@ class AutoencoderConfig:
 def _tuple_of_ints(name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of ints, got {value!r}.")
-    return tuple(value)
+    return value if isinstance(value, _DefaultLevels) else tuple(value)
 
 
 def quantizer_fields() -> tuple[str, ...]:
@@ -291,6 +328,6 @@ def _as_json(options: object) -> dict[str, Any]:
 
 def _quantizer_class(name: object) -> type[Quantizer]:
     known = ", ".join(repr(known) for known in QUANTIZERS)
-    cure = "pass from_pretrained(..., quantizer=...) an instance of a class of your own"
+    cure = "add your class to te_quant.quantizers.QUANTIZERS, or pass quantizer=<an instance>"
     require(name in QUANTIZERS, "quantizer name", f"one of {known}", f"{name!r}; {cure}")
     return QUANTIZERS[str(name)]

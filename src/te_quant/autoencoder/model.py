@@ -22,7 +22,7 @@ from te_quant._values import require_in_range
 from te_quant.autoencoder.coders import build_decoder, build_encoder
 from te_quant.autoencoder.config import AutoencoderConfig, description
 from te_quant.contract import Encoding, EquivarianceContract
-from te_quant.quantizers import QUANTIZERS, Quantizer
+from te_quant.quantizers import Quantizer
 
 __all__ = [
     "AutoencoderConfig",
@@ -149,13 +149,13 @@ class VQAutoencoder(nn.Module):
 
         Raises:
             ValueError: codes or phases have another shape, or a phase is one that this decoder cannot place: not
-                0 or 1 for ``upsample="polyphase"``, not 0 for any other.
+                0 or 1 where the upsampling takes a phase, not 0 where it does not.
             TypeError: codes are not floating point, or phases are not integers.
         """
         if phases is not None:
             require_rank("phases", phases, (3,), f"(B, {len(self.config.channel_multipliers) - 1}, 2)")
             require_integer_tensor("phases", phases)
-            stop = 2 if self.config.upsample == "polyphase" else 1
+            stop = 2 if self.decoder.adaptive else 1
             phases = require_in_range("phases", phases, stop, "number of phases of the decoder")
         images: Tensor = self.decoder(codes, phases)
         return images
@@ -183,13 +183,9 @@ class VQAutoencoder(nn.Module):
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
         Raises:
-            ValueError: an option of the quantizer has no form in JSON.
             ImportError: safetensors is not installed (``te_quant[hub]``).
         """
-        options, described = self.config.to_dict(), description(self.quantizer)
-        if QUANTIZERS.get(described["name"]) is not type(self.quantizer):
-            options["quantizer"] = described
-        _pretrained.save(folder, "VQAutoencoder", options, self.state_dict())
+        _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
 
     @classmethod
     def from_pretrained(

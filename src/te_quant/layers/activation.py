@@ -1,8 +1,8 @@
-"""Nonlinearities, and what keeps them from aliasing.
+"""Nonlinearities, with and without aliasing.
 
 A pointwise function commutes with every integer shift. Between the pixels it does not: it makes frequencies
-that the grid cannot hold, which fold back onto those it can. Applied on a finer grid and filtered, it folds
-back less, and a polynomial nothing at all.
+that the grid cannot hold, and these fold back onto those it can. Applied on a finer grid and then filtered, it
+folds back less; a polynomial folds back nothing.
 
 Shape letters: B batch, C channels, H W pixels.
 """
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require_axis, require_choice, require_int, require_rank
+from te_quant.contract import Group, Reach
 from te_quant.filters import fourier_resample
 
 __all__ = ["ACTIVATIONS", "Activation", "FilteredActivation", "PolynomialActivation", "build_activation"]
@@ -30,13 +31,13 @@ class FilteredActivation(nn.Module):
 
     Exact for: every integer circular shift. For fractional ones only as far as the function's frequencies beyond
     ``upsampling`` times the band are negligible; see :class:`PolynomialActivation` for one that has none.
-    The image counts as periodic: only circular padding around it makes sense.
-    Cost: the function on ``upsampling ** 2`` times the pixels, and four transforms, O(H·W·log(H·W)) a channel;
+    The image counts as periodic: only circular padding fits around it.
+    Cost: the function on ``upsampling ** 2`` times the pixels, and four transforms, O(H·W·log(H·W)) per channel;
     every pixel of the result sees the whole image. The Nyquist frequency of even sides is lost.
 
     Args:
-        function: pointwise, at any size.
-        upsampling: of the grid that the function is applied on, along each axis; at least 1.
+        function: acts on each pixel by itself, at any size of the images.
+        upsampling: how many times finer the grid is on which the function acts, along each axis; at least 1.
 
     Shape:
         images: (B, C, H, W).
@@ -48,7 +49,15 @@ class FilteredActivation(nn.Module):
 
     Source: Karras et al. 2021, arXiv:2106.12423, section 2. Differs: an ideal low-pass filter on the periodic
         image, where it has Kaiser windows and margins that are cropped.
+
+    Example:
+        >>> images = torch.rand(1, 8, 6, 6)
+        >>> FilteredActivation(upsampling=2)(images).shape
+        torch.Size([1, 8, 6, 6])
     """
+
+    reach = Reach(None)
+    exact_for: Group = "integer"
 
     def __init__(self, function: Callable[[Tensor], Tensor] = F.silu, *, upsampling: int = 2) -> None:
         super().__init__()
@@ -73,7 +82,7 @@ class PolynomialActivation(nn.Module):
 
     A square at most doubles the band, which the grid of twice the pixels holds; the low-pass filter then takes
     the upper half away.
-    Exact for: every circular shift, fractional ones too. Only circular padding around it makes sense.
+    Exact for: every circular shift, fractional ones too. Only circular padding fits around it.
     Cost: as :class:`FilteredActivation` with ``upsampling=2``; a square is not bounded by its argument, so a
     normalisation should precede it.
 
@@ -89,7 +98,15 @@ class PolynomialActivation(nn.Module):
 
     Source: Michaeli et al. 2023, arXiv:2303.08085, section 3. Differs: it starts as x/2 + x²/4, the first
         terms of SiLU at 0, where the paper fits a ReLU.
+
+    Example:
+        >>> constant = torch.full((1, 1, 3, 3), 2.0)
+        >>> PolynomialActivation(1)(constant)[0, 0, 0, 0].item()  # 2/2 + 4/4
+        2.0
     """
+
+    reach = Reach(None)
+    exact_for: Group = "integer"
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -111,19 +128,19 @@ class PolynomialActivation(nn.Module):
         return f"{self.channels}"
 
 
-def build_activation(kind: Activation, channels: int) -> nn.Module:
+def build_activation(activation: Activation, channels: int) -> nn.Module:
     """Build a nonlinearity.
 
     Args:
-        kind: ``silu``, ``filtered`` (SiLU in a :class:`FilteredActivation`) or ``polynomial``
+        activation: ``silu``, ``filtered`` (SiLU in a :class:`FilteredActivation`) or ``polynomial``
             (:class:`PolynomialActivation`).
         channels: C, at least 1.
 
     Raises:
-        ValueError: kind is unknown, or channels is smaller than 1.
+        ValueError: activation is unknown, or channels is smaller than 1.
     """
-    require_choice("activation", kind, ACTIVATIONS)
+    require_choice("activation", activation, ACTIVATIONS)
     require_int("channels", channels, 1)
-    if kind == "polynomial":
+    if activation == "polynomial":
         return PolynomialActivation(channels)
-    return FilteredActivation() if kind == "filtered" else nn.SiLU()
+    return FilteredActivation() if activation == "filtered" else nn.SiLU()

@@ -1,6 +1,6 @@
 """The blocks of a convolutional autoencoder: padded convolution, residual block, attention.
 
-Shape letters: B batch, C channels, H W pixels of the grid at hand.
+Shape letters: B batch, C channels, H W pixels of the current grid.
 
 Source: Esser et al. 2021, arXiv:2012.09841, whose encoder and decoder are made of these.
 """
@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require_choice, require_int, require_number
+from te_quant.contract import Group, Reach, Statement, sliding_window
 from te_quant.filters import PADDING_MODES, Margins, PaddingMode, pad2d
 from te_quant.layers.activation import Activation, build_activation
 from te_quant.layers.norm import Norm, build_norm
+from te_quant.layers.stating import both_axes, derived, in_series, statement_of
 
 __all__ = ["PaddedConv2d", "ResidualBlock", "SelfAttention2d"]
 
@@ -21,8 +23,9 @@ __all__ = ["PaddedConv2d", "ResidualBlock", "SelfAttention2d"]
 class PaddedConv2d(nn.Conv2d):
     """A convolution whose padding goes through :func:`te_quant.filters.pad2d`.
 
-    :class:`torch.nn.Conv2d` pads both ends of an axis alike; a stride-2 convolution that keeps stride
-    multiples aligned needs one more row at the end only.
+    :class:`torch.nn.Conv2d` pads both ends of an axis equally; a stride-2 convolution that keeps stride
+    multiples aligned needs one more row only at the end.
+    Exact for: multiples of the stride, under circular padding (or with margins of zero and k <= s).
 
     Args:
         in_channels: C of the input, at least 1.
@@ -39,7 +42,14 @@ class PaddedConv2d(nn.Conv2d):
 
     Raises:
         ValueError: an option is out of range.
+
+    Example:
+        >>> conv = PaddedConv2d(3, 8, 3, stride=2, margins=(0, 1, 0, 1), padding_mode="circular")
+        >>> conv.reach, conv.exact_for
+        (Reach(size=3, stride=2), 'stride')
     """
+
+    reach, exact_for = derived(lambda self: self._statement())
 
     def __init__(
         self,
@@ -70,6 +80,17 @@ class PaddedConv2d(nn.Conv2d):
         padded = pad2d(images, self.margins, self._mode)
         return F.conv2d(padded, self.weight, self.bias, self.stride)
 
+    def _statement(self) -> Statement:
+        left, right, top, bottom = self.margins
+        circular = self._mode == "circular"
+        rows, columns = (
+            sliding_window(size, stride=stride, before=before, after=after, circular=circular)
+            for size, stride, before, after in zip(
+                self.kernel_size, self.stride, (top, left), (bottom, right), strict=True
+            )
+        )
+        return both_axes(rows, columns)
+
     def extra_repr(self) -> str:
         """The options."""
         options = f"kernel_size={self.kernel_size[0]}, stride={self.stride[0]}, margins={self.margins}"
@@ -83,12 +104,12 @@ class ResidualBlock(nn.Module):
 
     Args:
         in_channels: C of the input, a multiple of ``norm_groups`` for ``norm="group"``.
-        out_channels: C of the output, likewise.
+        out_channels: C of the output, a multiple of ``norm_groups`` for ``norm="group"``.
         norm: ``group`` or ``channel``; see :func:`te_quant.layers.build_norm`.
-        norm_groups: groups of both normalisations, for ``norm="group"`` alone.
+        norm_groups: groups of both normalisations, for ``norm="group"`` only.
         activation: ``silu``, ``filtered`` or ``polynomial``; see :func:`te_quant.layers.build_activation`.
         dropout: share of the values zeroed before the second convolution in training, in [0, 1).
-        padding_mode: of the 3x3 convolutions; see :func:`te_quant.filters.pad2d`.
+        padding_mode: padding of the 3x3 convolutions; see :func:`te_quant.filters.pad2d`.
 
     Shape:
         images: (B, in_channels, H, W).
@@ -98,7 +119,17 @@ class ResidualBlock(nn.Module):
         ValueError: an option is out of range, or ``norm_groups`` does not divide a number of channels.
 
     Source: Esser et al. 2021, arXiv:2012.09841. Differs: no time embedding, which it has and never uses.
+
+    Example:
+        >>> import torch
+        >>> block = ResidualBlock(8, 16, norm="channel", padding_mode="circular")
+        >>> block(torch.zeros(1, 8, 4, 4)).shape
+        torch.Size([1, 16, 4, 4])
+        >>> block.reach, block.exact_for
+        (Reach(size=5, stride=1), 'integer')
     """
+
+    reach, exact_for = derived(lambda self: self._branch().beside(statement_of(self.shortcut)))
 
     def __init__(
         self,
@@ -113,10 +144,10 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         require_number("dropout", dropout, 0, below=1)
-        self.norm1 = build_norm(norm, in_channels, norm_groups)
+        self.norm1 = build_norm(norm, in_channels, norm_groups=norm_groups)
         self.activation1 = build_activation(activation, in_channels)
         self.conv1 = PaddedConv2d(in_channels, out_channels, 3, padding_mode=padding_mode)
-        self.norm2 = build_norm(norm, out_channels, norm_groups)
+        self.norm2 = build_norm(norm, out_channels, norm_groups=norm_groups)
         self.activation2 = build_activation(activation, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = PaddedConv2d(out_channels, out_channels, 3, padding_mode=padding_mode)
@@ -130,19 +161,23 @@ class ResidualBlock(nn.Module):
         result: Tensor = self.shortcut(images) + hidden
         return result
 
+    def _branch(self) -> Statement:
+        first = (self.norm1, self.activation1, self.conv1)
+        return in_series(*first, self.norm2, self.activation2, self.dropout, self.conv2)
+
 
 class SelfAttention2d(nn.Module):
     """Every pixel attends to every pixel of its image with one head; the input is added.
 
-    There is no position in it: permuting the pixels permutes the result, so that it keeps whatever
-    equivariance its input has under integer shifts (and spreads what its input has lost to the whole grid).
-    Fractional shifts change it: the exponentials of a softmax leave the band.
+    It knows no positions: permuting the pixels permutes the result. So it keeps the equivariance of its input
+    under integer shifts, and spreads an error at the border to the whole grid. It is not exact for fractional
+    shifts, because the exponentials of a softmax leave the band.
     Cost: O((H·W)²·C).
 
     Args:
         channels: C, a multiple of ``norm_groups`` for ``norm="group"``.
         norm: ``group`` or ``channel``; see :func:`te_quant.layers.build_norm`.
-        norm_groups: groups of the normalisation, for ``norm="group"`` alone.
+        norm_groups: groups of the normalisation, for ``norm="group"`` only.
 
     Shape:
         images: (B, C, H, W).
@@ -153,11 +188,19 @@ class SelfAttention2d(nn.Module):
 
     Source: Esser et al. 2021, arXiv:2012.09841. Differs: queries, keys and values come from one projection,
         which is the same function, and the H·W x H·W weights are never stored where a fused kernel exists.
+
+    Example:
+        >>> import torch
+        >>> SelfAttention2d(8, norm_groups=4)(torch.zeros(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 4, 4])
     """
+
+    reach = Reach(None)
+    exact_for: Group = "integer"
 
     def __init__(self, channels: int, *, norm: Norm = "group", norm_groups: int = 32) -> None:
         super().__init__()
-        self.norm = build_norm(norm, channels, norm_groups)
+        self.norm = build_norm(norm, channels, norm_groups=norm_groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 

@@ -1,4 +1,4 @@
-"""A low-pass filter with a stride, the part that two of the paper's downsamplings share.
+"""A low-pass filter with a stride, which two of the paper's downsampling layers share.
 
 Shape letters: B batch, C channels, H W pixels, k taps, s stride.
 """
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require_choice, require_int
+from te_quant.contract import Statement, sliding_window
 from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter_by
+from te_quant.layers.stating import derived
 
 __all__ = ["BlurPool2d"]
 
@@ -18,7 +20,8 @@ class BlurPool2d(nn.Module):
     """A binomial low-pass filter, then one pixel in ``stride``.
 
     It takes any number of channels, any floating dtype and any side; it has no weights and adds nothing to
-    a ``state_dict``. Constants stay as they are, except beside a border that is padded with zeros.
+    a ``state_dict``. Constants stay as they are, except next to a border that is padded with zeros.
+    Exact for: multiples of the stride, under circular padding.
 
     Args:
         kernel_size: k, at least 1, odd or even; 5 in the paper.
@@ -34,9 +37,15 @@ class BlurPool2d(nn.Module):
         ValueError: an option is out of range; a side is too small to be reflected.
 
     Source: Zhang 2019, arXiv:1904.11486. Differs: the size is ⌈H/s⌉ for even k too, and for any k and s.
+
+    Example:
+        >>> impulse = torch.tensor([[[[0.0, 0.0, 4.0, 0.0]]]])
+        >>> BlurPool2d(kernel_size=3, stride=2, padding_mode="circular")(impulse)
+        tensor([[[[0., 2.]]]])
     """
 
     kernel: Tensor
+    reach, exact_for = derived(lambda self: self._statement())
 
     def __init__(self, *, kernel_size: int = 5, stride: int = 2, padding_mode: PaddingMode = "replicate") -> None:
         super().__init__()
@@ -52,6 +61,11 @@ class BlurPool2d(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Filter, then subsample."""
         return filter_by(images, self.kernel, self.stride, self.padding_mode)
+
+    def _statement(self) -> Statement:
+        before, after = (self.kernel_size - 1) // 2, self.kernel_size // 2
+        circular = self.padding_mode == "circular"
+        return sliding_window(self.kernel_size, stride=self.stride, before=before, after=after, circular=circular)
 
     def extra_repr(self) -> str:
         """The options."""

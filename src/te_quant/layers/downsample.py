@@ -1,9 +1,9 @@
-"""Downsampling by two: the four of the paper, and the two that lose no shift.
+"""Downsampling by two: the four layers of the paper, and two that lose no shift.
 
 Every layer here commutes with circular shifts by multiples of its stride when it pads circularly: output
-pixel u depends on input pixels around s·u in the same way for all u. Of shifts below the stride,
-:class:`ConvPolyphase` commutes with the integer ones and :class:`ConvFourier` with all in the sense of
-:func:`te_quant.shifts.fourier_shift`; the others with none, and the blurred ones only come closer.
+pixel u depends on input pixels around s·u in the same way for all u. Below the stride,
+:class:`ConvPolyphaseDownsample` commutes with every integer shift, and :class:`ConvFourierDownsample` with every
+shift in the sense of :func:`te_quant.shifts.fourier_shift`. The others commute with none; a blur only helps.
 
 Shape letters: B batch, C channels, H W pixels, s stride.
 
@@ -12,23 +12,27 @@ Source: Shin et al. 2021, arXiv:2112.00384, section 4 (StridedConv, ConvBlurpool
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Literal, Protocol, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_choice, require_int, require_rank
+from te_quant.contract import Group, Reach, Statement, sliding_window
 from te_quant.filters import PADDING_MODES, PaddingMode, pad2d
 from te_quant.layers.blocks import PaddedConv2d
 from te_quant.layers.blur import BlurPool2d
 from te_quant.layers.fourier import FourierDownsample2d
 from te_quant.layers.polyphase import PolyphaseDownsample2d
+from te_quant.layers.stating import derived, in_series, statement_of
 
 __all__ = [
     "DOWNSAMPLERS",
     "ConvBlurPool",
-    "ConvFourier",
-    "ConvPolyphase",
+    "ConvFourierDownsample",
+    "ConvPolyphaseDownsample",
+    "Downsample",
+    "DownsampleFactory",
     "MaxBlurPool",
     "MaxPool",
     "StridedConv",
@@ -36,8 +40,28 @@ __all__ = [
 ]
 
 
+Downsample: TypeAlias = Literal[
+    "strided_conv", "max_pool", "max_blur_pool", "conv_blur_pool", "polyphase", "fourier"
+]
+"""The downsampling layers of this package; :data:`DOWNSAMPLERS` may hold more."""
+
+
+class DownsampleFactory(Protocol):
+    """A layer class, or a function that builds a layer, for :data:`DOWNSAMPLERS`.
+
+    The layer halves both sides of (B, C, H, W) images and keeps C. It states ``reach`` and ``exact_for``
+    (:mod:`te_quant.contract`). A class may also state ``adaptive = True`` (its forward returns the pixels and
+    their phase) and ``periodic = True`` (the image counts as one period, so only circular padding fits).
+    """
+
+    def __call__(self, channels: int, /, *, padding_mode: PaddingMode) -> nn.Module:
+        """Build the layer."""
+
+
 class StridedConv(nn.Module):
-    """A 3x3 convolution with stride 2, padded on the right and at the bottom only.
+    """A 3x3 convolution with stride 2, padded only on the right and at the bottom.
+
+    Exact for: multiples of the stride, under circular padding.
 
     Args:
         channels: C, at least 1.
@@ -51,11 +75,16 @@ class StridedConv(nn.Module):
         ValueError: an option is out of range, or a side is odd.
 
     Source: SC of the paper; Esser et al. 2021, arXiv:2012.09841.
+
+    Example:
+        >>> StridedConv(8, padding_mode="circular").exact_for, StridedConv(8, padding_mode="zeros").exact_for
+        ('stride', 'interior')
     """
 
     stride = 2
+    reach, exact_for = derived(lambda self: statement_of(self.conv))
 
-    def __init__(self, channels: int, padding_mode: PaddingMode) -> None:
+    def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
         super().__init__()
         self.conv = PaddedConv2d(channels, channels, 3, stride=2, margins=(0, 1, 0, 1), padding_mode=padding_mode)
 
@@ -67,7 +96,9 @@ class StridedConv(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """The largest value of each 2x2 cell; no cell crosses the border, so no padding mode changes it.
+    """The largest value of each 2x2 cell.
+
+    Exact for: multiples of the stride, under any padding, since no cell crosses the border.
 
     Shape:
         images: (B, C, H, W), H and W even.
@@ -77,9 +108,16 @@ class MaxPool(nn.Module):
         ValueError: a side is odd.
 
     Source: MP of the paper.
+
+    Example:
+        >>> import torch
+        >>> MaxPool()(torch.tensor([[[[1.0, 2.0], [4.0, 3.0]]]])).item()
+        4.0
     """
 
     stride = 2
+    reach = Reach(2, stride=2)
+    exact_for: Group = "stride"
 
     def forward(self, images: Tensor) -> Tensor:
         """Pool."""
@@ -91,8 +129,9 @@ class MaxBlurPool(nn.Module):
     """The largest value of each 2x2 window, at every pixel, then a 5-tap blur with stride 2.
 
     The windows are padded on the right and at the bottom, so that the size is kept. Under ``zeros`` the pool
-    ignores what lies outside, as :class:`torch.nn.MaxPool2d` does: a zero among negative features would win
-    although the image holds no such value. The blur pads with zeros then.
+    ignores the outside, as :class:`torch.nn.MaxPool2d` does: a zero among negative features would win although the
+    image holds no such value. The blur does pad with zeros.
+    Exact for: multiples of the stride, under circular padding.
 
     Args:
         padding_mode: see :func:`te_quant.filters.pad2d`.
@@ -104,13 +143,19 @@ class MaxBlurPool(nn.Module):
     Raises:
         ValueError: padding_mode is unknown, or a side is odd.
 
-    Source: MB of the paper; Zhang 2019, arXiv:1904.11486. Differs: Zhang pools without padding, which loses
-        a row, so that it could not commute with circular shifts.
+    Source: MB of the paper; Zhang 2019, arXiv:1904.11486. Differs: both pool without padding, so that the last
+        row and column of pixels meet fewer windows and no shift is exact; and the paper's blur pads by replication
+        whatever the convolutions do, where this one uses ``padding_mode``.
+
+    Example:
+        >>> MaxBlurPool(padding_mode="circular").reach  # the maximum of 2 pixels, then 5 taps
+        Reach(size=6, stride=2)
     """
 
     stride = 2
+    reach, exact_for = derived(lambda self: self._windows().then(statement_of(self.blur)))
 
-    def __init__(self, padding_mode: PaddingMode) -> None:
+    def __init__(self, *, padding_mode: PaddingMode) -> None:
         super().__init__()
         self.blur = BlurPool2d(kernel_size=5, stride=2, padding_mode=padding_mode)
         # In a 2x2 window the replicated neighbour is already there, so repeating it is to ignore the outside.
@@ -123,9 +168,14 @@ class MaxBlurPool(nn.Module):
         result: Tensor = self.blur(pooled)
         return result
 
+    def _windows(self) -> Statement:
+        return sliding_window(2, after=1, circular=self.pool_mode == "circular")
+
 
 class ConvBlurPool(nn.Module):
     """A 3x3 convolution, then a 5-tap blur with stride 2 and no nonlinearity between.
+
+    Exact for: multiples of the stride, under circular padding.
 
     Args:
         channels: C, at least 1.
@@ -139,11 +189,16 @@ class ConvBlurPool(nn.Module):
         ValueError: an option is out of range, or a side is odd.
 
     Source: CB of the paper. Differs from Zhang 2019, which has a ReLU between the two.
+
+    Example:
+        >>> ConvBlurPool(8, padding_mode="circular").reach  # 3 pixels, then 5 taps
+        Reach(size=7, stride=2)
     """
 
     stride = 2
+    reach, exact_for = derived(lambda self: in_series(self.conv, self.blur))
 
-    def __init__(self, channels: int, padding_mode: PaddingMode) -> None:
+    def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
         super().__init__()
         self.conv = PaddedConv2d(channels, channels, 3, padding_mode=padding_mode)
         self.blur = BlurPool2d(kernel_size=5, stride=2, padding_mode=padding_mode)
@@ -155,7 +210,7 @@ class ConvBlurPool(nn.Module):
         return result
 
 
-class ConvPolyphase(nn.Module):
+class ConvPolyphaseDownsample(nn.Module):
     """A 3x3 convolution at every pixel, then :class:`~te_quant.layers.PolyphaseDownsample2d` by two.
 
     Exact for: every integer circular shift under circular padding, in the sense stated there.
@@ -171,11 +226,20 @@ class ConvPolyphase(nn.Module):
 
     Raises:
         ValueError: an option is out of range, or a side is odd.
+
+    Example:
+        >>> import torch
+        >>> layer = ConvPolyphaseDownsample(3, padding_mode="circular")
+        >>> pixels, phase = layer(torch.rand(2, 3, 8, 8))
+        >>> pixels.shape, phase.shape, layer.exact_for
+        (torch.Size([2, 3, 4, 4]), torch.Size([2, 2]), 'integer')
     """
 
     stride = 2
+    adaptive = True
+    reach, exact_for = derived(lambda self: in_series(self.conv, self.sample))
 
-    def __init__(self, channels: int, padding_mode: PaddingMode) -> None:
+    def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
         super().__init__()
         self.conv = PaddedConv2d(channels, channels, 3, padding_mode=padding_mode)
         self.sample = PolyphaseDownsample2d(2)
@@ -187,10 +251,11 @@ class ConvPolyphase(nn.Module):
         return result
 
 
-class ConvFourier(nn.Module):
+class ConvFourierDownsample(nn.Module):
     """A 3x3 convolution at every pixel, then :class:`~te_quant.layers.FourierDownsample2d` by two.
 
-    Exact for: every circular shift under circular padding, in the sense stated there.
+    Exact for: every circular shift under circular padding, in the sense stated there. Tokens computed from it move
+    by whole tokens only for multiples of the stride.
     Cost: four times the convolution of :class:`StridedConv`, and two transforms.
 
     Args:
@@ -203,11 +268,18 @@ class ConvFourier(nn.Module):
 
     Raises:
         ValueError: an option is out of range, or a side is odd.
+
+    Example:
+        >>> import torch
+        >>> ConvFourierDownsample(3, padding_mode="circular")(torch.rand(1, 3, 8, 8)).shape
+        torch.Size([1, 3, 4, 4])
     """
 
     stride = 2
+    periodic = True
+    reach, exact_for = derived(lambda self: in_series(self.conv, self.sample))
 
-    def __init__(self, channels: int, padding_mode: PaddingMode) -> None:
+    def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
         super().__init__()
         self.conv = PaddedConv2d(channels, channels, 3, padding_mode=padding_mode)
         self.sample = FourierDownsample2d(2)
@@ -219,34 +291,51 @@ class ConvFourier(nn.Module):
         return result
 
 
-DOWNSAMPLERS: dict[str, Callable[[int, PaddingMode], nn.Module]] = {
+DOWNSAMPLERS: dict[Downsample | str, DownsampleFactory] = {
     "strided_conv": StridedConv,
-    "max_pool": lambda channels, padding_mode: MaxPool(),  # noqa: ARG005
-    "max_blur_pool": lambda channels, padding_mode: MaxBlurPool(padding_mode),  # noqa: ARG005
+    "max_pool": lambda channels, *, padding_mode: MaxPool(),  # noqa: ARG005
+    "max_blur_pool": lambda channels, *, padding_mode: MaxBlurPool(padding_mode=padding_mode),  # noqa: ARG005
     "conv_blur_pool": ConvBlurPool,
-    "polyphase": ConvPolyphase,
-    "fourier": ConvFourier,
+    "polyphase": ConvPolyphaseDownsample,
+    "fourier": ConvFourierDownsample,
 }
-"""What each name builds, from the number of channels and the padding mode; every one halves the sides."""
+"""The layer class of each name, called with the number of channels and ``padding_mode``.
+
+Add your own layer with ``DOWNSAMPLERS["my_layer"] = MyLayer``; every config then accepts its name."""
 
 
-def build_downsample(kind: str, channels: int, padding_mode: PaddingMode) -> nn.Module:
+def build_downsample(downsample: Downsample | str, channels: int, *, padding_mode: PaddingMode) -> nn.Module:
     """Build a layer that halves both sides.
 
     Args:
-        kind: ``strided_conv`` (SC in the paper), ``max_pool`` (MP), ``max_blur_pool`` (MB),
-            ``conv_blur_pool`` (CB), ``polyphase`` or ``fourier``; the forward of ``polyphase`` returns the
-            phase too.
+        downsample: ``strided_conv`` (SC in the paper), ``max_pool`` (MP), ``max_blur_pool`` (MB),
+            ``conv_blur_pool`` (CB), ``polyphase``, ``fourier``, or a name added to :data:`DOWNSAMPLERS`. The
+            forward of an adaptive layer such as ``polyphase`` returns a pair, the pixels and the phase.
         channels: C, at least 1.
         padding_mode: see :func:`te_quant.filters.pad2d`.
 
     Raises:
-        ValueError: kind or padding_mode is unknown, or channels is smaller than 1.
+        ValueError: downsample or padding_mode is unknown, channels is smaller than 1, or the layer states that its
+            stride is not 2.
+
+    Example:
+        >>> build_downsample("max_pool", 8, padding_mode="zeros")
+        MaxPool()
     """
-    require_choice("kind", kind, DOWNSAMPLERS)
+    require_choice("downsample", downsample, DOWNSAMPLERS)
     require_int("channels", channels, 1)
     require_choice("padding_mode", padding_mode, PADDING_MODES)
-    return DOWNSAMPLERS[kind](channels, padding_mode)
+    layer = DOWNSAMPLERS[downsample](channels, padding_mode=padding_mode)
+    kept = statement_of(layer)
+    if kept.exact_for != "none":
+        stride = kept.reach.stride
+        require(
+            stride == 2,
+            "downsample",
+            "a layer whose reach states stride=2",
+            f"{downsample!r}, which states {stride}",
+        )
+    return layer
 
 
 def _require_even_sides(images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Normalisation: over the whole image, or at every pixel alone.
+"""Normalisation: over the whole image, or at each pixel by itself.
 
 Shape letters: B batch, C channels, H W pixels.
 """
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_axis, require_choice, require_int, require_rank
+from te_quant.contract import Group, Reach
 
 __all__ = ["NORMS", "ChannelNorm", "Norm", "build_norm", "group_norm"]
 
@@ -22,11 +23,15 @@ NORM_EPS = 1e-6
 
 
 def group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
-    """A :class:`~torch.nn.GroupNorm` that refuses a number of groups which does not divide the channels.
+    """Build a :class:`~torch.nn.GroupNorm`, and refuse a number of groups that does not divide the channels.
 
     Its statistics are those of the whole image, so that permuting the pixels permutes the result: it is exact
     for every circular shift, fractional shifts of band-limited images included. An error at the border,
     however, goes through the statistics to every pixel.
+
+    Args:
+        channels: C, at least 1.
+        norm_groups: groups of channels that share their statistics, at least 1, a divisor of ``channels``.
 
     Raises:
         ValueError: an argument is smaller than 1, or ``norm_groups`` does not divide ``channels``.
@@ -55,8 +60,17 @@ class ChannelNorm(nn.Module):
     Raises:
         ValueError: channels is smaller than 2, or the images have another number of channels.
 
-    Source: Ba et al. 2016, arXiv:1607.06450, over the channels alone as in Liu et al. 2022, arXiv:2201.03545.
+    Source: Ba et al. 2016, arXiv:1607.06450, only over the channels as in Liu et al. 2022, arXiv:2201.03545.
+
+    Example:
+        >>> import torch
+        >>> pixel = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1)
+        >>> ChannelNorm(2)(pixel).flatten().tolist()
+        [-0.9999995231628418, 0.9999995231628418]
     """
+
+    reach = Reach(1)
+    exact_for: Group = "integer"
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -80,16 +94,16 @@ class ChannelNorm(nn.Module):
         return f"{self.channels}"
 
 
-def build_norm(kind: Norm, channels: int, norm_groups: int) -> nn.Module:
+def build_norm(norm: Norm, channels: int, *, norm_groups: int) -> nn.Module:
     """Build a normalisation.
 
     Args:
-        kind: ``group`` (:func:`group_norm`) or ``channel`` (:class:`ChannelNorm`).
+        norm: ``group`` (:func:`group_norm`) or ``channel`` (:class:`ChannelNorm`).
         channels: C.
-        norm_groups: of ``group`` alone.
+        norm_groups: groups of channels, for ``norm="group"`` only.
 
     Raises:
-        ValueError: kind is unknown, or the layer refuses its number of channels or groups.
+        ValueError: norm is unknown, or the layer refuses its number of channels or groups.
     """
-    require_choice("norm", kind, NORMS)
-    return group_norm(channels, norm_groups) if kind == "group" else ChannelNorm(channels)
+    require_choice("norm", norm, NORMS)
+    return group_norm(channels, norm_groups) if norm == "group" else ChannelNorm(channels)

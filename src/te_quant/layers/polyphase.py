@@ -1,8 +1,8 @@
-"""Adaptive polyphase sampling: which pixels are kept follows the image, so that integer shifts lose nothing.
+"""Adaptive polyphase sampling: the image decides which pixels are kept, so that integer shifts lose nothing.
 
 An image splits into s² polyphase components, the pixels (s·u + p, s·v + q) for the phases (p, q). A shift of
-the image permutes the components and shifts them. Whoever chooses one by its *content* therefore keeps the
-same pixels before and after the shift, moved by a whole number of output pixels.
+the image permutes the components and shifts them. A choice by *content* therefore keeps the same pixels before
+and after the shift, moved by a whole number of output pixels.
 
 Shape letters: B batch, C channels, H W pixels, s stride.
 
@@ -11,6 +11,8 @@ Source: Chaman & Dokmanić 2021, arXiv:2011.14214 (downsampling); Chaman & Dokma
 """
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,9 @@ from te_quant._checks import (
     require_integer_tensor,
     require_rank,
 )
+from te_quant.contract import Reach, Statement, sliding_window
 from te_quant.filters import PADDING_MODES, PaddingMode, filter2d
+from te_quant.layers.stating import derived
 
 __all__ = ["PolyphaseDownsample2d", "PolyphaseUpsample2d"]
 
@@ -42,7 +46,7 @@ class PolyphaseDownsample2d(nn.Module):
     float64 that does not happen in practice, in float32 seldom, in bfloat16 it may, and such an image is
     sampled at another phase, all of its pixels at once. The norms are summed in float32 at least.
     Cost: one pass over the images for the norms, a copy of 1/s² of them; what lies before runs at s² times the
-    pixels that a strided convolution would compute. No weights; the gradient reaches the kept pixels alone.
+    pixels that a strided convolution would compute. No weights; the gradient reaches only the kept pixels.
 
     Args:
         stride: s, pixels, at least 1.
@@ -57,7 +61,16 @@ class PolyphaseDownsample2d(nn.Module):
         TypeError: stride is not an int.
 
     Source: Chaman & Dokmanić 2021, arXiv:2011.14214, section 3, with p = 2.
+
+    Example:
+        >>> images = torch.tensor([[[[0.0, 0.0], [0.0, 5.0]]]])
+        >>> pixels, phase = PolyphaseDownsample2d(2)(images)
+        >>> pixels.item(), phase.tolist()
+        (5.0, [[1, 1]])
     """
+
+    adaptive = True
+    reach, exact_for = derived(lambda self: Statement(Reach(1, self.stride), "integer"))
 
     def __init__(self, stride: int = 2) -> None:
         super().__init__()
@@ -88,15 +101,16 @@ class PolyphaseUpsample2d(nn.Module):
 
     Exact for: every integer circular shift, together with :class:`PolyphaseDownsample2d`: if y' = R_k y for
     the k stated there, then ``up(y', phase') = T_t up(y, phase)``; with interpolation under circular padding.
-    For one phase alone, every shift by multiples of s.
+    For one and the same phase, every shift by multiples of s.
     Cost: one copy at the larger size, and a depthwise convolution with 2·s - 1 taps along each axis.
 
     Args:
         stride: s, pixels, at least 1.
         interpolate: spread the pixels linearly (a triangle of 2·s - 1 taps with a gain of s along each axis),
             so that a constant stays constant.
-        padding_mode: of the interpolation. Not ``circular``, the first or last s - 1 rows and columns, which
-            lie outside the outermost pixels, fade: the edge of a grid of zeros is not an edge of the image.
+        padding_mode: padding of the interpolation; see :func:`te_quant.filters.pad2d`. Unless it is ``circular``,
+            the first or last s - 1 rows and columns, which lie outside the outermost pixels, fade: the edge of a
+            grid of zeros is not an edge of the image.
 
     Shape:
         images: (B, C, H, W).
@@ -108,9 +122,17 @@ class PolyphaseUpsample2d(nn.Module):
         TypeError: stride is not an int, or phase does not hold integers.
 
     Source: Chaman & Dokmanić 2021, arXiv:2105.04040, section 3.
+
+    Example:
+        >>> pixel, phase = torch.full((1, 1, 1, 1), 5.0), torch.tensor([[1, 0]])
+        >>> PolyphaseUpsample2d(2)(pixel, phase)
+        tensor([[[[0., 0.],
+                  [5., 0.]]]])
     """
 
+    adaptive = True
     triangle: Tensor
+    reach, exact_for = derived(lambda self: self._statement())
 
     def __init__(
         self, stride: int = 2, *, interpolate: bool = False, padding_mode: PaddingMode = "circular"
@@ -141,6 +163,12 @@ class PolyphaseUpsample2d(nn.Module):
         if not self.interpolate:
             return placed
         return filter2d(placed / s**2, self.triangle, padding_mode=self.padding_mode)
+
+    def _statement(self) -> Statement:
+        placed = Statement(Reach(1, Fraction(1, self.stride)), "integer", adaptive=True)
+        taps = 2 * self.stride - 1 if self.interpolate else 1
+        margin, circular = taps // 2, self.padding_mode == "circular"
+        return placed.then(sliding_window(taps, before=margin, after=margin, circular=circular))
 
     def extra_repr(self) -> str:
         """The options."""

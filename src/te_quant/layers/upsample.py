@@ -1,31 +1,52 @@
-"""Upsampling by two, as the decoder does it: a larger grid, then a 3x3 convolution.
+"""Upsampling by two in the decoder: a larger grid, then a 3x3 convolution.
 
 Shape letters: B batch, C channels, H W pixels, k taps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from fractions import Fraction
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require_choice, require_int, require_rank
+from te_quant.contract import Reach, Statement, sliding_window
 from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter2d
 from te_quant.layers.blocks import PaddedConv2d
 from te_quant.layers.fourier import FourierUpsample2d
 from te_quant.layers.polyphase import PolyphaseUpsample2d
+from te_quant.layers.stating import derived, in_series, statement_of
 
 __all__ = [
     "UPSAMPLERS",
-    "BlurUpsample",
     "BlurUpsample2d",
-    "FourierUpsample",
-    "NearestUpsample",
-    "PolyphaseUpsample",
+    "BlurUpsampleConv",
+    "FourierUpsampleConv",
+    "NearestUpsampleConv",
+    "PolyphaseUpsampleConv",
+    "Upsample",
+    "UpsampleFactory",
     "build_upsample",
 ]
+
+
+Upsample: TypeAlias = Literal["nearest", "blur", "fourier", "polyphase"]
+"""The upsampling layers of this package; :data:`UPSAMPLERS` may hold more."""
+
+
+class UpsampleFactory(Protocol):
+    """A layer class, or a function that builds a layer, for :data:`UPSAMPLERS`.
+
+    The layer doubles both sides of (B, C, H, W) images and keeps C. A class may state ``adaptive = True`` (its
+    forward takes the phase of an adaptive downsampling as second argument) and ``periodic = True`` (the image
+    counts as one period, so only circular padding fits).
+    """
+
+    def __call__(self, channels: int, /, *, padding_mode: PaddingMode) -> nn.Module:
+        """Build the layer."""
 
 
 def _repeated(images: Tensor, times: int) -> Tensor:
@@ -35,16 +56,16 @@ def _repeated(images: Tensor, times: int) -> Tensor:
     return larger.reshape(B, C, times * H, times * W)
 
 
-class NearestUpsample(nn.Module):
+class NearestUpsampleConv(nn.Module):
     """Repeat every pixel twice along both axes, then a 3x3 convolution.
 
-    Exact for: circular shifts by whole pixels of the smaller grid, under circular padding. A constant image
-    under another padding shows the border, never the grid.
+    Exact for: circular shifts by whole pixels of the smaller grid, under circular padding. Under another padding a
+    constant image shows the border, never the grid.
     Cost: the convolution at the larger size.
 
     Args:
         channels: C, at least 1.
-        padding_mode: of the convolution; see :func:`te_quant.filters.pad2d`.
+        padding_mode: padding of the convolution; see :func:`te_quant.filters.pad2d`.
 
     Shape:
         images: (B, C, H, W).
@@ -54,7 +75,15 @@ class NearestUpsample(nn.Module):
         ValueError: an option is out of range.
 
     Source: Esser et al. 2021, arXiv:2012.09841.
+
+    Example:
+        >>> NearestUpsampleConv(8, padding_mode="zeros")(torch.zeros(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 8, 8])
     """
+
+    reach, exact_for = derived(
+        lambda self: Statement(Reach(1, Fraction(1, 2)), "integer").then(statement_of(self.conv))
+    )
 
     def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
         super().__init__()
@@ -93,9 +122,15 @@ class BlurUpsample2d(nn.Module):
         TypeError: kernel_size or stride is not an int.
 
     Source: Karras et al. 2019, arXiv:1812.04948, appendix C, after Zhang 2019, arXiv:1904.11486.
+
+    Example:
+        >>> step = torch.tensor([[[[0.0, 4.0]]]])
+        >>> BlurUpsample2d(kernel_size=3, stride=2, padding_mode="replicate")(step)[0, 0, 0]
+        tensor([0., 1., 3., 4.])
     """
 
     taps: Tensor
+    reach, exact_for = derived(lambda self: self._statement())
 
     def __init__(self, *, kernel_size: int = 3, stride: int = 2, padding_mode: PaddingMode = "replicate") -> None:
         super().__init__()
@@ -113,17 +148,23 @@ class BlurUpsample2d(nn.Module):
         require_rank("images", images, (4,), "(B, C, H, W)")
         return filter2d(_repeated(images, self.stride), self.taps, padding_mode=self.padding_mode)
 
+    def _statement(self) -> Statement:
+        before, after = (self.kernel_size - 1) // 2, self.kernel_size // 2
+        repeated = Statement(Reach(1, Fraction(1, self.stride)), "integer")
+        circular = self.padding_mode == "circular"
+        return repeated.then(sliding_window(self.kernel_size, before=before, after=after, circular=circular))
+
     def extra_repr(self) -> str:
         """The options."""
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding_mode={self.padding_mode}"
 
 
-class BlurUpsample(nn.Module):
+class BlurUpsampleConv(nn.Module):
     """:class:`BlurUpsample2d` by two with three taps, then a 3x3 convolution; exact where that is.
 
     Args:
         channels: C, at least 1.
-        padding_mode: of both; see :func:`te_quant.filters.pad2d`.
+        padding_mode: padding of both; see :func:`te_quant.filters.pad2d`.
 
     Shape:
         images: (B, C, H, W).
@@ -131,7 +172,13 @@ class BlurUpsample(nn.Module):
 
     Raises:
         ValueError: an option is out of range.
+
+    Example:
+        >>> BlurUpsampleConv(8, padding_mode="zeros")(torch.zeros(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 8, 8])
     """
+
+    reach, exact_for = derived(lambda self: in_series(self.upsample, self.conv))
 
     def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
         super().__init__()
@@ -144,12 +191,12 @@ class BlurUpsample(nn.Module):
         return larger
 
 
-class FourierUpsample(nn.Module):
+class FourierUpsampleConv(nn.Module):
     """:class:`~te_quant.layers.FourierUpsample2d` by two, then a 3x3 convolution; exact where that is.
 
     Args:
         channels: C, at least 1.
-        padding_mode: of the convolution; see :func:`te_quant.filters.pad2d`.
+        padding_mode: padding of the convolution; see :func:`te_quant.filters.pad2d`.
 
     Shape:
         images: (B, C, H, W).
@@ -157,7 +204,14 @@ class FourierUpsample(nn.Module):
 
     Raises:
         ValueError: an option is out of range.
+
+    Example:
+        >>> FourierUpsampleConv(8, padding_mode="circular")(torch.zeros(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 8, 8])
     """
+
+    periodic = True
+    reach, exact_for = derived(lambda self: in_series(self.upsample, self.conv))
 
     def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
         super().__init__()
@@ -170,14 +224,14 @@ class FourierUpsample(nn.Module):
         return larger
 
 
-class PolyphaseUpsample(nn.Module):
+class PolyphaseUpsampleConv(nn.Module):
     """:class:`~te_quant.layers.PolyphaseUpsample2d` by two with interpolation, then a 3x3 convolution.
 
     Exact where that is, so under circular padding.
 
     Args:
         channels: C, at least 1.
-        padding_mode: of both; see :func:`te_quant.filters.pad2d`.
+        padding_mode: padding of both; see :func:`te_quant.filters.pad2d`.
 
     Shape:
         images: (B, C, H, W).
@@ -186,7 +240,15 @@ class PolyphaseUpsample(nn.Module):
 
     Raises:
         ValueError: an option is out of range.
+
+    Example:
+        >>> layer, phase = PolyphaseUpsampleConv(8, padding_mode="circular"), torch.tensor([[1, 0]])
+        >>> layer(torch.zeros(1, 8, 4, 4), phase).shape
+        torch.Size([1, 8, 8, 8])
     """
+
+    adaptive = True
+    reach, exact_for = derived(lambda self: in_series(self.upsample, self.conv))
 
     def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
         super().__init__()
@@ -199,20 +261,23 @@ class PolyphaseUpsample(nn.Module):
         return larger
 
 
-UPSAMPLERS: dict[str, Callable[..., nn.Module]] = {
-    "nearest": NearestUpsample,
-    "blur": BlurUpsample,
-    "fourier": FourierUpsample,
-    "polyphase": PolyphaseUpsample,
+UPSAMPLERS: dict[Upsample | str, UpsampleFactory] = {
+    "nearest": NearestUpsampleConv,
+    "blur": BlurUpsampleConv,
+    "fourier": FourierUpsampleConv,
+    "polyphase": PolyphaseUpsampleConv,
 }
-"""What each name builds, from the number of channels and the padding mode; every one doubles the sides."""
+"""The layer class of each name, called with the number of channels and ``padding_mode``.
+
+Add your own layer with ``UPSAMPLERS["my_layer"] = MyLayer``; every config then accepts its name."""
 
 
-def build_upsample(kind: str, channels: int, padding_mode: PaddingMode) -> nn.Module:
+def build_upsample(upsample: Upsample | str, channels: int, *, padding_mode: PaddingMode) -> nn.Module:
     """Build a layer that doubles both sides.
 
     Args:
-        kind: ``nearest``, ``blur``, ``fourier`` or ``polyphase``; the forward of the last takes the phase too.
+        upsample: ``nearest``, ``blur``, ``fourier``, ``polyphase``, or a name added to :data:`UPSAMPLERS`. The
+            forward of an adaptive layer such as ``polyphase`` takes the phase too.
         channels: C, at least 1.
         padding_mode: see :func:`te_quant.filters.pad2d`.
 
@@ -221,9 +286,13 @@ def build_upsample(kind: str, channels: int, padding_mode: PaddingMode) -> nn.Mo
         result: (B, C, 2H, 2W).
 
     Raises:
-        ValueError: kind or padding_mode is unknown, or channels is smaller than 1.
+        ValueError: upsample or padding_mode is unknown, or channels is smaller than 1.
+
+    Example:
+        >>> build_upsample("nearest", 8, padding_mode="zeros").conv
+        PaddedConv2d(8, 8, kernel_size=3, stride=1, margins=(1, 1, 1, 1), padding_mode=zeros)
     """
-    require_choice("kind", kind, UPSAMPLERS)
+    require_choice("upsample", upsample, UPSAMPLERS)
     require_int("channels", channels, 1)
     require_choice("padding_mode", padding_mode, PADDING_MODES)
-    return UPSAMPLERS[kind](channels, padding_mode=padding_mode)
+    return UPSAMPLERS[upsample](channels, padding_mode=padding_mode)

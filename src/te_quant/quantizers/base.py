@@ -286,7 +286,7 @@ class Quantizer(nn.Module):
     def look_up(self, indices: Tensor) -> Tensor:
         """Return the codes of checked int64 indices: (...) -> (..., C), or (..., n) -> (..., C) for n of Q.
 
-        At least float32; with a gradient to what is learnt.
+        In float32, or float64 where the module is; with a gradient to what is learnt.
         """
         raise NotImplementedError(f"{type(self).__name__} must define look_up(indices).")
 
@@ -326,9 +326,13 @@ class Quantizer(nn.Module):
 
     @property
     def reference(self) -> Tensor | None:
-        """The tensor whose device and dtype latents must have: the first floating one; None if there is none."""
-        tensors = (*self.parameters(), *self.buffers())
-        return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+        """The tensor whose device and dtype latents must have; None if any will do.
+
+        The first floating-point parameter or buffer that is not among the :attr:`statistics`.
+        """
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        fitting = (tensor for name, tensor in tensors if name not in self.statistics)
+        return next((tensor for tensor in fitting if tensor.is_floating_point()), None)
 
     def options(self) -> dict[str, Any]:
         """Return what the constructor was given, by name; a checkpoint of an autoencoder stores it.
@@ -356,8 +360,10 @@ class Quantizer(nn.Module):
         return self
 
     def _dtype(self, latents: Tensor) -> torch.dtype:
-        reference = self.reference
-        return latents.dtype if reference is None else reference.dtype
+        if self.reference is not None:
+            return self.reference.dtype
+        # As if there were a codebook in float32: autocast casts latents, not what is made of them.
+        return torch.float32 if latents.dtype in HALF and _is_autocast(latents) else latents.dtype
 
     def _check_latents(self, latents: Tensor) -> None:
         """Refuse latents that do not fit; call it before autocast is switched off."""
@@ -369,13 +375,11 @@ class Quantizer(nn.Module):
         reference = self.reference
         if reference is None:
             return
-        require_device("latents", latents, reference.device, "codebook")
-        if latents.dtype != reference.dtype:
-            device = latents.device.type
-            cast = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
-            # Half precision is computed in float32, which a codebook in float64 does not fit.
-            if not (cast and latents.dtype in HALF and reference.dtype != torch.float64):
-                raise TypeError(f"latents must be {reference.dtype} as the codebook, got {latents.dtype}.")
+        require_device("latents", latents, reference.device, "quantizer")
+        # Half precision is computed in float32, which a codebook in float64 does not fit.
+        cast = latents.dtype in HALF and _is_autocast(latents) and reference.dtype != torch.float64
+        if latents.dtype != reference.dtype and not cast:
+            raise TypeError(f"latents must be {reference.dtype} as the quantizer, got {latents.dtype}.")
 
     def _rows(self, latents: Tensor) -> Rows:
         rows = to_rows(latents, self.channel_dim, self.nonfinite)
@@ -406,9 +410,14 @@ class Quantizer(nn.Module):
             fits = 1 <= stages <= self.num_quantizers
             require(fits, f"indices axis {indices.ndim - 1}", expected, f"{stages} (indices shape {shape})")
         if self.reference is not None:
-            require_device("indices", indices, self.reference.device, "codebook")
+            require_device("indices", indices, self.reference.device, "quantizer")
         # A negative index would silently count from the end.
         return require_in_range("indices", indices.long(), self.num_codes, "num_codes", self.lowest_index)
+
+
+def _is_autocast(latents: Tensor) -> bool:
+    device = latents.device.type
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def _refuse_mask(mask: object) -> None:

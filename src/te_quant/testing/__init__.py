@@ -1,8 +1,9 @@
-"""Shift equivariance as a test, inputs drawn with hypothesis, and a conformance check for quantizers."""
+"""Shift equivariance as a test, inputs drawn with hypothesis, and conformance checks for quantizers and layers."""
 
 from te_quant.testing.assertion import TOLERANCES, assert_shift_equivariant
 from te_quant.testing.conformance import QUANTIZER_CHECKS, QuantizerFactory, check_quantizer
 from te_quant.testing.difference import ShiftDifference, TokenShift, equivariance_error, phase_token_shift
+from te_quant.testing.downsample import check_downsample
 from te_quant.testing.strategies import codebooks, image_sides, images, latents_off_boundaries, shifts
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ShiftDifference",
     "TokenShift",
     "assert_shift_equivariant",
+    "check_downsample",
     "check_quantizer",
     "codebooks",
     "equivariance_error",

@@ -72,16 +72,27 @@ def _promise(holds: bool, promise: str, found: str) -> None:
         raise AssertionError(f"broken promise: {promise}; {found}.")
 
 
-def _seeded(check: Callable[[QuantizerFactory], None]) -> Callable[[QuantizerFactory], None]:
-    """Give a check randomness of its own and leave the caller's as it was."""
+def _check(
+    promise: str,
+) -> Callable[[Callable[[str, QuantizerFactory], None]], Callable[[QuantizerFactory], None]]:
+    """Name what a check looks for, give it randomness of its own, and report what it raises."""
 
-    @functools.wraps(check)
-    def run(factory: QuantizerFactory) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            check(factory)
+    def decorate(check: Callable[[str, QuantizerFactory], None]) -> Callable[[QuantizerFactory], None]:
+        @functools.wraps(check)
+        def run(factory: QuantizerFactory) -> None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_SEED)
+                try:
+                    check(promise, factory)
+                except AssertionError:
+                    raise
+                except Exception as error:
+                    found = f"{type(error).__name__} '{error}' was raised"
+                    raise AssertionError(f"broken promise: {promise}; {found}.") from error
 
-    return run
+        return run
+
+    return decorate
 
 
 def _build(
@@ -116,7 +127,8 @@ def _same_state(module: nn.Module, state: dict[str, Tensor]) -> bool:
 
 def _where(quantizer: Quantizer, shape: tuple[int, ...]) -> str:
     mode = "training" if quantizer.training else "evaluation"
-    return f"in {mode}, latents of shape {shape} (C = -1), channel_dim={quantizer.channel_dim}"
+    sizes = tuple(quantizer.code_dim if size == -1 else size for size in shape)
+    return f"in {mode}, latents of shape {sizes}, channel_dim={quantizer.channel_dim}"
 
 
 def _draws(quantizer: Quantizer) -> bool:
@@ -149,9 +161,8 @@ def _refused(promise: str, error: type[Exception], start: str) -> Iterator[None]
         _promise(False, promise, f"{wanted} was expected, got no error")
 
 
-@_seeded
-def _is_a_quantizer(factory: QuantizerFactory) -> None:
-    promise = "it is a te_quant.Quantizer that keeps every option as an attribute of the same name"
+@_check("it is a te_quant.Quantizer that keeps every option as an attribute of the same name")
+def _is_a_quantizer(promise: str, factory: QuantizerFactory) -> None:
     for channel_dim in (1, -1):
         quantizer = factory(channel_dim=channel_dim)
         _promise(isinstance(quantizer, Quantizer), promise, f"found a {type(quantizer).__name__}")
@@ -164,9 +175,8 @@ def _is_a_quantizer(factory: QuantizerFactory) -> None:
         _promise(all(isinstance(size, int) and size >= 1 for size in sizes), promise, f"K and C are {sizes}")
 
 
-@_seeded
-def _outputs(factory: QuantizerFactory) -> None:
-    promise = "forward returns a QuantizerOutput with the documented shapes, dtypes and losses"
+@_check("forward returns a QuantizerOutput with the documented shapes, dtypes and losses")
+def _outputs(promise: str, factory: QuantizerFactory) -> None:
     for training in (True, False):
         quantizer = _build(factory, training=training)
         latents = _latents(quantizer, _IMAGE).requires_grad_()
@@ -191,9 +201,8 @@ def _outputs(factory: QuantizerFactory) -> None:
         _promise(not output.codes.requires_grad, promise, f"codes carry a gradient {where}")
 
 
-@_seeded
-def _decoding(factory: QuantizerFactory) -> None:
-    promise = "decode(indices), codes and quantized are equal bit for bit"
+@_check("decode(indices), codes and quantized are equal bit for bit")
+def _decoding(promise: str, factory: QuantizerFactory) -> None:
     for training in (True, False):
         for channel_dim, shape in _SHAPES:
             quantizer = _build(factory, training=training, channel_dim=channel_dim)
@@ -209,9 +218,8 @@ def _decoding(factory: QuantizerFactory) -> None:
                 _promise(torch.equal(narrow, output.codes), promise, f"int32 indices decode otherwise {where}")
 
 
-@_seeded
-def _autocast(factory: QuantizerFactory) -> None:
-    promise = "under autocast, latents of float32 or half precision are computed in float32"
+@_check("under autocast, latents of float32 or half precision are computed in float32")
+def _autocast(promise: str, factory: QuantizerFactory) -> None:
     for training in (True, False):
         for half in (torch.bfloat16, torch.float16):
             quantizer = _build(factory, training=training)
@@ -231,9 +239,8 @@ def _autocast(factory: QuantizerFactory) -> None:
                 _promise(fits, promise, f"the latents get no gradient of their dtype {where}")
 
 
-@_seeded
-def _precisions(factory: QuantizerFactory) -> None:
-    promise = "a module converted to another dtype takes latents of that dtype, stays finite and bit-equal"
+@_check("a module converted to another dtype takes latents of that dtype, stays finite and bit-equal")
+def _precisions(promise: str, factory: QuantizerFactory) -> None:
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         quantizer = _build(factory, training=True).to(dtype)
         for step in range(3):
@@ -248,9 +255,8 @@ def _precisions(factory: QuantizerFactory) -> None:
             _promise(equal, promise, f"decode(indices), codes and quantized are not the same bits {where}")
 
 
-@_seeded
-def _token_shifts(factory: QuantizerFactory) -> None:
-    promise = "tokens are quantized independently of where they lie"
+@_check("tokens are quantized independently of where they lie")
+def _token_shifts(promise: str, factory: QuantizerFactory) -> None:
     quantizer = _build(factory).double()
     for shape, shift in (((2, -1, 5, 6), (1, 0)), ((2, -1, 5, 6), (3, -2)), ((1, -1, 1, 4), (0, 1))):
         latents = _latents(quantizer, shape, torch.float64)
@@ -265,9 +271,8 @@ def _token_shifts(factory: QuantizerFactory) -> None:
         _promise(close, promise, f"the loss changes from {before.loss} to {after.loss} {found}")
 
 
-@_seeded
-def _layouts(factory: QuantizerFactory) -> None:
-    promise = "the same vectors in any layout give the same indices and codes"
+@_check("the same vectors in any layout give the same indices and codes")
+def _layouts(promise: str, factory: QuantizerFactory) -> None:
     first, last = _build(factory, channel_dim=1), factory(channel_dim=-1).eval()
     last.load_state_dict(first.state_dict())
     image = _latents(first, (2, -1, 3, 4))
@@ -292,9 +297,8 @@ def _layouts(factory: QuantizerFactory) -> None:
         _promise(close, promise, f"{layout} has another loss, {output.loss} and not {expected.loss}")
 
 
-@_seeded
-def _memory_order(factory: QuantizerFactory) -> None:
-    promise = "permuted, strided and expanded latents give what their contiguous copies give"
+@_check("permuted, strided and expanded latents give what their contiguous copies give")
+def _memory_order(promise: str, factory: QuantizerFactory) -> None:
     for channel_dim, shape in _SHAPES:
         quantizer = _build(factory, channel_dim=channel_dim)
         latents = _latents(quantizer, shape)
@@ -314,9 +318,8 @@ def _memory_order(factory: QuantizerFactory) -> None:
         _promise(equal, promise, f"expanded latents give something else {_where(quantizer, shape)}")
 
 
-@_seeded
-def _encoding(factory: QuantizerFactory) -> None:
-    promise = "encode gives the indices of forward in evaluation and changes nothing"
+@_check("encode gives the indices of forward in evaluation and changes nothing")
+def _encoding(promise: str, factory: QuantizerFactory) -> None:
     quantizer = _build(factory)
     before = _state(quantizer)
     latents = _latents(quantizer, _IMAGE).requires_grad_()
@@ -328,9 +331,8 @@ def _encoding(factory: QuantizerFactory) -> None:
     _promise(_same_state(quantizer, before), promise, "encode in training changes the state")
 
 
-@_seeded
-def _gradients(factory: QuantizerFactory) -> None:
-    promise = "gradients reach the latents through quantized, and loss.backward() is valid"
+@_check("gradients reach the latents through quantized, and loss.backward() is valid")
+def _gradients(promise: str, factory: QuantizerFactory) -> None:
     for training in (True, False):
         quantizer = _build(factory, training=training)
         latents = _latents(quantizer, _IMAGE).requires_grad_()
@@ -344,9 +346,8 @@ def _gradients(factory: QuantizerFactory) -> None:
             _promise(name == "loss" or bool(gradient.any()), promise, f"the gradient of {name} is zero {where}")
 
 
-@_seeded
-def _empty_batches(factory: QuantizerFactory) -> None:
-    promise = "an empty batch gives empty results, a finite loss and no change of state"
+@_check("an empty batch gives empty results, a finite loss and no change of state")
+def _empty_batches(promise: str, factory: QuantizerFactory) -> None:
     for training in (True, False):
         for channel_dim, shape in _EMPTY_SHAPES:
             quantizer = _build(factory, training=training, channel_dim=channel_dim)
@@ -369,9 +370,8 @@ def _empty_batches(factory: QuantizerFactory) -> None:
             _promise(quantizer.decode(output.indices).shape == latents.shape, promise, f"decode fails {where}")
 
 
-@_seeded
-def _wrong_latents(factory: QuantizerFactory) -> None:
-    promise = "latents of another rank, size, kind, dtype or device are refused by name"
+@_check("latents of another rank, size, kind, dtype or device are refused by name")
+def _wrong_latents(promise: str, factory: QuantizerFactory) -> None:
     for channel_dim, wanted in ((1, "(B, C, h, w) or (N, C)"), (-1, "(B, N, C) or (N, C)")):
         quantizer = _build(factory, channel_dim=channel_dim)
         c = quantizer.code_dim
@@ -400,15 +400,14 @@ def _wrong_latents(factory: QuantizerFactory) -> None:
         quantizer([[0.0]])  # type: ignore[arg-type]
     if quantizer.reference is not None:
         for dtype in (torch.float64, torch.bfloat16):
-            with _refused(promise, TypeError, f"latents must be torch.float32 as the codebook, got {dtype}."):
+            with _refused(promise, TypeError, f"latents must be torch.float32 as the quantizer, got {dtype}."):
                 quantizer(torch.zeros(2, c, dtype=dtype))
-        with _refused(promise, ValueError, "latents must be on cpu as the codebook, got meta."):
+        with _refused(promise, ValueError, "latents must be on cpu as the quantizer, got meta."):
             quantizer(torch.zeros(2, c, device="meta"))
 
 
-@_seeded
-def _wrong_indices(factory: QuantizerFactory) -> None:
-    promise = "indices that belong to no code, and tensors that are no indices, are refused by name"
+@_check("indices that belong to no code, and tensors that are no indices, are refused by name")
+def _wrong_indices(promise: str, factory: QuantizerFactory) -> None:
     quantizer = _build(factory)
     k, lowest = quantizer.num_codes, quantizer.lowest_index
     behind = _index_shape(quantizer, ())
@@ -425,9 +424,8 @@ def _wrong_indices(factory: QuantizerFactory) -> None:
             quantizer.decode(torch.zeros(shape, dtype=torch.int64))
 
 
-@_seeded
-def _raised_latents(factory: QuantizerFactory) -> None:
-    promise = "latents that are not finite are refused under nonfinite='raise', before anything changes"
+@_check("latents that are not finite are refused under nonfinite='raise', before anything changes")
+def _raised_latents(promise: str, factory: QuantizerFactory) -> None:
     for training in (True, False):
         for bad in _NOT_FINITE:
             quantizer = _build(factory, training=training, nonfinite="raise")
@@ -441,9 +439,8 @@ def _raised_latents(factory: QuantizerFactory) -> None:
             _promise(_same_state(quantizer, before), promise, f"the state changes {_where(quantizer, _IMAGE)}")
 
 
-@_seeded
-def _skipped_latents(factory: QuantizerFactory) -> None:
-    promise = "under nonfinite='skip' all is as without the vectors that are not finite"
+@_check("under nonfinite='skip' all is as without the vectors that are not finite")
+def _skipped_latents(promise: str, factory: QuantizerFactory) -> None:
     for training in (True, False):
         for bad in _NOT_FINITE:
             quantizer = _build(factory, training=training, nonfinite="skip")
@@ -481,9 +478,8 @@ def _skip_one(promise: str, quantizer: Quantizer, bad: float, *, drawn: bool) ->
         _promise(close, promise, f"codes, loss, gradient or state differ {where}")
 
 
-@_seeded
-def _unchecked_latents(factory: QuantizerFactory) -> None:
-    promise = "under nonfinite='off' a vector that is not finite gets some code and leaves the others alone"
+@_check("under nonfinite='off' a vector that is not finite gets some code and leaves the others alone")
+def _unchecked_latents(promise: str, factory: QuantizerFactory) -> None:
     for bad in _NOT_FINITE:
         quantizer = _build(factory, nonfinite="off")
         latents = _latents(quantizer, (9, -1))
@@ -498,9 +494,8 @@ def _unchecked_latents(factory: QuantizerFactory) -> None:
         _promise(torch.equal(output.indices[kept], clean[kept]), promise, f"other vectors change with {bad}")
 
 
-@_seeded
-def _freezing(factory: QuantizerFactory) -> None:
-    promise = "a frozen quantizer changes nothing in training, and takes no gradients, until it is thawed"
+@_check("a frozen quantizer changes nothing in training, and takes no gradients, until it is thawed")
+def _freezing(promise: str, factory: QuantizerFactory) -> None:
     quantizer = _build(factory, training=True)
     learns = [name for name, parameter in quantizer.named_parameters() if parameter.requires_grad]
     latents = _latents(quantizer, (9, -1)).requires_grad_()
@@ -518,9 +513,8 @@ def _freezing(factory: QuantizerFactory) -> None:
     _promise(again == learns, promise, f"{again} learn after freeze(False), and {learns} before")
 
 
-@_seeded
-def _copies(factory: QuantizerFactory) -> None:
-    promise = "a copy goes on exactly as the original, and changing one leaves the other"
+@_check("a copy goes on exactly as the original, and changing one leaves the other")
+def _copies(promise: str, factory: QuantizerFactory) -> None:
     original = _build(factory, training=True)
     original(_latents(original, _IMAGE))
     twin = copy.deepcopy(original)
@@ -536,9 +530,8 @@ def _copies(factory: QuantizerFactory) -> None:
     _promise(equal and _same_state(original, _state(twin)), promise, "their next step differs")
 
 
-@_seeded
-def _state_dicts(factory: QuantizerFactory) -> None:
-    promise = "a fresh quantizer that loads the state dict goes on exactly as the original"
+@_check("a fresh quantizer that loads the state dict goes on exactly as the original")
+def _state_dicts(promise: str, factory: QuantizerFactory) -> None:
     original = _build(factory, training=True)
     original(_latents(original, _IMAGE))
     twin = _build(factory, training=True, spread=False)
@@ -552,9 +545,8 @@ def _state_dicts(factory: QuantizerFactory) -> None:
     _promise(equal and _same_state(original, _state(twin)), promise, "its next step differs")
 
 
-@_seeded
-def _generators(factory: QuantizerFactory) -> None:
-    promise = "a training step takes its randomness from generator where one is given"
+@_check("a training step takes its randomness from generator where one is given")
+def _generators(promise: str, factory: QuantizerFactory) -> None:
     quantizer = _build(factory, training=True)
     latents = _latents(quantizer, (64, -1))
     before, outputs = copy.deepcopy(quantizer), []
