@@ -46,6 +46,8 @@ class Picture(NamedTuple):
 
 Block = Heading | Paragraph | Bullets | Table | Picture
 
+_NO_VALUE = ("skipped", "failed", "refused", "not installed", "not measured")
+
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c1c1c }
 body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
@@ -71,11 +73,20 @@ def to_markdown(blocks: Sequence[Block]) -> str:
             case Bullets(items):
                 parts.append("\n".join(f"- {item}" for item in items))
             case Table(header, rows):
-                rule = ["---", *("---:" for _ in header[1:])]
+                rule = ["---" if side == "l" else "---:" for side in _sides(header, rows)]
                 parts.append("\n".join(_markdown_row(row) for row in (header, rule, *rows)))
             case Picture(name, caption):
                 parts.append(f"![{_short(name)}]({name})\n\n*{caption}*")
     return "\n\n".join(parts) + "\n"
+
+
+def _sides(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return ``l`` for each column of text and ``r`` for each of numbers; the first names the rows.
+
+    Numbers may have a sign, a bound, a deviation or an interval. Cells without a letter, such as a dash, do not count.
+    """
+    columns = [[row[place] for row in rows] for place in range(1, len(header))]
+    return "l" + "".join("l" if _is_text(column) else "r" for column in columns)
 
 
 def to_html(blocks: Sequence[Block], pictures: Mapping[str, bytes], title: str) -> str:
@@ -118,6 +129,13 @@ def _short(name: str) -> str:
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _is_text(column: Sequence[str]) -> bool:
+    """Whether at least half of the cells begin with no number; cells without a value do not count."""
+    telling = [cell for cell in column if any(letter.isalnum() for letter in cell) and cell not in _NO_VALUE]
+    numbers = sum(bool(re.match(r"[\s≤≥<>~*+−–/-]*\d", cell)) for cell in telling)
+    return bool(telling) and 2 * numbers <= len(telling)
 
 
 def _number(cell: str) -> str:
