@@ -120,7 +120,7 @@ def build_hugging_face(gpt: GPT, setting: Setting) -> Any:
         for number, block in enumerate(body.h):
             names = {"norm1": block.ln_1, "norm2": block.ln_2}
             linear = {"qkv": block.attn.c_attn, "out": block.attn.c_proj}
-            linear |= {"expand": block.mlp.c_fc, "contract": block.mlp.c_proj}
+            linear |= {"up": block.mlp.c_fc, "down": block.mlp.c_proj}
             for name, layer in (names | linear).items():
                 weight = ours[f"blocks.{number}.{name}.weight"]
                 layer.weight.copy_(weight.T if name in linear else weight)

@@ -18,13 +18,14 @@ from benchmarks.floor import necessary_bytes, tiled_product, tune_tiles, whole_p
 from benchmarks.peers import nearest_by_cdist, nearest_expanded, require_pairs
 from benchmarks.problem import Problem, Size
 from benchmarks.sizes import SIZES
-from te_quant._search import FUSED as VARIABLE
 from te_quant.functional import nearest_code
 
-__all__ = ["FUSED", "build_search", "cells", "search_contender", "searches"]
+__all__ = ["FUSED", "VARIABLE", "build_search", "cells", "search_contender", "searches"]
 
 FUSED = "te_quant fused"
 """Ours in one kernel, for CUDA devices."""
+VARIABLE = "TE_QUANT_FUSED_SEARCH"
+"""The environment variable that chooses it."""
 
 
 def _nearest_fused(latents: Tensor, codebook: Tensor) -> Tensor:

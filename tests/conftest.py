@@ -40,8 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Fix what Hypothesis draws, and run a test that is named by its id whatever its markers are."""
     seed = config.getoption("seed")
-    # The same examples every time. A given seed explores others, and neither keeps a database of what failed.
-    hypothesis.settings.register_profile("fixed", derandomize=seed is None, database=None)
+    # The same examples and verdict every time, also on a busy machine: no database of earlier failures, and
+    # no limit that a clock sets. A given seed explores other examples.
+    hypothesis.settings.register_profile(
+        "fixed",
+        derandomize=seed is None,
+        database=None,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
     hypothesis.settings.load_profile("fixed")
     if seed is not None:
         hypothesis.core.global_force_seed = seed
@@ -68,11 +75,9 @@ def _seed_all(seed: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seed(request: pytest.FixtureRequest) -> int:
-    """Seed ``random``, numpy and torch from the test's name or by ``--seed``; return the seed."""
-    number = _seed_of(request.node.nodeid, request.config)
-    _seed_all(number)
-    return number
+def seeded_by_name(request: pytest.FixtureRequest) -> None:
+    """Seed ``random``, numpy and torch from the test's name or by ``--seed``."""
+    _seed_all(_seed_of(request.node.nodeid, request.config))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -97,10 +102,10 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Tell with a failure how to repeat its numbers."""
+    """Tell with a failure which seed it had."""
     report = yield
     if report.failed:
-        report.sections.append(("seed", f"{_seed_of(item.nodeid, item.config)} (--seed repeats its draws)"))
+        report.sections.append(("seed", f"random, numpy and torch: {_seed_of(item.nodeid, item.config)}"))
     return report
 
 

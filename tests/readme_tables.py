@@ -1,7 +1,7 @@
 """Copy the tables that the README names from their reports into the README: ``python -m tests.readme_tables``.
 
-A marker names the file, and below it the columns and the rows to take; without them, all. A row is named by its first
-cells, as many as it takes to tell it from the others, in the notation of the table::
+A marker names the file, and below it the columns and the rows to take; without them, all. A row is named by its
+first cells, as many as it takes to tell it from the others, in the notation of the table::
 
     <!-- table: FOLDER/FILE.md
     columns: mode | N | te_quant, ms
@@ -59,7 +59,9 @@ def filled(page: str) -> str:
 def _filled(marked: re.Match[str]) -> str:
     begin, source, options, end = marked.groups()
     columns = [name for names in re.findall(r"^columns: (.*)$", options, re.MULTILINE) for name in cells(names)]
-    rows = [cells(name) for names in re.findall(r"^rows: (.*)$", options, re.MULTILINE) for name in names.split(";")]
+    rows = [
+        cells(name) for names in re.findall(r"^rows: (.*)$", options, re.MULTILINE) for name in names.split(";")
+    ]
     table = first_table((ROOT / source).read_text(encoding="utf-8"))
     return begin + selection(table, columns, rows) + end
 

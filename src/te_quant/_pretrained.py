@@ -80,6 +80,7 @@ def load(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     hub: Hub,
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> _Model:
     """Return the model that :func:`save` wrote, in evaluation mode, on the CPU, in the saved dtypes.
 
@@ -91,6 +92,7 @@ def load(
         device: where to put it, if not on the CPU.
         dtype: floating-point type to convert it to, if not as saved.
         hub: how to download.
+        rename: gives the tensors of an older file their present names.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
@@ -110,7 +112,7 @@ def load(
     with torch.random.fork_rng(devices=[]):
         model = make_model(config)
     # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
-    model.load_state_dict(read_weights(weights_path, options, model.state_dict()), assign=True)
+    model.load_state_dict(read_weights(weights_path, options, model.state_dict(), rename), assign=True)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -168,13 +170,19 @@ def read_config(path: Path, class_name: str) -> dict[str, Any]:
     return dict(options)
 
 
-def read_weights(path: Path, config: Mapping[str, Any], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_weights(
+    path: Path,
+    config: Mapping[str, Any],
+    expected: Mapping[str, Tensor],
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> dict[str, Tensor]:
     """The tensors of ``path``, in the dtypes they were saved in, on the CPU.
 
     Args:
         path: a safetensors file. Pickles are never opened.
         config: what :func:`read_config` returned; the file must have been saved with it, if it says.
         expected: names and shapes that the file must hold, and none other.
+        rename: gives the tensors of an older file their present names.
 
     Raises:
         ValueError: the file is not in the safetensors format, belongs to another config, or holds other names,
@@ -188,7 +196,7 @@ def read_weights(path: Path, config: Mapping[str, Any], expected: Mapping[str, T
         with safe_open(path, framework="pt") as file:
             saved_with = (file.metadata() or {}).get("te_quant")
             # A copy, because the loader may hand out a view of the file itself.
-            found: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            found = rename({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file, got {error}.") from error
     # A writer that was stopped between the two files, or files of two revisions.

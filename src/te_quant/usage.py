@@ -21,31 +21,51 @@ from te_quant._checks import (
 )
 from te_quant._values import require_in_range
 from te_quant.functional import perplexity
+from te_quant.tables import Table, Tabular
 
 __all__ = ["CodebookUsage", "CodebookUsageReport"]
 
 
 @dataclass(frozen=True)
-class CodebookUsageReport:
+class CodebookUsageReport(Tabular):
     """Use of a codebook over a stated number of tokens.
 
     Attributes:
         num_codes: K.
-        tokens: how many indices were counted. ``used_codes`` grows with it; the other two hardly do.
-        used_codes: codes seen at least once.
-        frequent_codes: codes that make up more than ``frequent_share`` of the tokens.
+        used_codes: codes seen at least once; grows with the number of tokens.
+        frequent_codes: codes that make up more than ``frequent_share`` of the tokens; hardly grows with it.
         frequent_share: that bound, a share in [0, 1).
         perplexity: exp of the entropy of the histogram, in [0, K]; 0 when nothing was counted.
-        histogram: (K,) int64 counts.
+        tokens: how many indices were counted.
+
+    Example:
+        >>> usage = CodebookUsage(64)
+        >>> usage.update(torch.tensor([0, 0, 2, 2]))
+        >>> print(usage.compute())
+        code use                    value
+        ------------------------  -------
+        used codes                2 of 64
+        codes above 0.1 % of use        2
+        perplexity                    2.0
+        tokens                          4
     """
 
     num_codes: int
-    tokens: int
     used_codes: int
     frequent_codes: int
     frequent_share: float
     perplexity: float
-    histogram: Tensor
+    tokens: int
+
+    def summary(self) -> Table:
+        """Return the figures as a table."""
+        rows = [
+            ["used codes", f"{self.used_codes} of {self.num_codes}"],
+            [f"codes above {100 * self.frequent_share:g} % of use", f"{self.frequent_codes}"],
+            ["perplexity", f"{self.perplexity:.1f}"],
+            ["tokens", f"{self.tokens:,}"],
+        ]
+        return Table(["code use", "value"], rows)
 
 
 class CodebookUsage:
@@ -55,6 +75,9 @@ class CodebookUsage:
         num_codes: K, at least 1.
         frequent_share: a code is frequent above this share of all tokens; in [0, 1).
         device: where the histogram lives; the indices must be there too.
+
+    Attributes:
+        histogram: (K,) int64, how often each code was counted since the last :meth:`reset`.
 
     Example:
         >>> usage = CodebookUsage(4)
@@ -88,7 +111,7 @@ class CodebookUsage:
         """Add the histogram, (K,) int64, of another counter, for instance another process's.
 
         Raises:
-            ValueError: it has not K entries, or a negative one.
+            ValueError: it does not have K entries, or one is negative.
             TypeError: it does not hold integers.
         """
         require_integer_tensor("histogram", histogram)
@@ -99,7 +122,7 @@ class CodebookUsage:
         self.histogram += histogram.to(self.histogram.device)
 
     def compute(self) -> CodebookUsageReport:
-        """What was counted since the last :meth:`reset`."""
+        """Return the use of the codebook since the last :meth:`reset`."""
         tokens = int(self.histogram.sum())
         return CodebookUsageReport(
             num_codes=self.num_codes,
@@ -108,7 +131,6 @@ class CodebookUsage:
             frequent_codes=int((self.histogram.double() > self.frequent_share * tokens).sum()),
             frequent_share=self.frequent_share,
             perplexity=float(perplexity(self.histogram)),
-            histogram=self.histogram.clone(),
         )
 
     def reset(self) -> None:

@@ -95,6 +95,7 @@ def one() -> dict[str, Any]:
         return {name: worker.train_stage1(name) for name in worker.STAGE1} | {"stage2": worker.train_stage2()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*worker.STAGE1, "stage2"])
 def test_two_processes_train_the_model_of_one(name: str, ranks: list[Any], one: dict[str, Any]) -> None:
     """Same bits on both ranks; weights, moments, codebook and logged numbers of one process on whole batches.
@@ -126,6 +127,7 @@ def test_captions_of_the_two_processes_differ_in_length() -> None:
         assert counts[0] > 1.9 * counts[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ema", "stage2"])
 def test_without_averaged_gradients_the_processes_part(name: str, ranks: list[Any], one: dict[str, Any]) -> None:
     """Negative control: each rank follows its own rows, and neither is where one process ends."""
@@ -135,6 +137,7 @@ def test_without_averaged_gradients_the_processes_part(name: str, ranks: list[An
         assert _distance(found, one[name][0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_process_and_resumes_bit_for_bit(ranks: list[Any]) -> None:
     """On equal rows the masks differ, without dropout nothing does; a written and read training goes on alike."""
     results = [rank["dropout"] for rank in ranks]
@@ -145,11 +148,13 @@ def test_dropout_differs_by_process_and_resumes_bit_for_bit(ranks: list[Any]) ->
         assert _identical(result["whole"], results[0]["whole"])
 
 
+@pytest.mark.slow
 def test_nothing_outlives_the_group(ranks: list[Any]) -> None:
     """Threads that still serve it while the interpreter shuts down may abort the process after all is done."""
     assert [rank["group_is_gone"] for rank in ranks] == [True, True]
 
 
+@pytest.mark.slow
 def test_what_two_processes_tell_each_other(ranks: list[Any]) -> None:
     """Sums, means, wishes and the main process's word arrive everywhere; its failure too."""
     results = [rank["functions"] for rank in ranks]
@@ -180,6 +185,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(tmp_path: Path, alone: Path) -> None:
     """One process begins, two go on until one of them gets SIGTERM, one finishes: the run of one, up to rounding.
 
@@ -208,6 +214,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(tmp_path: Path
     _assert_same_log(run_folder(alone, ARM, 0), folder, 1e-4)
 
 
+@pytest.mark.slow
 def test_run_does_the_whole_plan_once(tmp_path: Path, alone: Path) -> None:
     """All steps in one group of processes, one report, the losses of one process, and nothing left to do."""
     words = ["run", "--preset", "smoke", "--arms", ARM, "--out", str(tmp_path), "--threads", "2"]

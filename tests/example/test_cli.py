@@ -55,6 +55,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_run_writes_everything(out: Path) -> None:
     """Data, classifier, a tokenizer and two GPTs an arm that load as models, and the report with its pictures."""
     assert (out / "data" / "samples.png").exists()
@@ -85,6 +86,7 @@ def test_run_writes_everything(out: Path) -> None:
         assert content[25] == (6 if name in ("captions", "generated", "reconstructions") else 3)
 
 
+@pytest.mark.slow
 def test_report_shows_both_arms_with_kappa_beside_every_agreement(out: Path) -> None:
     """Every row has two cells; every agreement has κ in brackets; numbers are those of the evaluations."""
     text = (out / "report" / "report.md").read_text(encoding="utf-8")
@@ -111,6 +113,7 @@ def test_report_shows_both_arms_with_kappa_beside_every_agreement(out: Path) -> 
         assert f"]({name}.png)" in text
 
 
+@pytest.mark.slow
 def test_report_has_the_papers_tables(out: Path) -> None:
     """Each stands in the report as in a file of its own, with the numbers of the measurements."""
     text = (out / "report" / "report.md").read_text(encoding="utf-8")
@@ -127,6 +130,7 @@ def test_report_has_the_papers_tables(out: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_report_of_a_trial_says_that_its_numbers_mean_nothing(out: Path) -> None:
     """It is the first sentence below the title; neither stage draws a finding."""
     text = (out / "report" / "report.md").read_text(encoding="utf-8")
@@ -139,6 +143,7 @@ def test_report_of_a_trial_says_that_its_numbers_mean_nothing(out: Path) -> None
         assert finding not in text
 
 
+@pytest.mark.slow
 def test_html_needs_no_other_file(out: Path) -> None:
     """Every picture is a data URI, nothing is fetched, and every table of the Markdown is there."""
     text = (out / "report" / "report.html").read_text(encoding="utf-8")
@@ -151,6 +156,7 @@ def test_html_needs_no_other_file(out: Path) -> None:
     assert text.count("<table>") == 2 + len(TABLES)
 
 
+@pytest.mark.slow
 def test_report_is_written_anew_from_its_json_alone(out: Path, tmp_path: Path) -> None:
     """A copy of results.json and samples/ gives every file of the report again, byte for byte."""
     for name in ("results.json", "samples"):
@@ -161,6 +167,7 @@ def test_report_is_written_anew_from_its_json_alone(out: Path, tmp_path: Path) -
         assert (tmp_path / path.relative_to(out / "report")).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_report_is_added_to_another(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into an empty folder it is the report itself, but for what was typed; into it again it changes nothing."""
     # The other files follow from these, as the test above says.
@@ -185,6 +192,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_second_run_trains_nothing_and_refuses_other_settings(
     out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +211,7 @@ def test_a_second_run_trains_nothing_and_refuses_other_settings(
         assert "steps was 6, now 7" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_steps_say_when_there_is_nothing_to_do(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each step of the run again, by its own command."""
     arm = ["--arm", "te_vqgan"]
@@ -300,6 +309,7 @@ def test_a_failing_process_shows_the_end_of_its_output(tmp_path: Path) -> None:
         run_jobs([job], workers=1, threads=1)
 
 
+@pytest.mark.slow
 def test_real_mnist_goes_through_the_same_steps(mnist_folder: Path, tmp_path: Path) -> None:
     """From the IDX files to a report of one arm."""
     shared = ["--preset", "smoke", "--data", "mnist", "--out", str(tmp_path)]
@@ -318,6 +328,7 @@ def _start(out: Path, *words: str) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_keeps_its_checkpoint(out: Path, tmp_path: Path, number: int) -> None:
     """After Ctrl-C, and after a kill that cannot be handled, the training process saves, stops and goes away."""
@@ -354,10 +365,15 @@ def _points(folder: Path) -> list[Callable[[], bool]]:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [0, *(pytest.param(case, marks=pytest.mark.long) for case in range(1, 6))])
 def test_a_run_killed_at_random_points_ends_like_one_that_was_not(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: int, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL and SIGTERM somewhere in it: models, moments, logs and numbers are those of ``out``, bit for bit."""
+    """SIGKILL and SIGTERM somewhere in it: models, moments, logs and numbers are those of ``out``, bit for bit.
+
+    Every case is seeded by its name, so each kills other points.
+    """
     shutil.copytree(out / "classifier", tmp_path / "classifier")
     folder = run_folder(tmp_path, "vqgan", 0)
     points = _points(folder)

@@ -14,6 +14,7 @@ from examples.te_vqgan.reports.compare import comparison, write_comparison
 from tests.published import RESULTS, published
 
 
+@pytest.mark.slow
 def test_arms_of_a_run_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Through the command line: two arms, one counted; a row each, and the counts beside."""
     out = ["--preset", "smoke", "--out", str(tmp_path)]

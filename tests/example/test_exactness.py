@@ -166,6 +166,7 @@ def test_an_arm_without_a_promise_is_refused() -> None:
         numerical_check(VQAutoencoder(chosen.model), chosen, load_digits("digits"), tokens=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["integer_exact", "stride_exact"])
 def test_check_counts_in_three_precisions(arm: str) -> None:
     """float64, float32 and bfloat16, each with its own number of comparisons; more images than the test set."""

@@ -21,9 +21,9 @@ from examples.te_vqgan.family.train import FAMILY, build_quantizer, collect_fami
 from examples.te_vqgan.reports.compare import scatter
 from examples.te_vqgan.reports.family import family_scatter, family_table, write_family
 from examples.te_vqgan.runs.logs import read_log
-from examples.te_vqgan.stage1.joint import joint_indices, num_combinations
+from examples.te_vqgan.stage1.joint import joint_indices, num_combinations, vector_quantizer
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
-from te_quant import ResidualVectorQuantizer, VectorQuantizer
+from te_quant import FSQ, ResidualVectorQuantizer, VectorQuantizer, VQAutoencoder
 from tests.example.tiny_runs import random_source, stage1_settings
 from tests.published import published
 
@@ -165,8 +165,15 @@ def test_joint_index_is_one_to_one() -> None:
         ValueError, match="quantizer_dropout must be False where combinations are counted, got True"
     ):
         joint_indices(pairs, dropping)
-    with pytest.raises(TypeError, match="quantizer must have an int num_codes, got Identity"):
-        num_combinations(torch.nn.Identity())
+
+
+def test_arms_have_a_codebook() -> None:
+    """What evaluation asks of a codebook is refused by name where there is none."""
+    model = VQAutoencoder(SETTINGS.model)
+    assert vector_quantizer(model) is model.quantizer
+    model.quantizer = FSQ((3, 3))
+    with pytest.raises(TypeError, match="quantizer must be a VectorQuantizer, got FSQ"):
+        vector_quantizer(model)
 
 
 def test_table_and_picture_show_the_numbers(trained: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from examples.te_vqgan.__main__ import main
 from examples.te_vqgan.cli import run as run_command
 from examples.te_vqgan.data.sources import DigitSource, load_digits
 from examples.te_vqgan.reports import report
+from examples.te_vqgan.runs.checkpoint import load_checkpoint, under
 from examples.te_vqgan.runs.provenance import Execution
+from examples.te_vqgan.runs.running import CHECKPOINT
 from examples.te_vqgan.stage1.evaluation import evaluate
 from examples.te_vqgan.stage1.presets import from_dict
 from examples.te_vqgan.stage1.train import train_stage1
@@ -158,9 +160,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tiny: Path, source: DigitSour
     assert list(differing_numbers(_lines(stopped / "log.jsonl"), _lines(ended / "log.jsonl"))) == []
 
 
-def test_a_run_from_the_start_ends_with_other_weights(tiny: Path, source: DigitSource) -> None:
-    """The negative control of the test above: without the checkpoint and with another seed."""
-    settings = from_dict(_read(tiny / "finished" / "settings.json"))
-    assert train_stage1(settings, tiny / "fresh", source, execution=Execution(threads=1), progress=False)
-    found, expected = (VQAutoencoder.from_pretrained(tiny / name / "model") for name in ("fresh", "ended"))
-    assert len(differing(found.state_dict(), expected.state_dict())) > 10
+def test_the_weights_at_the_stop_are_not_those_at_the_end(tiny: Path) -> None:
+    """The negative control of the test above: the tolerance sees three steps of nearly every tensor."""
+    tensors, _ = load_checkpoint(tiny / "stopped" / CHECKPOINT)
+    ended = VQAutoencoder.from_pretrained(tiny / "ended" / "model").state_dict()
+    networks = {name: value for name, value in ended.items() if name.startswith(("encoder.", "decoder."))}
+    assert len(differing(under("model", tensors), networks)) > 0.9 * len(networks)

@@ -13,12 +13,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import examples.te_vqgan
 from examples.te_vqgan.__main__ import main
 from te_quant import GPT, VQAutoencoder
 from tests.golden_files import golden_tensors
+from tests.published import RESULTS, published
 
-RESULTS = Path(examples.te_vqgan.__file__).parent / "results"
 REPORTS = sorted(path.parent.name for path in RESULTS.glob("*/report.md"))
 # As the plan has them; the first is the base.
 REGIMES = [name for name in ("small", "small-long", "small-fine") if name in REPORTS]
@@ -45,8 +44,8 @@ def _text(path: Path) -> str:
 @pytest.mark.parametrize("name", REPORTS)
 def test_published_report_follows_from_its_data(name: str, tmp_path: Path) -> None:
     """Every word and number of the report and of its tables, from ``results.json`` and the samples."""
-    shutil.copy(RESULTS / name / "results.json", tmp_path)
-    shutil.copytree(RESULTS / name / "samples", tmp_path / "samples")
+    shutil.copy(published(f"{name}/results.json"), tmp_path)
+    shutil.copytree(published(f"{name}/samples"), tmp_path / "samples")
     assert main(["report", "--results", str(tmp_path)]) == 0
     written = sorted(path.name for path in tmp_path.iterdir() if path.suffix in (".md", ".html"))
     assert "report.md" in written
@@ -58,18 +57,22 @@ def test_published_report_follows_from_its_data(name: str, tmp_path: Path) -> No
 
 def test_published_regimes_follow_from_their_reports(tmp_path: Path) -> None:
     """The table over the presets, from their published results."""
-    folders = [str(RESULTS / name) for name in REGIMES]
+    folders = [str(published(f"{name}/results.json").parent) for name in REGIMES]
     assert main(["regimes", "--results", *folders, "--into", str(tmp_path / "regimes.md")]) == 0
     assert (tmp_path / "regimes.md").read_text() == (RESULTS / "regimes.md").read_text()
+
+
+def _weights(part: str) -> Path:
+    return published(f"small/weights/{part}/model.safetensors").parent
 
 
 def test_published_weights_give_the_tokens_and_captions_they_gave() -> None:
     """Digits of the test set, and captions written without randomness, as when the weights were published."""
     golden = golden_tensors("published")
-    tokenizer = VQAutoencoder.from_pretrained(RESULTS / "small" / "weights" / "tokenizer").float()
+    tokenizer = VQAutoencoder.from_pretrained(_weights("tokenizer")).float()
     indices = tokenizer.encode_to_indices(golden["pixels"] / 127.5 - 1)
     assert torch.equal(indices, golden["indices"].long())
-    gpt = GPT.from_pretrained(RESULTS / "small" / "weights" / "gpt").float()
+    gpt = GPT.from_pretrained(_weights("gpt")).float()
     written = gpt.generate(indices.flatten(1), order=("image", "text"), temperature=0)
     assert torch.equal(written[:, indices[0].numel() :], golden["captions"].long())
 
@@ -77,7 +80,7 @@ def test_published_weights_give_the_tokens_and_captions_they_gave() -> None:
 def test_changed_weights_give_other_tokens() -> None:
     """The negative control of the test above: codes turned by a little."""
     golden = golden_tensors("published")
-    tokenizer = VQAutoencoder.from_pretrained(RESULTS / "small" / "weights" / "tokenizer").float()
+    tokenizer = VQAutoencoder.from_pretrained(_weights("tokenizer")).float()
     with torch.no_grad():
         codebook = tokenizer.quantizer.codebook
         codebook += 0.1 * codebook.roll(1, -1)

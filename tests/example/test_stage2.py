@@ -71,6 +71,22 @@ def _trainer(**changes: Any) -> Stage2Trainer:
     return Stage2Trainer(settings, gpt_config(settings, TEXT, CODES, (SIDE, SIDE)), CPU)
 
 
+def test_a_checkpoint_of_older_code_is_resumed_from() -> None:
+    """The layers of the MLP had other names; weights and moments of the optimizers arrive all the same."""
+    whole, resumed = (_trainer(optimizer="muon") for _ in range(2))
+    batch = _batch()
+    whole.train_step(*batch)
+    old = {
+        name.replace(".up.", ".expand.").replace(".down.", ".contract."): tensor.clone()
+        for name, tensor in whole.tensors().items()
+    }
+    assert any(".contract.weight/" in name for name in old)
+    resumed.load(old, {"step": 1})
+    expected = whole.tensors()
+    assert resumed.tensors().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.tensors().items())
+
+
 @pytest.mark.slow
 @pytest.mark.no_cover
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")

@@ -105,9 +105,9 @@ def _network(config: GPTConfig, state: dict[str, Any], stream: np.ndarray) -> np
     for layer in range(config.depth):
         block = f"blocks.{layer}."
         stream = stream + _attention(config.num_heads, state, block, _norm(stream, state, block + "norm1"))
-        hidden = _linear(_norm(stream, state, block + "norm2"), state, block + "expand")
+        hidden = _linear(_norm(stream, state, block + "norm2"), state, block + "up")
         hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
-        stream = stream + _linear(hidden, state, block + "contract")
+        stream = stream + _linear(hidden, state, block + "down")
     return _norm(stream, state, "norm")
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from te_quant._search import tiled as _search
+from te_quant._search.operators import _search
+from te_quant._search.tiled import tiled_argmin
 
 __all__ = [
     "LargestTensor",
@@ -86,7 +87,7 @@ class LargestTensor(TorchDispatchMode):
     """Record the size, in elements, of the largest tensor that any operator makes while the mode is on."""
 
     # The dispatcher does not look into an operator of our own, so its kernel is called with the mode on.
-    _KERNELS: ClassVar = {"search_codes": "_search", "sample_codes": "_tiled_argmin"}
+    _KERNELS: ClassVar = {"search_codes": _search, "sample_codes": tiled_argmin}
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class LargestTensor(TorchDispatchMode):
         kernel = self._KERNELS.get(func._schema.name.split("::")[1])
         if func.namespace == "te_quant" and kernel:
             with self:
-                result = getattr(_search, kernel)(*args, **(kwargs or {}))
+                result = kernel(*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else (result,):

@@ -21,9 +21,11 @@ MODULES = sorted(
 
 
 def documented(text: str) -> set[int]:
-    """The identities of the objects that the directives of ``text`` name, a module standing for its public names."""
+    """The identities of the objects that ``text`` documents; a module stands for its public names."""
     shown = set()
-    for kind, name in re.findall(r"^\.\. (automodule|autoclass|autofunction|py:data):: ([\w.]+)$", text, re.MULTILINE):
+    for kind, name in re.findall(
+        r"^\.\. (automodule|autoclass|autofunction|py:data):: ([\w.]+)$", text, re.MULTILINE
+    ):
         if kind == "automodule":
             module = importlib.import_module(name)
             shown |= {id(getattr(module, public)) for public in getattr(module, "__all__", ())}
@@ -34,14 +36,15 @@ def documented(text: str) -> set[int]:
 
 
 def missing(module: str, text: str) -> list[str]:
-    """The public classes, functions and registries of ``module`` that no page shows; types for annotations may lack."""
+    """The public classes, functions and registries of ``module`` that ``text`` lacks; other types may lack."""
     home = importlib.import_module(module)
     values = {name: getattr(home, name) for name in home.__all__}
     shown = documented(text)
     return [
         name
         for name, value in values.items()
-        if (inspect.isclass(value) or inspect.isfunction(value) or isinstance(value, dict)) and id(value) not in shown
+        if (inspect.isclass(value) or inspect.isfunction(value) or isinstance(value, dict))
+        and id(value) not in shown
     ]
 
 

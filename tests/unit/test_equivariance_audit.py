@@ -15,7 +15,8 @@ from torch import nn
 from te_quant import AutoencoderConfig, VQAutoencoder, build_encoder
 from te_quant.equivariance.audits.auditor import audit
 from te_quant.equivariance.audits.constant_image import constant_image_probe
-from te_quant.equivariance.audits.report import AuditReport, decibels
+from te_quant.equivariance.audits.report import AuditReport
+from te_quant.equivariance.audits.rows import decibels
 from te_quant.layers import MaxPool, SelfAttention2d
 from tests.unit.grid_oracles import convolve, fresh, normalize
 

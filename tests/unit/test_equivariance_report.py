@@ -61,7 +61,7 @@ def test_infinite_psnr_survives_json():
     [
         (
             lambda data: data | {"format": 1},
-            r"format must be 2 or 3 \(measure anew: another format lacks .*, got 1",
+            r"format must be 2 or 3 \(measure again: another format lacks .*, got 1",
         ),
         (lambda data: {k: v for k, v in data.items() if k != "aligned"}, "report fields must be"),
         (lambda data: data | {"surprise": 1}, "report fields must be"),
@@ -93,6 +93,16 @@ def test_reports_of_the_former_format_are_read():
         margin=replace(again.margin, **{n: getattr(report.margin, n) for n in ("margin", "movement", "ratio")}),
     )
     assert repr(whole) == repr(report)
+
+
+def test_code_use_is_stored_as_before():
+    """Four figures, as in files of older versions; K and the bound of frequent codes are known without them."""
+    report = make_report()
+    data = report.to_dict()
+    assert list(data["code_use"]) == ["used_codes", "frequent_codes", "perplexity", "tokens"]
+    again = EquivarianceReport.from_dict(data)
+    assert again.code_use == report.code_use
+    assert (again.code_use.num_codes, again.code_use.frequent_share) == (4, 1e-3)
 
 
 def test_reports_are_frozen():
@@ -181,7 +191,7 @@ def test_markdown_says_what_was_not_measured_and_what_is_undefined():
 def test_comparison_shows_conditions_that_differ():
     """Columns side by side; another K or protocol appears as a row, equal conditions as one line."""
     first, second = make_report(), make_report(num_codes=2, full=False)
-    table = EquivarianceReport.table({"A": first, "B|C": second})
+    table = comparison_table({"A": first, "B|C": second}).to_markdown()
     assert "B\\|C" in table
     rows = cells(table.replace("B\\|C", "B"))
     assert rows["rate (κ)"] == ["A", "B"]
@@ -205,22 +215,25 @@ def test_comparison_shows_conditions_that_differ():
     assert rows["reconstruction L1"] == [bracket(error.l1, error.l1_interval, ".4f"), "not measured"]
     assert "Protocol" not in table
 
-    wrapped = cells(comparison_table({"A": first, "B": make_report(protocol="circular", shifts=[(4, 0), (0, 4)])}))
+    moved = make_report(protocol="circular", shifts=[(4, 0), (0, 4)])
+    wrapped = cells(comparison_table({"A": first, "B": moved}).to_markdown())
     assert wrapped["protocol"] == ["canvas", "circular"]
     assert wrapped["image size"] == ["32x32", "16x16"]
     assert wrapped["shifts"][1] == "(4,0) (0,4)"
     assert wrapped["placement (paper: 5 places, 10 pairs)"][1] == "not measured"
 
-    without = comparison_table({"A": second, "B": second})
+    without = comparison_table({"A": second, "B": second}).to_markdown()
     assert "Fourier" not in without
     assert "certified" not in without
     variants = [{"one": 1, "two": 2}, {"two": 2, "half": lambda x: torch.zeros(len(x), 8, 8).long()}]
     floors = cells(
-        comparison_table({n: make_report(full=False, variants=v) for n, v in zip("AB", variants, strict=True)})
+        comparison_table(
+            {n: make_report(full=False, variants=v) for n, v in zip("AB", variants, strict=True)}
+        ).to_markdown()
     )
     assert floors["numerical floor, one: differing"] == ["0 of 192", "not measured"]
     assert floors["numerical floor, half: differing"][0] == "not measured"
-    same = comparison_table({"A": first, "B": make_report()})
+    same = comparison_table({"A": first, "B": make_report()}).to_markdown()
     assert "num codes" not in cells(same)
     assert "Protocol `canvas`" in same
 

@@ -28,6 +28,13 @@ pytestmark = pytest.mark.no_cover
 GRAPHS = [
     name for name in QUANTIZERS if not name.endswith(("-one-code", "-one-channel", "-wide", "-even", "-fresh"))
 ]
+# One of each class; the fast suite compiles these, and all others wait for make test-all.
+FIRST = ("vq", "vq-ema-penalty", "rvq-dropout", "fsq", "lfq", "sim")
+
+
+def slow_but(fast: tuple[str, ...], names: list[str]) -> list[Any]:
+    """The names as parameters, all but ``fast`` marked slow."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +110,7 @@ def test_compiled_equals_eager(options: dict[str, Any]) -> None:
         assert torch.equal(twin.decode(output.indices), output.codes)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", slow_but(FIRST, GRAPHS))
 def test_every_configuration_is_one_graph(name: str) -> None:
     """Traced in full, with autograd, in train, for all batch sizes at once.
 
@@ -124,7 +131,7 @@ def test_every_configuration_is_one_graph(name: str) -> None:
                 assert_alike(eager, twin, compiled, latents)
 
 
-@pytest.mark.parametrize("name", ["vq", "vq-ema-penalty", "rvq-dropout", "fsq", "lfq", "sim"])
+@pytest.mark.parametrize("name", slow_but(("vq",), [*FIRST]))
 def test_a_second_batch_size_is_the_last_to_compile(name: str) -> None:
     """Without being told, the compiler makes the size symbolic at the second one; none compiles after it."""
     quantizer = spread(QUANTIZERS[name]())
@@ -160,7 +167,7 @@ def test_autocast_in_a_compiled_graph() -> None:
     assert got.codes.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["vq", "vq-rotation", "rvq", "fsq", "lfq", "sim"])
+@pytest.mark.parametrize("name", slow_but(("vq",), ["vq", "vq-rotation", "rvq", "fsq", "lfq", "sim"]))
 def test_values_nobody_looks_at_get_codes_in_a_compiled_graph_too(name: str) -> None:
     """Straight-through must not carry NaN from the latents into what the decoder sees."""
     quantizer = spread(QUANTIZERS[name](nonfinite="off")).eval()

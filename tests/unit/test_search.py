@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from te_quant import VectorQuantizer, _precision
-from te_quant._search import tiled as _search
+from te_quant._search import grouped
+from te_quant._search import tiles as shared
+from te_quant._search.tiled import tiled_argmin
 from te_quant.functional import nearest_code
 from te_quant.testing import codebooks, latents_off_boundaries
 from tests.unit.quantizer_oracles import LargestTensor, assert_nearest
@@ -34,9 +36,9 @@ sizes = {
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 7 codes and at most 5 rows, so that small data crosses many ragged borders."""
-    monkeypatch.setattr(_search, "_MAX_TILE_CODES", 7)
-    monkeypatch.setattr(_search, "_CPU_TILE", 35)
-    monkeypatch.setattr(_search, "_FEW_GROUPS", 1)
+    monkeypatch.setattr(shared, "MAX_TILE_CODES", 7)
+    monkeypatch.setattr(shared, "CPU_TILE", 35)
+    monkeypatch.setattr(grouped, "_FEW_GROUPS", 1)
     return
 
 
@@ -44,7 +46,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def several_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single tile is minimised in another way than several: what holds for one must hold for both."""
     if request.param:
-        monkeypatch.setattr(_search, "_CPU_TILE", 1)
+        monkeypatch.setattr(shared, "CPU_TILE", 1)
 
 
 def draw(seed: int, n: int, k: int, c: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -126,8 +128,8 @@ def test_equal_codes_give_the_lowest_index(
     tiles: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the copies of a code lie, in one tile or in several, the first copy is chosen."""
-    monkeypatch.setattr(_search, "_MAX_TILE_CODES", tiles[0])
-    monkeypatch.setattr(_search, "_CPU_TILE", tiles[1])
+    monkeypatch.setattr(shared, "MAX_TILE_CODES", tiles[0])
+    monkeypatch.setattr(shared, "CPU_TILE", tiles[1])
     generator = torch.Generator().manual_seed(3)
     for n, k, c in [(5, 9, 7), (1, 17, 64), (33, 65, 64), (40, 130, 31), (3, 50, 1)]:
         for _ in range(4):
@@ -250,7 +252,7 @@ def test_no_tensor_of_all_distances(training: bool, update: str, temperature: fl
         quantizer(latents).loss.backward()
         quantizer.decode(quantizer.encode(latents))
     # A tile of scores, the minima of its groups, the codes of the nearest ones.
-    scratch = 2 * _search._CPU_TILE + _search._CPU_MINIMA + _search._MAX_ROWS * c
+    scratch = 2 * shared.CPU_TILE + grouped._CPU_MINIMA + grouped._MAX_ROWS * c
     assert n * c <= largest.elements <= scratch + n * c + k * c < k * k < n * k
 
 
@@ -276,8 +278,8 @@ def test_temperature_draws_from_the_softmax(
     tiles: tuple[int, int], temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The frequencies fit exp(-‖z - e‖²/(2T)), and neither twice nor half that temperature."""
-    monkeypatch.setattr(_search, "_MAX_TILE_CODES", tiles[0])
-    monkeypatch.setattr(_search, "_CPU_TILE", tiles[1])
+    monkeypatch.setattr(shared, "MAX_TILE_CODES", tiles[0])
+    monkeypatch.setattr(shared, "CPU_TILE", tiles[1])
     draws = 6_000 if tiles[0] == 2 else 20_000
     latent, codebook = draw(2, 1, 5, 3)
     indices = nearest_code(
@@ -372,31 +374,31 @@ def test_both_searches_find_the_first_nearest_code(
     latents, codebook = (torch.randint(-2, 3, (rows, c), generator=generator).float() for rows in (n, k))
     expected = torch.cdist(latents.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_search, "_MAX_TILE_CODES", tiles[0])
-        patch.setattr(_search, "_MAX_TILE_LONG_CODES", tiles[0] // 2 + 1)
-        patch.setattr(_search, "_LONG_CODE", long_code)
-        patch.setattr(_search, "_MIN_ROWS", batch[0])
-        patch.setattr(_search, "_MAX_ROWS", batch[1])
-        patch.setattr(_search, "_CPU_TILE", tiles[1])
-        patch.setattr(_search, "_FEW_GROUPS", few)
-        found = [_search._grouped_argmin(latents, codebook), _search._tiled_argmin(latents, codebook, 0.0, None)]
+        patch.setattr(shared, "MAX_TILE_CODES", tiles[0])
+        patch.setattr(grouped, "_MAX_TILE_LONG_CODES", tiles[0] // 2 + 1)
+        patch.setattr(grouped, "_LONG_CODE", long_code)
+        patch.setattr(grouped, "_MIN_ROWS", batch[0])
+        patch.setattr(grouped, "_MAX_ROWS", batch[1])
+        patch.setattr(shared, "CPU_TILE", tiles[1])
+        patch.setattr(grouped, "_FEW_GROUPS", few)
+        found = [grouped.grouped_argmin(latents, codebook), tiled_argmin(latents, codebook, 0.0, None)]
     first = [int((row == row.min()).nonzero()[0]) for row in expected]
     assert found[0].tolist() == found[1].tolist() == first
 
 
 def test_scratch_is_kept_and_may_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones are the same memory, also after inference mode; other threads and large ones have their own."""
-    monkeypatch.setattr(_search, "_kept", threading.local())
+    monkeypatch.setattr(grouped, "_kept", threading.local())
     with torch.inference_mode():
-        first = _search._scratch(1 << 20, torch.float32)
-    second = _search._scratch(1_000, torch.float32)
+        first = grouped._scratch(1 << 20, torch.float32)
+    second = grouped._scratch(1_000, torch.float32)
     second.fill_(1.0)
     assert second.data_ptr() == first.data_ptr()
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(_search._scratch, 10, torch.float32).result().data_ptr() != first.data_ptr()
-    large = _search._scratch(_search._MAX_SCRATCH + 1, torch.float32)
-    assert large.data_ptr() != _search._scratch(10, torch.float32).data_ptr() == first.data_ptr()
-    assert _search._scratch(10, torch.float64).dtype == torch.float64
+        assert pool.submit(grouped._scratch, 10, torch.float32).result().data_ptr() != first.data_ptr()
+    large = grouped._scratch(grouped._MAX_SCRATCH + 1, torch.float32)
+    assert large.data_ptr() != grouped._scratch(10, torch.float32).data_ptr() == first.data_ptr()
+    assert grouped._scratch(10, torch.float64).dtype == torch.float64
 
 
 def test_threads_search_at_once() -> None:

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from te_quant._search import tiled as _search
-from te_quant._search.tiled import FUSED, _center, _tiled_argmin
+from te_quant._search import FUSED, operators, tiles
+from te_quant._search.tiled import tiled_argmin
 from te_quant.functional import nearest_code
 from tests.unit.quantizer_oracles import assert_nearest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from te_quant._search import fused as _search_fused
+from te_quant._search import fused
 from te_quant._search.fused import fused_argmin
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +33,7 @@ quick = settings(deadline=None, max_examples=20)
 def search(latents: Tensor, codebook: Tensor, multiprocessors: int = 1) -> Tensor:
     """In one kernel, as if the device had so many multiprocessors."""
     latents, codebook = latents.to(DEVICE), codebook.to(DEVICE)
-    return fused_argmin(latents, codebook, _center(codebook), multiprocessors).cpu()
+    return fused_argmin(latents, codebook, tiles.center_of(codebook), multiprocessors).cpu()
 
 
 @given(
@@ -58,13 +58,13 @@ def test_parts_of_the_codes_are_joined(multiprocessors: int) -> None:
     latents, codebook = (torch.randn(count, 24, generator=generator) for count in (130, 1500))
     found = search(latents, codebook, multiprocessors)
     assert torch.equal(found, torch.cdist(latents.double(), codebook.double()).argmin(1))
-    assert torch.equal(found, _tiled_argmin(latents, codebook, 0.0, None))
+    assert torch.equal(found, tiled_argmin(latents, codebook, 0.0, None))
     assert len({int(index) // 384 for index in found}) == 4
 
 
 def test_tf32_finds_the_same_where_codes_are_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other tiles and precision; latents lie next to a code each."""
-    monkeypatch.setattr(_search_fused, "_precision", lambda device: "tf32")
+    monkeypatch.setattr(fused, "_precision", lambda device: "tf32")
     generator = torch.Generator().manual_seed(0)
     codebook = torch.randn(200, 70, generator=generator)
     wanted = torch.randint(200, (140,), generator=generator)
@@ -106,14 +106,14 @@ def test_views_are_searched() -> None:
 def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """One kernel is for float32 on CUDA devices, and only where it is asked for."""
     monkeypatch.delenv(FUSED, raising=False)
-    assert not _search._fused("cuda", torch.float32)
+    assert not operators._fused_wanted("cuda", torch.float32)
     monkeypatch.setenv(FUSED, "1")
-    assert _search._fused("cuda", torch.float32)
-    assert not _search._fused("cuda", torch.float64)
-    assert not _search._fused("cpu", torch.float32)
+    assert operators._fused_wanted("cuda", torch.float32)
+    assert not operators._fused_wanted("cuda", torch.float64)
+    assert not operators._fused_wanted("cpu", torch.float32)
     monkeypatch.setenv(FUSED, "yes")
     with pytest.raises(ValueError, match="TE_QUANT_FUSED_SEARCH must be 0 or 1, got 'yes'"):
-        _search._fused("cuda", torch.float32)
+        operators._fused_wanted("cuda", torch.float32)
 
 
 def test_operator_dispatches_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +124,9 @@ def test_operator_dispatches_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(len(latents))
         return fused_argmin(latents, codebook, center, 1)
 
-    monkeypatch.setattr(_search_fused, "fused_argmin", counted)
-    monkeypatch.setattr(_search, "_fused", lambda device, dtype: True)
-    monkeypatch.setattr(_search, "_CPU_TILE", 1 << 40)
+    monkeypatch.setattr(fused, "fused_argmin", counted)
+    monkeypatch.setattr(operators, "_fused_wanted", lambda device, dtype: True)
+    monkeypatch.setattr(tiles, "CPU_TILE", 1 << 40)
     codebook = torch.randn(40, 5)
     codebook[30] = codebook[3]
     assert int(nearest_code(codebook[30:31], codebook)) == 3
@@ -135,9 +135,9 @@ def test_operator_dispatches_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_triton_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence that names it."""
-    monkeypatch.setattr(_search, "_fused", lambda device, dtype: True)
-    monkeypatch.setattr(_search, "_CPU_TILE", 1 << 40)
-    monkeypatch.setitem(sys.modules, "te_quant._search_fused", None)
+    monkeypatch.setattr(operators, "_fused_wanted", lambda device, dtype: True)
+    monkeypatch.setattr(tiles, "CPU_TILE", 1 << 40)
+    monkeypatch.setitem(sys.modules, "te_quant._search.fused", None)
     with pytest.raises(
         ImportError, match="TE_QUANT_FUSED_SEARCH must be 0 or unset where triton cannot be imported"
     ):

@@ -42,9 +42,9 @@ def test_first(own):
 def test_second(shared, own):
     tell("second", shared, own, draw())
 
-@pytest.mark.parametrize("case", ["a", "b"])
-def test_cases(case, shared):
-    tell(case, shared, draw())
+@pytest.mark.parametrize("seed", ["a", "b"])
+def test_cases(seed, shared):
+    tell(seed, shared, draw())
 
 @given(st.floats())
 @settings(max_examples=5, deadline=None)
@@ -100,11 +100,11 @@ def test_a_test_draws_the_same_alone(whole: tuple[dict[str, list], str], tmp_pat
 def test_a_seed_changes_every_draw_and_a_failure_tells_it(
     whole: tuple[dict[str, list], str], tmp_path: Path
 ) -> None:
-    """``--seed`` replaces all of them; the report of a failure has the seed that repeats it."""
+    """``--seed`` replaces all of them; the report of a failure has the seed."""
     assert "\nseed: a hash of the name of each test, or --seed N\n" in whole[1]
     found, told = draws(tmp_path, "--seed", "7")
     assert found.keys() == whole[0].keys()
     assert all(found[name] != whole[0][name] for name in found)
     assert "\nseed: 7\n" in told
     assert " seed ---" in told
-    assert "\n7 (--seed repeats" in told
+    assert "\nrandom, numpy and torch: 7\n" in told

@@ -26,7 +26,8 @@ from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atom
 from examples.te_vqgan.runs.provenance import git_commit, versions
 from examples.te_vqgan.stage1.presets import settings_for
 from te_quant import build_encoder
-from te_quant.equivariance import AuditReport, AuditRow, audit, decibels
+from te_quant.equivariance import AuditReport, AuditRow, audit
+from te_quant.tables import Table
 
 __all__ = ["AUDITED", "Audited", "photographs", "render", "resnet_stem", "run_audit", "write_audits"]
 
@@ -187,32 +188,25 @@ def render(folder: Path) -> None:
 
 def _summary(reports: dict[str, AuditReport]) -> str:
     header = ["", "whole tokens", "one pixel", "border: most by", "global: most by", "aliasing: most by"]
-    lines = [header, ["---", "---:", "---:", "---", "---", "---"]]
+    lines = []
     for title, report in reports.items():
         last = report.rows[-1]
-        cells = [_decibels(last, last.whole_error), _decibels(last, last.sub_stride_error)]
+        cells = [last.text(last.whole_error), last.text(last.sub_stride_error)]
         lines.append([title, *cells, *(_culprit(row, part) for part, row in report.culprits().items())])
     first = next(iter(reports.values()))
     height, width = first.image_size
-    table = "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-    return (
-        f"{table}\nErrors in dB below the signal, more is better: first of the output, with all that came before, "
+    note = (
+        f"Errors in dB below the signal, more is better: first of the output, with all that came before, "
         f"then of the module that adds most to each part. {first.num_images} crops of photographs, "
-        f"{height}x{width} pixels, circular shifts down and to the right; float64, random weights.\n"
+        f"{height}x{width} pixels, circular shifts down and to the right; float64, random weights."
     )
+    return Table(header, lines, "lrrlll", note).to_markdown()
 
 
 def _culprit(row: AuditRow | None, part: Literal["border", "global", "aliasing"]) -> str:
     if row is None:
         return "nothing"
-    padding = f", {row.padding}" if row.padding else ""
-    return f"`{row.name}` ({row.kind}{padding}), {_decibels(row, row.part(part))}"
-
-
-def _decibels(row: AuditRow, error: float | None) -> str:
-    if error is None:
-        return ""
-    return "exact" if error <= row.floor else f"{decibels(error):.1f}"
+    return f"`{row.name}` ({row.description()}), {row.text(row.part(part))}"
 
 
 def _modules(report: AuditReport) -> str:

@@ -17,7 +17,8 @@ from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
-from te_quant.equivariance import Agreement
+from te_quant.equivariance import Agreement, comparison_table
+from te_quant.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,6 @@ __all__ = [
     "draw_agreement",
     "exactness",
     "scatter",
-    "table_row",
     "write_comparison",
 ]
 
@@ -61,7 +61,7 @@ def write_comparison(folder: Path) -> None:
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
     write_text_atomically(folder / "comparison.md", comparison(runs))
     reports = {_name(run, runs): _report(run) for run in runs}
-    write_text_atomically(folder / "metrics.md", EquivarianceReport.table(reports))
+    write_text_atomically(folder / "metrics.md", comparison_table(reports).to_markdown())
     counted = [run for run in runs if "exactness" in run]
     if counted:
         write_text_atomically(folder / "exactness.md", exactness(counted))
@@ -92,28 +92,28 @@ def comparison(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _comparison_table(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
     """Write a row for each name and its runs."""
-    lines = [table_row(_HEADER), table_row(["---", *["---:"] * (len(_HEADER) - 1)])]
+    lines = []
     for name, runs in rows:
         tests = [run["evaluation"]["test"] for run in runs]
         reports = [_report(run) for run in runs]
         cells = [agreement_cell([getattr(report, metric) for report in reports]) for metric in _AGREEMENTS]
         for key, pattern in (("frequent_codes", ".0f"), ("perplexity", ".1f"), ("l1", ".4f"), ("psnr", ".2f")):
             cells.append(mean_and_deviation([test[key] for test in tests], pattern))
-        lines.append(table_row([name, *cells]))
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return Table(_HEADER, lines).to_markdown().rstrip()
 
 
 def exactness(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the counts of indices that differ after circular shifts in Markdown."""
     header = ["tokenizer", "shifts", "precision", "indices compared", "differing", *_DISTINCT.values()]
-    lines = [table_row(header), table_row(["---", "---", "---", *["---:"] * (len(header) - 3)])]
+    lines = []
     for run in runs:
         for precision, count in run["exactness"]["counts"].items():
             numbers = [f"{count['compared']:,}", f"{count['differing']:,}"]
             # Counts of before comparisons were kept distinct do not say.
             numbers += [f"{count[name]:,}" if name in count else "not recorded" for name in _DISTINCT]
-            lines.append(table_row([_name(run, runs), run["exactness"]["shifts"], precision, *numbers]))
-    return "\n".join(lines) + "\n"
+            lines.append([_name(run, runs), run["exactness"]["shifts"], precision, *numbers])
+    return Table(header, lines, "lll" + "r" * (len(header) - 3)).to_markdown()
 
 
 def scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
@@ -177,8 +177,3 @@ def agreement_cell(agreements: Sequence[Agreement | None]) -> str:
         low, high = known[0].kappa_interval
         kappa += f" [{low:.3f}, {high:.3f}]"
     return f"{kappa} ({rate:.3f})"
-
-
-def table_row(cells: Sequence[str]) -> str:
-    """Write one line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"

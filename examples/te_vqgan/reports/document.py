@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from te_quant import tables
+
 __all__ = ["Block", "Bullets", "Heading", "Paragraph", "Picture", "Table", "to_html", "to_markdown"]
 
 
@@ -73,8 +75,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
             case Bullets(items):
                 parts.append("\n".join(f"- {item}" for item in items))
             case Table(header, rows):
-                rule = ["---" if side == "l" else "---:" for side in _sides(header, rows)]
-                parts.append("\n".join(_markdown_row(row) for row in (header, rule, *rows)))
+                parts.append(tables.Table(header, rows, align=_sides(header, rows)).to_markdown().rstrip())
             case Picture(name, caption):
                 parts.append(f"![{_short(name)}]({name})\n\n*{caption}*")
     return "\n\n".join(parts) + "\n"
@@ -83,7 +84,8 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 def _sides(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return ``l`` for each column of text and ``r`` for each of numbers; the first names the rows.
 
-    Numbers may have a sign, a bound, a deviation or an interval. Cells without a letter, such as a dash, do not count.
+    Numbers may have a sign, a bound, a deviation or an interval. Cells without a value, such as a dash, do not
+    count.
     """
     columns = [[row[place] for row in rows] for place in range(1, len(header))]
     return "l" + "".join("l" if _is_text(column) else "r" for column in columns)
@@ -125,10 +127,6 @@ def _html_block(block: Block, pictures: Mapping[str, bytes]) -> str:
 def _short(name: str) -> str:
     """The text instead of a picture; its caption, which says more, stands below."""
     return name.rpartition(".")[0].replace("_", " ")
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _is_text(column: Sequence[str]) -> bool:

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.te_vqgan.reports.compare import agreement_cell, draw_agreement, table_row
+from examples.te_vqgan.reports.compare import agreement_cell, draw_agreement
 from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
+from te_quant.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ def family_table(results: Mapping[str, Any]) -> str:
     groups = by_arm(runs)
     seeds = {title: [run["settings"]["seed"] for run in group] for title, group in groups.items()}
     every = sorted({seed for some in seeds.values() for seed in some})
-    lines = [table_row(_HEADER), table_row(["---", *["---:"] * (len(_HEADER) - 1)])]
+    rows = []
     for title, group in groups.items():
         first, tests = group[0]["evaluation"], [run["evaluation"]["test"] for run in group]
         learnt, reports = first["learnt_numbers"], [_report(run) for run in group]
@@ -68,7 +69,7 @@ def family_table(results: Mapping[str, Any]) -> str:
         for key, pattern in (("l1", ".4f"), ("psnr", ".2f"), ("used_codes", ",.0f"), ("perplexity", ".1f")):
             cells.append(mean_and_deviation([test[key] for test in tests], pattern))
         cells += [agreement_cell([getattr(report, name) for report in reports]) for name in _AGREEMENTS]
-        lines.append(table_row([named(title, len(group), len(every)), *cells]))
+        rows.append([named(title, len(group), len(every)), *cells])
     test, settings = runs[0]["evaluation"]["test"], runs[0]["settings"]
     digits = _report(runs[0]).settings.num_images
     commits = sorted({run["provenance"]["commit"] or "unknown" for run in runs})
@@ -81,13 +82,14 @@ def family_table(results: Mapping[str, Any]) -> str:
         )
     )
     means = "" if len(every) == 1 else " Means ± standard deviations over seeds."
-    return "\n".join(lines) + (
-        f"\n\n{trained}: {settings['steps']:,} steps of "
+    note = (
+        f"{trained}: {settings['steps']:,} steps of "
         f"{settings['batch_size']} images of {settings['data']}, {settings['canvas_size']} px wide.{means} "
         f"κ{spread} (rate of equal indices); the rest over "
         f"{test['images']:,} test images, {test['tokens']:,} tokens. Of a token with several indices the "
-        f"combination counts as its code. Commit {', '.join(commits)}; `{results['command']}`.\n"
+        f"combination counts as its code. Commit {', '.join(commits)}; `{results['command']}`."
     )
+    return Table(_HEADER, rows, note=note).to_markdown()
 
 
 def family_scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:

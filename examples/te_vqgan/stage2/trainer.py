@@ -17,6 +17,7 @@ from examples.te_vqgan.runs.checkpoint import adam_state, load_adam_state, under
 from examples.te_vqgan.runs.schedule import rate_factor
 from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings
 from te_quant import GPT, GPTConfig, Segment
+from te_quant.gpt import with_present_names
 
 __all__ = ["Stage2Trainer", "gpt_config"]
 
@@ -143,6 +144,8 @@ class Stage2Trainer:
 
     def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Continue from what :meth:`tensors` gave and from the step in ``facts``."""
+        # A run may have been started by an older version of the library.
+        tensors = with_present_names(tensors)
         self.model.load_state_dict(under("model", tensors))
         for number, optimizer in enumerate(self.optimizers):
             load_adam_state(optimizer, self.model.named_parameters(), under(f"optimizer{number}", tensors))

@@ -23,7 +23,7 @@ __all__ = ["fused_argmin"]
 
 
 class _Tiles(NamedTuple):
-    """What one program holds: (rows, codes) scores, of ``channels`` channels at a time, by ``warps`` warps."""
+    """One program holds (rows, codes) scores, takes ``channels`` channels at a time, and runs ``warps`` warps."""
 
     rows: int
     codes: int
@@ -88,13 +88,13 @@ def _nearest(  # type: ignore[no-untyped-def]
 
 
 def fused_argmin(latents: Tensor, codebook: Tensor, center: Tensor, multiprocessors: int | None = None) -> Tensor:
-    """Index of the code nearest to each row.
+    """Return the index of the code nearest to each row.
 
     Args:
         latents: (N, C) float32.
         codebook: (K, C) float32.
         center: (C,), any point amid the codes.
-        multiprocessors: of the device; asked of it if ``None``.
+        multiprocessors: how many the device has; read from the device if ``None``.
 
     Returns:
         (N,) int64.
@@ -144,7 +144,7 @@ def fused_argmin(latents: Tensor, codebook: Tensor, center: Tensor, multiprocess
 
 
 def _precision(device: torch.device) -> str:
-    """What torch's own product would use on ``device``."""
+    """Return the precision that torch's own product would use on ``device``."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _TENSOR_CORES:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -10,6 +10,8 @@ Source: Esser et al. 2021, arXiv:2012.09841. Differs: padding is an option of ea
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +92,12 @@ class Encoder(nn.Module):
         encoding: Encoding = self(images, return_phases=True)
         return encoding
 
+    @overload
+    def forward(self, images: Tensor, *, return_phases: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, images: Tensor, *, return_phases: Literal[True]) -> Encoding: ...
+
     def forward(self, images: Tensor, *, return_phases: bool = False) -> Tensor | Encoding:
         """Encode (B, I, H, W) images in [-1, 1] to (B, C, h, w) latents, with the (B, L, 2) phases on request."""
         self._check(images)
@@ -126,7 +134,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes to images; see :func:`build_decoder`."""
+    """Codes to images; see :func:`build_decoder`.
+
+    Attributes:
+        adaptive: whether the phases place the pixels; otherwise only phases of zero can be decoded.
+    """
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -144,6 +156,8 @@ class Decoder(nn.Module):
                 stage.add_module("upsample", build_upsample(config.upsample, width, padding_mode=mode))
             self.levels.append(stage)
             channels = width
+        # Asked once, since compilers cannot trace the statements of layers.
+        self.adaptive = any(stage.adaptive for stage in self.levels)
         self.norm_out = build_norm(config.norm, channels, norm_groups=config.norm_groups)
         self.activation = build_activation(config.activation, channels)
         self.conv_out = PaddedConv2d(channels, config.image_channels, 3, padding_mode=mode)
@@ -164,11 +178,6 @@ class Decoder(nn.Module):
             hidden = level(hidden, phases[:, -1 - number] if number + 1 < len(self.levels) else None)
         images: Tensor = self.conv_out(self.activation(self.norm_out(hidden)))
         return images
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether the phases place the pixels; otherwise only phases of zero can be decoded."""
-        return any(level.adaptive for level in self.levels)
 
     def _phases(self, codes: Tensor, phases: Tensor | None) -> Tensor:
         batch, count = len(codes), len(self.levels) - 1

@@ -2,7 +2,8 @@
 
 from te_quant.equivariance.audits.auditor import audit
 from te_quant.equivariance.audits.constant_image import ConstantImageReport, constant_image_probe
-from te_quant.equivariance.audits.report import AuditReport, AuditRow, decibels
+from te_quant.equivariance.audits.report import AuditReport
+from te_quant.equivariance.audits.rows import AuditRow, decibels
 from te_quant.equivariance.measure import measure_equivariance
 from te_quant.equivariance.metrics.agreement import Agreement, PairCounts, count_pairs, foreground_tokens
 from te_quant.equivariance.metrics.margin import Margin, Spread, code_margins
@@ -12,14 +13,14 @@ from te_quant.equivariance.metrics.shift_error import ShiftError
 from te_quant.equivariance.metrics.sub_stride import best_token_shift
 from te_quant.equivariance.report.plot import plot_reports, plot_shift_maps
 from te_quant.equivariance.report.report import EquivarianceReport
-from te_quant.equivariance.report.tables import comparison_table
-from te_quant.equivariance.report.values import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
+from te_quant.equivariance.report.tables import ComparisonTable, comparison_table
+from te_quant.equivariance.report.values import EquivarianceSettings, ReconstructionError, ShiftAgreement
 
 __all__ = [
     "Agreement",
     "AuditReport",
     "AuditRow",
-    "CodeUse",
+    "ComparisonTable",
     "ConstantImageReport",
     "EquivarianceReport",
     "EquivarianceSettings",

@@ -23,7 +23,7 @@ from te_quant.equivariance.metrics.placement import place_sprites, placement_pai
 from te_quant.equivariance.metrics.shift_error import FeatureTally, PixelTally, ShiftError, psnr
 from te_quant.equivariance.metrics.sub_stride import sub_stride_pairs, sub_stride_region
 from te_quant.equivariance.report.report import EquivarianceReport
-from te_quant.equivariance.report.values import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
+from te_quant.equivariance.report.values import EquivarianceSettings, ReconstructionError, ShiftAgreement
 from te_quant.equivariance.views import Views
 from te_quant.shifts import Shift, align, fourier_shift
 from te_quant.usage import CodebookUsage
@@ -126,7 +126,7 @@ class Measurement:
             end_to_end_sub_stride=error(self.decoded, "sub_stride"),
             margin=None if self.margins is None or not s.shifts else self.margins.margin(drawn),
             numerical_floor={name: pooled("floor " + name) for name in self.given.variants},
-            code_use=CodeUse.of(self.usage.compute()),
+            code_use=self.usage.compute(),
             reconstruction=self._reconstruction(drawn),
             aligned_by_shift=self._by_shift("aligned", s.shifts, drawn),
             sub_stride_by_shift=self._by_shift("sub_stride", s.sub_stride_shifts, drawn),

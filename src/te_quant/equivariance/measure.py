@@ -60,9 +60,17 @@ def measure_equivariance(
     placements. The 95 % intervals come from resampling the images (the sprites): they say how far the figures
     would move with other images, not with another training run.
 
+    Example:
+        >>> def tokenize(images):
+        ...     return (images[:, 0, ::4, ::4] > 0).long()
+        >>> images = torch.sin(torch.arange(512.0)).view(2, 1, 16, 16)
+        >>> report = measure_equivariance(tokenize, images, protocol="circular", stride=4, num_codes=2)
+        >>> report.aligned.rate, report.sub_stride.rate < 0.9
+        (1.0, True)
+
     Example::
 
-        # any tokenizer of this library
+        # any tokenizer of this library; print(report) gives a short table
         report = measure_equivariance(
             model.encode_to_indices, sprites, canvas_size=64, stride=4, num_codes=256,
             latents=model.encode, codebook=model.quantizer.codebook,
@@ -79,14 +87,13 @@ def measure_equivariance(
         report = measure_equivariance(
             tokenize, photos, protocol="circular", stride=4, num_codes=8192,
             reconstruct=lambda x: vq(x).sample)
-        print(report.to_markdown())
 
     Args:
         tokenize: images -> indices.
         images: in [-1, 1]. Under ``canvas`` sprites, half as wide and high as the canvas, pasted at its
             centre. Under ``circular`` full images, or sprites if ``canvas_size`` is twice their side. Under
             ``crop`` images larger than the window.
-        stride: s, pixels a token.
+        stride: s, pixels per token.
         num_codes: K.
         canvas_size: side in pixels of what the tokenizer sees (the window under ``crop``, where it has to be
             given). None: twice the sprites under ``canvas``, the images themselves under ``circular``.
@@ -105,9 +112,9 @@ def measure_equivariance(
         sub_stride_shifts: pixel shifts below one token. None: all of {0..s-1}² but the identity.
         ground: value of the ground, in the unit of ``images``.
         tau: a token is foreground when any pixel of its cell differs from the ground by more.
-        batch_size: images a call.
-        resamples: of the images, for the intervals; 0 for none.
-        seed: of the resamples.
+        batch_size: images per call.
+        resamples: how often the images are resampled for the intervals; 0 for none.
+        seed: of the resampling.
 
     Shape:
         images: (B, C, H, W) or (B, C, S/2, S/2). tokenize: (N, C, H, W) -> (N, H/s, W/s) integer.

@@ -1,6 +1,7 @@
-"""A small GPT over segments with vocabularies of their own, such as captions and image tokens."""
+"""A small GPT over segments with their own vocabularies, such as captions and image tokens."""
 
 from te_quant.gpt.config import GPTConfig, Segment
+from te_quant.gpt.former_names import with_present_names
 from te_quant.gpt.model import GPT, KeyValueCache
 
-__all__ = ["GPT", "GPTConfig", "KeyValueCache", "Segment"]
+__all__ = ["GPT", "GPTConfig", "KeyValueCache", "Segment", "with_present_names"]

@@ -74,10 +74,10 @@ class Block(nn.Module):
         D = config.width
         self.num_heads, self.dropout = config.num_heads, config.dropout
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        # What 2·depth layers add to the stream is together as large as what one would add.
+        # So the 2·depth additions to the stream are together as large as one.
         added = INITIAL_STD / math.sqrt(2 * config.depth)
         self.qkv, self.out = _linear(D, 3 * D), _linear(D, D, added)
-        self.expand, self.contract = _linear(D, config.mlp_width), _linear(config.mlp_width, D, added)
+        self.up, self.down = _linear(D, config.mlp_width), _linear(config.mlp_width, D, added)
 
     def forward(self, stream: Tensor, visible: Tensor | None, memory: Tensor | None, past: int) -> Tensor:
         """(B, t, D) to (B, t, D).
@@ -113,7 +113,7 @@ class Block(nn.Module):
             )
         mixed = mixed.to(packed.dtype).transpose(1, 2).reshape(B, t, D)
         stream = stream + F.dropout(self.out(mixed), dropout, self.training)
-        hidden = self.contract(F.gelu(self.expand(self.norm2(stream))))
+        hidden = self.down(F.gelu(self.up(self.norm2(stream))))
         return stream + F.dropout(hidden, dropout, self.training)
 
 

@@ -20,16 +20,20 @@ _Options = TypeVar("_Options", bound=Mapping[str, Any])
 
 @dataclass(frozen=True)
 class Segment:
-    """One stretch of a sequence with a vocabulary and positions of its own: a caption, the tokens of an image.
+    """One stretch of a sequence with its own vocabulary and positions: a caption, the tokens of an image.
 
     Args:
-        name: what an order calls it; not empty.
+        name: by which an order refers to it; not empty.
         vocab_size: number of its tokens, at least 1; they are the integers from 0.
         shape: ``(length,)``, or ``(h, w)`` for a grid read row by row. The number of tokens is the product.
         positions: ``learned``, a table of vectors; ``sinusoidal``, a fixed one, two-dimensional for a grid; or
-            ``axial``, a learned vector a row plus one a column, for a grid only.
-        pad_token: the token that fills what is left of the segment. Its embedding is a learned vector for each
+            ``axial``, a learned vector per row plus one per column, for a grid only.
+        pad_token: the token that fills the rest of the segment. Its embedding is a learned vector for each
             position instead of one for all. ``None``: there is no such token.
+
+    Example:
+        >>> Segment("image", vocab_size=256, shape=(16, 16), positions="axial").length
+        256
 
     Raises:
         ValueError: an option is out of range.
@@ -82,6 +86,11 @@ class GPTConfig:
         tied_head: whether the logits of a segment are products with the embeddings of its tokens, or with a
             matrix of their own.
 
+    Example:
+        >>> config = GPTConfig((Segment("text", 40, (24,), "learned"),), width=64, num_heads=4)
+        >>> GPTConfig.from_dict(config.to_dict()) == config
+        True
+
     Raises:
         ValueError: an option is out of range, or two contradict each other.
         TypeError: an option has the wrong type.
@@ -125,14 +134,14 @@ class GPTConfig:
         return round(self.mlp_ratio * self.width)
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as values that JSON keeps: ``from_dict(json.loads(json.dumps(c.to_dict()))) == c``."""
+        """Return all options as values that JSON keeps: :meth:`from_dict` reads them, before or after JSON."""
         options = dataclasses.asdict(self)
         options["segments"] = [{**segment, "shape": list(segment["shape"])} for segment in options["segments"]]
         return options
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> GPTConfig:
-        """The config with these options; what is not named keeps its default.
+        """Return the config with these options; options that are not named keep their defaults.
 
         Raises:
             ValueError: an option does not exist, or is out of range.

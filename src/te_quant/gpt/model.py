@@ -1,8 +1,8 @@
 """A decoder-only transformer over sequences of segments: captions and image tokens, in any order.
 
-The network reads ``start, token 0, token 1, ...`` and says after each what comes next, so that what it says about
-token i rests on the tokens before it alone. Everything public speaks of *tokens*: ``logits[:, i]`` are about
-``tokens[:, i]``, and nobody has to shift anything.
+The network reads ``start, token 0, token 1, ...`` and predicts after each what comes next, so its prediction of
+token i depends only on the tokens before it. Logits align with tokens: ``logits[:, i]`` are about
+``tokens[:, i]``, and callers never shift.
 
 Shape letters: B batch, T tokens of a sequence, P tokens of a prompt, t tokens of a chunk, V vocabulary, D width,
 H heads.
@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from te_quant._checks import require, require_axis, require_device, require_int,
 from te_quant._precision import AUTOCAST_DEVICES, widen
 from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
 from te_quant.gpt.config import GPTConfig, Segment
+from te_quant.gpt.former_names import with_present_names
 from te_quant.gpt.sampling import Ending, Sampler, extend
 from te_quant.gpt.segment_layout import Layout, Span, own_columns
 
@@ -36,7 +37,7 @@ __all__ = ["GPT", "GPTConfig", "KeyValueCache", "Segment"]
 
 
 class KeyValueCache:
-    """What a :class:`GPT` remembers of the tokens it was given; :meth:`GPT.new_cache` makes one.
+    """The keys and values of the tokens that a :class:`GPT` has read; :meth:`GPT.new_cache` makes one.
 
     Attributes:
         layout: which columns each segment takes.
@@ -71,6 +72,13 @@ class GPT(nn.Module):
     Args:
         config: every option.
 
+    Example:
+        >>> text, image = Segment("text", 40, (6,), "learned"), Segment("image", 16, (4, 4), "axial")
+        >>> gpt = GPT(GPTConfig((text, image), width=32, depth=2, num_heads=2)).eval()
+        >>> caption = torch.zeros(1, 6, dtype=torch.int64)
+        >>> gpt.generate(caption, order=("text", "image")).shape
+        torch.Size([1, 22])
+
     Shape:
         tokens: (B, T) integers, those of the first segment of the order, then those of the next. Each is an
             integer of its segment's own vocabulary. All segments but the last are complete.
@@ -91,6 +99,7 @@ class GPT(nn.Module):
         self.start = nn.Parameter(INITIAL_STD * torch.randn(len(config.segments), D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D)
+        self.register_load_state_dict_pre_hook(_rename_entries)  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -106,8 +115,8 @@ class GPT(nn.Module):
             tokens: of the whole sequence from its first column on, or the next ones after those in ``cache``.
             order: names of some or all segments as they follow each other. ``None``: that of the cache, else that
                 of the config.
-            mask: (B, T) bool; a token where it is False is as if it were not there, while the others keep the
-                positions of their columns. What follows it is predicted by the last token before it that is there.
+            mask: (B, T) bool; tokens with mask False are ignored; the others keep the positions of their columns.
+                The token after an ignored one is predicted from the last token before it that counts.
             cache: what was given before; the tokens are added to it. There is no gradient then.
 
         Raises:
@@ -133,7 +142,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Mean cross entropy of the tokens of each segment in nats, without a tensor of all logits.
+        """Return the mean cross entropy of the tokens of each segment in nats, without a tensor of all logits.
 
         Args:
             tokens: (B, T), as of :meth:`forward`.
@@ -166,7 +175,7 @@ class GPT(nn.Module):
     def new_cache(
         self, batch: int, *, order: Sequence[str] | None = None, dtype: torch.dtype | None = None
     ) -> KeyValueCache:
-        """An empty cache for ``batch`` sequences, with memory for all tokens of ``order``.
+        """Return an empty cache for ``batch`` sequences, with memory for all tokens of ``order``.
 
         Give it tokens in chunks of any size, through :meth:`forward` for the logits about them, or through
         :meth:`next_logits` for those about the token after them. It holds for the weights of the moment.
@@ -327,6 +336,7 @@ class GPT(nn.Module):
             device=device,
             dtype=dtype,
             hub=_pretrained.Hub(revision, token, cache_dir, local_files_only),
+            rename=with_present_names,
         )
 
     def _predictions(self, tokens: Tensor, layout: Layout, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -425,6 +435,13 @@ class GPT(nn.Module):
         noisy = self.training and self.config.dropout > 0
         mode = f"training mode with dropout={self.config.dropout:g}"
         require(not noisy, "GPT", "in evaluation mode to generate or to cache (call eval())", mode)
+
+
+def _rename_entries(_module: nn.Module, state: dict[str, Any], *_: object) -> None:
+    """Give the entries of an older checkpoint their present names, in place."""
+    renamed = with_present_names(state)
+    state.clear()
+    state.update(renamed)
 
 
 def _omit(stream: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

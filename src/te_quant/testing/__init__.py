@@ -1,4 +1,7 @@
-"""Shift equivariance as a test, inputs drawn with hypothesis, and conformance checks for quantizers and layers."""
+"""Shift equivariance as a test, inputs drawn with hypothesis, and conformance checks for quantizers and layers.
+
+Only the strategies need hypothesis (``te_quant[testing]``).
+"""
 
 from te_quant.testing.assertion import TOLERANCES, assert_shift_equivariant
 from te_quant.testing.conformance import QUANTIZER_CHECKS, QuantizerFactory, check_quantizer

@@ -1,7 +1,4 @@
-"""Shift equivariance as a test: measure it, judge it, and draw the inputs with hypothesis.
-
-:func:`equivariance_error` measures, :func:`assert_shift_equivariant` judges; both take any callable. The
-strategies need hypothesis (``pip install te_quant[testing]``), which is imported when the first one is made.
+"""The verdict: an assertion that fails where an output does not follow its input.
 
 Shape letters: B batch, C channels, H W sides of the images, h w sides of the output.
 """
@@ -26,12 +23,12 @@ TOLERANCES: dict[torch.dtype, float] = {
     torch.float16: 5e-2,
     torch.bfloat16: 2e-1,
 }
-"""Largest difference over largest value that passes for rounding, for each dtype.
+"""Largest difference over largest value that counts as rounding, for each dtype.
 
-Kernels sum in another order at another place. An encoder of forty layers, circular and so exact on paper, shows
+Kernels sum in another order at another place. A circular encoder of forty layers, exact on paper, shows
 13 epsilons in float64, 9 in float32 and 2 in the half precisions. These are 25 to 50 epsilons in half precision,
 800 in single, and more in double, where even that stands nine orders below what a wrong border or a strided layer
-does (0.1 and more). In bfloat16 the two are close: take float64 for a verdict."""
+does (0.1 and more). In bfloat16 the two are close, so use float64 for a verdict."""
 
 
 def assert_shift_equivariant(
@@ -48,32 +45,32 @@ def assert_shift_equivariant(
 ) -> None:
     """Fail at the first shift that the output does not follow.
 
-    Example::
-
-        def test_my_tokenizer_follows_whole_token_shifts():
-            model = MyTokenizer().double().eval()
-            photos = torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
-            assert_shift_equivariant(model.encode_to_indices, photos, shifts=[(4, 0), (-8, 12)], stride=4)
+    Example:
+        >>> layer = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, padding_mode="circular").double()
+        >>> photos = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
+        >>> assert_shift_equivariant(layer, photos, shifts=[(2, 0), (-4, 6)], stride=2)
 
     Args:
-        function: images -> feature map or indices.
-        images: see :func:`equivariance_error`.
+        function: images -> feature map or indices. Put a model in evaluation mode first.
+        images: any images; under ``crop`` larger than the window.
         shifts: pixel shifts (dy, dx), at least one.
         stride: s, pixels from one position of the output to the next.
         tolerance: largest ``relative_error`` of a floating output; of indices, the largest share that may differ.
             None: :data:`TOLERANCES` of the dtype of the output, and no index.
-        protocol: see :func:`equivariance_error`, as ``token_shift``, ``fill`` and ``size``.
-        token_shift: see there.
-        fill: see there.
-        size: see there.
+        protocol: how images move: ``circular``, ``canvas`` or ``crop``; see :mod:`te_quant.shifts`.
+        token_shift: how far the output has to move, image by image, where that is not ``shift / stride``, as
+            :func:`phase_token_shift` gives for adaptive polyphase layers.
+        fill: value of the ground, under ``canvas``.
+        size: (height, width) of the window, under ``crop``.
 
     Shape:
         images: (B, C, H, W). function: -> (B, ..., h, w), floating point or integer.
 
     Raises:
-        AssertionError: the output does not move with the images; says at which shift and where, by how much, and
-            what to look at.
-        ValueError: as :func:`equivariance_error`, or there is no shift.
+        AssertionError: the output does not move with the images. The message names the shift, the position, the
+            size of the error and the likely cause.
+        ValueError: there is no shift, a shift is no multiple of the stride, the output has another shape after
+            the shift, or no position is valid in both.
     """
     amounts = list(shifts)
     require(len(amounts) > 0, "shifts", "at least one", "none")

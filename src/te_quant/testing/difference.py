@@ -1,4 +1,4 @@
-"""How far f(T x) is from T f(x), for any callable, with the place of the difference.
+"""The measure: how far f(T x) is from T f(x), for any callable, and where they differ.
 
 Shape letters: B batch, C channels, H W sides of the images, h w sides of the output.
 """
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_choice, require_int, require_rank
+from te_quant.equivariance._border import border_distances
 from te_quant.shifts import PROTOCOLS, Protocol, Shift, align, canvas, crop, roll
+from te_quant.tables import Table, Tabular
 
 __all__ = ["ShiftDifference", "TokenShift", "equivariance_error", "phase_token_shift"]
 
@@ -22,14 +24,14 @@ TokenShift = Callable[[Tensor, Tensor, Shift], Tensor]
 
 
 @dataclass(frozen=True)
-class ShiftDifference:
+class ShiftDifference(Tabular):
     """How far f(T x) is from T f(x), over the positions valid in both.
 
     Attributes:
         shift: (dy, dx) of the images, pixels.
-        max_error: largest absolute difference; inf where one side alone is NaN or infinite.
+        max_error: largest absolute difference; inf where only one side is NaN or infinite.
         relative_error: the same over the largest finite absolute value of f(x); 0 if both vanish.
-        differing: values (or indices) that are not equal, bit by bit.
+        differing: values (or indices) that are not bitwise equal.
         compared: values compared.
         position: (image, ..., row, column) in f(x): of the largest difference, or for indices the first one;
             None if nothing differs.
@@ -60,6 +62,22 @@ class ShiftDifference:
         """Share of values that differ."""
         return self.differing / self.compared
 
+    def summary(self) -> Table:
+        """Return by how much, how often and where f(T x) differs."""
+        rows = [
+            ["shift (pixels)", str(self.shift)],
+            ["largest difference / largest value", f"{self.relative_error:.3g}"],
+            ["values that differ", f"{self.differing:,} of {self.compared:,}"],
+        ]
+        if self.position is not None:
+            rows += [
+                ["position (image, ..., row, column)", str(self.position)],
+                ["value expected there", f"{self.expected:.6g}"],
+                ["value found", f"{self.actual:.6g}"],
+                ["share of the error near the border", f"{self.near_border:.0%}"],
+            ]
+        return Table(["f(T x) against T f(x)", "value"], rows)
+
 
 @torch.no_grad()
 def equivariance_error(
@@ -75,6 +93,11 @@ def equivariance_error(
 ) -> ShiftDifference:
     """Compare f(T x) with f(x), moved by the same shift in positions of the output.
 
+    Example:
+        >>> layer = torch.nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular").double()
+        >>> equivariance_error(layer, torch.rand(1, 1, 8, 8).double(), (3, -2)).relative_error < 1e-12
+        True
+
     Args:
         function: images -> feature map or indices. Put a model in evaluation mode first.
         images: any images; under ``crop`` larger than the window.
@@ -83,7 +106,7 @@ def equivariance_error(
         protocol: how images move, see :mod:`te_quant.shifts`.
         token_shift: how far the output has to move, image by image, where that is not ``shift / stride``; see
             :func:`phase_token_shift`. None: ``shift`` must be a multiple of the stride.
-        fill: the ground, under ``canvas``.
+        fill: value of the ground, under ``canvas``.
         size: (height, width) of the window, under ``crop``.
 
     Shape:
@@ -116,7 +139,7 @@ def equivariance_error(
 
 
 def phase_token_shift(offsets: Callable[[Tensor], Tensor], stride: int) -> TokenShift:
-    """The law of adaptive polyphase models: images moved by t move tokens by (t + o - o') / s.
+    """Return the law of adaptive polyphase models: images moved by t move tokens by (t + o - o') / s.
 
     Args:
         offsets: images -> o, the pixel at which the sampling grid starts. For layers l of strides s_l with
@@ -221,6 +244,6 @@ def _difference(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _near_border(output: Tensor) -> Tensor:
-    h, w = output.shape[-2:]
-    rows, columns = (torch.minimum(torch.arange(n), n - 1 - torch.arange(n)) < max(1, n // 8) for n in (h, w))
+    sides = (int(output.shape[-2]), int(output.shape[-1]))
+    rows, columns = (distance < max(1, len(distance) // 8) for distance in border_distances(sides))
     return (rows[:, None] | columns[None, :]).to(output.device)

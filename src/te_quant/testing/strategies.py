@@ -1,6 +1,6 @@
-"""Hypothesis strategies for the inputs of an equivariance property; public in :mod:`te_quant.testing`.
+"""Hypothesis strategies for the inputs of an equivariance property.
 
-hypothesis is imported when the first strategy is made, nowhere else: ``pip install te_quant[testing]``.
+Only making the first strategy imports hypothesis (``te_quant[testing]``).
 
 Shape letters: B batch, C channels, H W sides of the images, h w token grid, K codes.
 """
@@ -22,12 +22,19 @@ __all__ = ["codebooks", "image_sides", "images", "latents_off_boundaries", "shif
 
 
 def shifts(limit: int, *, multiple_of: int = 1, identity: bool = True) -> SearchStrategy[Shift]:
-    """Pixel shifts (dy, dx).
+    """Draw pixel shifts (dy, dx).
 
     Args:
         limit: the largest distance along either axis, pixels.
         multiple_of: all are multiples of it; the stride of a model, or 1.
         identity: whether (0, 0) is among them.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(shifts(8, multiple_of=4))
+        ... def test_multiples(shift):
+        ...     assert all(part in (-8, -4, 0, 4, 8) for part in shift)
+        >>> test_multiples()
     """
     require_int("multiple_of", multiple_of, 1)
     require_int("limit", limit, 0 if identity else multiple_of)
@@ -39,12 +46,12 @@ def shifts(limit: int, *, multiple_of: int = 1, identity: bool = True) -> Search
 
 
 def image_sides(divisor: int, *, smallest: int = 1, largest: int = 64) -> SearchStrategy[tuple[int, int]]:
-    """(H, W), multiples of a divisor, not square in general.
+    """Draw (H, W), multiples of a divisor and in general not square.
 
     Args:
         divisor: of both sides.
-        smallest: least side, pixels.
-        largest: greatest side, pixels; at least one multiple must lie between.
+        smallest: the smallest side, pixels.
+        largest: the largest side, pixels; at least one multiple must lie between.
     """
     require_int("divisor", divisor, 1)
     require_int("smallest", smallest, 1)
@@ -63,7 +70,7 @@ def images(
     batch: int = 2,
     dtype: torch.dtype = torch.float64,
 ) -> SearchStrategy[Tensor]:
-    """White noise in [-1, 1], which holds all frequencies alike, so that aliasing cannot hide.
+    """Draw white noise in [-1, 1], which contains all frequencies equally, so that aliasing cannot hide.
 
     Args:
         sides: (H, W), or a strategy for it such as :func:`image_sides`.
@@ -94,12 +101,12 @@ def codebooks(
     separation: float = 0.5,
     dtype: torch.dtype = torch.float64,
 ) -> SearchStrategy[Tensor]:
-    """Codebooks whose codes keep a distance from one another, by construction.
+    """Draw codebooks whose codes keep a distance from one another, by construction.
 
     Args:
-        num_codes: least and greatest K.
-        code_dim: least and greatest C.
-        separation: no two codes are closer; the unit of the latents.
+        num_codes: smallest and largest K.
+        code_dim: smallest and largest C.
+        separation: no two codes are closer than this, in the unit of the latents.
         dtype: floating.
 
     Shape:
@@ -132,7 +139,7 @@ def codebooks(
 def latents_off_boundaries(
     codebook: Tensor, *, margin: float, grid: tuple[int, int] = (4, 4), batch: int = 1
 ) -> SearchStrategy[tuple[Tensor, Tensor]]:
-    """Latents that no disturbance smaller than ``margin`` moves to another code, with their indices.
+    """Draw latents that no disturbance smaller than ``margin`` moves to another code, with their indices.
 
     The margin of z with the nearest code c is its distance from the nearest boundary of the cell of c,
     r = min_{j≠c} (‖z - e_j‖² - ‖z - e_c‖²) / (2‖e_j - e_c‖). It is r_0 = min_{j≠c} ‖e_j - e_c‖ / 2 at z = e_c and
@@ -141,7 +148,7 @@ def latents_off_boundaries(
 
     Args:
         codebook: codes to choose from; those with a neighbour closer than twice the margin are never chosen.
-        margin: least r, >= 0, the unit of the latents.
+        margin: the smallest r, >= 0, in the unit of the latents.
         grid: (h, w).
         batch: B.
 
@@ -158,7 +165,7 @@ def latents_off_boundaries(
     codes = codebook.detach().double().cpu()
     distances = torch.cdist(codes, codes, compute_mode="donot_use_mm_for_euclid_dist")
     distances.fill_diagonal_(torch.inf)
-    # A lone code has no boundary: anything near it will do.
+    # A single code has no boundary: anything near it will do.
     reach = distances.amin(1).div(2).nan_to_num(posinf=margin + 1.0)
     rounding = 4 * torch.finfo(codebook.dtype).eps * (codes.norm(dim=1) + reach)
     budget = reach - margin - rounding
@@ -194,7 +201,6 @@ def _hypothesis() -> Any:
     try:
         from hypothesis import strategies
     except ImportError as error:
-        raise ImportError(
-            "The strategies of te_quant.testing need hypothesis: pip install te_quant[testing]."
-        ) from error
+        cure = "pip install 'te_quant[testing]'"
+        raise ImportError(f"hypothesis must be installed to draw inputs: {cure}.") from error
     return strategies

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_quant.equivariance._border import border_distances
 from te_quant.shifts import Shift, fourier_shift, roll
 
 __all__ = [
@@ -81,17 +82,16 @@ def token_amount(shift: Shift, stride: Fraction) -> Amount:
 def near_border(grid: tuple[int, int], amount: Amount, share: int) -> Tensor:
     """Mark the positions closer than ``side // share`` to the border, before or after a circular shift.
 
-    After a shift the old border runs through the middle of the map as a seam; what lies beside it had a border
-    near by once, and counts as near one.
+    After a shift the old border runs through the middle of the map as a seam. Positions next to it
+    were near the border before, and count as near.
 
     Shape:
         (h, w) bool.
     """
     marks = []
-    for side, distance in zip(grid, amount, strict=True):
-        places = torch.arange(side)
-        near = torch.minimum(places, side - 1 - places) < side // share
-        marks.append(near | near.roll(math.ceil(distance)))
+    for distances, moved in zip(border_distances(grid), amount, strict=True):
+        near = distances < len(distances) // share
+        marks.append(near | near.roll(math.ceil(moved)))
     return marks[0][:, None] | marks[1][None, :]
 
 

@@ -21,7 +21,7 @@ from te_quant.equivariance.audits._grid import (
     stride_of,
     token_amount,
 )
-from te_quant.equivariance.audits.report import AuditRow
+from te_quant.equivariance.audits.rows import AuditRow
 from te_quant.shifts import Shift, fourier_shift
 
 __all__ = ["Trial", "UnitSums"]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from te_quant._checks import require, require_floating, require_int, require_rank
 from te_quant.equivariance.audits._grid import MIN_SIDE, first_grid, map_tensors, stride_of
 from te_quant.equivariance.audits._trials import Trial, UnitSums
-from te_quant.equivariance.audits.report import AuditReport, AuditRow, SkippedModule
+from te_quant.equivariance.audits.report import AuditReport
+from te_quant.equivariance.audits.rows import AuditRow, SkippedModule
 from te_quant.shifts import Shift, roll
 
 __all__ = ["audit"]
@@ -32,7 +33,7 @@ def audit(
     whole: Collection[str] = (),
     batch_size: int = 4,
 ) -> AuditReport:
-    """Show images and circularly shifted images to a model and say where equivariance is lost.
+    """Show images and circularly shifted images to a model and report where equivariance is lost.
 
     Every leaf module u that maps one grid to another (see below) becomes a row. The model sees x and T x; let a
     be the input of u on x, a' its input on T x, b = u(a), and T also the same shift in positions of a or b.
@@ -66,6 +67,13 @@ def audit(
     The model is put into evaluation mode; its training flags, its hooks and the random state are as before
     afterwards, also if it fails. All shifts of a batch go through the model at once, so normalisation by
     statistics of the *batch* is not audited soundly.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU())
+        >>> report = audit(model, torch.rand(2, 3, 16, 16))
+        >>> report.worst("border").name, report.worst("global") is None
+        ('0', True)
 
     Args:
         module: the model.

@@ -1,4 +1,4 @@
-"""What a decoder makes of a constant: an equivariant one gives a constant image, others show their grid.
+"""The constant-image probe: an equivariant decoder gives a constant image, others show their grid.
 
 Shape letters: B batch, C channels of the input, I channels of the output, H W its sides, s stride.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,9 @@ from einops import rearrange
 from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_int, require_rank
+from te_quant.equivariance._border import border_distances
+from te_quant.equivariance.audits.plot import plot_constant_image
+from te_quant.tables import Table, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +26,7 @@ __all__ = ["ConstantImageReport", "constant_image_probe"]
 
 
 @dataclass(frozen=True, eq=False)
-class ConstantImageReport:
+class ConstantImageReport(Tabular):
     """How far the output for a constant input is from constant, in units of the output.
 
     Attributes:
@@ -40,30 +43,45 @@ class ConstantImageReport:
     grid_error: float
     border_error: float
     rest: float
-    phases: Tensor
-    profile: tuple[float, ...]
-    deviation: Tensor
+    phases: Tensor = field(repr=False)
+    profile: tuple[float, ...] = field(repr=False)
+    deviation: Tensor = field(repr=False)
     stride: int
     margin: int
 
-    def to_markdown(self) -> str:
-        """A table of the three errors."""
+    def summary(self) -> Table:
+        """Return the three errors as a table."""
         rows = (
             (f"grid: period {self.stride}, away from the border", self.grid_error),
             (f"border: closer than {self.margin} pixels", self.border_error),
             ("rest: away from the border, not periodic", self.rest),
         )
-        lines = "".join(f"| {label} | {value:.3g} |\n" for label, value in rows)
-        return f"| deviation from a constant | RMS |\n| --- | ---: |\n{lines}"
+        cells = [[label, f"{value:.3g}"] for label, value in rows]
+        return Table(["deviation from a constant", "RMS"], cells)
+
+    def to_markdown(self) -> str:
+        """Return the three errors as a table in Markdown."""
+        return self.summary().to_markdown()
 
     def plot(self) -> Figure:
-        """Draw the deviation, enlarged, by phase and by distance from the border. Needs matplotlib."""
-        from te_quant.equivariance.audits.plot import plot_constant_image
+        """Draw the deviation, enlarged, by phase and by distance from the border.
 
-        return plot_constant_image(self)
+        Returns a figure that belongs to no window; use its ``savefig``.
+
+        Raises:
+            ImportError: matplotlib is not installed (``te_quant[plot]``).
+        """
+        return plot_constant_image(
+            self.deviation,
+            self.phases,
+            self.profile,
+            grid_error=self.grid_error,
+            border_error=self.border_error,
+            margin=self.margin,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the picture."""
+        """Return plain values for JSON, without the picture."""
         return {
             "grid_error": self.grid_error,
             "border_error": self.border_error,
@@ -79,17 +97,20 @@ class ConstantImageReport:
 def constant_image_probe(
     function: Callable[[Tensor], Tensor], constant: Tensor, *, stride: int, margin: int | None = None
 ) -> ConstantImageReport:
-    """Give a constant to a decoder (codes) or an autoencoder (images) and measure what is not constant.
+    """Give a constant to a decoder (codes) or an autoencoder (images) and measure how the output varies.
 
     A map that commutes with all shifts sends constants to constants. One that commutes with multiples of s alone
     may show a pattern of period s; what padding adds stays near the border, as far as its influence reaches, and
     shows as a ring; attention and statistics can spread it. Put your model in evaluation mode first.
 
-    Example::
-
-        code = model.quantizer.codebook[7].view(1, -1, 1, 1).expand(1, -1, 16, 16)
-        print(constant_image_probe(model.decode, code, stride=4).to_markdown())
-        constant_image_probe(lambda x: model(x).reconstruction, torch.zeros(1, 1, 64, 64), stride=4).plot()
+    Example:
+        >>> decoder = torch.nn.Sequential(
+        ...     torch.nn.Upsample(scale_factor=4), torch.nn.Conv2d(8, 3, 3, padding=1, padding_mode="circular")
+        ... )
+        >>> code = torch.ones(1, 8, 16, 16)
+        >>> report = constant_image_probe(decoder, code, stride=4)
+        >>> report.grid_error < 1e-6, report.border_error < 1e-6
+        (True, True)
 
     Args:
         function: codes or images -> images.
@@ -135,7 +156,8 @@ def _measure(output: Tensor, stride: int, margin: int) -> ConstantImageReport:
     # The interior starts at `margin`, the phases are counted from the corner of the image.
     phases = cells.mean(-1).roll((margin % stride, margin % stride), (-2, -1))
     residue = deviation - phases.repeat(1, 1, height // stride, width // stride)
-    distance = _distance_from_border(height, width)
+    from_top, from_left = border_distances((height, width))
+    distance = torch.minimum(from_top[:, None], from_left[None, :])
     ring = distance < margin
     profile = tuple(_rms(residue[..., distance == d]) for d in range(int(distance.max()) + 1))
     return ConstantImageReport(
@@ -148,12 +170,6 @@ def _measure(output: Tensor, stride: int, margin: int) -> ConstantImageReport:
         stride=stride,
         margin=margin,
     )
-
-
-def _distance_from_border(height: int, width: int) -> Tensor:
-    axes = (torch.minimum(torch.arange(side), side - 1 - torch.arange(side)) for side in (height, width))
-    rows, columns = axes
-    return torch.minimum(rows[:, None], columns[None, :])
 
 
 def _rms(values: Tensor) -> float:

@@ -1,18 +1,19 @@
-"""Pictures of audits. matplotlib is imported here only when a picture is asked for."""
+"""Pictures of audits and of constant images."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from te_quant.equivariance.audits.report import PARTS, AuditReport, AuditRow, decibels
+from te_quant.equivariance._figure import new_figure
+from te_quant.equivariance.audits.rows import PARTS, AuditRow, decibels, worst_row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from te_quant.equivariance.audits.constant_image import ConstantImageReport
 
 __all__ = ["plot_audit", "plot_constant_image"]
 
@@ -28,22 +29,19 @@ _STEP = 10
 _LONGEST = 48
 
 
-def plot_audit(report: AuditReport) -> Figure:
-    """Draw a line a module, in the order of execution: the error after it, and what it adds, by part.
+def plot_audit(rows: Sequence[AuditRow]) -> Figure:
+    """Draw one line per module, in the order of execution: the error after it, and what it adds, by part.
 
     Args:
-        report: of :func:`~te_quant.equivariance.audit`.
+        rows: of a report, in the order of execution.
 
     Returns:
         A figure that belongs to no window; use its ``savefig``.
     """
-    from matplotlib.figure import Figure
-
-    rows = report.rows
     places = range(len(rows))
-    figure = Figure(figsize=(10.5, 1.9 + 0.17 * max(4, len(rows))), layout="constrained")
+    figure = new_figure(10.5, 1.9 + 0.17 * max(4, len(rows)))
     after, added = figure.subplots(1, 2, sharey=True)
-    exact = _exact_line(report)
+    exact = _exact_line(rows)
     for label, field, colour, dash in (
         ("whole strides", "whole_error", "#000000", "-"),
         ("less than the stride", "sub_stride_error", "#009E73", "--"),
@@ -55,7 +53,7 @@ def plot_audit(report: AuditReport) -> Figure:
         beside = [place + _OFFSETS[part] for place in places]
         lengths = [value - exact for value in values]
         added.barh(beside, lengths, 0.28, left=exact, color=_COLOURS[part], zorder=2)
-        worst = report.worst(part)
+        worst = worst_row(rows, part)
         name = "nothing" if worst is None else f"most by {worst.name or 'the model'}"
         style: dict[str, Any] = {"ls": "", "markersize": 4, "zorder": 3}
         added.plot(values, beside, _MARKS[part], color=_COLOURS[part], label=f"{part}: {name}", **style)
@@ -79,28 +77,42 @@ def plot_audit(report: AuditReport) -> Figure:
     return figure
 
 
-def plot_constant_image(report: ConstantImageReport) -> Figure:
+def plot_constant_image(
+    deviation: Tensor,
+    phases: Tensor,
+    profile: Sequence[float],
+    *,
+    grid_error: float,
+    border_error: float,
+    margin: int,
+) -> Figure:
     """Draw what became of a constant image: its deviation, the same enlarged in the middle, phases and profile.
 
     Args:
-        report: of :func:`~te_quant.equivariance.constant_image_probe`.
+        deviation: the output less the mean of its interior.
+        phases: mean of the interior at each position modulo the stride.
+        profile: RMS of the deviation at each distance from the border.
+        grid_error: RMS of the phases.
+        border_error: RMS of the deviation near the border.
+        margin: width of the border, pixels.
+
+    Shape:
+        deviation: (B, I, H, W), of which the first image is drawn. phases: (I, s, s).
 
     Returns:
         A figure that belongs to no window; use its ``savefig``.
     """
-    from matplotlib.figure import Figure
-
-    s = report.stride
-    image = report.deviation[0].mean(0)
+    s = phases.shape[-1]
+    image = deviation[0].mean(0)
     height, width = image.shape
-    zoom = min(8 * s, height - 2 * report.margin, width - 2 * report.margin)
+    zoom = min(8 * s, height - 2 * margin, width - 2 * margin)
     top, left = (height - zoom) // 2 // s * s, (width - zoom) // 2 // s * s
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = new_figure(13, 3.6)
     axes = figure.subplots(1, 4)
     panels = (
         ("deviation from the interior's mean", image),
         (f"enlarged: {zoom} pixels in the middle", image[top : top + zoom, left : left + zoom]),
-        (f"mean by position modulo {s}: RMS {report.grid_error:.2g}", report.phases.mean(0)),
+        (f"mean by position modulo {s}: RMS {grid_error:.2g}", phases.mean(0)),
     )
     for axis, (title, values) in zip(axes, panels, strict=False):
         most = float(values.abs().max()) or 1.0
@@ -110,19 +122,19 @@ def plot_constant_image(report: ConstantImageReport) -> Figure:
     for axis in axes[1:3]:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.yaxis.get_major_locator().set_params(integer=True)
-    axes[3].plot(report.profile, color="black", marker=".")
-    axes[3].axvline(report.margin - 0.5, color="0.6", ls="--", lw=0.8)
-    axes[3].set_title(f"RMS by distance; border: {report.border_error:.2g}", fontsize=9)
+    axes[3].plot(profile, color="black", marker=".")
+    axes[3].axvline(margin - 0.5, color="0.6", ls="--", lw=0.8)
+    axes[3].set_title(f"RMS by distance; border: {border_error:.2g}", fontsize=9)
     axes[3].set_xlabel("pixels from the border")
     axes[3].set_ylim(bottom=0)
     axes[3].spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _exact_line(report: AuditReport) -> float:
+def _exact_line(rows: Sequence[AuditRow]) -> float:
     """Where to draw what is exact: one step better than the best value that is not."""
-    errors = [(row, error) for row in report.rows for error in (row.whole_error, row.sub_stride_error)]
-    errors += [(row, row.part(part)) for row in report.rows for part in PARTS]
+    errors = [(row, error) for row in rows for error in (row.whole_error, row.sub_stride_error)]
+    errors += [(row, row.part(part)) for row in rows for part in PARTS]
     shown = [decibels(error) for row, error in errors if error is not None and error > row.floor]
     best = max([0.0, *(value for value in shown if value < _BEST)])
     return _STEP * (math.floor(best / _STEP) + 2.0)
@@ -140,7 +152,7 @@ def _label(row: AuditRow) -> str:
     return f"{short} ({row.kind})"
 
 
-def _mark_strides(axes: Any, rows: tuple[AuditRow, ...], exact: float) -> None:
+def _mark_strides(axes: Any, rows: Sequence[AuditRow], exact: float) -> None:
     previous = None
     for place, row in enumerate(rows):
         if row.stride != previous:

@@ -1,90 +1,30 @@
-"""What an audit found, as a value: one row for each module in the order of execution.
-
-All errors are *relative*: Σ‖error‖² / Σ‖z - z̄‖², z the module's output on the unshifted images and z̄ its mean
-for each channel. In decibels, -10·log10 of it: more is better, 0 dB is an error as large as the signal.
-"""
+"""The report of an audit: one row per module, in the order of execution."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from te_quant._checks import require, require_choice
+from te_quant._checks import require
+from te_quant.equivariance._json import plain
+from te_quant.equivariance.audits.plot import plot_audit
+from te_quant.equivariance.audits.rows import PARTS, AuditRow, Part, SkippedModule, decibels, worst_row
 from te_quant.shifts import Shift
+from te_quant.tables import Table, Tabular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PARTS", "AuditReport", "AuditRow", "Part", "SkippedModule", "decibels"]
+__all__ = ["AuditReport"]
 
-Part = Literal["border", "global", "aliasing"]
-PARTS: tuple[Part, ...] = get_args(Part)
 FORMAT = 1
-
-
-def decibels(error: float) -> float:
-    """-10·log10 of a relative error: inf for none, 0 for one as large as the signal, NaN for NaN."""
-    if error == 0:
-        return math.inf
-    return -math.inf if math.isinf(error) else -10 * math.log10(error)
+# Modules that the short table lists at most.
+_MOST_LISTED = 12
 
 
 @dataclass(frozen=True)
-class AuditRow:
-    """One call of one module. Errors are relative, see the head of this file; :func:`decibels` converts.
-
-    Attributes:
-        name: path of the module, with ``#2`` and so on from its second call.
-        kind: its class.
-        padding: how it pads, in words, as far as its attributes say; empty otherwise.
-        stride: pixels from one position of its output to the next; below 1 where the output is larger.
-        grid: (h, w) of its output.
-        whole_error: error of its output after shifts by whole strides of the model; all that came before counts.
-        sub_stride_error: the same after shifts below the stride; None where there is no such shift.
-        border_error: what the module itself adds beside borders.
-        global_error: what the module itself adds away from borders, see :func:`~te_quant.equivariance.audit`.
-        aliasing_error: what the module itself adds at shifts below its own stride; None without one.
-        floor: a part below it is rounding.
-        unaudited: modules inside which could not be audited alone, so that this row answers for them.
-    """
-
-    name: str
-    kind: str
-    padding: str
-    stride: float
-    grid: tuple[int, int]
-    whole_error: float
-    sub_stride_error: float | None
-    border_error: float
-    global_error: float
-    aliasing_error: float | None
-    floor: float
-    unaudited: tuple[str, ...] = ()
-
-    def part(self, part: Part) -> float:
-        """What the module adds to one part; 0 where that is rounding or cannot occur."""
-        require_choice("part", part, PARTS)
-        error = {
-            "border": self.border_error,
-            "global": self.global_error,
-            "aliasing": self.aliasing_error or 0.0,
-        }[part]
-        return error if error > self.floor else 0.0
-
-
-@dataclass(frozen=True)
-class SkippedModule:
-    """A module that was called but not audited, and why."""
-
-    name: str
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class AuditReport:
+class AuditReport(Tabular):
     """Where a model loses equivariance; made by :func:`~te_quant.equivariance.audit`.
 
     Attributes:
@@ -106,14 +46,31 @@ class AuditReport:
     sub_stride_shifts: tuple[Shift, ...]
 
     def worst(self, part: Part) -> AuditRow | None:
-        """The module that adds most to one part (the first of equals); None if none adds more than rounding."""
-        require_choice("part", part, PARTS)
-        worst = max(self.rows, key=lambda row: row.part(part), default=None)
-        return worst if worst is not None and worst.part(part) > 0 else None
+        """Return the row of the module that adds most to one part, the first of equals.
+
+        Args:
+            part: ``border``, ``global`` or ``aliasing``.
+
+        Returns:
+            None if no module adds more than rounding.
+        """
+        return worst_row(self.rows, part)
 
     def culprits(self) -> dict[Part, AuditRow | None]:
-        """The worst module for each part."""
+        """Return the worst module for each part."""
         return {part: self.worst(part) for part in PARTS}
+
+    def summary(self) -> Table:
+        """Return the modules that lose most, with what they add in dB, and the error of the output below."""
+        losing = [row for row in self.rows if any(row.part(part) for part in PARTS)]
+        most = sorted(losing, key=lambda row: max(row.part(part) for part in PARTS), reverse=True)[:_MOST_LISTED]
+        listed = [row for row in losing if row in most]
+        header = ["module", "kind", *(f"adds: {part}" for part in PARTS)]
+        cells = [
+            [row.title(), row.description(), *(row.text(getattr(row, f"{part}_error")) for part in PARTS)]
+            for row in listed
+        ]
+        return Table(header, cells, "ll" + "r" * len(PARTS), self._note(len(losing), len(listed)))
 
     def to_markdown(self, *, losses_only: bool = False) -> str:
         """Name the culprits, then give the rows in dB (more is better; ``exact``: below rounding).
@@ -123,43 +80,53 @@ class AuditReport:
         """
         rows = [row for row in self.rows if not losses_only or any(row.part(part) for part in PARTS)]
         header = ["module", "kind", "stride", "whole shifts", "sub-stride shifts", *(f"adds: {p}" for p in PARTS)]
-        lines = [header, ["---", "---", *("---:" for _ in header[2:])]]
-        lines += [
+        errors = ("whole_error", "sub_stride_error", *(f"{part}_error" for part in PARTS))
+        cells = [
             [
-                row.name or "(the model)",
-                row.kind + (f", {row.padding}" if row.padding else ""),
+                row.title(),
+                row.description(),
                 f"{row.stride:g}",
-                _cell(row, row.whole_error),
-                _cell(row, row.sub_stride_error),
-                _cell(row, row.border_error),
-                _cell(row, row.global_error),
-                _cell(row, row.aliasing_error),
+                *(row.text(getattr(row, error)) for error in errors),
             ]
             for row in rows
         ]
-        table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
         found = "".join(f"- {part}: {_culprit(part, row)}\n" for part, row in self.culprits().items())
+        note = f"In dB, more is better. {self._conditions()}"
+        return f"{found}\n{Table(header, cells, 'll' + 'r' * 6, note).to_markdown()}"
+
+    def _note(self, losing: int, listed: int) -> str:
+        last = self.rows[-1]
+        output = f"whole shifts {last.text(last.whole_error)}"
+        if last.sub_stride_error is not None:
+            output += f", sub-stride shifts {last.text(last.sub_stride_error)}"
+        left = f" {losing - listed} more add less." if losing > listed else ""
+        return (
+            f"In dB, more is better. {losing} of {len(self.rows)} modules add more than rounding.{left} Error "
+            f"after the last module: {output}. {self._conditions()}"
+        )
+
+    def _conditions(self) -> str:
         height, width = self.image_size
         left_out = f" {len(self.skipped)} modules were not audited alone." if self.skipped else ""
         return (
-            f"{found}\n{table}\nIn dB, more is better. {self.num_images} images of {height}x{width} pixels, "
-            f"circular shifts; stride {self.stride}; whole shifts {_shifts(self.shifts)}, sub-stride shifts "
-            f"{_shifts(self.sub_stride_shifts)}.{left_out}\n"
+            f"{self.num_images} images of {height}x{width} pixels, circular shifts; stride {self.stride}; "
+            f"whole shifts {_shifts(self.shifts)}, sub-stride shifts {_shifts(self.sub_stride_shifts)}.{left_out}"
         )
 
     def plot(self) -> Figure:
-        """Draw the error after each module, and under it what each module adds, by part.
+        """Draw the error after each module, and next to it the error that each module adds, by part.
 
-        Needs matplotlib. Returns a figure that belongs to no window; use its ``savefig``.
+        Returns a figure that belongs to no window; use its ``savefig``.
+
+        Raises:
+            ImportError: matplotlib is not installed (``te_quant[plot]``).
         """
-        from te_quant.equivariance.audits.plot import plot_audit
-
-        return plot_audit(self)
+        return plot_audit(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for strict JSON: NaN and infinities become the strings that ``float`` reads."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return {"format": FORMAT, **plain}
+        """Return plain values for strict JSON: NaN and infinities become the strings that ``float`` reads."""
+        values: dict[str, Any] = plain(asdict(self))
+        return {"format": FORMAT, **values}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AuditReport:
@@ -175,17 +142,10 @@ class AuditReport:
         return cls(**values)
 
 
-def _cell(row: AuditRow, error: float | None) -> str:
-    if error is None:
-        return ""
-    return "exact" if error <= row.floor else f"{decibels(error):.1f}"
-
-
 def _culprit(part: Part, row: AuditRow | None) -> str:
     if row is None:
         return "none adds more than rounding"
-    padding = f", {row.padding}" if row.padding else ""
-    return f"`{row.name or '(the model)'}` ({row.kind}{padding}) at {decibels(row.part(part)):.1f} dB"
+    return f"`{row.title()}` ({row.description()}) at {decibels(row.part(part)):.1f} dB"
 
 
 def _shifts(shifts: tuple[Shift, ...]) -> str:
@@ -196,7 +156,7 @@ _TEXTS = ("name", "kind", "padding", "reason", "unaudited")
 
 
 def _fields(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo :func:`_plain` for the fields of ``kind``: lists were tuples, strings in place of numbers floats."""
+    """Undo :func:`plain` for the fields of ``kind``: lists were tuples, strings in place of numbers floats."""
     names = {field.name for field in fields(kind)}
     require(set(data) == names, f"{kind.__name__} fields", str(sorted(names)), sorted(data))
     values = {name: _tuples(value) for name, value in data.items()}
@@ -205,13 +165,3 @@ def _fields(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(entry) for entry in value) if isinstance(value, list | tuple) else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -24,7 +24,9 @@ from te_quant._checks import (
     require_number,
     require_rank,
 )
+from te_quant.equivariance._text import UNDEFINED, with_interval
 from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, Interval
+from te_quant.tables import Table, Tabular
 
 __all__ = [
     "CHANCE_GAP",
@@ -41,8 +43,8 @@ CHANCE_GAP = 1e-12
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """A rate of equal indices beside the rate that chance would give.
+class Agreement(Tabular):
+    """A rate of equal indices next to the rate that chance would give.
 
     Attributes:
         rate: share of equal indices A, in [0, 1]; NaN where no token was compared.
@@ -56,7 +58,14 @@ class Agreement:
             where it was not asked for or cannot be known: one image, or nothing compared. It has no width where
             no two indices differed, which is no proof that none ever will.
         kappa_interval: the same of κ, with the marginal frequencies formed anew in every resample; resamples that
-            leave κ undefined are left out. NaN in the maps by shift, which keep pooled frequencies alone.
+            leave κ undefined are left out. NaN in the maps by shift, which keep only pooled frequencies.
+
+    Example:
+        >>> first, second = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 0])
+        >>> print(count_pairs(first, second, num_codes=2).agreement())
+         rate      κ  chance  differing  token pairs
+        -----  -----  ------  ---------  -----------
+        0.750  0.500   0.500          1            4
 
     Source: Cohen 1960, "A coefficient of agreement for nominal scales"; Efron 1979 for the bootstrap. Whole images
         are drawn, because the tokens of one image are not independent.
@@ -74,6 +83,20 @@ class Agreement:
     def differing(self) -> int:
         """How many of the compared pairs differ, exactly."""
         return 0 if self.tokens == 0 else self.tokens - round(self.rate * self.tokens)
+
+    def rate_text(self) -> str:
+        """Write the rate with its interval."""
+        return with_interval(self.rate, self.rate_interval)
+
+    def kappa_text(self) -> str:
+        """Write κ with its interval, or that it is undefined because only one code was compared."""
+        return with_interval(self.kappa, self.kappa_interval) if self.kappa_defined else UNDEFINED
+
+    def summary(self) -> Table:
+        """Return the rate, κ, what chance gives, and the counts behind them."""
+        cells = [self.rate_text(), self.kappa_text(), f"{self.chance:.3f}", f"{self.differing:,}"]
+        header = ["rate", "κ", "chance", "differing", "token pairs"]
+        return Table(header, [[*cells, f"{self.tokens:,}"]], "rrrrr")
 
 
 @dataclass(frozen=True)
@@ -136,6 +159,10 @@ def count_pairs(first: Tensor, second: Tensor, num_codes: int, mask: Tensor | No
 
     Shape:
         first, second: one shape, int64. mask: the same, bool.
+
+    Example:
+        >>> count_pairs(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), num_codes=2).equal
+        2
     """
     require_integer_tensor("first", first)
     require_integer_tensor("second", second)
@@ -155,12 +182,18 @@ def foreground_tokens(images: Tensor, *, stride: int, ground: float = -1.0, tau:
 
     Args:
         images: in [-1, 1].
-        stride: s, pixels a token; the cell of token (a, b) is the s x s square at (s·a, s·b).
+        stride: s, pixels per token; the cell of token (a, b) is the s x s square at (s·a, s·b).
         ground: value of the ground, in the unit of ``images``.
         tau: τ, a cell is foreground when any pixel of any channel differs from the ground by more.
 
     Shape:
         images: (B, C, H, W), H and W multiples of s. Returns (B, H/s, W/s) bool.
+
+    Example:
+        >>> images = torch.full((1, 1, 4, 4), -1.0)
+        >>> images[0, 0, 3, 0] = 1.0
+        >>> foreground_tokens(images, stride=2).tolist()
+        [[[False, False], [True, False]]]
     """
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)

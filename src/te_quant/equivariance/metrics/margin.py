@@ -1,4 +1,4 @@
-"""Why indices survive a shift: how far latents are from the next code, beside how far they move.
+"""Why indices survive a shift: how far latents are from the next code, and how far they move.
 
 A latent vector keeps its code as long as it moves by less than its margin r, the distance to the nearest wall of
 the code's Voronoi cell. So the share of tokens that move by δ < r is certified to keep its index, whatever the
@@ -24,6 +24,7 @@ from te_quant._checks import (
     require_rank,
 )
 from te_quant._values import require_in_range
+from te_quant.equivariance._text import with_interval
 from te_quant.equivariance.metrics._bootstrap import (
     NO_INTERVAL,
     ImageSums,
@@ -31,8 +32,9 @@ from te_quant.equivariance.metrics._bootstrap import (
     Resamples,
     percentile_place,
 )
+from te_quant.tables import Table, Tabular
 
-__all__ = ["Margin", "MarginTally", "Spread", "code_margins"]
+__all__ = ["MARGIN_LABELS", "Margin", "MarginTally", "Spread", "code_margins"]
 
 # Elements of the largest temporary beside a copy of the codebook: 32 MiB of float64.
 _MOST_ELEMENTS = 2**22
@@ -46,7 +48,7 @@ _CLOSE = 1e-6
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(Tabular):
     """Percentiles of a quantity over tokens; order statistics, so inf may be among them.
 
     Attributes:
@@ -76,9 +78,26 @@ class Spread:
         low, median, high = (float(ordered[percentile_place(s, len(ordered))]) for s in (0.05, 0.5, 0.95))
         return cls(low, median, high, NO_INTERVAL if resamples is None else resamples.interval_of_median(values))
 
+    def text(self) -> str:
+        """Write the median with its interval, and the outer percentiles in parentheses."""
+        return f"{with_interval(self.median, self.median_interval, '.3g')} ({self.low:.3g} to {self.high:.3g})"
+
+    def summary(self) -> Table:
+        """Return the three percentiles."""
+        median = with_interval(self.median, self.median_interval, ".3g")
+        return Table(["5 %", "median", "95 %"], [[f"{self.low:.3g}", median, f"{self.high:.3g}"]], "rrr")
+
+
+MARGIN_LABELS = (
+    "certified rate (moves less than its margin)",
+    "margin, median (5 % to 95 %)",
+    "movement under whole-token shifts, median (5 % to 95 %)",
+    "movement / margin, median (5 % to 95 %)",
+)
+
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(Tabular):
     """How far tokens are from another code, and how far a shift by whole tokens moves them.
 
     Attributes:
@@ -100,6 +119,24 @@ class Margin:
     contradictions: int
     tokens: int
 
+    def texts(self) -> dict[str, str]:
+        """Write the certified rate and the three spreads, by their labels in tables."""
+        return dict(zip(MARGIN_LABELS, (self.certified_text(), *map(Spread.text, self._spreads())), strict=True))
+
+    def certified_text(self) -> str:
+        """Write the certified rate with its interval."""
+        return with_interval(self.certified_rate, self.certified_interval)
+
+    def summary(self) -> Table:
+        """Return the certified rate, the three spreads, and the contradictions if there are any."""
+        rows = [[label, text] for label, text in self.texts().items()]
+        if self.contradictions:
+            rows.append(["certified, yet the indices differ (rounding)", f"{self.contradictions:,}"])
+        return Table(["margin", "value"], rows)
+
+    def _spreads(self) -> tuple[Spread, Spread, Spread]:
+        return self.margin, self.movement, self.ratio
+
 
 def code_margins(latents: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
     """Distance of each latent vector from the nearest wall of the Voronoi cell of its code.
@@ -119,6 +156,10 @@ def code_margins(latents: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
     Note:
         Exact copies of code c form no wall: whichever of them is chosen by the same rule every time (the lowest
         index, in this library), it is chosen for all latents of their common cell. They are left out.
+
+    Example:
+        >>> code_margins(torch.tensor([[0.25]]), torch.tensor([[0.0], [2.0]]), torch.tensor([0]))
+        tensor([0.7500], dtype=torch.float64)
 
     Raises:
         ValueError: a shape or device does not fit, or an index lies outside [0, K).

@@ -37,13 +37,14 @@ def numerical_floor(
 ) -> dict[str, Agreement]:
     """Measure how often the same images get the same indices when only the arithmetic differs.
 
-    Example::
-
-        half = copy.deepcopy(model).bfloat16()
-        floor = numerical_floor(
-            model.encode_to_indices, images, num_codes=256,
-            variants={"batch of one": 1, "bfloat16": lambda x: half.encode_to_indices(x.bfloat16())})
-        floor["bfloat16"].differing, floor["bfloat16"].tokens
+    Example:
+        >>> def tokenize(images):
+        ...     return (images[:, 0, ::4, ::4] > 0).long()
+        >>> images = torch.linspace(-1, 1, 512).view(2, 1, 16, 16)
+        >>> half = {"bfloat16": lambda x: tokenize(x.bfloat16())}
+        >>> floor = numerical_floor(tokenize, images, num_codes=2, variants=half)
+        >>> floor["bfloat16"].differing, floor["bfloat16"].tokens
+        (0, 32)
 
     Args:
         tokenize: images -> indices; set your model to evaluation mode first.
@@ -51,15 +52,15 @@ def numerical_floor(
         num_codes: K.
         variants: what to compare with ``tokenize``, by name: another callable, or a batch size at which
             ``tokenize`` is called again. None: ``{"batch of one": 1}``.
-        batch_size: images a call.
-        resamples: of the images, for the intervals; 0 for none.
-        seed: of the resamples.
+        batch_size: images per call.
+        resamples: how often the images are resampled for the intervals; 0 for none.
+        seed: of the resampling.
 
     Shape:
         images: (B, C, H, W). tokenize and callables in ``variants``: (N, C, H, W) -> (N, h, w) integer.
 
     Returns:
-        One agreement a variant; ``differing`` counts the indices that changed.
+        One agreement per variant; ``differing`` counts the indices that changed.
 
     Raises:
         ValueError: no image, an impossible size, or a callable that returns other shapes or indices.

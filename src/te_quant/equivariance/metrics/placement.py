@@ -25,7 +25,15 @@ __all__ = ["place_sprites", "placement_agreement", "placement_offsets", "placeme
 
 
 def placement_offsets(canvas_size: int) -> tuple[Shift, ...]:
-    """Return the five (top, left) offsets in pixels: four quadrants in reading order, then the centre."""
+    """Return the five (top, left) offsets in pixels: four quadrants in reading order, then the centre.
+
+    Args:
+        canvas_size: S in pixels.
+
+    Example:
+        >>> placement_offsets(64)
+        ((0, 0), (0, 32), (32, 0), (32, 32), (16, 16))
+    """
     half, quarter = canvas_size // 2, canvas_size // 4
     return (0, 0), (0, half), (half, 0), (half, half), (quarter, quarter)
 
@@ -36,7 +44,7 @@ def place_sprites(sprites: Tensor, *, canvas_size: int, stride: int, ground: flo
     Args:
         sprites: in [-1, 1], half as wide and high as the canvas.
         canvas_size: S in pixels; S/4 must be a multiple of the stride, so that tokens align.
-        stride: s, pixels a token.
+        stride: s, pixels per token.
         ground: value of the canvas around the sprite.
 
     Shape:
@@ -64,7 +72,7 @@ def placement_pairs(indices: Tensor, *, stride: int) -> tuple[Tensor, Tensor]:
 
     Args:
         indices: tokens of the five canvases, in the order of :func:`placement_offsets`.
-        stride: s, pixels a token.
+        stride: s, pixels per token.
 
     Shape:
         indices: (5, B, S/s, S/s). Returns two of (B, 10, S/(2s), S/(2s)).
@@ -100,17 +108,23 @@ def placement_agreement(
         tokenize: images -> indices; set your model to evaluation mode first.
         sprites: in [-1, 1].
         canvas_size: S in pixels, a multiple of 4·s.
-        stride: s, pixels a token.
+        stride: s, pixels per token.
         num_codes: K.
         ground: value of the canvas around the sprite.
         tau: None compares all tokens of the blocks, as the authors do; a number only those whose pixels
             differ from the ground by more.
-        batch_size: images a call.
-        resamples: of the sprites, for the intervals; 0 for none.
-        seed: of the resamples.
+        batch_size: images per call.
+        resamples: how often the sprites are resampled for the intervals; 0 for none.
+        seed: of the resampling.
 
     Shape:
         sprites: (B, C, S/2, S/2). tokenize: (N, C, S, S) -> (N, S/s, S/s) integer.
+
+    Example:
+        >>> sprites = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+        >>> tokenize = lambda images: (images[:, 0, ::4, ::4] > 0).long()
+        >>> placement_agreement(tokenize, sprites, canvas_size=16, stride=4, num_codes=2).rate
+        1.0
 
     Source: evaluation code of Shin et al. 2021, arXiv:2112.00384. Differs: κ is ours, with
         every pair counted in both orders, since no placement is the reference.

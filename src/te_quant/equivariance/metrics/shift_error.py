@@ -7,12 +7,15 @@ Shape letters: B batch, D latent channels, h w compared tokens, C image channels
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from te_quant.equivariance._text import UNDEFINED, with_interval
 from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, ImageSums, Interval, Resamples
+from te_quant.tables import Table, Tabular
 
 __all__ = ["FeatureTally", "PixelTally", "ShiftError", "psnr"]
 
@@ -21,26 +24,43 @@ _PEAK_TO_PEAK = 2.0
 
 
 @dataclass(frozen=True)
-class ShiftError:
+class ShiftError(Tabular):
     """How far a shifted result is from the shift of the result.
 
     Attributes:
         decibels: more is better; inf for no error at all, NaN where it is undefined (no signal and no error, or
             nothing compared). Of features 10·log10(Σ‖z - z̄‖² / Σ‖z' - z‖²), of images the PSNR.
         interval: 95 % confidence interval (low, high) of the decibels, by percentile bootstrap over images.
-        mean_square: mean of the squared error: of features ‖z' - z‖² a token, of images a pixel and channel.
+        mean_square: mean of the squared error: of features ‖z' - z‖² per token, of images per pixel and channel.
+
+    Example:
+        >>> print(ShiftError(23.5, (22.1, 24.9), 0.01))
+        dB, more is better  mean square
+        --------------------  -----------
+        23.50 [22.10, 24.90]         0.01
     """
 
     decibels: float
     interval: Interval
     mean_square: float
 
+    def decibels_text(self) -> str:
+        """Write the decibels with their interval."""
+        if math.isnan(self.decibels):
+            return UNDEFINED
+        return "inf" if self.decibels == math.inf else with_interval(self.decibels, self.interval, ".2f")
+
+    def summary(self) -> Table:
+        """Return the error in decibels and as a mean square."""
+        cells = [self.decibels_text(), f"{self.mean_square:.3g}"]
+        return Table(["dB, more is better", "mean square"], [cells], "rr")
+
 
 class FeatureTally:
     """Sums behind the feature error: both sides over the compared tokens, pooled over images and shifts.
 
     Args:
-        pooled: keep the sums of all images alone, without intervals.
+        pooled: keep only the sums of all images, without intervals.
     """
 
     def __init__(self, *, pooled: bool = False) -> None:
@@ -84,7 +104,7 @@ class PixelTally:
     """Sums behind the error of decoded images.
 
     Args:
-        pooled: keep the sums of all images alone, without intervals.
+        pooled: keep only the sums of all images, without intervals.
     """
 
     def __init__(self, *, pooled: bool = False) -> None:

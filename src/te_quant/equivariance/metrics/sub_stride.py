@@ -41,11 +41,16 @@ def best_token_shift(
         mask: True at tokens of the shifted image that count; None counts all.
 
     Shape:
-        reference, shifted, mask: (B, h, w). Returns (B, h, w): R_k i(x) with one k an image; the first in
+        reference, shifted, mask: (B, h, w). Returns (B, h, w): R_k i(x) with one k per image; the first in
         the order (0,0), (0,1), (1,0), (1,1) where several agree equally.
 
+    Example:
+        >>> tokens = torch.arange(9).view(1, 3, 3)
+        >>> best_token_shift(tokens, tokens.roll(1, -1), protocol="circular").tolist()
+        [[[2, 0, 1], [5, 3, 4], [8, 6, 7]]]
+
     Note:
-        Two candidates an axis are enough for a tokenizer that chooses its sampling phase o in {0..s-1} by itself
+        Two candidates per axis are enough for a tokenizer that chooses its sampling phase o in {0..s-1} by itself
         (adaptive polyphase): its law is k = (t + o - o')/s, and t + o - o' lies strictly between -s and 2s.
 
         The maximum over four candidates lifts the rate, and κ, of unrelated tokens slightly above chance.

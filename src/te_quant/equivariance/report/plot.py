@@ -1,4 +1,4 @@
-"""Pictures of reports. matplotlib is imported here only when a picture is asked for."""
+"""Pictures of reports."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from te_quant._checks import require, require_choice
+from te_quant.equivariance._figure import new_figure
 from te_quant.equivariance.metrics._bootstrap import Interval
-from te_quant.equivariance.report.report import EquivarianceReport
-from te_quant.equivariance.report.values import ShiftAgreement
+from te_quant.equivariance.report.values import EquivarianceValues, ShiftAgreement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ class _Bar(NamedTuple):
     chance: float = math.nan
 
 
-def plot_reports(reports: Mapping[str, EquivarianceReport]) -> Figure:
+def plot_reports(reports: Mapping[str, EquivarianceValues]) -> Figure:
     """Draw reports side by side: rates, κ and errors by metric, and one map over sub-stride shifts each.
 
     The short line across a rate is what chance gives with the same code frequencies; whiskers are 95 % intervals.
@@ -64,16 +64,18 @@ def plot_reports(reports: Mapping[str, EquivarianceReport]) -> Figure:
 
     Returns:
         A figure that belongs to no window; use its ``savefig``.
+
+    Raises:
+        ValueError: there is no report.
+        ImportError: matplotlib is not installed (``te_quant[plot]``).
     """
     require(len(reports) > 0, "reports", "at least one", len(reports))
-    from matplotlib.figure import Figure
-
     panels = _panels(reports)
     columns = min(4, len(reports))
     map_rows = math.ceil(len(reports) / columns)
     bars = max(len(groups) for _, groups in panels) * (len(reports) + 1)
     width = max(9.0, 3.4 * columns, _BAR_INCHES * bars)
-    figure = Figure(figsize=(width, 2.9 * len(panels) + 3.8 * map_rows), layout="constrained")
+    figure = new_figure(width, 2.9 * len(panels) + 3.8 * map_rows)
     grid = figure.add_gridspec(
         len(panels) + map_rows, columns, height_ratios=[2.7] * len(panels) + [3.5] * map_rows
     )
@@ -92,8 +94,8 @@ def plot_reports(reports: Mapping[str, EquivarianceReport]) -> Figure:
     return figure
 
 
-def plot_shift_maps(reports: Mapping[str, EquivarianceReport], *, value: str = "agreement") -> Figure:
-    """Draw one column a report: above the map over shifts by whole tokens, below the map over sub-stride shifts.
+def plot_shift_maps(reports: Mapping[str, EquivarianceValues], *, value: str = "agreement") -> Figure:
+    """Draw one column per report: above the map over shifts by whole tokens, below the map over sub-stride shifts.
 
     Args:
         reports: at least one report by name.
@@ -102,12 +104,15 @@ def plot_shift_maps(reports: Mapping[str, EquivarianceReport], *, value: str = "
 
     Returns:
         A figure that belongs to no window; use its ``savefig``.
+
+    Raises:
+        ValueError: there is no report, or ``value`` is none of the three.
+        ImportError: matplotlib is not installed (``te_quant[plot]``).
     """
     require(len(reports) > 0, "reports", "at least one", len(reports))
     require_choice("value", value, _MAP_VALUES)
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(4.2, 3.7 * len(reports)), 8.4), layout="constrained")
+    figure = new_figure(max(4.2, 3.7 * len(reports)), 8.4)
     grid = figure.add_gridspec(2, len(reports))
     limits = _limits(reports, value)
     for column, (name, report) in enumerate(reports.items()):
@@ -123,8 +128,8 @@ def plot_shift_maps(reports: Mapping[str, EquivarianceReport], *, value: str = "
 _Groups = dict[str, dict[str, _Bar]]
 
 
-def _panels(reports: Mapping[str, EquivarianceReport]) -> list[tuple[str, _Groups]]:
-    def groups(names: Mapping[str, str], bars: Callable[[EquivarianceReport], Mapping[str, _Bar]]) -> _Groups:
+def _panels(reports: Mapping[str, EquivarianceValues]) -> list[tuple[str, _Groups]]:
+    def groups(names: Mapping[str, str], bars: Callable[[EquivarianceValues], Mapping[str, _Bar]]) -> _Groups:
         measured = {name: bars(report) for name, report in reports.items()}
         found = {
             short: {name: values[metric] for name, values in measured.items() if metric in values}
@@ -210,7 +215,7 @@ def _bar_text(value: float, pattern: str) -> str:
 
 def _draw_map(
     axes: Any,
-    report: EquivarianceReport,
+    report: EquivarianceValues,
     entries: Sequence[ShiftAgreement],
     value: str,
     limits: tuple[float, float] = (0.0, 1.0),
@@ -251,7 +256,7 @@ def _value(entry: ShiftAgreement, value: str) -> float:
     return math.nan if found is None else found
 
 
-def _limits(reports: Mapping[str, EquivarianceReport], value: str) -> tuple[float, float]:
+def _limits(reports: Mapping[str, EquivarianceValues], value: str) -> tuple[float, float]:
     if value == "agreement":
         return 0.0, 1.0
     found = [
@@ -263,7 +268,7 @@ def _limits(reports: Mapping[str, EquivarianceReport], value: str) -> tuple[floa
     return min([0.0, *finite]), max([1.0, *finite])
 
 
-def _beside(report: EquivarianceReport) -> str:
+def _beside(report: EquivarianceValues) -> str:
     use, error = report.code_use, report.reconstruction
     quality = "reconstruction not measured" if error is None else f"L1 {error.l1:.3f}, PSNR {error.psnr:.1f} dB"
     return f"{use.used_codes} of {report.settings.num_codes} codes, perplexity {use.perplexity:.1f}\n{quality}"

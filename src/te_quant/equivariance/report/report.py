@@ -1,36 +1,49 @@
-"""What was measured, as a value: typed fields, a table, a picture, and strict JSON both ways.
+"""The report of a measurement: typed values, a table, a picture, and strict JSON both ways.
 
-An agreement is never shown alone: κ, the use of the codebook and the reconstruction error stand beside it,
-because a tokenizer that has collapsed to one code agrees perfectly.
+An agreement is never shown without κ, the code use and the reconstruction error, because a tokenizer that has
+collapsed to one code agrees perfectly.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
+from te_quant.equivariance._json import plain
 from te_quant.equivariance.metrics._bootstrap import Interval
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import Margin, Spread
 from te_quant.equivariance.metrics.shift_error import ShiftError
-from te_quant.equivariance.report.values import CodeUse, EquivarianceSettings, ReconstructionError, ShiftAgreement
+from te_quant.equivariance.report.plot import plot_reports
+from te_quant.equivariance.report.tables import report_table, summary_table
+from te_quant.equivariance.report.values import (
+    AGREEMENT_LABELS,
+    ERROR_LABELS,
+    EquivarianceSettings,
+    EquivarianceValues,
+    ReconstructionError,
+    ShiftAgreement,
+)
 from te_quant.shifts import Shift
+from te_quant.tables import Table, Tabular
+from te_quant.usage import CodebookUsageReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AGREEMENT_LABELS", "ERROR_LABELS", "EquivarianceReport"]
+__all__ = ["EquivarianceReport"]
 
 FORMAT = 3
 # Lacks the intervals of the medians of margins; they read as not measured.
 _FORMER = 2
+# The share above which CodebookUsage calls a code frequent by default.
+_FREQUENT_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
-class EquivarianceReport:
+class EquivarianceReport(EquivarianceValues, Tabular):
     """How equivariant a tokenizer's indices are; made by :func:`measure_equivariance`.
 
     Attributes:
@@ -59,62 +72,31 @@ class EquivarianceReport:
         settings: the conditions.
     """
 
-    placement: Agreement | None
-    placement_foreground: Agreement | None
-    aligned: Agreement
-    aligned_foreground: Agreement
-    sub_stride: Agreement
-    sub_stride_foreground: Agreement
-    sub_stride_fourier: Agreement | None
-    sub_stride_fourier_foreground: Agreement | None
-    feature_error: ShiftError | None
-    feature_error_sub_stride: ShiftError | None
-    end_to_end: ShiftError | None
-    end_to_end_sub_stride: ShiftError | None
-    margin: Margin | None
-    numerical_floor: Mapping[str, Agreement]
-    code_use: CodeUse
-    reconstruction: ReconstructionError | None
-    aligned_by_shift: tuple[ShiftAgreement, ...]
-    sub_stride_by_shift: tuple[ShiftAgreement, ...]
-    settings: EquivarianceSettings
-
-    def agreements(self) -> dict[str, Agreement]:
-        """Return the measured agreements by field name, in the order of the table."""
-        values = {name: getattr(self, name) for name in AGREEMENT_LABELS}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def errors(self) -> dict[str, ShiftError]:
-        """Return the measured errors in dB by field name, in the order of the table."""
-        values = {name: getattr(self, name) for name in ERROR_LABELS}
-        return {name: value for name, value in values.items() if value is not None}
+    def summary(self) -> Table:
+        """Return the short table that ``print`` and notebooks show."""
+        return summary_table(self)
 
     def to_markdown(self) -> str:
-        """Return a table of every agreement with κ, and under it the errors, code use and reconstruction error."""
-        from te_quant.equivariance.report.tables import report_table
-
+        """Return tables of every agreement with κ, of the errors, the code use and the reconstruction error."""
         return report_table(self)
 
     def plot(self) -> Figure:
         """Draw rates, κ and errors by metric with their intervals, and the maps over shifts.
 
-        Needs matplotlib. Returns a figure that belongs to no window; use its ``savefig``.
+        Returns a figure that belongs to no window; use its ``savefig``.
+
+        Raises:
+            ImportError: matplotlib is not installed (``te_quant[plot]``).
         """
-        from te_quant.equivariance.report.plot import plot_reports
-
         return plot_reports({"measured": self})
-
-    @staticmethod
-    def table(reports: Mapping[str, EquivarianceReport]) -> str:
-        """Return several reports side by side as a Markdown table; see :func:`comparison_table`."""
-        from te_quant.equivariance.report.tables import comparison_table
-
-        return comparison_table(reports)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for strict JSON: NaN and infinities become the strings that ``float`` reads."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return {"format": FORMAT, **plain}
+        values: dict[str, Any] = plain(asdict(self))
+        # These two follow from the settings and from how the code use is counted.
+        for name in ("num_codes", "frequent_share"):
+            del values["code_use"][name]
+        return {"format": FORMAT, **values}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EquivarianceReport:
@@ -124,7 +106,7 @@ class EquivarianceReport:
             ValueError: another format, or missing or unknown fields.
         """
         known = data.get("format") in (_FORMER, FORMAT)
-        expected = f"{_FORMER} or {FORMAT} (measure anew: another format lacks fields)"
+        expected = f"{_FORMER} or {FORMAT} (measure again: another format lacks fields)"
         require(known, "format", expected, repr(data.get("format")))
         names = {field.name for field in fields(cls)}
         require(set(data) == names | {"format"}, "report fields", f"{sorted(names | {'format'})}", sorted(data))
@@ -134,7 +116,9 @@ class EquivarianceReport:
         settings["image_size"] = _shift(settings["image_size"])
         error, margin = data["reconstruction"], data["margin"]
         values: dict[str, Any] = {
-            "code_use": CodeUse(**_numbers(data["code_use"])),
+            "code_use": CodebookUsageReport(
+                num_codes=settings["num_codes"], frequent_share=_FREQUENT_SHARE, **_numbers(data["code_use"])
+            ),
             "reconstruction": None if error is None else ReconstructionError(**_numbers(error)),
             "margin": None if margin is None else _margin(margin),
             "numerical_floor": {name: Agreement(**_numbers(a)) for name, a in data["numerical_floor"].items()},
@@ -148,32 +132,12 @@ class EquivarianceReport:
         return cls(**values)
 
 
-AGREEMENT_LABELS: dict[str, str] = {
-    "placement": "placement (paper: 5 places, 10 pairs)",
-    "placement_foreground": "placement, foreground",
-    "aligned": "aligned (whole tokens)",
-    "aligned_foreground": "aligned, foreground",
-    "sub_stride": "sub-stride (best token shift)",
-    "sub_stride_foreground": "sub-stride, foreground",
-    "sub_stride_fourier": "sub-stride (Fourier)",
-    "sub_stride_fourier_foreground": "sub-stride (Fourier), foreground",
-}
-
-
-ERROR_LABELS: dict[str, str] = {
-    "feature_error": "features, whole tokens",
-    "feature_error_sub_stride": "features, sub-stride (Fourier)",
-    "end_to_end": "end to end PSNR, whole tokens",
-    "end_to_end_sub_stride": "end to end PSNR, sub-stride",
-}
-
-
 def _numbers(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _number(value) for name, value in data.items()}
 
 
 def _number(value: Any) -> Any:
-    """Read what :func:`_plain` has written: strings are NaN or infinities, lists are intervals."""
+    """Read what :func:`plain` has written: strings are NaN or infinities, lists are intervals."""
     if isinstance(value, str):
         return float(value)
     return _interval(value) if isinstance(value, list | tuple) else value
@@ -195,13 +159,3 @@ def _shift_agreement(data: Mapping[str, Any]) -> ShiftAgreement:
 
 def _shift(values: Any) -> Shift:
     return int(values[0]), int(values[1])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

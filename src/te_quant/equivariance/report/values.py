@@ -1,20 +1,49 @@
-"""The parts of a report, as typed values."""
+"""What a report holds: its parts as typed values, their labels in tables, and all of them together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from te_quant.equivariance._text import with_interval
 from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, Interval
 from te_quant.equivariance.metrics.agreement import Agreement
+from te_quant.equivariance.metrics.margin import Margin
+from te_quant.equivariance.metrics.shift_error import ShiftError
 from te_quant.shifts import Protocol, Shift
+from te_quant.tables import Table, Tabular
 from te_quant.usage import CodebookUsageReport
 
-__all__ = ["CodeUse", "EquivarianceSettings", "ReconstructionError", "ShiftAgreement"]
+__all__ = [
+    "AGREEMENT_LABELS",
+    "ERROR_LABELS",
+    "EquivarianceSettings",
+    "EquivarianceValues",
+    "ReconstructionError",
+    "ShiftAgreement",
+]
+
+AGREEMENT_LABELS: dict[str, str] = {
+    "placement": "placement (paper: 5 places, 10 pairs)",
+    "placement_foreground": "placement, foreground",
+    "aligned": "aligned (whole tokens)",
+    "aligned_foreground": "aligned, foreground",
+    "sub_stride": "sub-stride (best token shift)",
+    "sub_stride_foreground": "sub-stride, foreground",
+    "sub_stride_fourier": "sub-stride (Fourier)",
+    "sub_stride_fourier_foreground": "sub-stride (Fourier), foreground",
+}
+ERROR_LABELS: dict[str, str] = {
+    "feature_error": "features, whole tokens",
+    "feature_error_sub_stride": "features, sub-stride (Fourier)",
+    "end_to_end": "end to end PSNR, whole tokens",
+    "end_to_end_sub_stride": "end to end PSNR, sub-stride",
+}
 
 
 @dataclass(frozen=True)
 class ShiftAgreement:
-    """What was measured at one pixel shift (dy, dx); only the rate has an interval.
+    """Agreement and errors at one pixel shift (dy, dx); only the rate has an interval.
 
     Attributes:
         shift: (dy, dx), down and right.
@@ -30,29 +59,7 @@ class ShiftAgreement:
 
 
 @dataclass(frozen=True)
-class CodeUse:
-    """How the codebook was used over a stated number of tokens.
-
-    Attributes:
-        used_codes: codes that occur at least once; grows with the number of tokens.
-        frequent_codes: codes that make up more than 0.1 % of the tokens; does not.
-        perplexity: exp of the entropy of the code frequencies, in [1, K].
-        tokens: how many tokens were counted.
-    """
-
-    used_codes: int
-    frequent_codes: int
-    perplexity: float
-    tokens: int
-
-    @classmethod
-    def of(cls, usage: CodebookUsageReport) -> CodeUse:
-        """Keep the figures of a :class:`~te_quant.CodebookUsage`, without its histogram."""
-        return cls(usage.used_codes, usage.frequent_codes, usage.perplexity, usage.tokens)
-
-
-@dataclass(frozen=True)
-class ReconstructionError:
+class ReconstructionError(Tabular):
     """How far decoded images are from the originals, over all pixels of the reference images.
 
     Attributes:
@@ -71,24 +78,36 @@ class ReconstructionError:
     mse_interval: Interval = NO_INTERVAL
     psnr_interval: Interval = NO_INTERVAL
 
+    def texts(self) -> dict[str, str]:
+        """Write the three errors with their intervals, by their labels in tables."""
+        return {
+            "reconstruction L1": with_interval(self.l1, self.l1_interval, ".4f"),
+            "reconstruction MSE": with_interval(self.mse, self.mse_interval, ".4f"),
+            "reconstruction PSNR (dB)": with_interval(self.psnr, self.psnr_interval, ".2f"),
+        }
+
+    def summary(self) -> Table:
+        """Return the three errors."""
+        return Table(["reconstruction", "value"], [[label, text] for label, text in self.texts().items()])
+
 
 @dataclass(frozen=True)
 class EquivarianceSettings:
-    """Under which conditions a report was measured.
+    """The conditions of a measurement.
 
     Attributes:
         protocol: ``canvas``, ``circular`` or ``crop``.
-        image_size: (H, W) of what the tokenizer saw, in pixels.
-        stride: s, pixels a token.
+        image_size: (H, W) of the images that the tokenizer saw, pixels.
+        stride: s, pixels per token.
         num_codes: K.
         num_images: images (or sprites) given.
-        ground: value of the ground.
-        tau: τ of the foreground.
+        ground: value of the background.
+        tau: τ; a token is foreground where a pixel of its cell differs from the ground by more.
         shifts: pixel shifts of the aligned agreement, multiples of s.
         sub_stride_shifts: pixel shifts of the sub-stride agreement.
         reference_images: the images over which code use and reconstruction error were taken, in words.
-        resamples: of the images, behind the intervals.
-        seed: of the resamples.
+        resamples: how often the images were resampled for the intervals.
+        seed: of the resampling.
     """
 
     protocol: Protocol
@@ -103,3 +122,41 @@ class EquivarianceSettings:
     reference_images: str
     resamples: int
     seed: int
+
+
+@dataclass(frozen=True)
+class EquivarianceValues:
+    """The values of a report, without its table, picture and files.
+
+    :class:`te_quant.equivariance.EquivarianceReport` adds those and documents every field.
+    """
+
+    placement: Agreement | None
+    placement_foreground: Agreement | None
+    aligned: Agreement
+    aligned_foreground: Agreement
+    sub_stride: Agreement
+    sub_stride_foreground: Agreement
+    sub_stride_fourier: Agreement | None
+    sub_stride_fourier_foreground: Agreement | None
+    feature_error: ShiftError | None
+    feature_error_sub_stride: ShiftError | None
+    end_to_end: ShiftError | None
+    end_to_end_sub_stride: ShiftError | None
+    margin: Margin | None
+    numerical_floor: Mapping[str, Agreement]
+    code_use: CodebookUsageReport
+    reconstruction: ReconstructionError | None
+    aligned_by_shift: tuple[ShiftAgreement, ...] = field(repr=False)
+    sub_stride_by_shift: tuple[ShiftAgreement, ...] = field(repr=False)
+    settings: EquivarianceSettings
+
+    def agreements(self) -> dict[str, Agreement]:
+        """Return the measured agreements by field name, in the order of the table."""
+        values = {name: getattr(self, name) for name in AGREEMENT_LABELS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def errors(self) -> dict[str, ShiftError]:
+        """Return the measured errors in dB by field name, in the order of the table."""
+        values = {name: getattr(self, name) for name in ERROR_LABELS}
+        return {name: value for name, value in values.items() if value is not None}

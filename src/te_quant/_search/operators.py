@@ -1,0 +1,101 @@
+"""The searches as dispatcher operators, and the choice among them.
+
+Shape letters: N latent vectors, C code size, K codes.
+
+argmin_k ‖z - e_k‖² = argmin_k ½‖e_k‖² - z·e_k, so the work is one matrix product, taken a tile at a time into
+one reused buffer that stays in cache: no N x K tensor is ever held. Two details make it exact where the plain
+expanded form is not:
+
+- latents and codes are first shifted to the middle of the codes (:func:`te_quant._search.tiles.center_of`), which
+  changes no distance but keeps the two terms small; without it float32 picks more than half of the codes wrongly
+  at an offset of 1,000;
+- ties go to the lowest index, also between equal codes (:mod:`te_quant._search.ties`).
+
+A CPU searches by groups of codes (:mod:`te_quant._search.grouped`) unless one tile holds all scores. An
+accelerator minimises whole tiles (:mod:`te_quant._search.tiled`), or does everything in one kernel where
+:data:`FUSED` asks for it (:mod:`te_quant._search.fused`).
+
+A compiled graph holds one opaque node whatever N is.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from te_quant._search import tiles
+from te_quant._search.grouped import grouped_argmin
+from te_quant._search.ties import first_of_equals
+from te_quant._search.tiled import tiled_argmin
+
+__all__ = ["FUSED", "sample_codes", "search_codes"]
+
+FUSED = "TE_QUANT_FUSED_SEARCH"
+"""Set this variable to 1 to run float32 searches on CUDA devices as one Triton kernel; 0 or unset: tiled."""
+
+_library = torch.library.Library("te_quant", "FRAGMENT")
+_library.define(
+    "search_codes(Tensor latents, Tensor codebook) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "sample_codes(Tensor latents, Tensor codebook, float temperature, Generator? generator) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+
+
+def search_codes(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index of the code nearest to each row of ``latents``: (N, C), (K, C) -> (N,) int64."""
+    result: Tensor = torch.ops.te_quant.search_codes(latents.detach(), codebook.detach())
+    return result
+
+
+def sample_codes(
+    latents: Tensor, codebook: Tensor, temperature: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw a code for each row with probability ∝ exp(-‖z - e‖² / (2 · temperature)): -> (N,) int64."""
+    result: Tensor = torch.ops.te_quant.sample_codes(latents.detach(), codebook.detach(), temperature, generator)
+    return result
+
+
+def _search(latents: Tensor, codebook: Tensor) -> Tensor:
+    if latents.device.type == "cpu" and len(latents) * len(codebook) > tiles.CPU_TILE:
+        indices = grouped_argmin(latents, codebook)
+    elif _fused_wanted(latents.device.type, latents.dtype):
+        # Triton is no dependency: CUDA builds of torch for Linux bring it along.
+        try:
+            from te_quant._search.fused import fused_argmin
+        except ImportError as error:
+            raise ImportError(f"{FUSED} must be 0 or unset where triton cannot be imported, got 1.") from error
+
+        indices = fused_argmin(latents, codebook, tiles.center_of(codebook))
+    else:
+        indices = tiled_argmin(latents, codebook, 0.0, None)
+    first = first_of_equals(codebook)
+    return indices if first is None else first[indices]
+
+
+def _fused_wanted(device: str, dtype: torch.dtype) -> bool:
+    """Say whether one kernel does it.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    if device != "cuda":
+        return False
+    wanted = os.environ.get(FUSED, "0")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"{FUSED} must be 0 or 1, got {wanted!r}.")
+    return wanted == "1" and dtype == torch.float32
+
+
+def _indices_like(latents: Tensor, codebook: Tensor, *_: object) -> Tensor:  # noqa: ARG001
+    return latents.new_empty(latents.shape[0], dtype=torch.int64)
+
+
+_library.impl("search_codes", _search, "CompositeExplicitAutograd")
+_library.impl("sample_codes", tiled_argmin, "CompositeExplicitAutograd")
+torch.library.register_fake("te_quant::search_codes", _indices_like, lib=_library)
+torch.library.register_fake("te_quant::sample_codes", _indices_like, lib=_library)
