@@ -73,7 +73,7 @@ else:
 
 
 def test_readme_code_runs() -> None:
-    """The Python blocks run one after the other in a fresh interpreter, with warnings as errors; so does their test.
+    """The Python blocks and their test run in a fresh interpreter, one after the other, with warnings as errors.
 
     Negative control: with zero padding that test fails, and names the border, as the README says.
     """
