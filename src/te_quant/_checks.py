@@ -1,19 +1,25 @@
 """One message format for every refused argument: ``NAME must be EXPECTED, got ACTUAL.``.
 
-The functions return nothing and raise ``ValueError`` for a wrong value, ``TypeError`` for a wrong type.
+The functions raise ``ValueError`` for a wrong value, ``TypeError`` for a wrong type. Those for numbers accept
+numpy's scalars too and return a plain ``int`` or ``float``, which JSON can store.
 Nothing here reads tensor *values*, so all of it is free of device synchronisation and safe to trace;
 :mod:`te_quant._values` holds the checks that must look at the data.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "plain",
+    "plain_fields",
     "require",
     "require_axis",
     "require_choice",
@@ -40,19 +46,40 @@ def require_type(name: str, value: object, kinds: type | tuple[type, ...], expec
         raise TypeError(f"{name} must be {expected}, got {value!r}.")
 
 
+def plain(value: object) -> Any:
+    """Return the integers and real numbers of other libraries as ``int`` and ``float``, and the rest as it is.
+
+    A ``bool`` stays a ``bool``, and numpy's bool is no number.
+    """
+    # Numbers of Python come first: a compiled graph may hold a symbolic one, which has to stay symbolic.
+    if isinstance(value, int) or type(value) is float:
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def plain_fields(instance: Any) -> None:
+    """Replace the numbers of other libraries in the fields of a frozen dataclass; see :func:`plain`."""
+    for field in dataclasses.fields(instance):
+        object.__setattr__(instance, field.name, plain(getattr(instance, field.name)))
+
+
 def require_generator(generator: object) -> None:
     """Refuse what is neither ``None`` nor a source of randomness."""
     if generator is not None:
         require_type("generator", generator, torch.Generator, "a torch.Generator")
 
 
-def require_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
-    """Refuse anything but an ``int`` (``bool`` is not one) in ``[minimum, maximum]``."""
+def require_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> int:
+    """Refuse anything but an integer (``bool`` is not one) in ``[minimum, maximum]``; return it as an ``int``."""
     expected = "an int" + _bounds(minimum, maximum)
-    if isinstance(value, bool) or not isinstance(value, int):
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(f"{name} must be {expected}, got {value!r}.")
-    if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
+        raise ValueError(f"{name} must be {expected}, got {number!r}.")
+    return number
 
 
 def require_number(
@@ -62,20 +89,22 @@ def require_number(
     maximum: float | None = None,
     *,
     below: float | None = None,
-) -> None:
-    """Refuse anything but a finite real number in ``[minimum, maximum]``, or ``[minimum, below)``."""
+) -> float:
+    """Refuse anything but a finite real number in ``[minimum, maximum]``, or ``[minimum, below)``; return it."""
     expected = "a finite number" + _bounds(minimum, maximum) + ("" if below is None else f" and < {below:g}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name} must be {expected}, got {value!r}.")
     inside = (
-        -math.inf < value < math.inf
-        and (minimum is None or value >= minimum)
-        and (maximum is None or value <= maximum)
-        and (below is None or value < below)
+        -math.inf < number < math.inf
+        and (minimum is None or number >= minimum)
+        and (maximum is None or number <= maximum)
+        and (below is None or number < below)
     )
     # The message is made only when needed: a compiled graph may hold a symbolic value that has no repr.
     if not inside:
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        raise ValueError(f"{name} must be {expected}, got {number!r}.")
+    return number
 
 
 def require_choice(name: str, value: object, choices: Collection[object]) -> None:

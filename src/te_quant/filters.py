@@ -51,7 +51,7 @@ def binomial_kernel(
         >>> binomial_kernel(3)
         tensor([0.2500, 0.5000, 0.2500], dtype=torch.float64)
     """
-    require_int("size", size, 1)
+    size = require_int("size", size, 1)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}.")
     total = 2 ** (size - 1)
@@ -136,7 +136,7 @@ def filter2d(images: Tensor, taps: Tensor, *, stride: int = 1, padding_mode: Pad
     require_rank("taps", taps, (1,), "(k,)")
     require_floating("taps", taps)
     require(len(taps) > 0, "taps", "at least one", "none")
-    require_int("stride", stride, 1)
+    stride = require_int("stride", stride, 1)
     return filter_by(images, torch.outer(taps, taps), stride, padding_mode)
 
 
@@ -207,9 +207,7 @@ def fourier_resample(images: Tensor, size: tuple[int, int]) -> Tensor:
     require_floating("images", images)
     require_type("size", size, (tuple, list), "a pair of ints")
     require(len(size) == 2, "size", "a pair (height, width)", size)
-    height, width = size
-    require_int("size[0]", height, 1)
-    require_int("size[1]", width, 1)
+    height, width = require_int("size[0]", size[0], 1), require_int("size[1]", size[1], 1)
     sides = images.shape[2:]
     require(sides[0] > 0 and sides[1] > 0, "images sides", "at least 1", f"shape {tuple(images.shape)}")
     if not images.numel():

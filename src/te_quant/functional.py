@@ -66,7 +66,7 @@ def nearest_code(
     require_device("latents", latents, codebook.device, "codebook")
     if latents.dtype != codebook.dtype:
         raise TypeError(f"latents must be {codebook.dtype} as the codebook, got {latents.dtype}.")
-    require_number("temperature", temperature, 0.0)
+    temperature = require_number("temperature", temperature, 0.0)
     require_generator(generator)
     if latents.dtype in (torch.float16, torch.bfloat16):
         latents, codebook = latents.float(), codebook.float()

@@ -218,8 +218,7 @@ def fourier_shift(latents: Tensor, shift: tuple[float, float]) -> Tensor:
     require(len(amounts) == 2, "shift", "a pair (dy, dx)", shift)
     wide = latents if latents.dtype in (torch.float32, torch.float64) else latents.float()
     for axis, amount in zip((-2, -1), amounts, strict=True):
-        require_number(f"shift[{axis + 2}]", amount)
-        wide = _shift_axis(wide, float(amount), axis)
+        wide = _shift_axis(wide, float(require_number(f"shift[{axis + 2}]", amount)), axis)
     return wide.to(latents.dtype)
 
 
@@ -249,13 +248,11 @@ def _pair(name: str, value: Iterable[int]) -> Shift:
     if not isinstance(value, tuple | list):
         raise TypeError(f"{name} must be a pair of ints, got {value!r}.")
     require(len(value) == 2, name, "a pair of ints", repr(value))
-    for position, number in enumerate(value):
-        require_int(f"{name}[{position}]", number)
-    return value[0], value[1]
+    return require_int(f"{name}[0]", value[0]), require_int(f"{name}[1]", value[1])
 
 
 def _require_ground(images: Tensor, fill: float) -> None:
-    require_number("fill", fill)
+    fill = require_number("fill", fill)
     require(images.is_floating_point() or float(fill).is_integer(), "fill", f"an integer for {images.dtype}", fill)
 
 

@@ -89,8 +89,8 @@ class CodebookUsage:
     def __init__(
         self, num_codes: int, *, frequent_share: float = 1e-3, device: torch.device | str | None = None
     ) -> None:
-        require_int("num_codes", num_codes, 1)
-        require_number("frequent_share", frequent_share, 0.0, below=1.0)
+        num_codes = require_int("num_codes", num_codes, 1)
+        frequent_share = require_number("frequent_share", frequent_share, 0.0, below=1.0)
         self.num_codes = num_codes
         self.frequent_share = float(frequent_share)
         self.histogram = torch.zeros(num_codes, dtype=torch.int64, device=device)

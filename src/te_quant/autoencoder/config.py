@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from te_quant._checks import require, require_choice, require_int, require_number
+from te_quant._checks import plain, plain_fields, require, require_choice, require_int, require_number
 from te_quant.filters import PADDING_MODES, PaddingMode
 from te_quant.layers.activation import ACTIVATIONS, Activation
 from te_quant.layers.downsample import DOWNSAMPLERS, Downsample
@@ -128,6 +128,7 @@ class AutoencoderConfig:
     attention: InitVar[bool | None] = None
 
     def __post_init__(self, attention: bool | None) -> None:
+        plain_fields(self)
         for name in _SEQUENCES:
             # A list, as JSON gives it, would make the config unhashable and unequal to its own copy.
             object.__setattr__(self, name, _tuple_of_ints(name, getattr(self, name)))
@@ -296,7 +297,7 @@ class AutoencoderConfig:
 def _tuple_of_ints(name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of ints, got {value!r}.")
-    return value if isinstance(value, _DefaultLevels) else tuple(value)
+    return value if isinstance(value, _DefaultLevels) else tuple(map(plain, value))
 
 
 def quantizer_fields() -> tuple[str, ...]:
@@ -320,10 +321,17 @@ def _as_json(options: object) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise TypeError(f"quantizer must be a mapping with a name and options, got {options!r}.")
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(options)))
+        plain: dict[str, Any] = json.loads(json.dumps(dict(options), default=_plain_number))
     except (TypeError, ValueError) as error:
         raise ValueError(f"quantizer options must be values that JSON has, got {dict(options)!r}.") from error
     return plain
+
+
+def _plain_number(value: object) -> object:
+    number = plain(value)
+    if number is value:
+        raise TypeError(f"{value!r} has no form in JSON.")
+    return number
 
 
 def _quantizer_class(name: object) -> type[Quantizer]:

@@ -133,9 +133,9 @@ def measure_equivariance(
         reconstruction are taken over the sprites at their five placements, or over the unshifted images.
     """
     views = Views.plan(images, protocol=protocol, canvas_size=canvas_size, stride=stride, ground=ground)
-    require_int("num_codes", num_codes, 1)
-    require_int("batch_size", batch_size, 1)
-    require_number("tau", tau, 0)
+    num_codes = require_int("num_codes", num_codes, 1)
+    batch_size = require_int("batch_size", batch_size, 1)
+    tau = require_number("tau", tau, 0)
     for name, part in (("quantize", quantize), ("codebook", codebook)):
         require(part is None or latents is not None, name, "given with latents", f"{name} without latents")
     if codebook is not None:
@@ -156,8 +156,8 @@ def measure_equivariance(
         resamples=resamples,
         seed=seed,
     )
-    require_int("resamples", resamples, 0)
-    require_int("seed", seed, 0)
+    resamples = require_int("resamples", resamples, 0)
+    seed = require_int("seed", seed, 0)
     given = Callables(tokenize, reconstruct, latents, quantize, codebook, check_variants(variants))
     run = Measurement(views, settings, given)
     for batch in torch.split(images, batch_size):

@@ -54,10 +54,10 @@ class Views:
         require_floating("images", images)
         require(images.shape[0] > 0, "images", "at least one", f"shape {tuple(images.shape)}")
         require_choice("protocol", protocol, PROTOCOLS)
-        require_int("stride", stride, 1)
-        require_number("ground", ground)
+        stride = require_int("stride", stride, 1)
+        ground = require_number("ground", ground)
         if canvas_size is not None:
-            require_int("canvas_size", canvas_size, 1)
+            canvas_size = require_int("canvas_size", canvas_size, 1)
         sides = (images.shape[-2], images.shape[-1])
         size = _size(sides, protocol, canvas_size)
         sprites = protocol != "crop" and size != sides
@@ -140,9 +140,7 @@ class Views:
         for shift in given:
             if not isinstance(shift, Sequence) or len(shift) != 2:
                 raise TypeError(f"{name} must be pairs (dy, dx) of ints, got {shift!r}.")
-            for amount in shift:
-                require_int(f"{name} values", amount)
-            dy, dx = shift
+            dy, dx = (require_int(f"{name} values", amount) for amount in shift)
             moves = (dy % self.size[0], dx % self.size[1]) != (0, 0) if self.protocol == "circular" else any(shift)
             require(moves, name, "without the identity", (dy, dx))
             inside = abs(dy) <= self.reach[0] and abs(dx) <= self.reach[1]

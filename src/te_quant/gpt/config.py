@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from te_quant._checks import require, require_choice, require_int, require_number, require_type
+from te_quant._checks import plain_fields, require, require_choice, require_int, require_number, require_type
 
 __all__ = ["POSITIONS", "GPTConfig", "Positions", "Segment"]
 
@@ -50,15 +50,15 @@ class Segment:
     pad_token: int | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a str, got {self.name!r}.")
         require(self.name != "", "name", "a str that is not empty", repr(self.name))
         require_int("vocab_size", self.vocab_size, 1)
         # A list, as JSON gives it, would make the config unhashable and unequal to its own copy.
-        object.__setattr__(self, "shape", _tuple("shape", self.shape, "ints"))
-        require(len(self.shape) in (1, 2), "shape", "(length,) or (h, w)", self.shape)
-        for side in self.shape:
-            require_int("shape entry", side, 1)
+        sides = _tuple("shape", self.shape, "ints")
+        require(len(sides) in (1, 2), "shape", "(length,) or (h, w)", sides)
+        object.__setattr__(self, "shape", tuple(require_int("shape entry", side, 1) for side in sides))
         require_choice("positions", self.positions, POSITIONS)
         fits = len(self.shape) == 2 or self.positions != "axial"
         require(fits, "positions", f"one other than 'axial' for shape {self.shape}", repr(self.positions))
@@ -108,6 +108,7 @@ class GPTConfig:
     tied_head: bool = True
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         object.__setattr__(self, "segments", _tuple("segments", self.segments, "Segment"))
         require(len(self.segments) > 0, "segments", "at least one Segment", "none")
         for segment in self.segments:

@@ -156,7 +156,7 @@ class GPT(nn.Module):
             A value of shape () for each segment that has tokens here, as they follow each other; zero, with zero
             gradient, where all targets are ignored.
         """
-        require_int("ignore_index", ignore_index, maximum=-1)
+        ignore_index = require_int("ignore_index", ignore_index, maximum=-1)
         layout = self._layout(order)
         tokens, states = self._predictions(tokens, layout, mask)
         if targets is None:
@@ -189,7 +189,7 @@ class GPT(nn.Module):
             ValueError: dropout is at work, or as :meth:`forward`.
             TypeError: the dtype is not floating point.
         """
-        require_int("batch", batch, 0)
+        batch = require_int("batch", batch, 0)
         layout = self._layout(order)
         return self._new_cache(batch, layout, layout.length, dtype)
 
@@ -274,7 +274,7 @@ class GPT(nn.Module):
         B, P = prompt.shape
         new = layout.length - P
         if max_new_tokens is not None:
-            require_int("max_new_tokens", max_new_tokens, 0, new)
+            max_new_tokens = require_int("max_new_tokens", max_new_tokens, 0, new)
             new = max_new_tokens
         # Made here, not in inference mode, so that the caller may train on it.
         sequence = F.pad(prompt, (0, new))
@@ -462,7 +462,7 @@ def _ending(stop_token: int, layout: Layout, first: int, last: int) -> Ending:
     segments = [span.segment for span, _, _ in layout.within(first, last)]
     require(len(segments) < 2, "stop_token", "None where more than one segment is generated", stop_token)
     segment = segments[0] if segments else layout.spans[-1].segment
-    require_int("stop_token", stop_token, 0, segment.vocab_size - 1)
+    stop_token = require_int("stop_token", stop_token, 0, segment.vocab_size - 1)
     return Ending(stop_token, stop_token if segment.pad_token is None else segment.pad_token)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from te_quant._checks import require, require_generator, require_int, require_number
+from te_quant._checks import plain_fields, require, require_generator, require_int, require_number
 from te_quant._precision import widen
 
 __all__ = ["Ending", "Sampler", "extend"]
@@ -39,6 +39,7 @@ class Sampler:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         require_number("temperature", self.temperature, 0)
         if self.top_k is not None:
             require_int("top_k", self.top_k, 1)

@@ -61,7 +61,7 @@ class FilteredActivation(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor] = F.silu, *, upsampling: int = 2) -> None:
         super().__init__()
-        require_int("upsampling", upsampling, 1)
+        upsampling = require_int("upsampling", upsampling, 1)
         self.function = function
         self.upsampling = upsampling
 
@@ -110,7 +110,7 @@ class PolynomialActivation(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        require_int("channels", channels, 1)
+        channels = require_int("channels", channels, 1)
         self.channels = channels
         self.coefficients = nn.Parameter(torch.tensor([0.0, 0.5, 0.25])[:, None].repeat(1, channels))
 
@@ -140,7 +140,7 @@ def build_activation(activation: Activation, channels: int) -> nn.Module:
         ValueError: activation is unknown, or channels is smaller than 1.
     """
     require_choice("activation", activation, ACTIVATIONS)
-    require_int("channels", channels, 1)
+    channels = require_int("channels", channels, 1)
     if activation == "polynomial":
         return PolynomialActivation(channels)
     return FilteredActivation() if activation == "filtered" else nn.SiLU()

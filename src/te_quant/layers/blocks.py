@@ -61,10 +61,10 @@ class PaddedConv2d(nn.Conv2d):
         margins: Margins | None = None,
         padding_mode: PaddingMode,
     ) -> None:
-        require_int("in_channels", in_channels, 1)
-        require_int("out_channels", out_channels, 1)
-        require_int("kernel_size", kernel_size, 1)
-        require_int("stride", stride, 1)
+        in_channels = require_int("in_channels", in_channels, 1)
+        out_channels = require_int("out_channels", out_channels, 1)
+        kernel_size = require_int("kernel_size", kernel_size, 1)
+        stride = require_int("stride", stride, 1)
         require_choice("padding_mode", padding_mode, PADDING_MODES)
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding_mode=padding_mode)
         before, after = (kernel_size - 1) // 2, kernel_size // 2
@@ -143,7 +143,7 @@ class ResidualBlock(nn.Module):
         padding_mode: PaddingMode,
     ) -> None:
         super().__init__()
-        require_number("dropout", dropout, 0, below=1)
+        dropout = require_number("dropout", dropout, 0, below=1)
         self.norm1 = build_norm(norm, in_channels, norm_groups=norm_groups)
         self.activation1 = build_activation(activation, in_channels)
         self.conv1 = PaddedConv2d(in_channels, out_channels, 3, padding_mode=padding_mode)

@@ -49,8 +49,8 @@ class BlurPool2d(nn.Module):
 
     def __init__(self, *, kernel_size: int = 5, stride: int = 2, padding_mode: PaddingMode = "replicate") -> None:
         super().__init__()
-        require_int("kernel_size", kernel_size, 1)
-        require_int("stride", stride, 1)
+        kernel_size = require_int("kernel_size", kernel_size, 1)
+        stride = require_int("stride", stride, 1)
         require_choice("padding_mode", padding_mode, PADDING_MODES)
         self.kernel_size = kernel_size
         self.stride = stride

@@ -323,7 +323,7 @@ def build_downsample(downsample: Downsample | str, channels: int, *, padding_mod
         MaxPool()
     """
     require_choice("downsample", downsample, DOWNSAMPLERS)
-    require_int("channels", channels, 1)
+    channels = require_int("channels", channels, 1)
     require_choice("padding_mode", padding_mode, PADDING_MODES)
     layer = DOWNSAMPLERS[downsample](channels, padding_mode=padding_mode)
     kept = statement_of(layer)

@@ -54,7 +54,7 @@ class FourierDownsample2d(nn.Module):
 
     def __init__(self, stride: int = 2) -> None:
         super().__init__()
-        require_int("stride", stride, 1)
+        stride = require_int("stride", stride, 1)
         self.stride = stride
 
     def forward(self, images: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class FourierUpsample2d(nn.Module):
 
     def __init__(self, stride: int = 2) -> None:
         super().__init__()
-        require_int("stride", stride, 1)
+        stride = require_int("stride", stride, 1)
         self.stride = stride
 
     def forward(self, images: Tensor) -> Tensor:

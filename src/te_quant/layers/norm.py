@@ -36,8 +36,8 @@ def group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
     Raises:
         ValueError: an argument is smaller than 1, or ``norm_groups`` does not divide ``channels``.
     """
-    require_int("channels", channels, 1)
-    require_int("norm_groups", norm_groups, 1)
+    channels = require_int("channels", channels, 1)
+    norm_groups = require_int("norm_groups", norm_groups, 1)
     require(channels % norm_groups == 0, "norm_groups", f"a divisor of channels={channels}", norm_groups)
     return nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
 
@@ -74,7 +74,7 @@ class ChannelNorm(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        require_int("channels", channels, 2)
+        channels = require_int("channels", channels, 2)
         self.channels = channels
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
 

@@ -74,7 +74,7 @@ class PolyphaseDownsample2d(nn.Module):
 
     def __init__(self, stride: int = 2) -> None:
         super().__init__()
-        require_int("stride", stride, 1)
+        stride = require_int("stride", stride, 1)
         self.stride = stride
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ class PolyphaseUpsample2d(nn.Module):
         self, stride: int = 2, *, interpolate: bool = False, padding_mode: PaddingMode = "circular"
     ) -> None:
         super().__init__()
-        require_int("stride", stride, 1)
+        stride = require_int("stride", stride, 1)
         require_choice("padding_mode", padding_mode, PADDING_MODES)
         self.stride = stride
         self.interpolate = interpolate

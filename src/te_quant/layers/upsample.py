@@ -134,8 +134,8 @@ class BlurUpsample2d(nn.Module):
 
     def __init__(self, *, kernel_size: int = 3, stride: int = 2, padding_mode: PaddingMode = "replicate") -> None:
         super().__init__()
-        require_int("kernel_size", kernel_size, 1)
-        require_int("stride", stride, 1)
+        kernel_size = require_int("kernel_size", kernel_size, 1)
+        stride = require_int("stride", stride, 1)
         require_choice("padding_mode", padding_mode, PADDING_MODES)
         self.kernel_size = kernel_size
         self.stride = stride
@@ -293,6 +293,6 @@ def build_upsample(upsample: Upsample | str, channels: int, *, padding_mode: Pad
         PaddedConv2d(8, 8, kernel_size=3, stride=1, margins=(1, 1, 1, 1), padding_mode=zeros)
     """
     require_choice("upsample", upsample, UPSAMPLERS)
-    require_int("channels", channels, 1)
+    channels = require_int("channels", channels, 1)
     require_choice("padding_mode", padding_mode, PADDING_MODES)
     return UPSAMPLERS[upsample](channels, padding_mode=padding_mode)

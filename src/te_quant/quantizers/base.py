@@ -185,9 +185,9 @@ class Quantizer(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        require_int("num_codes", num_codes, 1)
-        require_int("code_dim", code_dim, 1)
-        require_int("channel_dim", channel_dim)
+        num_codes = require_int("num_codes", num_codes, 1)
+        code_dim = require_int("code_dim", code_dim, 1)
+        channel_dim = require_int("channel_dim", channel_dim)
         require_choice("channel_dim", channel_dim, (1, -1))
         require_choice("nonfinite", nonfinite, (None, "raise", "skip", "off"))
         self.num_codes = num_codes

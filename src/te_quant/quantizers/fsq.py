@@ -82,12 +82,11 @@ class FSQ(Quantizer):
         if not isinstance(levels, Sequence) or isinstance(levels, (str, bytes)):
             raise TypeError(f"levels must be a sequence of int, got {levels!r}.")
         require(len(levels) >= 1, "levels", "at least one int", "none")
-        for place, size in enumerate(levels):
-            require_int(f"levels[{place}]", size, 2)
+        levels = tuple(require_int(f"levels[{place}]", size, 2) for place, size in enumerate(levels))
         num_codes = math.prod(levels)
         require(num_codes < 2**63, "levels", "of a product below 2^63", num_codes)
         super().__init__(num_codes, len(levels), channel_dim=channel_dim, nonfinite=nonfinite)
-        self.levels = tuple(levels)
+        self.levels = levels
         self._register_constants(None, None)
 
     @property

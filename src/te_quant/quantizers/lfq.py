@@ -94,18 +94,18 @@ class LFQ(Quantizer):
         nonfinite: NonfiniteMode | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        require_int("code_dim", code_dim, 1, 62)
+        code_dim = require_int("code_dim", code_dim, 1, 62)
         super().__init__(
             2**code_dim, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
         )
-        require_number("commitment_weight", commitment_weight, 0.0)
-        require_number("entropy_weight", entropy_weight, 0.0)
-        require_number("diversity_weight", diversity_weight, 0.0)
-        require_number("temperature", temperature, 0.0)
+        commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
+        entropy_weight = require_number("entropy_weight", entropy_weight, 0.0)
+        diversity_weight = require_number("diversity_weight", diversity_weight, 0.0)
+        temperature = require_number("temperature", temperature, 0.0)
         require(temperature > 0, "temperature", "a finite number > 0", repr(temperature))
         diverse = entropy_weight > 0 and diversity_weight > 0
         if entropy_group_dim is not None:
-            require_int("entropy_group_dim", entropy_group_dim, 1, min(code_dim, _MAX_JOINT))
+            entropy_group_dim = require_int("entropy_group_dim", entropy_group_dim, 1, min(code_dim, _MAX_JOINT))
             name = "entropy_group_dim"
             require(diverse, name, "unset while entropy_weight or diversity_weight is 0", entropy_group_dim)
         joint = code_dim <= _MAX_JOINT or not diverse or entropy_group_dim is not None

@@ -87,7 +87,7 @@ class ResidualVectorQuantizer(Quantizer):
         super().__init__(
             num_codes, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
         )
-        require_int("num_quantizers", num_quantizers, 1)
+        num_quantizers = require_int("num_quantizers", num_quantizers, 1)
         require_type("shared_codebook", shared_codebook, bool, "a bool")
         require_type("quantizer_dropout", quantizer_dropout, bool, "a bool")
         self.stages = nn.ModuleList(

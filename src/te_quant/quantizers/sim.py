@@ -94,9 +94,9 @@ class SimVQ(Quantizer):
         super().__init__(
             num_codes, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
         )
-        require_number("commitment_weight", commitment_weight, 0.0)
+        commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
         require_choice("gradient_estimator", gradient_estimator, ESTIMATORS)
-        require_number("decay", decay, 0.0, below=1.0)
+        decay = require_number("decay", decay, 0.0, below=1.0)
         require_generator(generator)
         self.commitment_weight = float(commitment_weight)
         self.gradient_estimator: GradientEstimator = gradient_estimator

@@ -122,17 +122,17 @@ class VectorQuantizer(Quantizer):
         )
         require_choice("metric", metric, get_args(Metric))
         require_choice("codebook_update", codebook_update, get_args(CodebookUpdate))
-        require_number("commitment_weight", commitment_weight, 0.0)
-        require_number("orthogonal_reg", orthogonal_reg, 0.0)
+        commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
+        orthogonal_reg = require_number("orthogonal_reg", orthogonal_reg, 0.0)
         require_type("orthogonal_active_only", orthogonal_active_only, bool, "a bool")
         if orthogonal_max_codes is not None:
-            require_int("orthogonal_max_codes", orthogonal_max_codes, 1)
+            orthogonal_max_codes = require_int("orthogonal_max_codes", orthogonal_max_codes, 1)
         subset = {"orthogonal_active_only": orthogonal_active_only, "orthogonal_max_codes": orthogonal_max_codes}
         for name, value in subset.items():
             require(not value or orthogonal_reg > 0, name, "unset while orthogonal_reg is 0", repr(value))
         require_choice("gradient_estimator", gradient_estimator, ESTIMATORS)
-        require_number("temperature", temperature, 0.0)
-        require_number("decay", decay, 0.0, below=1.0)
+        temperature = require_number("temperature", temperature, 0.0)
+        decay = require_number("decay", decay, 0.0, below=1.0)
         require_generator(generator)
         self.metric: Metric = metric
         self.codebook_update: CodebookUpdate = codebook_update
@@ -223,7 +223,7 @@ class VectorQuantizer(Quantizer):
         Raises:
             RuntimeError: the quantizer is frozen.
         """
-        require_int("iterations", iterations, 0)
+        iterations = require_int("iterations", iterations, 0)
         require_generator(generator)
         rows = self._counted_rows(latents, "kmeans_init")
         group = self._group.resolve()
@@ -251,7 +251,7 @@ class VectorQuantizer(Quantizer):
         Raises:
             RuntimeError: the quantizer is frozen.
         """
-        require_number("threshold", threshold, 0.0, 1.0)
+        threshold = require_number("threshold", threshold, 0.0, 1.0)
         require_generator(generator)
         rows = self._counted_rows(latents, "revive_dead_codes")
         revived, fresh = replacements(rows, self.usage, threshold, generator, self._group.resolve())

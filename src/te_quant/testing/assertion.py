@@ -75,7 +75,7 @@ def assert_shift_equivariant(
     amounts = list(shifts)
     require(len(amounts) > 0, "shifts", "at least one", "none")
     if tolerance is not None:
-        require_number("tolerance", tolerance, 0)
+        tolerance = require_number("tolerance", tolerance, 0)
     options: dict[str, Any] = {"protocol": protocol, "token_shift": token_shift, "fill": fill, "size": size}
     for shift in amounts:
         error = equivariance_error(function, images, shift, stride=stride, **options)

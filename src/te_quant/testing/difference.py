@@ -118,7 +118,7 @@ def equivariance_error(
         TypeError: the output is no tensor, or is complex or boolean.
     """
     require_rank("images", images, (4,), "(B, C, H, W)")
-    require_int("stride", stride, 1)
+    stride = require_int("stride", stride, 1)
     require_choice("protocol", protocol, PROTOCOLS)
     first, second = (_view(images, t, protocol, fill, size) for t in ((0, 0), shift))
     # The function may keep or overwrite what it is given.
@@ -154,7 +154,7 @@ def phase_token_shift(offsets: Callable[[Tensor], Tensor], stride: int) -> Token
 
     Source: Chaman & Dokmanić 2021, arXiv:2011.14214, whose layers choose the phase by its content.
     """
-    require_int("stride", stride, 1)
+    stride = require_int("stride", stride, 1)
 
     def law(images: Tensor, shifted: Tensor, shift: Shift) -> Tensor:
         moved = offsets(images) - offsets(shifted)

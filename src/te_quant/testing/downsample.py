@@ -51,7 +51,7 @@ def check_downsample(factory: DownsampleFactory, *, channels: int = 3) -> None:
         >>> Pick.exact_for = "stride"
         >>> check_downsample(Pick)
     """
-    require_int("channels", channels, 1)
+    channels = require_int("channels", channels, 1)
     modes: tuple[PaddingMode, ...] = ("circular",) if getattr(factory, "periodic", False) else PADDING_MODES
     for mode in modes:
         # Building a layer draws weights; neither they nor the images below depend on the caller's seed.

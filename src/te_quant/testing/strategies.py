@@ -36,8 +36,8 @@ def shifts(limit: int, *, multiple_of: int = 1, identity: bool = True) -> Search
         ...     assert all(part in (-8, -4, 0, 4, 8) for part in shift)
         >>> test_multiples()
     """
-    require_int("multiple_of", multiple_of, 1)
-    require_int("limit", limit, 0 if identity else multiple_of)
+    multiple_of = require_int("multiple_of", multiple_of, 1)
+    limit = require_int("limit", limit, 0 if identity else multiple_of)
     st = _hypothesis()
     most = limit // multiple_of
     part = st.integers(-most, most).map(lambda n: n * multiple_of)
@@ -53,10 +53,10 @@ def image_sides(divisor: int, *, smallest: int = 1, largest: int = 64) -> Search
         smallest: the smallest side, pixels.
         largest: the largest side, pixels; at least one multiple must lie between.
     """
-    require_int("divisor", divisor, 1)
-    require_int("smallest", smallest, 1)
+    divisor = require_int("divisor", divisor, 1)
+    smallest = require_int("smallest", smallest, 1)
     low = -(-smallest // divisor)
-    require_int("largest", largest, low * divisor)
+    largest = require_int("largest", largest, low * divisor)
     st = _hypothesis()
     side = st.integers(low, largest // divisor).map(lambda n: n * divisor)
     pairs: SearchStrategy[tuple[int, int]] = st.tuples(side, side)
@@ -81,8 +81,8 @@ def images(
     Shape:
         (B, C, H, W). Hypothesis draws a seed; the pixels themselves do not shrink.
     """
-    require_int("channels", channels, 1)
-    require_int("batch", batch, 1)
+    channels = require_int("channels", channels, 1)
+    batch = require_int("batch", batch, 1)
     st = _hypothesis()
     sizes = st.just(sides) if isinstance(sides, tuple) else sides
 
@@ -113,9 +113,9 @@ def codebooks(
         (K, C).
     """
     for name, (low, high) in (("num_codes", num_codes), ("code_dim", code_dim)):
-        require_int(f"{name}[0]", low, 1)
-        require_int(f"{name}[1]", high, low)
-    require_number("separation", separation, 0)
+        low = require_int(f"{name}[0]", low, 1)
+        high = require_int(f"{name}[1]", high, low)
+    separation = require_number("separation", separation, 0)
     st = _hypothesis()
 
     def build(k: int, c: int, seed: int) -> Tensor:
@@ -160,8 +160,8 @@ def latents_off_boundaries(
     """
     require_rank("codebook", codebook, (2,), "(K, C)")
     require_floating("codebook", codebook)
-    require_number("margin", margin, 0)
-    require_int("batch", batch, 1)
+    margin = require_number("margin", margin, 0)
+    batch = require_int("batch", batch, 1)
     codes = codebook.detach().double().cpu()
     distances = torch.cdist(codes, codes, compute_mode="donot_use_mm_for_euclid_dist")
     distances.fill_diagonal_(torch.inf)

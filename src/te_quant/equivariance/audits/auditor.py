@@ -101,7 +101,7 @@ def audit(
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)
     require(len(images) > 0, "images", "at least one", 0)
-    require_int("batch_size", batch_size, 1)
+    batch_size = require_int("batch_size", batch_size, 1)
     names = {name for name, _ in module.named_modules()}
     for name in whole:
         require(name in names, "whole entry", "the name of a module", repr(name))

@@ -128,7 +128,7 @@ def constant_image_probe(
     """
     require_rank("constant", constant, (4,), "(B, C, h, w)")
     require_floating("constant", constant)
-    require_int("stride", stride, 1)
+    stride = require_int("stride", stride, 1)
     same = bool((constant == constant[..., :1, :1]).all())
     require(same, "constant", "the same at all places of a channel", "one that is not")
     output = function(constant)
@@ -139,7 +139,7 @@ def constant_image_probe(
     require(fits, "function(constant) sides", f"divisible by the stride {stride}", (height, width))
     if margin is None:
         margin = min(height, width) // 4 // stride * stride
-    require_int("margin", margin, 0)
+    margin = require_int("margin", margin, 0)
     room = min(height, width) - 2 * margin >= 2 * stride
     require(room, "margin", f"one that leaves two periods of {stride} within {(height, width)}", margin)
     return _measure(output.double().cpu(), stride, margin)

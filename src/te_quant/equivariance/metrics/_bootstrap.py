@@ -40,8 +40,8 @@ class Resamples:
     """
 
     def __init__(self, num_images: int, count: int, seed: int) -> None:
-        require_int("resamples", count, 0)
-        require_int("seed", seed, 0)
+        count = require_int("resamples", count, 0)
+        seed = require_int("seed", seed, 0)
         self._times: list[Tensor] = []
         if num_images < 2:
             return

@@ -119,7 +119,7 @@ class PairCounts:
     @classmethod
     def zero(cls, num_codes: int) -> PairCounts:
         """Start a sum: nothing compared yet."""
-        require_int("num_codes", num_codes, 1)
+        num_codes = require_int("num_codes", num_codes, 1)
         empty = torch.zeros(num_codes, dtype=torch.int64)
         return cls(0, empty, empty)
 
@@ -197,9 +197,9 @@ def foreground_tokens(images: Tensor, *, stride: int, ground: float = -1.0, tau:
     """
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)
-    require_int("stride", stride, 1)
-    require_number("ground", ground)
-    require_number("tau", tau, 0)
+    stride = require_int("stride", stride, 1)
+    ground = require_number("ground", ground)
+    tau = require_number("tau", tau, 0)
     height, width = images.shape[-2:]
     divisible = height % stride == 0 and width % stride == 0
     require(divisible, "images sides", f"multiples of stride={stride}", (height, width))

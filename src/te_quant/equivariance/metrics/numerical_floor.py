@@ -69,8 +69,8 @@ def numerical_floor(
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)
     require(images.shape[0] > 0, "images", "at least one", f"shape {tuple(images.shape)}")
-    require_int("num_codes", num_codes, 1)
-    require_int("batch_size", batch_size, 1)
+    num_codes = require_int("num_codes", num_codes, 1)
+    batch_size = require_int("batch_size", batch_size, 1)
     drawn = Resamples(len(images), resamples, seed)
     checked = check_variants(variants)
     tallies = {name: PairTally(num_codes) for name in checked}
@@ -91,10 +91,10 @@ def check_variants(variants: Mapping[str, Variant] | None) -> Mapping[str, Varia
     if variants is None:
         return DEFAULT_VARIANTS
     require_type("variants", variants, Mapping, "a mapping from names to callables or batch sizes")
-    for name, variant in variants.items():
-        if not callable(variant):
-            require_int(f"variants[{name!r}]", variant, 1)
-    return variants
+    return {
+        name: variant if callable(variant) else require_int(f"variants[{name!r}]", variant, 1)
+        for name, variant in variants.items()
+    }
 
 
 def variant_tokens(

@@ -55,9 +55,9 @@ def place_sprites(sprites: Tensor, *, canvas_size: int, stride: int, ground: flo
     """
     require_rank("sprites", sprites, (4,), "(B, C, S/2, S/2)")
     require_floating("sprites", sprites)
-    require_int("stride", stride, 1)
-    require_int("canvas_size", canvas_size, 4)
-    require_number("ground", ground)
+    stride = require_int("stride", stride, 1)
+    canvas_size = require_int("canvas_size", canvas_size, 4)
+    ground = require_number("ground", ground)
     aligned = canvas_size % (4 * stride) == 0
     require(aligned, "canvas_size", f"a multiple of 4 * stride = {4 * stride}", canvas_size)
     half = canvas_size // 2
@@ -129,8 +129,8 @@ def placement_agreement(
     Source: evaluation code of Shin et al. 2021, arXiv:2112.00384. Differs: κ is ours, with
         every pair counted in both orders, since no placement is the reference.
     """
-    require_int("batch_size", batch_size, 1)
-    require_int("num_codes", num_codes, 1)
+    batch_size = require_int("batch_size", batch_size, 1)
+    num_codes = require_int("num_codes", num_codes, 1)
     drawn = Resamples(len(sprites), resamples, seed)
     tally = PairTally(num_codes)
     for batch in torch.split(sprites, batch_size):
