@@ -90,6 +90,46 @@ def test_circular_convolution_before_it_keeps_the_law(cells: tuple[int, int], sh
     torch.testing.assert_close(up(again, other), roll(up(kept, phase), *shift), rtol=0, atol=1e-12)
 
 
+_SCALES = [
+    *((torch.float32, scale) for scale in (1e19, 1e37, 1e-23, 1e-37)),
+    *((torch.bfloat16, scale) for scale in (1e19, 1e-23)),
+    *((torch.float64, scale) for scale in (1e160, 1e300, 1e-170, 1e-290)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), _SCALES)
+def test_features_of_huge_or_tiny_scale_choose_the_ordinary_phase(dtype: torch.dtype, scale: float) -> None:
+    """Their squares lie outside the range of the dtype; the factor rounds the images, not the choice."""
+    images = fresh(64, 3, 8, 8).to(dtype)
+    phase = PolyphaseDownsample2d()(images)[1]
+    assert phase.unique(dim=0).shape[0] == 4
+    assert torch.equal(PolyphaseDownsample2d()(images * scale)[1], phase)
+
+
+def test_images_of_one_batch_with_different_scales_choose_by_themselves() -> None:
+    """A huge image does not make the others vanish."""
+    images = fresh(64, 3, 8, 8).float()
+    scales = torch.tensor([1e-30, 1.0, 1e30, 1e19]).repeat(16)[:, None, None, None]
+    assert torch.equal(PolyphaseDownsample2d()(images * scales)[1], PolyphaseDownsample2d()(images)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("scale", [2.0**-10, 1.0, 2.0**10])
+def test_phases_of_ordinary_features_are_those_of_plain_norms(
+    dtype: torch.dtype, layout: torch.memory_format, scale: float
+) -> None:
+    """Bit for bit: also where nearly equal components make the last digit decide."""
+    noise = 1e-7 * torch.randn(512, 4, 8, 8)
+    repeated = torch.randn(512, 4, 4, 4).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    images = torch.cat((torch.randn(512, 4, 8, 8), repeated + noise)) * scale
+    images = images.to(dtype).contiguous(memory_format=layout)
+    parts = images.reshape(1024, 4, 4, 2, 4, 2)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    best = torch.linalg.vector_norm(parts, dim=(1, 2, 4), dtype=wide).flatten(1).argmax(1)
+    assert torch.equal(PolyphaseDownsample2d()(images)[1], torch.stack((best // 2, best % 2), 1))
+
+
 @pytest.mark.parametrize("mode", ["zeros", "replicate", "reflect"])
 def test_other_padding_before_it_breaks_the_law(mode: str) -> None:
     """Negative control: the border makes other values, whatever is kept of them."""

@@ -33,6 +33,11 @@ from te_quant.layers.stating import derived
 __all__ = ["PolyphaseDownsample2d", "PolyphaseUpsample2d"]
 
 
+# Magnitudes between 2 ** -n and 2 ** n can be squared and summed in this dtype, with room for 2 ** 26 terms; other
+# finite ones can after scaling by 2 ** (2 * n) or its inverse.
+_EXPONENT = {torch.float32: 50, torch.float64: 400}
+
+
 class PolyphaseDownsample2d(nn.Module):
     """Keep the polyphase component with the largest L2 norm over all its channels and pixels.
 
@@ -44,8 +49,9 @@ class PolyphaseDownsample2d(nn.Module):
     are then shifts of one another, either choice is right, and only ``phase`` is arbitrary. Any other tie is a
     coincidence of measure zero, but norms closer than the rounding error of the layers before are not: in
     float64 that does not happen in practice, in float32 seldom, in bfloat16 it may, and such an image is
-    sampled at another phase, all of its pixels at once. The norms are summed in float32 at least.
-    Cost: one pass over the images for the norms, a copy of 1/s² of them; what lies before runs at s² times the
+    sampled at another phase, all of its pixels at once. The norms are summed in float32 at least, and neither
+    overflow nor vanish at any scale of the images.
+    Cost: two passes over the images for the norms, a copy of 1/s² of them; what lies before runs at s² times the
     pixels that a strided convolution would compute. No weights; the gradient reaches only the kept pixels.
 
     Args:
@@ -85,8 +91,7 @@ class PolyphaseDownsample2d(nn.Module):
         if H % s or W % s:
             require(False, "images sides", f"divisible by {s}", f"shape {tuple(images.shape)}")
         parts = images.reshape(B, C, H // s, s, W // s, s)
-        dtype = images.dtype if images.dtype == torch.float64 else torch.float32
-        norms = torch.linalg.vector_norm(parts.detach(), dim=(1, 2, 4), dtype=dtype)
+        norms = torch.linalg.vector_norm(_squarable(parts.detach()), dim=(1, 2, 4))
         best = norms.flatten(1).argmax(1)
         row, column = best // s, best % s
         return parts[torch.arange(B, device=images.device), :, :, row, :, column], torch.stack((row, column), 1)
@@ -94,6 +99,20 @@ class PolyphaseDownsample2d(nn.Module):
     def extra_repr(self) -> str:
         """The options."""
         return f"stride={self.stride}"
+
+
+def _squarable(parts: Tensor) -> Tensor:
+    """Return ``parts`` in float32 at least, each image scaled so that sums of its squares are normal numbers.
+
+    The factor is a power of two, and 1 at ordinary scales: it changes no comparison of norms.
+    """
+    parts = parts if parts.dtype == torch.float64 else parts.float()
+    if not parts.numel():
+        return parts
+    exponent = _EXPONENT[parts.dtype]
+    peak = parts.abs().amax(tuple(range(1, parts.ndim)), keepdim=True)
+    factor = torch.where(peak > 2.0**exponent, 2.0 ** (-2 * exponent), torch.ones_like(peak))
+    return parts * torch.where(peak < 2.0**-exponent, 2.0 ** (2 * exponent), factor)
 
 
 class PolyphaseUpsample2d(nn.Module):
