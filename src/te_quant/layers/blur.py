@@ -6,17 +6,18 @@ Shape letters: B batch, C channels, H W pixels, k taps, s stride.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from te_quant._checks import require_choice, require_int
 from te_quant.contract import Statement, sliding_window
 from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter_by
+from te_quant.layers._constants import ConstantFilter
 from te_quant.layers.stating import derived
 
 __all__ = ["BlurPool2d"]
 
 
-class BlurPool2d(nn.Module):
+class BlurPool2d(ConstantFilter):
     """A binomial low-pass filter, then one pixel in ``stride``.
 
     It takes any number of channels, any floating dtype and any side; it has no weights and adds nothing to
@@ -44,7 +45,6 @@ class BlurPool2d(nn.Module):
         tensor([[[[0., 2.]]]])
     """
 
-    kernel: Tensor
     reach, exact_for = derived(lambda self: self._statement())
 
     def __init__(self, *, kernel_size: int = 5, stride: int = 2, padding_mode: PaddingMode = "replicate") -> None:
@@ -55,12 +55,15 @@ class BlurPool2d(nn.Module):
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding_mode: PaddingMode = padding_mode
-        taps = binomial_kernel(kernel_size, dtype=torch.get_default_dtype())
-        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
+        self._set_filter()
 
     def forward(self, images: Tensor) -> Tensor:
         """Filter, then subsample."""
-        return filter_by(images, self.kernel, self.stride, self.padding_mode)
+        return filter_by(images, self.filter, self.stride, self.padding_mode)
+
+    def _compute_filter(self) -> Tensor:
+        taps = binomial_kernel(self.kernel_size, device="cpu")
+        return torch.outer(taps, taps)
 
     def _statement(self) -> Statement:
         before, after = (self.kernel_size - 1) // 2, self.kernel_size // 2

@@ -28,6 +28,7 @@ from te_quant._checks import (
 )
 from te_quant.contract import Reach, Statement, sliding_window
 from te_quant.filters import PADDING_MODES, PaddingMode, filter2d
+from te_quant.layers._constants import ConstantFilter
 from te_quant.layers.stating import derived
 
 __all__ = ["PolyphaseDownsample2d", "PolyphaseUpsample2d"]
@@ -115,7 +116,7 @@ def _squarable(parts: Tensor) -> Tensor:
     return parts * torch.where(peak < 2.0**-exponent, 2.0 ** (2 * exponent), factor)
 
 
-class PolyphaseUpsample2d(nn.Module):
+class PolyphaseUpsample2d(ConstantFilter):
     """Put every pixel back at its phase in an s x s cell, zeros elsewhere, and interpolate if asked to.
 
     Exact for: every integer circular shift, together with :class:`PolyphaseDownsample2d`: if y' = R_k y for
@@ -150,7 +151,6 @@ class PolyphaseUpsample2d(nn.Module):
     """
 
     adaptive = True
-    triangle: Tensor
     reach, exact_for = derived(lambda self: self._statement())
 
     def __init__(
@@ -162,9 +162,7 @@ class PolyphaseUpsample2d(nn.Module):
         self.stride = stride
         self.interpolate = interpolate
         self.padding_mode: PaddingMode = padding_mode
-        # Whole numbers: thirds, once rounded to float32, would stay so in a model moved to float64.
-        rising = torch.arange(1, 2 * stride, dtype=torch.get_default_dtype())
-        self.register_buffer("triangle", torch.minimum(rising, 2 * stride - rising), persistent=False)
+        self._set_filter()
 
     def forward(self, images: Tensor, phase: Tensor) -> Tensor:
         """Place, then interpolate."""
@@ -181,7 +179,12 @@ class PolyphaseUpsample2d(nn.Module):
         placed = torch.where(chosen, images[:, :, :, None, :, None], 0).reshape(B, C, s * H, s * W)
         if not self.interpolate:
             return placed
-        return filter2d(placed / s**2, self.triangle, padding_mode=self.padding_mode)
+        return filter2d(placed / s**2, self.filter, padding_mode=self.padding_mode)
+
+    def _compute_filter(self) -> Tensor:
+        # Whole numbers, which small dtypes hold too; the division by s² follows in the dtype of the images.
+        rising = torch.arange(1, 2 * self.stride, dtype=torch.float64, device="cpu")
+        return torch.minimum(rising, 2 * self.stride - rising)
 
     def _statement(self) -> Statement:
         placed = Statement(Reach(1, Fraction(1, self.stride)), "integer", adaptive=True)

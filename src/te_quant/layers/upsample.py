@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from te_quant._checks import require_choice, require_int, require_rank
 from te_quant.contract import Reach, Statement, sliding_window
 from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter2d
+from te_quant.layers._constants import ConstantFilter
 from te_quant.layers.blocks import PaddedConv2d
 from te_quant.layers.fourier import FourierUpsample2d
 from te_quant.layers.polyphase import PolyphaseUpsample2d
@@ -100,7 +101,7 @@ class NearestUpsampleConv(nn.Module):
         return larger
 
 
-class BlurUpsample2d(nn.Module):
+class BlurUpsample2d(ConstantFilter):
     """Repeat every pixel ``stride`` times along both axes, then a binomial low-pass filter.
 
     For ``stride=2`` and three taps this is the kernel (1, 3, 3, 1)/4 on the pixels with zeros between.
@@ -129,7 +130,6 @@ class BlurUpsample2d(nn.Module):
         tensor([0., 1., 3., 4.])
     """
 
-    taps: Tensor
     reach, exact_for = derived(lambda self: self._statement())
 
     def __init__(self, *, kernel_size: int = 3, stride: int = 2, padding_mode: PaddingMode = "replicate") -> None:
@@ -140,13 +140,15 @@ class BlurUpsample2d(nn.Module):
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding_mode: PaddingMode = padding_mode
-        taps = binomial_kernel(kernel_size, dtype=torch.get_default_dtype())
-        self.register_buffer("taps", taps, persistent=False)
+        self._set_filter()
 
     def forward(self, images: Tensor) -> Tensor:
         """Repeat, then filter."""
         require_rank("images", images, (4,), "(B, C, H, W)")
-        return filter2d(_repeated(images, self.stride), self.taps, padding_mode=self.padding_mode)
+        return filter2d(_repeated(images, self.stride), self.filter, padding_mode=self.padding_mode)
+
+    def _compute_filter(self) -> Tensor:
+        return binomial_kernel(self.kernel_size, device="cpu")
 
     def _statement(self) -> Statement:
         before, after = (self.kernel_size - 1) // 2, self.kernel_size // 2
