@@ -20,6 +20,7 @@ from torch import Tensor
 
 from te_quant.gpt import GPT, GPTConfig, Segment
 from te_quant.gpt import blocks as _transformer
+from te_quant.gpt import sampling as _sampling
 from te_quant.gpt.sampling import Sampler
 from tests.unit.gpt_oracles import BOTH, IMAGE, TEXT, build, draw
 
@@ -561,3 +562,92 @@ def test_generator_of_another_device_is_refused() -> None:
 
     with pytest.raises(ValueError, match="generator must be on cpu as the prompt, got cuda"):
         build().generate(draw(BOTH, 2, 3), generator=Elsewhere())
+
+
+def _biased(gpt: GPT, values: dict[int, float], row: int = 0, call: int = 0) -> GPT:
+    """Put values into the logits of one row, from the given drawn column on."""
+    head, calls = gpt.ends[1].logits, iter(range(10_000))
+
+    def logits(states: Tensor) -> Tensor:
+        result = head(states).clone()
+        if next(calls) >= call:
+            for token, value in values.items():
+                result[row, token] = value
+        return result
+
+    gpt.ends[1].logits = logits
+    return gpt
+
+
+_ALL = dict.fromkeys(range(IMAGE.vocab_size), -math.inf)
+_UNDRAWABLE = {
+    "nan": {2: math.nan},
+    "inf": {1: math.inf},
+    "all-minus-inf": _ALL,
+    "nan-and-minus-inf": _ALL | {0: math.nan},
+}
+_DRAWS: list[dict[str, Any]] = [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}, {"use_cache": False}]
+
+
+@pytest.mark.parametrize("accelerator", [False, True], ids=["cpu", "accelerator"])
+@pytest.mark.parametrize("options", _DRAWS, ids=str)
+@pytest.mark.parametrize("values", _UNDRAWABLE.values(), ids=_UNDRAWABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_generation_from_nan_or_infinite_logits_is_an_error(
+    dtype: torch.dtype,
+    values: dict[int, float],
+    options: dict[str, Any],
+    accelerator: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The message names the first token and row; an accelerator draws all columns before it looks."""
+    monkeypatch.setattr(_sampling, "_looks_at_once", lambda _: not accelerator)
+    gpt = _biased(build().to(dtype), values, row=1, call=2)
+    drawn: list[int] = []
+    expected = (
+        r"^logits must be finite, or -inf for some tokens.*got NaN, \+inf or only -inf about token 2 of row 1; "
+    )
+    with pytest.raises(ValueError, match=expected):
+        gpt.generate(
+            torch.zeros(3, 0, dtype=torch.int64),
+            order=("image",),
+            callback=lambda column, _: drawn.append(column),
+            **options,
+        )
+    assert drawn == list(range(IMAGE.length if accelerator else 2))
+
+
+def test_generation_from_half_precision_that_overflows_is_an_error() -> None:
+    """Weights that float32 holds, and float16 too, but not their products."""
+    gpt = build()
+    with torch.no_grad():
+        gpt.norm.weight.fill_(6e4)
+    prompt = torch.zeros(2, 0, dtype=torch.int64)
+    gpt.generate(prompt, order=("image",))
+    with torch.no_grad():
+        gpt.norm.weight.fill_(6e4)
+        gpt.ends[1].tokens.mul_(1000)
+    with pytest.raises(ValueError, match="about token 0 of row"):
+        gpt.half().generate(prompt, order=("image",))
+
+
+@pytest.mark.parametrize("options", _DRAWS, ids=str)
+def test_tokens_whose_logits_are_minus_infinity_are_never_drawn(options: dict[str, Any]) -> None:
+    """As those outside a vocabulary, or taken out by hand; the others are drawn as ever."""
+    allowed = {0, 1}
+    banned = {token: -math.inf for token in range(IMAGE.vocab_size) if token not in allowed}
+    gpt = _biased(build(), banned, row=0)
+    result = gpt.generate(torch.zeros(1, 0, dtype=torch.int64), order=("image",), generator=seeded(), **options)
+    assert set(result.flatten().tolist()) <= allowed
+
+
+def test_nan_in_a_row_that_has_ended_or_keeps_its_own_token_is_no_error() -> None:
+    """Nothing is drawn from those logits."""
+    gpt = _biased(build(), {0: math.nan}, row=0)
+    prompt = torch.zeros(2, IMAGE.length, dtype=torch.int64)
+    result = gpt.generate(prompt, order=("image",), prompt_lengths=torch.tensor([IMAGE.length, 0]))
+    assert torch.equal(result[0], prompt[0])
+    later = _biased(build(), {0: math.nan}, row=0, call=1)
+    sure = _biased(later, {3: 1e9}, row=0)
+    ended = sure.generate(torch.zeros(2, 0, dtype=torch.int64), order=("image",), stop_token=3)
+    assert (ended[0] == 3).all()

@@ -254,8 +254,8 @@ class GPT(nn.Module):
                 results differ by rounding.
 
         Raises:
-            ValueError: an option is out of range or contradicts another, the prompt does not fit the order, or
-                dropout is at work.
+            ValueError: an option is out of range or contradicts another, the prompt does not fit the order,
+                dropout is at work, or logits have NaN or +inf; an accelerator looks at them once, at the end.
             TypeError: the prompt or its lengths are not integers, or an option has the wrong type.
 
         Source: Shin et al. 2021, arXiv:2112.00384, whose code keeps the largest tenth of the logits.

@@ -116,14 +116,28 @@ def extend(
         own: (B, P) bool, where a row has a token of its own, which stays; none of the columns from P on has.
         ending: ends a row when its stop token is drawn, and everything when all rows have ended.
         callback: called with each column drawn and its (B,) tokens.
+
+    Raises:
+        ValueError: logits that a token is drawn from have NaN, +inf or nothing above -inf. A CPU raises at once,
+            an accelerator, which would have to be waited for, after the last column.
     """
     B, T = sequence.shape
     ended = torch.zeros(B, dtype=torch.bool, device=sequence.device)
+    failed = torch.full((B,), T, device=sequence.device)
+    at_once = _looks_at_once(sequence)
     seen = 0
     for column in range(first, T):
-        tokens = sampler.draw(predict(seen, column))
+        logits = predict(seen, column)
+        tokens = sampler.draw(logits)
         seen = column
         kept = own[:, column] if own is not None and column < own.shape[1] else None
+        # The largest is NaN where any is; -inf takes a token out of the draw, which is fine while others remain.
+        good = logits.amax(-1).isfinite() | ended
+        if kept is not None:
+            good |= kept
+        failed = torch.where(good, failed, failed.clamp_max(column))
+        if at_once:
+            _refuse_failed(failed, T)
         if ending is not None:
             tokens = torch.where(ended, ending.fill, tokens)
             stopping = tokens == ending.stop
@@ -135,4 +149,19 @@ def extend(
             callback(column, tokens)
         if ending is not None and bool(ended.all()):
             sequence[:, column + 1 :] = ending.fill
-            return
+            break
+    _refuse_failed(failed, T)
+
+
+def _looks_at_once(sequence: Tensor) -> bool:
+    return sequence.is_cpu
+
+
+def _refuse_failed(failed: Tensor, length: int) -> None:
+    """Refuse (B,) columns whose logits no token could be drawn from, unless all are ``length``."""
+    column = int(failed.min()) if len(failed) else length
+    if column < length:
+        row = int(failed.argmin())
+        expected = "finite, or -inf for some tokens, to draw from"
+        cure = "generate in float32 or look for NaN in the weights"
+        require(False, "logits", expected, f"NaN, +inf or only -inf about token {column} of row {row}; {cure}")
