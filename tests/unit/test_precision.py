@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from te_quant import SimVQ, VectorQuantizer
+from te_quant import Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant._precision import unit_rows
 from te_quant.functional import orthogonality
 
@@ -48,6 +49,63 @@ def test_statistics_stay_float32_in_a_half_precision_module(dtype: torch.dtype) 
     torch.testing.assert_close(half.usage.sum(), torch.tensor(70_000.0), rtol=0.01, atol=0)
     assert half.codebook.isfinite().all()
     assert torch.equal(half.decode(out.indices), out.codes)
+
+
+_WITH_STATISTICS: dict[str, Callable[[], Quantizer]] = {
+    "vq": lambda: VectorQuantizer(8, 4),
+    "vq-ema": lambda: VectorQuantizer(8, 4, codebook_update="ema", decay=0.5),
+    "vq-ema-cosine-penalty": lambda: VectorQuantizer(
+        8, 4, codebook_update="ema", decay=0.5, metric="cosine", orthogonal_reg=1.0
+    ),
+    "rvq-ema": lambda: ResidualVectorQuantizer(8, 4, 2, codebook_update="ema", decay=0.5),
+    "rvq-shared": lambda: ResidualVectorQuantizer(8, 4, 2, shared_codebook=True),
+    "sim": lambda: SimVQ(8, 4),
+}
+
+
+def _built_under(dtype: torch.dtype, build: Callable[[], Quantizer]) -> Quantizer:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return build()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _statistics(quantizer: Quantizer) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for name, tensor in quantizer.named_buffers()
+        if name.rsplit(".", maxsplit=1)[-1] in ("usage", "code_sums")
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", _WITH_STATISTICS)
+def test_quantizer_built_under_a_half_default_dtype_has_statistics_in_float32(
+    name: str, dtype: torch.dtype
+) -> None:
+    """And trains, with more latents than float16 can count, as a fresh cast one that loads its state."""
+    built = _built_under(dtype, _WITH_STATISTICS[name])
+    assert {tensor.dtype for tensor in _statistics(built).values()} == {torch.float32}
+    assert {parameter.dtype for parameter in built.parameters()} == {dtype}
+    cast = _WITH_STATISTICS[name]().to(dtype)
+    cast.load_state_dict(built.state_dict())
+    latents = torch.randn(70_000, 4).to(dtype)
+    for _ in range(4):
+        assert torch.equal(built(latents).indices, cast(latents).indices)
+    for key, tensor in built.state_dict().items():
+        assert tensor.isfinite().all()
+        assert torch.equal(tensor, cast.state_dict()[key])
+    counts = next(iter(_statistics(built).values())).sum()
+    assert counts > 2000
+
+
+@pytest.mark.parametrize("name", _WITH_STATISTICS)
+def test_quantizer_built_under_float64_has_statistics_in_float64(name: str) -> None:
+    """Float32 is the least, not the most."""
+    built = _built_under(torch.float64, _WITH_STATISTICS[name])
+    assert {tensor.dtype for tensor in _statistics(built).values()} == {torch.float64}
 
 
 def test_orthogonality_ignores_autocast() -> None:

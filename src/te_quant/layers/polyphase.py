@@ -28,7 +28,7 @@ from te_quant._checks import (
 )
 from te_quant.contract import Reach, Statement, sliding_window
 from te_quant.filters import PADDING_MODES, PaddingMode, filter2d
-from te_quant.layers._constants import ConstantFilter
+from te_quant.layers.blur import ConstantFilter
 from te_quant.layers.stating import derived
 
 __all__ = ["PolyphaseDownsample2d", "PolyphaseUpsample2d"]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from te_quant._checks import require_choice, require_int, require_rank
 from te_quant.contract import Reach, Statement, sliding_window
 from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter2d
-from te_quant.layers._constants import ConstantFilter
 from te_quant.layers.blocks import PaddedConv2d
+from te_quant.layers.blur import ConstantFilter
 from te_quant.layers.fourier import FourierUpsample2d
 from te_quant.layers.polyphase import PolyphaseUpsample2d
 from te_quant.layers.stating import derived, in_series, statement_of

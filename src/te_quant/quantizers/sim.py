@@ -104,7 +104,7 @@ class SimVQ(Quantizer):
         initial = torch.empty(num_codes, code_dim).normal_(std=code_dim**-0.5, generator=generator)
         self.register_buffer("coefficients", initial)
         self.basis = nn.Parameter(torch.eye(code_dim))
-        self.register_buffer("usage", torch.ones(num_codes))
+        self.register_buffer("usage", widen(torch.ones(num_codes)))
 
     @property
     def codebook(self) -> Tensor:

@@ -146,10 +146,11 @@ class VectorQuantizer(Quantizer):
         # The range of taming-transformers and of the paper's code.
         initial = torch.empty(num_codes, code_dim).uniform_(-1 / num_codes, 1 / num_codes, generator=generator)
         self.codebook = nn.Parameter(initial, requires_grad=codebook_update == "gradient")
+        # In float32 at least, whatever torch's default is: half precision cannot count to 3,000.
         # One pseudo-count per code, so that sums = codebook · smoothed(usage) holds from the first step on.
-        self.register_buffer("usage", torch.ones(num_codes))
+        self.register_buffer("usage", widen(torch.ones(num_codes)))
         if codebook_update == "ema":
-            self.register_buffer("code_sums", initial.clone())
+            self.register_buffer("code_sums", widen(initial.clone()))
 
     @property
     def reference(self) -> Tensor:
