@@ -227,6 +227,12 @@ def test_steps_say_when_there_is_nothing_to_do(out: Path, capsys: pytest.Capture
         (["report", "--results", "."], "results must be a folder with results.json"),
         (["prepare", "--data", "digits", "--data-dir", "."], "data_dir must be None"),
         (["stage1", "--arm", "vqgan", "--steps", "0"], "steps must be an int >= 1, got 0"),
+        (
+            ["stage1", "--arm", "vqgan", "--device", "gpu0"],
+            "device must be one that torch knows, such as 'cpu' or 'cuda', got 'gpu0'.",
+        ),
+        (["run", "--device", "gpu0"], "device must be one that torch knows, such as 'cpu' or 'cuda', got 'gpu0'."),
+        (["stage1", "--arm", "vqgan", "--device", "meta"], "device must be 'cpu', as torch finds no meta here"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -244,6 +250,28 @@ def test_refusals_are_one_line_and_status_1(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("command", ["stage1 --arm vqgan", "run", "classifier", "stage2 --arm vqgan"])
+def test_cuda_without_a_gpu_is_one_line_that_names_the_option(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is read or trained."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*command.split(), "--device", "cuda", "--out", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == "error: device must be 'cpu', as torch finds no cuda here, got 'cuda'."
+
+
+def test_a_gpu_with_a_number_that_is_not_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has two."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["stage1", "--arm", "vqgan", "--device", "cuda:2", "--out", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == "error: device must be numbered below 2, the GPUs of the host, got 'cuda:2'."
 
 
 def test_unknown_choices_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:

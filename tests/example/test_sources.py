@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -196,6 +198,48 @@ def test_files_are_found_by_option_and_variable(small_mnist: Path, monkeypatch: 
     monkeypatch.setenv("TE_QUANT_DATA", str(small_mnist / "elsewhere"))
     assert find_idx_folder("mnist") is None
     assert find_idx_folder("mnist", small_mnist) == inside
+
+
+def _ending(text: str) -> str:
+    return re.escape(text) + "$"
+
+
+_LAYOUTS = ["MNIST/raw", "MNIST", "mnist/raw", "raw", "mnist", "."]
+
+
+@pytest.mark.parametrize("dotted", [False, True], ids=["dashed", "dotted"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("layout", _LAYOUTS)
+def test_mnist_is_found_as_others_lay_it_out_and_name_it(
+    small_mnist: Path, tmp_path: Path, layout: str, packed: bool, dotted: bool
+) -> None:
+    """In torchvision's folders, or with a dot before idx; packed or not. What is read has the same checksums."""
+    folder = tmp_path / "given" / layout
+    folder.mkdir(parents=True)
+    for path in (small_mnist / "mnist").glob("*.gz"):
+        name = path.name.replace("-idx", ".idx") if dotted else path.name
+        content = path.read_bytes()
+        (folder / (name if packed else name.removesuffix(".gz"))).write_bytes(
+            content if packed else gzip.decompress(content)
+        )
+    assert find_idx_folder("mnist", tmp_path / "given") == folder
+    assert (
+        load_digits("mnist", tmp_path / "given").fingerprint() == load_digits("mnist", small_mnist).fingerprint()
+    )
+
+
+def test_mnist_one_level_deeper_is_named_by_the_error(small_mnist: Path, tmp_path: Path) -> None:
+    """What would have been right, or what else is there."""
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileNotFoundError, match=_ending(f"got {tmp_path / 'other'}.")):
+        find_idx_folder("mnist", tmp_path / "other")
+    (tmp_path / "other" / "deep").mkdir()
+    with pytest.raises(FileNotFoundError, match=_ending(f"got {tmp_path / 'other'} with deep.")):
+        find_idx_folder("mnist", tmp_path / "other")
+    shutil.copytree(small_mnist / "mnist", tmp_path / "other" / "deep" / "MNIST" / "raw")
+    expected = f"got {tmp_path / 'other'}; they are in {tmp_path / 'other' / 'deep' / 'MNIST' / 'raw'}."
+    with pytest.raises(FileNotFoundError, match=_ending(expected)):
+        find_idx_folder("mnist", tmp_path / "other")
 
 
 def test_installed_files_are_found(small_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:

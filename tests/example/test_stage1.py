@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from examples.te_vqgan.data.sources import DigitSource, DigitSplit
 from examples.te_vqgan.runs import running
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
 from examples.te_vqgan.runs.differences import differing
+from examples.te_vqgan.stage1.exactness import finished_settings
 from examples.te_vqgan.stage1.presets import (
     ARMS,
     DEFAULT_ARMS,
@@ -256,6 +259,49 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, source: DigitSource)
         _train(changed, tmp_path, source, resume=True)
     with pytest.raises(ValueError, match=r"resume must be set, as .* holds an unfinished run, got False"):
         _train(_settings(), tmp_path, source)
+
+
+def test_a_checkpoint_carried_over_without_its_settings_is_compared_by_those_inside(
+    tmp_path: Path, source: DigitSource
+) -> None:
+    """Another model or seed is refused with both values and nothing is written; the same one goes on."""
+    origin, folder = tmp_path / "origin", tmp_path / "carried"
+    with pytest.raises(Interrupted, match="stopped at step"):
+        _train(_settings(), origin, source, stop=lambda done: done == 2)
+    folder.mkdir()
+    shutil.copy(origin / CHECKPOINT, folder)
+    changed = _settings(seed=7, model=dataclasses.replace(SMOKE.model, orthogonal_reg=10.0))
+    differences = r"model.orthogonal_reg was 0.0, now 10.0; seed was 0, now 7"
+    message = rf"^settings must be those of the checkpoint in .*carried, got {differences}\.$"
+    with pytest.raises(ValueError, match=message):
+        _train(changed, folder, source, resume=True)
+    assert not (folder / "settings.json").exists()
+    assert _train(_settings(), folder, source, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff", b"[]"], ids=repr)
+def test_damaged_settings_are_refused_by_the_name_of_the_file(
+    tmp_path: Path, source: DigitSource, content: bytes
+) -> None:
+    """Cut short, empty, no text, or no object."""
+    path = tmp_path / "settings.json"
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(str(path))} must (be a JSON file|hold a JSON object), got "
+    ):
+        _train(_settings(), tmp_path, source, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"model": {"paint": 1}}'])
+def test_settings_of_a_finished_run_that_say_something_else_are_refused_by_the_name_of_the_file(
+    tmp_path: Path, content: str
+) -> None:
+    """Later steps read them too."""
+    (tmp_path / "evaluation.json").write_text("{}")
+    path = tmp_path / "settings.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} must "):
+        finished_settings(tmp_path)
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch) -> None:

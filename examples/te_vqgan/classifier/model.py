@@ -18,7 +18,7 @@ from examples.te_vqgan.classifier.settings import ClassifierSettings, check_widt
 from examples.te_vqgan.data.recipes import PLACES
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.runs.checks import require, require_int
-from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
 
 __all__ = [
     "CellClassifier",
@@ -225,7 +225,7 @@ def load_classifier(folder: Path) -> CellClassifier:
     inner = folder / _MODEL
     where = inner if inner.is_dir() else folder
     require((where / _CONFIG).exists(), "folder", "one with a trained classifier", folder)
-    config = json.loads((where / _CONFIG).read_text(encoding="utf-8"))
+    config = read_json_object(where / _CONFIG)
     classifier = CellClassifier(**{**config, "widths": tuple(config["widths"])})
     tensors, _ = load_checkpoint(where / _WEIGHTS)
     classifier.load_state_dict(tensors)

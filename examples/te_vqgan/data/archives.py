@@ -83,6 +83,10 @@ MIRRORS: dict[str, tuple[str, ...]] = {
         "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
     ),
 }
+# Torchvision's folders, which hold the files in a folder "raw".
+_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
+# How many names of a folder's entries a message shows.
+_SHOWN = 5
 # Where Debian's package dataset-fashion-mnist puts its files.
 SYSTEM_FOLDER = Path("/usr/share/datasets")
 
@@ -99,8 +103,7 @@ def find_idx_folder(name: str, data_dir: str | Path | None = None) -> Path | Non
         variable = os.environ.get(DATA_VARIABLE)
         places = ([Path(variable)] if variable else []) + [SYSTEM_FOLDER]
     for place in places:
-        # The folder of its own first: two data sets share their file names.
-        for folder in (place / name, place):
+        for folder in _folders(name, place):
             missing = [stem for stem in CHECKSUMS[name] if not idx_path(folder, stem).is_file()]
             if not missing:
                 if _is_of_another(name, folder):
@@ -110,8 +113,32 @@ def find_idx_folder(name: str, data_dir: str | Path | None = None) -> Path | Non
                 raise FileNotFoundError(f"{folder} must hold all files of {name!r}, got none called {missing}.")
     if data_dir is not None:
         files = ", ".join(CHECKSUMS[name])
-        raise FileNotFoundError(f"data_dir must hold the files of {name!r} ({files}), got {data_dir}.")
+        cure = _found_deeper(name, Path(data_dir))
+        raise FileNotFoundError(f"data_dir must hold the files of {name!r} ({files}), got {data_dir}{cure}.")
     return None
+
+
+def _folders(name: str, place: Path) -> list[Path]:
+    """List where the files may lie in ``place``: directly or in a folder per data set, as torchvision has them."""
+    # The data set's own folders come first: two data sets share their file names.
+    parents = (place / name, place / _TORCHVISION[name], place)
+    return [folder for parent in parents for folder in (parent, parent / "raw")]
+
+
+def _found_deeper(name: str, place: Path) -> str:
+    """Name the folder in ``place`` that would have been right, else what is in there, for a message."""
+    entries = sorted(place.iterdir()) if place.is_dir() else []
+    for entry in entries:
+        if not entry.is_dir():
+            continue
+        for folder in _folders(name, entry):
+            complete = all(idx_path(folder, stem).is_file() for stem in CHECKSUMS[name])
+            if complete and not _is_of_another(name, folder):
+                return f"; they are in {folder}"
+    if not entries:
+        return ""
+    more = ", ..." if len(entries) > _SHOWN else ""
+    return f" with {', '.join(entry.name for entry in entries[:_SHOWN])}{more}"
 
 
 def _is_of_another(name: str, folder: Path) -> bool:
@@ -129,9 +156,10 @@ def _has_checksum(path: Path, sha256: str) -> bool:
 
 
 def idx_path(folder: Path, stem: str) -> Path:
-    """The file ``stem`` in ``folder``, the unpacked one if both are there."""
-    plain = folder / stem
-    return plain if plain.is_file() else folder / f"{stem}.gz"
+    """The file ``stem`` in ``folder``, also if a dot stands before ``idx``; an unpacked one goes first."""
+    names = (stem, stem.replace("-idx", ".idx"))
+    paths = [folder / f"{name}{suffix}" for suffix in ("", ".gz") for name in names]
+    return next((path for path in paths if path.is_file()), folder / f"{stem}.gz")
 
 
 def download_idx_folder(name: str, cache_dir: str | Path | None = None) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checks import require, require_choice
-from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
 from examples.te_vqgan.runs.provenance import Execution
 from examples.te_vqgan.runs.running import Clock, begun_run, finished_run, provenance, run_steps
 from examples.te_vqgan.stage1.evaluation import dataset, quality
@@ -134,7 +134,7 @@ def collect_family(settings: Stage1Settings, out: Path, *, seeds: Sequence[int],
             if not finished_run(folder, _plain(seeded, name)):
                 continue
             parts = {
-                part: json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+                part: read_json_object(folder / f"{part}.json")
                 for part in ("settings", "evaluation", "provenance")
             }
             runs.append({"name": name, "title": member.title, **parts})

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.te_vqgan.runs.checks import require, require_choice, require_int
-from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
 from examples.te_vqgan.runs.provenance import git_commit, versions
 from examples.te_vqgan.stage1.presets import settings_for
 from te_quant import build_encoder
@@ -174,7 +174,7 @@ def render(folder: Path) -> None:
     """
     path = folder / "audits.json"
     require(path.is_file(), "folder", "one with audits.json", str(folder))
-    audits = json.loads(path.read_text(encoding="utf-8"))["audits"]
+    audits = read_json_object(path)["audits"]
     reports = {found["title"]: AuditReport.from_dict(found["report"]) for found in audits.values()}
     write_text_atomically(folder / "audits.md", _summary(reports))
     tables = [f"**{title}**\n\n{_modules(report)}" for title, report in reports.items()]

@@ -6,7 +6,6 @@ Reads the ``results.json`` that ``report`` wrote, so that a published comparison
 from __future__ import annotations
 
 import io
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
 from te_quant.equivariance import Agreement, comparison_table
 from te_quant.tables import Table
@@ -58,7 +57,7 @@ def write_comparison(folder: Path) -> None:
     """
     path = folder / "results.json"
     require(path.is_file(), "results", "a folder with results.json", str(folder))
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    runs = read_json_object(path)["runs"]
     write_text_atomically(folder / "comparison.md", comparison(runs))
     reports = {_name(run, runs): _report(run) for run in runs}
     write_text_atomically(folder / "metrics.md", comparison_table(reports).to_markdown())

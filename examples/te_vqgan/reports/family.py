@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from examples.te_vqgan.reports.compare import agreement_cell, draw_agreement
 from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
 from te_quant.tables import Table
 
@@ -47,7 +46,7 @@ def write_family(folder: Path) -> None:
     """
     path = folder / "results.json"
     require(path.is_file(), "results", "a folder with results.json", str(folder))
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_json_object(path)
     write_text_atomically(folder / "family.md", family_table(results))
     buffer = io.BytesIO()
     # Without the date and the version a figure is a function of its data.

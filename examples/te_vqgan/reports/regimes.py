@@ -5,7 +5,6 @@ Reads the ``results.json`` of each preset's published report.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from examples.te_vqgan.reports.document import Table, to_markdown
 from examples.te_vqgan.reports.generation.tables import counted, full_size, mean, quadrants, read_right
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.differences import differing
-from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
 from examples.te_vqgan.stage1.presets import ARMS, DEFAULT_ARMS
 from te_quant import EquivarianceReport
 
@@ -41,7 +40,7 @@ def write_regimes(folders: Sequence[Path], path: Path) -> None:
     """
     for folder in folders:
         require((folder / "results.json").is_file(), "results", "folders with results.json", str(folder))
-    results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
+    results = [read_json_object(folder / "results.json") for folder in folders]
     write_text_atomically(path, to_markdown([regimes(results)]))
 
 

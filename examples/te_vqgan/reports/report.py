@@ -33,7 +33,7 @@ from examples.te_vqgan.reports.results import METRICS, by_arm, cell, collect, co
 from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
 from te_quant.equivariance import plot_reports
 
@@ -82,7 +82,7 @@ def write_report(out: Path, *, command: str, wall_seconds: float | None = None, 
     path = folder / _RESULTS
     results = collected
     if into is not None and path.is_file():
-        results = merged(json.loads(path.read_text(encoding="utf-8")), collected)
+        results = merged(read_json_object(path), collected)
     results["samples"] = _copied_samples(results, collected, out, folder)
     _add_generated(results, collected, out, folder)
     write_text_atomically(path, json.dumps(results, indent=1) + "\n")
@@ -98,7 +98,7 @@ def render(folder: Path) -> None:
     """
     path = folder / _RESULTS
     require(path.is_file(), "results", "a folder with results.json", str(folder))
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_json_object(path)
     samples = {title: _samples(folder / name) for title, name in results["samples"].items()}
     generated = {arm: _samples(folder / name) for arm, name in results.get("generated", {}).items()}
     figures = _figures(results, samples) | generation_figures(results, generated)

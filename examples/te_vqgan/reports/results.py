@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.differences import differing
+from examples.te_vqgan.runs.files import read_json_object
 from examples.te_vqgan.runs.logs import read_log
 from examples.te_vqgan.stage1.presets import ARMS
 from te_quant import EquivarianceReport
@@ -152,7 +152,7 @@ def _runs_in(out: Path) -> list[dict[str, Any]]:
 def _parts(folder: Path, *names: str) -> dict[str, Any]:
     """Read those of the JSON files in ``folder`` that are there, by name."""
     paths = {name: folder / f"{name}.json" for name in names}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    return {name: read_json_object(path) for name, path in paths.items() if path.exists()}
 
 
 def commands(results: Mapping[str, Any]) -> list[str]:

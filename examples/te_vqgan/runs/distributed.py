@@ -65,15 +65,16 @@ def start(device: str = "cpu") -> None:
         device: where all of them will compute, as torch names it.
 
     Raises:
-        ValueError: the host has fewer GPUs than processes.
+        ValueError: there is no such device, or the host has fewer GPUs than processes.
     """
+    computing = _existing(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     # Its functions have the default group as default of an argument. Imported later, by the first optimizer, they
     # would hold on to this one for ever, and its threads would meet an interpreter that is shutting down.
     importlib.import_module("torch.distributed.nn.functional")
     backend = "gloo"
-    if torch.device(device).type == "cuda":
+    if computing.type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         require(local < count, "LOCAL_RANK", f"below {count}, the GPUs of the host", local)
         torch.cuda.set_device(local)
@@ -117,9 +118,9 @@ def own_device(name: str) -> torch.device:
     """Return the device called ``name``; under a launcher ``cuda`` is the GPU of this process.
 
     Raises:
-        ValueError: a GPU is named by its number under a launcher.
+        ValueError: there is no such device, or a GPU is named by its number under a launcher.
     """
-    device = torch.device(name)
+    device = _existing(name)
     if device.type != "cuda" or not launched():
         return device
     require(device.index is None, "device", "cuda under a launcher, which numbers the GPUs", name)
@@ -224,6 +225,23 @@ def seed_step(seed: int, step: int) -> None:
     """
     if size() > 1:
         torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0]))
+
+
+def _existing(name: str) -> torch.device:
+    """Return the device called ``name``, without starting it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that torch knows, such as 'cpu' or 'cuda', got {name!r}.") from error
+    if device.type == "cpu":
+        return device
+    available = getattr(getattr(torch, device.type, None), "is_available", None)
+    there = available is not None and available()
+    require(there, "device", f"'cpu', as torch finds no {device.type} here", repr(name))
+    if device.type == "cuda" and device.index is not None:
+        count = torch.cuda.device_count()
+        require(device.index < count, "device", f"numbered below {count}, the GPUs of the host", repr(name))
+    return device
 
 
 @contextlib.contextmanager

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-__all__ = ["sha256", "write_bytes_atomically", "write_text_atomically"]
+__all__ = ["read_json_object", "sha256", "write_bytes_atomically", "write_text_atomically"]
 
 
 def sha256(path: str | Path) -> str:
     """Return the hash of a file, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else; the message names the file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be a JSON file, got a damaged one ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")  # noqa: TRY004
+    return content
 
 
 def write_bytes_atomically(path: str | Path, content: bytes) -> None:

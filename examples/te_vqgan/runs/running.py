@@ -23,7 +23,7 @@ from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.differences import differing
-from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
 from examples.te_vqgan.runs.logs import RunLog
 from examples.te_vqgan.runs.provenance import Execution, git_commit, versions
 
@@ -110,7 +110,7 @@ def finished_run(folder: Path, settings: Mapping[str, Any]) -> bool:
         path = folder / "settings.json"
         if not path.exists():
             return False
-        changes = differing(json.loads(path.read_text(encoding="utf-8")), settings)
+        changes = differing(read_json_object(path), settings)
         require(not changes, "settings", f"those of the run in {folder}", "; ".join(changes))
         return (folder / "evaluation.json").exists()
 
@@ -129,7 +129,8 @@ def begun_run(
         resume: accept a folder with a checkpoint.
 
     Raises:
-        ValueError: there is a checkpoint and ``resume`` is not set, or another process works in ``folder``.
+        ValueError: there is a checkpoint and ``resume`` is not set, or it is of other settings, or another process
+            works in ``folder``.
     """
     path = folder / CHECKPOINT
     with contextlib.ExitStack() as kept:
@@ -137,8 +138,13 @@ def begun_run(
         def begin() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             require(resume or not path.exists(), "resume", f"set, as {folder} holds an unfinished run", "False")
             kept.enter_context(only_process_in(folder))
+            checkpoint = load_checkpoint(path) if path.exists() else None
+            if checkpoint is not None:
+                # It may have been carried over without its settings.json.
+                changes = differing(checkpoint[1].get("settings", settings), settings)
+                require(not changes, "settings", f"those of the checkpoint in {folder}", "; ".join(changes))
             write_text_atomically(folder / "settings.json", json.dumps(dict(settings), indent=2) + "\n")
-            return load_checkpoint(path) if path.exists() else None
+            return checkpoint
 
         yield distributed.from_main(begin)
 

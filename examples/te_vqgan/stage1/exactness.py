@@ -11,7 +11,6 @@ The promise is the encoder's own contract: tokens of a shifted image are the tok
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.data.recipes import LAYOUTS
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.runs.checks import require, require_int
-from examples.te_vqgan.stage1.presets import Stage1Settings, from_dict
+from examples.te_vqgan.stage1.presets import Stage1Settings, read_settings
 from te_quant import VQAutoencoder
 from te_quant.shifts import Shift
 
@@ -43,7 +42,7 @@ def finished_settings(folder: Path) -> Stage1Settings:
     """
     finished = (folder / "evaluation.json").exists() and (folder / "settings.json").exists()
     require(finished, "out", "a folder with a finished run of this arm and seed", f"none in {folder}")
-    return from_dict(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+    return read_settings(folder / "settings.json")
 
 
 def moved(tokens: Tensor, by: Tensor) -> Tensor:

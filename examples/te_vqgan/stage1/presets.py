@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.te_vqgan.runs.checks import require, require_choice, require_int, require_number
+from examples.te_vqgan.runs.files import read_json_object
 from te_quant import AutoencoderConfig
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Arm",
     "Stage1Settings",
     "from_dict",
+    "read_settings",
     "settings_for",
     "to_dict",
 ]
@@ -263,3 +266,16 @@ def to_dict(settings: Stage1Settings) -> dict[str, Any]:
 def from_dict(plain: Mapping[str, Any]) -> Stage1Settings:
     """Undo :func:`to_dict`."""
     return Stage1Settings(**{**plain, "model": AutoencoderConfig.from_dict(plain["model"])})
+
+
+def read_settings(path: Path) -> Stage1Settings:
+    """Return the settings in a run's ``settings.json``.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    plain = read_json_object(path)
+    try:
+        return from_dict(plain)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold the settings of a stage1 run, got others ({error}).") from error

@@ -14,7 +14,7 @@ import torch
 
 from examples.te_vqgan.classifier.model import load_classifier, save_classifier
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
 from examples.te_vqgan.stage2.settings import Stage2Settings
 from examples.te_vqgan.stage2.train import load_tokenizer, stage2_folder
 from te_quant import GPT
@@ -55,7 +55,7 @@ def publish(
         "data": stage1.data,
         "canvas_size": stage1.canvas_size,
         "stage2": settings.to_dict(),
-        "provenance": json.loads((folder / "provenance.json").read_text(encoding="utf-8")),
+        "provenance": read_json_object(folder / "provenance.json"),
     }
     write_text_atomically(target / "about.json", json.dumps(about, indent=2) + "\n")
     return sum(path.stat().st_size for path in target.rglob("*.safetensors"))

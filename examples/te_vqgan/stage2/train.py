@@ -27,7 +27,7 @@ from examples.te_vqgan.runs.running import (
     provenance,
     run_steps,
 )
-from examples.te_vqgan.stage1.presets import Stage1Settings, from_dict
+from examples.te_vqgan.stage1.presets import Stage1Settings, read_settings
 from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings
 from examples.te_vqgan.stage2.token_cache import cached_tokens, encode_dataset
 from examples.te_vqgan.stage2.trainer import Stage2Trainer, gpt_config
@@ -166,7 +166,7 @@ def train_stage2(
 
 def _tokenizer_settings(folder: Path) -> Stage1Settings:
     require((folder / "evaluation.json").is_file(), "out", "a folder with a finished stage1 run", str(folder))
-    return from_dict(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+    return read_settings(folder / "settings.json")
 
 
 def _pairs(
