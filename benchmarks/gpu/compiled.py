@@ -85,8 +85,12 @@ def compile_tiling(tiling: Tiling, size: int, capability: int) -> Compiled:
     codes = "*bf16" if tiling.precision == "bf16" else "*fp32"
     types = {"latents": "*fp32", "codes": codes, "half_norms": "*fp32", "center": "*fp32", "scores": "*fp32"}
     types |= {"indices": "*i64", "N": "i32", "K": "i32", "C": "i32", "part": "i32"}
-    # Allocations are aligned, and sizes are multiples of 16 more often than not.
-    aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(types))}
+    # Allocations are aligned, and C is a multiple of 16 more often than not.
+    aligned: dict[tuple[int], list[list[object]]] = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, type_) in enumerate(types.items())
+        if type_.startswith("*") or (name == "C" and size % 16 == 0)
+    }
     source = ASTSource(
         fn=kernel, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=aligned
     )
@@ -201,9 +205,10 @@ def table(found: Sequence[Compiled]) -> str:
 
 
 def every_tiling() -> Iterator[tuple[Tiling, int]]:
-    """Yield each tiling that is prepared, with the code size that it is compiled for."""
+    """Yield each tiling that is prepared, with the code size that it is compiled for; the first one for two."""
+    yield TILINGS[0], _SIZES[0]
     for tiling in TILINGS:
-        yield tiling, (8 if tiling.channels == 16 else 64) if tiling.keeps_latents(64) else 256
+        yield tiling, next((size for size in _SIZES[1:-1] if tiling.keeps_latents(size)), _SIZES[-1])
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -18,8 +18,8 @@ from benchmarks import generation, quantizers, stage1
 from benchmarks.contest import OURS, Cell, Contender, Context, Unavailable, compete, optional_module
 from benchmarks.gpu import searches
 from benchmarks.gpu.right import search_errors
-from benchmarks.memory import extra_peak
-from benchmarks.peers import MODES, build_quantizer
+from benchmarks.memory import measure_here
+from benchmarks.peers import MODES
 from benchmarks.problem import Problem, Size
 from benchmarks.timing import Call, describe
 from examples.te_vqgan.stage1.presets import PRESETS
@@ -119,19 +119,18 @@ def search_builders(problem: Problem) -> dict[str, Callable[[], Contender]]:
 def _search(size: Size, context: Context) -> dict[str, Any]:
     problem = Problem(size, context.device, sets=3)
     entries = compete(search_builders(problem), context)
-    facts = {}
-    for name, search in ((FUSED, searches.fused), (TILED, searches.tiled)):
+    facts: dict[str, Any] = {}
+    for name, one_kernel in ((FUSED, True), (TILED, False)):
         if entries[name]["status"] == "ok":
-            facts[f"bytes of {name}"] = _peak(partial(_one_search, search, problem), context)
+            with searches.one_kernel(one_kernel):
+                facts |= _peak(name, "search", size, context)
     return {"contenders": entries, "facts": facts}
 
 
-def _one_search(search: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> list[Tensor]:
-    return [search(problem.latents[0], problem.codebook)]
-
-
-def _peak(call: Callable[[], list[Tensor]], context: Context) -> int:
-    return int(extra_peak(call, context.device)["bytes"])
+def _peak(name: str, mode: str, size: Size, context: Context) -> dict[str, Any]:
+    """Measure bytes beyond input and output, of what the operator does now."""
+    entry = measure_here(OURS, mode, size, context.device)
+    return {f"bytes of {name}": entry["bytes"]} if entry["status"] == "ok" else {"memory": entry["reason"]}
 
 
 def _searching(search: Callable[[Tensor, Tensor], Tensor], problem: Problem, precision: str) -> Contender:
@@ -195,12 +194,7 @@ def _flash_kmeans(problem: Problem) -> Contender:
 def _quantizer(mode: str, size: Size, context: Context) -> dict[str, Any]:
     with searches.one_kernel(context.device.type == "cuda"):
         entries = quantizers.contest(context, size, mode, _NAMES)
-        facts = {}
-        if entries[OURS]["status"] == "ok":
-            problem = Problem(size, context.device)
-            call = quantizers.quantizer_call(build_quantizer(OURS, mode, problem), mode, problem)
-            call(0)
-            facts[f"bytes of {OURS}"] = _peak(lambda: call(0), context)
+        facts = _peak(OURS, mode, size, context)
     return {"contenders": entries, "facts": facts}
 
 

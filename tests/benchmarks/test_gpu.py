@@ -84,7 +84,9 @@ def test_rehearsal_leaves_few_small_files(rehearsal: Path) -> None:
         "machine.md",
     }
     assert (rehearsal / "results.json").stat().st_size < MAX_BYTES // 4
-    assert "checks of results hold" in (rehearsal / "targets.md").read_text(encoding="utf-8")
+    checks = len(PARTS["right"].cells(CONTEXT))
+    verdict = (rehearsal / "targets.md").read_text(encoding="utf-8").splitlines()[0]
+    assert verdict == f"{checks} of {checks} checks of results hold."
 
 
 @pytest.mark.slow
@@ -256,6 +258,17 @@ def test_n_times_k_scores_are_found_in_the_memory() -> None:
     verdict = judge(TARGETS[-1], cells)
     assert (verdict.points, verdict.failing, verdict.met) == (2, 1, False)
     assert verdict.where == f"search-a ({FUSED})"
+
+
+def test_broken_and_missing_checks_are_named() -> None:
+    """One that was not run counts against the verdict as much."""
+    asked = [cell.key for cell in right.cells(CONTEXT)]
+    cells = {key: {"settings": {}, "status": "ok", "facts": {}} for key in asked if key != "right/operator"}
+    cells["right/ties"] = {"settings": {}, "status": "wrong", "reason": "the last one wins"}
+    text = tables({"grid": "quick", "cells": cells, "runs": {}})["targets"].splitlines()[0]
+    count = len(asked)
+    expected = f"{count - 2} of {count} checks of results hold. **Broken:** ties. **Not run:** operator."
+    assert text == expected
 
 
 def test_nothing_measured_says_so() -> None:

@@ -93,7 +93,8 @@ def _multiply(left, right, products, PRECISION: tl.constexpr):  # type: ignore[n
     return products
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# N, K and the length of a part only bound loops and masks: one machine code serves all of them.
+@triton.jit(do_not_specialize=["N", "K", "part"])  # type: ignore[untyped-decorator]
 def _nearest(  # type: ignore[no-untyped-def]
     latents,
     codes,
