@@ -36,7 +36,7 @@ def tables(document: Document) -> dict[str, str]:
 
 def targets_table(document: Document, targets: Sequence[Target] = TARGETS) -> str:
     """Judge every target by the cells of ``document``."""
-    header = ("target", "at", "worst", "where", "mean", "points", "verdict")
+    header = ("ratio or size", "limit", "worst", "worst at", "mean", "points", "verdict")
     rows = [_target_row(target, judge(target, document["cells"])) for target in targets]
     return to_markdown([Table(header, rows)])
 
@@ -94,7 +94,7 @@ def _blur(document: Document) -> str:
 
 def _generation(document: Document) -> str:
     bandwidth, speed = _bandwidth(document), _speed(document)
-    header = ("what", "B", "T", "seconds", "by ours", "tokens a second", "by the bytes", "by the arithmetic")
+    header = ("variant", "B", "T", "seconds", "/ te_quant", "tokens per second", "/ bytes", "/ arithmetic")
     rows = []
     for cell in _of(document, "generation/"):
         settings, facts = cell["settings"], cell["facts"]

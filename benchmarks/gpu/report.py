@@ -65,20 +65,20 @@ TARGETS: tuple[Target, ...] = (
         _searches(FUSED, product_name("float32"), _WIDE),
     ),
     Target(
-        "the same in TF32, where it was asked for",
+        "search in one kernel / product, both in TF32, C >= 64",
         1.3,
         True,
         _searches(f"{FUSED} (TF32)", product_name("TF32"), _WIDE),
     ),
     Target(
-        "the same in bfloat16, where it was asked for",
+        "search in one kernel / product, both in bfloat16, C >= 64",
         1.3,
         True,
         _searches(f"{FUSED} (bf16)", product_name("bf16"), _WIDE),
     ),
     Target("cdist and argmin / search in one kernel", 3.0, False, _searches(CDIST, FUSED)),
     Target("search in one kernel in TF32 / flash-kmeans", 1.0, True, _searches(f"{FUSED} (TF32)", FLASH_KMEANS)),
-    Target("peak memory / (64 MiB + 8 times latents and codes)", 1.0, True, _memory),
+    Target("peak memory beyond input and output / (64 MiB + 8 times latents and codes)", 1.0, True, _memory),
 )
 """In the order of the table."""
 

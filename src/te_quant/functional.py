@@ -65,7 +65,7 @@ def nearest_code(
     require_axis("latents", latents, 1, codebook.shape[1], "codebook axis 1")
     require_device("latents", latents, codebook.device, "codebook")
     if latents.dtype != codebook.dtype:
-        raise TypeError(f"latents must be {codebook.dtype} as the quantizer, got {latents.dtype}.")
+        raise TypeError(f"latents must be {codebook.dtype} as the codebook, got {latents.dtype}.")
     require_number("temperature", temperature, 0.0)
     require_generator(generator)
     if latents.dtype in (torch.float16, torch.bfloat16):

@@ -148,6 +148,7 @@ def test_a_gpt_is_measured_as_it_was(tiny: Path, source: DigitSource) -> None:
     assert list(differing_numbers(_read(inner / "generation.json"), expected)) == []
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_weights(tiny: Path, source: DigitSource) -> None:
     """From its checkpoint at step 3 of 6, Adam's moments included: the weights and the log of the old code."""
     stopped, ended = tiny / "stopped", tiny / "ended"

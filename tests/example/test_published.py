@@ -41,7 +41,9 @@ def _text(path: Path) -> str:
 
 
 @pytest.mark.usefixtures("white_pictures")
-@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in REGIMES else ()) for name in REPORTS]
+)
 def test_published_report_follows_from_its_data(name: str, tmp_path: Path) -> None:
     """Every word and number of the report and of its tables, from ``results.json`` and the samples."""
     shutil.copy(published(f"{name}/results.json"), tmp_path)

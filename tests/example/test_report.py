@@ -221,6 +221,17 @@ def test_document_renders_the_same_content_twice() -> None:
     assert "<figcaption>the &quot;picture&quot;</figcaption>" in html
 
 
+def test_columns_of_text_are_aligned_left_in_markdown() -> None:
+    """Numbers with signs, bounds, deviations or without a value stay right; the first column names the rows."""
+    header = ["run", "limit", "error", "device", "missing"]
+    rows = [
+        ["1", "≤ 1.2 x", "0.5 ± 0.1", "cpu, 2 threads", "–"],
+        ["2", "–", "skipped", "cuda", "–"],
+        ["3", "≥ 4 x", "-0.2 (0.1)", "16 cores", "–"],
+    ]
+    assert to_markdown([Table(header, rows)]).splitlines()[1] == "| --- | ---: | ---: | --- | ---: |"
+
+
 def test_provenance_knows_versions_and_survives_without_git(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,9 +131,9 @@ def test_require_integer_tensor_refuses_a_number() -> None:
 
 def test_require_device() -> None:
     """The message names both devices."""
-    _checks.require_device("x", torch.zeros(1), torch.device("cpu"), "codebook")
+    _checks.require_device("x", torch.zeros(1), torch.device("cpu"), "quantizer")
     with pytest.raises(ValueError, match=exactly("x must be on cpu as the quantizer, got meta.")):
-        _checks.require_device("x", torch.zeros(1, device="meta"), torch.device("cpu"), "codebook")
+        _checks.require_device("x", torch.zeros(1, device="meta"), torch.device("cpu"), "quantizer")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -294,7 +294,7 @@ Z, E, INDICES = torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3).long()
         (
             lambda: code_margins(Z.to("meta"), E, INDICES),
             ValueError,
-            "latents must be on cpu as the quantizer, got meta",
+            "latents must be on cpu as the codebook, got meta",
         ),
     ],
 )

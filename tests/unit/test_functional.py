@@ -37,8 +37,8 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor
         (torch.zeros(3, 4), torch.zeros(2, 4).bool(), TypeError, "codebook must be floating point, got torch.bool."),  # noqa: E501
         (torch.zeros(3, 4), torch.zeros(2, 4).cfloat(), TypeError, "codebook must be floating point, got torch.complex64."),  # noqa: E501
         (torch.zeros(3, 5), torch.zeros(2, 4), ValueError, "latents axis 1 must be codebook axis 1=4, got 5 (latents shape (3, 5))."),  # noqa: E501
-        (torch.zeros(3, 4, device="meta"), torch.zeros(2, 4), ValueError, "latents must be on cpu as the quantizer, got meta."),  # noqa: E501
-        (torch.zeros(3, 4).double(), torch.zeros(2, 4), TypeError, "latents must be torch.float32 as the quantizer, got torch.float64."),  # noqa: E501
+        (torch.zeros(3, 4, device="meta"), torch.zeros(2, 4), ValueError, "latents must be on cpu as the codebook, got meta."),  # noqa: E501
+        (torch.zeros(3, 4).double(), torch.zeros(2, 4), TypeError, "latents must be torch.float32 as the codebook, got torch.float64."),  # noqa: E501
     ],
 )  # fmt: skip
 def test_nearest_code_refuses(latents: Tensor, codebook: Tensor, error: type[Exception], message: str) -> None:

@@ -325,6 +325,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in gpt.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 @pytest.mark.usefixtures("compiler")
 def test_compiled_equals_eager() -> None:
@@ -340,6 +341,7 @@ def test_compiled_equals_eager() -> None:
             forward(tokens, order)
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 @pytest.mark.usefixtures("compiler")
 def test_compiled_losses_and_gradients_equal_eager() -> None:

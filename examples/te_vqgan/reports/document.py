@@ -48,6 +48,8 @@ class Picture(NamedTuple):
 
 Block = Heading | Paragraph | Bullets | Table | Picture
 
+_NO_VALUE = ("skipped", "failed", "refused", "not installed", "not measured")
+
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c1c1c }
 body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
@@ -73,10 +75,20 @@ def to_markdown(blocks: Sequence[Block]) -> str:
             case Bullets(items):
                 parts.append("\n".join(f"- {item}" for item in items))
             case Table(header, rows):
-                parts.append(tables.Table(header, rows).to_markdown().rstrip())
+                parts.append(tables.Table(header, rows, align=_sides(header, rows)).to_markdown().rstrip())
             case Picture(name, caption):
                 parts.append(f"![{_short(name)}]({name})\n\n*{caption}*")
     return "\n\n".join(parts) + "\n"
+
+
+def _sides(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return ``l`` for each column of text and ``r`` for each of numbers; the first names the rows.
+
+    Numbers may have a sign, a bound, a deviation or an interval. Cells without a value, such as a dash, do not
+    count.
+    """
+    columns = [[row[place] for row in rows] for place in range(1, len(header))]
+    return "l" + "".join("l" if _is_text(column) else "r" for column in columns)
 
 
 def to_html(blocks: Sequence[Block], pictures: Mapping[str, bytes], title: str) -> str:
@@ -115,6 +127,13 @@ def _html_block(block: Block, pictures: Mapping[str, bytes]) -> str:
 def _short(name: str) -> str:
     """The text instead of a picture; its caption, which says more, stands below."""
     return name.rpartition(".")[0].replace("_", " ")
+
+
+def _is_text(column: Sequence[str]) -> bool:
+    """Whether at least half of the cells begin with no number; cells without a value do not count."""
+    telling = [cell for cell in column if any(letter.isalnum() for letter in cell) and cell not in _NO_VALUE]
+    numbers = sum(bool(re.match(r"[\s≤≥<>~*+−–/-]*\d", cell)) for cell in telling)
+    return bool(telling) and 2 * numbers <= len(telling)
 
 
 def _number(cell: str) -> str:

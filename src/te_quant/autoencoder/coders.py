@@ -10,6 +10,8 @@ Source: Esser et al. 2021, arXiv:2012.09841. Differs: padding is an option of ea
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor, nn
 
@@ -89,6 +91,12 @@ class Encoder(nn.Module):
         # A call of the module, so that its hooks and its compiled version serve both ways of encoding.
         encoding: Encoding = self(images, return_phases=True)
         return encoding
+
+    @overload
+    def forward(self, images: Tensor, *, return_phases: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, images: Tensor, *, return_phases: Literal[True]) -> Encoding: ...
 
     def forward(self, images: Tensor, *, return_phases: bool = False) -> Tensor | Encoding:
         """Encode (B, I, H, W) images in [-1, 1] to (B, C, h, w) latents, with the (B, L, 2) phases on request."""
