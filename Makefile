@@ -57,7 +57,7 @@ bench: $(VENV)/.bench.installed
 # results go, FLAGS are options such as --skip=tuned.
 OUT ?= benchmarks/results/gpu
 gpu:
-	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu --out $(OUT) $(FLAGS)
+	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu --out $(OUT) $(FLAGS)
 
 clean:
 	rm -rf $(VENV) docs/_build .coverage* .mypy_cache .pytest_cache .ruff_cache

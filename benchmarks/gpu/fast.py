@@ -29,6 +29,7 @@ __all__ = [
     "FLASH_KMEANS",
     "FUSED",
     "SIZES",
+    "THREE_PRODUCTS",
     "TILED",
     "allowance",
     "cells",
@@ -38,6 +39,8 @@ __all__ = [
 
 FUSED = "te_quant, one kernel"
 TILED = "te_quant, tiles"
+THREE_PRODUCTS = f"{FUSED} (3 x TF32)"
+KERNEL = "the kernel, without the look for equal codes"
 CDIST = "cdist and argmin"
 FLASH_KMEANS = "flash-kmeans (TF32)"
 
@@ -106,6 +109,8 @@ def search_builders(problem: Problem) -> dict[str, Callable[[], Contender]]:
     builders: dict[str, Callable[[], Contender]] = {
         FUSED: partial(_searching, searches.fused, problem, "float32"),
         TILED: partial(_searching, searches.tiled, problem, "float32"),
+        KERNEL: partial(_searching, searches.kernel_alone, problem, "float32"),
+        THREE_PRODUCTS: partial(_searching, searches.fused_with(searches.THREE_PRODUCTS), problem, "float32"),
         CDIST: partial(_searching, _cdist, problem, "float32"),
         product_name("float32"): partial(_product, problem, "float32"),
     }

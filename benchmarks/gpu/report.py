@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.contest import OURS, Context
 from benchmarks.gpu import right, tuned
-from benchmarks.gpu.fast import CDIST, FLASH_KMEANS, FUSED, allowance, product_name
+from benchmarks.gpu.fast import CDIST, FLASH_KMEANS, FUSED, THREE_PRODUCTS, allowance, product_name
 from benchmarks.peers import MODES
 from benchmarks.problem import Size
 from benchmarks.tables import Document, contest_table, machine_table, targets_table
@@ -63,6 +63,12 @@ TARGETS: tuple[Target, ...] = (
         1.3,
         True,
         _searches(FUSED, product_name("float32"), _WIDE),
+    ),
+    Target(
+        "the kernel with three TF32 products / product in float32, C >= 64",
+        1.3,
+        True,
+        _searches(THREE_PRODUCTS, product_name("float32"), _WIDE),
     ),
     Target(
         "search in one kernel / product, both in TF32, C >= 64",

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from benchmarks.contest import Cell, Context
 from benchmarks.generation import Setting, build_gpt
 from benchmarks.gpu import searches
-from benchmarks.gpu.searches import Tiling
 from benchmarks.problem import Size
 from examples.te_vqgan.stage1.exactness import moved
 from examples.te_vqgan.stage1.presets import settings_for
@@ -93,8 +92,6 @@ _OFFSETS = (0.0, 1000.0)
 # With float64 at most so many rows are compared, spread over all; and so many distances at once.
 _ROWS, _PAIRS = 4096, 1 << 26
 _LARGE = 1 << 22
-# The candidate for the default: three products on tensor cores, nearly float32.
-_THREE_PRODUCTS = Tiling("tf32x3", 128, 128, 32, 8, 2)
 
 QUANTIZERS: dict[str, Callable[..., Quantizer]] = {
     "vq": partial(VectorQuantizer, 48, 6),
@@ -213,7 +210,7 @@ def _named_searches(asked: Sequence[str] = ()) -> Iterator[tuple[str, Callable[[
     tolerance = searches.TOLERANCES["float32"]
     yield "tiled", searches.tiled, tolerance
     yield "fused", searches.fused, tolerance
-    yield "fused tf32x3", searches.fused_with(_THREE_PRODUCTS), tolerance
+    yield "fused tf32x3", searches.fused_with(searches.THREE_PRODUCTS), tolerance
     for name in asked:
         yield f"fused {name}", partial(_in_precision, name), searches.TOLERANCES[name]
 
@@ -239,7 +236,14 @@ def _ties(context: Context) -> dict[str, Any]:
         if name == "fused" and device.type == "cpu":
             often = often % len(some)
         _hold(torch.equal(once, often), f"{name} does not answer with the first of equal codes")
-    return {}
+    # If every product of the kernel is rounded alike, the operator need not look for equal codes.
+    alone = {"float32": searches.kernel_alone, "tf32x3": searches.fused_with(searches.THREE_PRODUCTS)}
+    return {
+        f"of the kernel alone in {name}, answers with another than the first of equal codes": int(
+            (search(latents, some.repeat(5, 1)) >= len(some)).sum()
+        )
+        for name, search in alone.items()
+    }
 
 
 def _nonfinite(context: Context) -> dict[str, Any]:

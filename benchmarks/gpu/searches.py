@@ -19,10 +19,12 @@ from te_quant.functional import nearest_code
 
 __all__ = [
     "PRECISIONS",
+    "THREE_PRODUCTS",
     "TOLERANCES",
     "Tiling",
     "fused",
     "fused_with",
+    "kernel_alone",
     "kernel_of",
     "one_kernel",
     "precision",
@@ -35,6 +37,9 @@ PRECISIONS = {"float32": "highest", "TF32": "high", "bf16": "medium"}
 
 TOLERANCES = {"float32": 1e-5, "TF32": 4e-3, "bf16": 3e-2}
 """A code is wrong if it is farther than the nearest by this share of the squared lengths of latent and code."""
+
+THREE_PRODUCTS = Tiling("tf32x3", 128, 128, 32, 8, 2)
+"""The candidate for the default: on tensor cores, and nearly float32."""
 
 # What the interpreter, which has no multiprocessors, is told.
 _MULTIPROCESSORS = 4
@@ -74,9 +79,15 @@ def tiled(latents: Tensor, codebook: Tensor) -> Tensor:
 def fused(latents: Tensor, codebook: Tensor) -> Tensor:
     """Search in one kernel, through the operator; on a CPU in Triton's interpreter."""
     if latents.device.type == "cpu":
-        return fused_argmin(latents, codebook, center_of(codebook), _MULTIPROCESSORS)
+        return kernel_alone(latents, codebook)
     with one_kernel(True):
         return nearest_code(latents, codebook)
+
+
+def kernel_alone(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Search in one kernel, without the operator, which sends equal codes to the first of them."""
+    processors = _MULTIPROCESSORS if latents.device.type == "cpu" else None
+    return fused_argmin(latents, codebook, center_of(codebook), processors)
 
 
 def fused_with(tiling: Tiling) -> Callable[[Tensor, Tensor], Tensor]:

@@ -240,7 +240,7 @@ def test_targets_are_judged() -> None:
         "fast/search-c": {"settings": Size(1, 1, 64)._asdict(), "status": "failed", "reason": "none"},
     }
     verdicts = {target.text: judge(target, cells) for target in TARGETS}
-    product, _, _, cdist, flash, memory = verdicts.values()
+    product, _, _, _, cdist, flash, memory = verdicts.values()
     assert (product.points, product.worst, product.met) == (1, 1.2, True)
     assert (cdist.points, cdist.worst, cdist.failing, cdist.met) == (2, 2.9, 1, False)
     assert (flash.worst, flash.met) == (0.9, True)
