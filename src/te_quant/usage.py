@@ -31,7 +31,7 @@ class CodebookUsageReport(Tabular):
     """Use of a codebook over a stated number of tokens.
 
     Attributes:
-        num_codes: K.
+        num_codes: number of codes, K.
         used_codes: codes seen at least once; grows with the number of tokens.
         frequent_codes: codes that make up more than ``frequent_share`` of the tokens; hardly grows with it.
         frequent_share: that bound, a share in [0, 1).

@@ -342,7 +342,7 @@ def test_command_measures_a_section_and_writes_it_down(tmp_path: Path, capsys: p
     """One section from the command line: JSON, tables, no second measurement; wrong names are one sentence."""
     arguments = ["--only", "rendering", "--grid", "quick", "--threads", "1", "--out", str(tmp_path)]
     assert main(arguments) == 0
-    assert "| target | at |" in capsys.readouterr().out
+    assert "| ratio or size | limit |" in capsys.readouterr().out
     path = tmp_path / "cpu" / "results.json"
     document = json.loads(path.read_text())
     assert list(document["cells"]) == ["rendering/S32-B4"]
@@ -411,7 +411,7 @@ def cells(**seconds: float) -> dict[str, Any]:
 def test_targets_are_judged() -> None:
     """Worst and mean, met and missed, by how much, and at how many points."""
     measured = cells(te_quant=1.0, cdist=1.2)
-    (target,) = [target for target in TARGETS if target.text == "cdist and argmin by search"]
+    (target,) = [target for target in TARGETS if target.text == "time of cdist and argmin / search time"]
     verdict = judge(target, measured)
     assert (verdict.points, verdict.worst, verdict.where, verdict.failing) == (2, 1.2, "1 (cdist)", 1)
     assert verdict.met is False
@@ -505,9 +505,9 @@ def test_tables_are_made_of_the_document_alone() -> None:
     )
     assert "skipped" in result["search"]
     assert "Not measured: expanded: skipped (would hold 7 GiB)." in result["search"]
-    assert "| cdist and argmin by search | ≥ 1.4 x | 1.20 x | 1 (cdist) |" in result["targets"]
+    assert "| time of cdist and argmin / search time | ≥ 1.4 x | 1.20 x | 1 (cdist) |" in result["targets"]
     assert "**missed by 17%**, at 1 of 2 |" in result["targets"]
-    assert "| generation: uncached by cached | ≥ 10 x | – | – | – | 0 | not measured |" in result["targets"]
+    assert "| generation: uncached / cached | ≥ 10 x | – | – | – | 0 | not measured |" in result["targets"]
     assert set(result) >= {"memory", "growth-time", "blur", "stage1", "rendering", "machine"}
 
 

@@ -22,7 +22,7 @@ def tiled_argmin(
     """Return the index of the nearest code, or of a drawn one, for each row.
 
     Args:
-        latents: z.
+        latents: z, before quantization.
         codebook: e.
         temperature: 0 takes the nearest code; above, code e has probability ∝ exp(-‖z - e‖² / (2 · temperature)).
         generator: of the draws; the global one if None.

@@ -68,25 +68,7 @@ def measure_equivariance(
         >>> report.aligned.rate, report.sub_stride.rate < 0.9
         (1.0, True)
 
-    Example::
-
-        # any tokenizer of this library; print(report) gives a short table
-        report = measure_equivariance(
-            model.encode_to_indices, sprites, canvas_size=64, stride=4, num_codes=256,
-            latents=model.encode, codebook=model.quantizer.codebook,
-            reconstruct=lambda x: model(x).reconstruction)
-
-        # a VQGAN whose encode(x) ends in flat indices
-        report = measure_equivariance(
-            lambda x: model.encode(x)[2][2].view(len(x), 16, 16), sprites, stride=16, num_codes=1024)
-
-        # a VQModel of diffusers, photographs shifted circularly
-        def tokenize(x):
-            z = vq.encode(x).latents
-            return vq.quantize(z)[2][2].view(len(x), *z.shape[-2:])
-        report = measure_equivariance(
-            tokenize, photos, protocol="circular", stride=4, num_codes=8192,
-            reconstruct=lambda x: vq(x).sample)
+    The guide "Measure and test your own tokenizer" in the documentation calls it on tokenizers of other libraries.
 
     Args:
         tokenize: images -> indices.
@@ -94,7 +76,7 @@ def measure_equivariance(
             centre. Under ``circular`` full images, or sprites if ``canvas_size`` is twice their side. Under
             ``crop`` images larger than the window.
         stride: s, pixels per token.
-        num_codes: K.
+        num_codes: number of codes, K.
         canvas_size: side in pixels of what the tokenizer sees (the window under ``crop``, where it has to be
             given). None: twice the sprites under ``canvas``, the images themselves under ``circular``.
         protocol: how content moves; see :mod:`te_quant.shifts`.
@@ -129,7 +111,7 @@ def measure_equivariance(
 
     Source: placement: evaluation code of Shin et al. 2021, arXiv:2112.00384; κ: Cohen 1960; end to
         end: as EQ-T of Karras et al. 2021 (StyleGAN3), over encoded images; the others and their reasons: "What
-        is and is not translation-equivariant" in the documentation. Code use and
+        the measurements see" in the documentation. Code use and
         reconstruction are taken over the sprites at their five placements, or over the unshifted images.
     """
     views = Views.plan(images, protocol=protocol, canvas_size=canvas_size, stride=stride, ground=ground)

@@ -99,7 +99,7 @@ def build_norm(norm: Norm, channels: int, *, norm_groups: int) -> nn.Module:
 
     Args:
         norm: ``group`` (:func:`group_norm`) or ``channel`` (:class:`ChannelNorm`).
-        channels: C.
+        channels: number of channels, C.
         norm_groups: groups of channels, for ``norm="group"`` only.
 
     Raises:

@@ -45,8 +45,8 @@ class FSQ(Quantizer):
             [0, K). losses: (), all zero.
 
     Attributes:
-        num_codes: K. ``decode(torch.arange(K))`` lists the codes.
-        code_dim: C.
+        num_codes: number of codes, K. ``decode(torch.arange(K))`` lists the codes.
+        code_dim: size of a code, C.
 
     Raises:
         ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does

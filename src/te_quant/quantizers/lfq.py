@@ -60,7 +60,7 @@ class LFQ(Quantizer):
             [0, K). losses: ().
 
     Attributes:
-        num_codes: K.
+        num_codes: number of codes, K.
 
     Raises:
         ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does

@@ -74,8 +74,8 @@ def images(
 
     Args:
         sides: (H, W), or a strategy for it such as :func:`image_sides`.
-        channels: C.
-        batch: B.
+        channels: number of channels, C.
+        batch: number of images, B.
         dtype: floating.
 
     Shape:
@@ -150,7 +150,7 @@ def latents_off_boundaries(
         codebook: codes to choose from; those with a neighbour closer than twice the margin are never chosen.
         margin: the smallest r, >= 0, in the unit of the latents.
         grid: (h, w).
-        batch: B.
+        batch: number of images, B.
 
     Shape:
         codebook: (K, C). Draws a pair: latents (B, C, h, w) in the dtype of the codebook, indices (B, h, w) int64.

@@ -34,7 +34,7 @@ class Resamples:
     """R draws of N images with replacement, the same for everything that is measured in one run.
 
     Args:
-        num_images: N.
+        num_images: number of images, N.
         count: R; 0 asks for no intervals.
         seed: of the draws; the global random state is neither read nor changed.
     """

@@ -26,7 +26,7 @@ class PairTally:
     tokens and not with N x K.
 
     Args:
-        num_codes: K.
+        num_codes: number of codes, K.
         by_image: keep the code frequencies of every image, for the interval of κ; False keeps the pooled ones.
     """
 

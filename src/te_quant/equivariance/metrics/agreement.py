@@ -222,7 +222,7 @@ def tokens_of(
         tokenize: any callable; ``images`` is its one argument.
         images: batch first.
         grid: (h, w) the indices must have.
-        num_codes: K.
+        num_codes: number of codes, K.
         name: what errors call the callable.
         argument: what they call its argument.
 

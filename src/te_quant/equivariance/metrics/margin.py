@@ -145,7 +145,7 @@ def code_margins(latents: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
     N x K x C nor an N x K tensor is built; close codes lose no accuracy.
 
     Args:
-        latents: z.
+        latents: z, before quantization.
         codebook: all codes. For cosine similarity normalise both first.
         indices: c of each vector, its nearest code in L2.
 

@@ -109,7 +109,7 @@ def placement_agreement(
         sprites: in [-1, 1].
         canvas_size: S in pixels, a multiple of 4·s.
         stride: s, pixels per token.
-        num_codes: K.
+        num_codes: number of codes, K.
         ground: value of the canvas around the sprite.
         tau: None compares all tokens of the blocks, as the authors do; a number only those whose pixels
             differ from the ground by more.

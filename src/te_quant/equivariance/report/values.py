@@ -99,7 +99,7 @@ class EquivarianceSettings:
         protocol: ``canvas``, ``circular`` or ``crop``.
         image_size: (H, W) of the images that the tokenizer saw, pixels.
         stride: s, pixels per token.
-        num_codes: K.
+        num_codes: number of codes, K.
         num_images: images (or sprites) given.
         ground: value of the background.
         tau: τ; a token is foreground where a pixel of its cell differs from the ground by more.
