@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +76,11 @@ def _run_parts(options: argparse.Namespace) -> None:
             # A process that can no longer use the device is followed by another one.
             while _run_process(options, name, deadline, Path(site)) == _UNUSABLE and time.time() < deadline:
                 pass
-            write_tables(_store(options).document, options.out)
+            try:
+                write_tables(_store(options).document, options.out)
+            except Exception:
+                # Tables can be written again at any time; the time on the machine is for the next part.
+                traceback.print_exc()
 
 
 def _run_process(options: argparse.Namespace, part: str, deadline: float, site: Path) -> int:
@@ -89,21 +95,29 @@ def _run_process(options: argparse.Namespace, part: str, deadline: float, site: 
         "PYTHONUNBUFFERED": "1",
         # Deterministic products need it, and it must be set before the first of them.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        # What Triton 3.9 does unless told otherwise, without the warning.
-        "TRITON_DEFAULT_FP_FUSION": "1",
     }
     if options.rehearse:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     with (options.out / "log.txt").open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=_ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             status = process.wait(max(1.0, deadline + _GRACE - time.time()))
         except subprocess.TimeoutExpired:
-            process.kill()
-            status = process.wait()
             log.write(f"{part}: ended {_GRACE:g} s after its deadline\n")
+            status = _end(process)
+        except BaseException:
+            _end(process)
+            raise
     print(f"{part}: exit status {status}")
     return status
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """End a process with all that it started, such as a compiler's workers."""
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 def _run_part(options: argparse.Namespace) -> int:

@@ -5,6 +5,8 @@ Shape letters: N latent vectors, C code size, K codes.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -209,6 +211,41 @@ def test_without_triton_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch)
         ImportError, match="TE_QUANT_FUSED_SEARCH must be 0 or unset where triton cannot be imported"
     ):
         nearest_code(torch.randn(2, 5), torch.randn(3, 5))
+
+
+_LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import MockTensor
+
+class NoGPU:
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(NoGPU())
+from te_quant._search.fused import kernel_of, tiling_for
+
+floats, indices = MockTensor.wrap_dtype(torch.float32), MockTensor.wrap_dtype(torch.int64)
+for N, K, C in ((16384, 1024, 64), (1, 1, 64), (77, 3001, 64), (77, 3001, 63)):
+    kernel, constants, options = kernel_of(tiling_for("tf32", 1024, C), C)
+    kernel.warmup(*[floats] * 5, indices, N, K, C, 256, grid=(1, 1), **constants, **options)
+    print(len(kernel.device_caches[0][0]))
+"""
+
+
+def test_one_machine_code_serves_any_number_of_latents_and_codes() -> None:
+    """As Triton would launch it on a GPU; codes whose size is no multiple of 16 need another (the control)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _LAUNCH],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "1", "1", "2"]
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")

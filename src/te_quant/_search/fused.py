@@ -156,7 +156,7 @@ def tiling_for(precision: str, rows: int, size: int) -> Tiling:
     return tiling
 
 
-def kernel_of(tiling: Tiling, size: int) -> tuple[triton.JITFunction, dict[str, object], dict[str, int]]:
+def kernel_of(tiling: Tiling, size: int) -> tuple[triton.JITFunction, dict[str, object], dict[str, object]]:
     """Return the kernel, its constants and its compiler options, for latents of ``size`` channels."""
     constants = {
         "ROWS": tiling.rows,
@@ -165,7 +165,9 @@ def kernel_of(tiling: Tiling, size: int) -> tuple[triton.JITFunction, dict[str, 
         "KEEP_LATENTS": tiling.keeps_latents(size),
         "PRECISION": tiling.precision,
     }
-    return _nearest, constants, {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    # Said because Triton 3.9 warns that its default will change.
+    options: dict[str, object] = {"num_warps": tiling.warps, "num_stages": tiling.stages, "enable_fp_fusion": True}
+    return _nearest, constants, options
 
 
 def fused_argmin(
