@@ -5,7 +5,7 @@ DATA ?= digits
 BIN = $(VENV)/bin
 PARALLEL = -n auto --dist worksteal
 
-.PHONY: demo test test-all test-long coverage lint types docs notebooks smoke bench clean
+.PHONY: demo test test-all test-long coverage lint types docs notebooks smoke bench gpu clean
 .DELETE_ON_ERROR:
 
 # One marker a set of extras, so that a changed pyproject.toml or pin installs again.
@@ -52,6 +52,12 @@ smoke: $(VENV)/.examples.installed
 # Half an hour on two cores that do nothing else; stopped, it goes on where it was.
 bench: $(VENV)/.bench.installed
 	$(BIN)/python -m benchmarks
+
+# Less than eight minutes on a machine with a GPU, which may be bare and offline: no environment is made. OUT is where
+# results go, FLAGS are options such as --skip=tuned.
+OUT ?= benchmarks/results/gpu
+gpu:
+	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu --out $(OUT) $(FLAGS)
 
 clean:
 	rm -rf $(VENV) docs/_build .coverage* .mypy_cache .pytest_cache .ruff_cache

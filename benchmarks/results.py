@@ -45,7 +45,15 @@ _CODE = (
     ":(top,exclude)benchmarks/results",
     ":(top,exclude)examples/te_vqgan/results",
 )
-_PEERS = ("vector-quantize-pytorch", "diffusers", "transformers", "kornia", "antialiased-cnns")
+_PEERS = (
+    "vector-quantize-pytorch",
+    "diffusers",
+    "transformers",
+    "kornia",
+    "antialiased-cnns",
+    "triton",
+    "flash-kmeans",
+)
 _CPUINFO = Path("/proc/cpuinfo")
 
 

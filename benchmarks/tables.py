@@ -14,7 +14,7 @@ from benchmarks.targets import TARGETS, Target, Verdict, judge
 from examples.te_vqgan.reports.document import Paragraph, Table, to_markdown
 from examples.te_vqgan.runs.files import write_text_atomically
 
-__all__ = ["TABLES", "tables", "write_tables"]
+__all__ = ["TABLES", "contest_table", "machine_table", "tables", "targets_table", "write_tables"]
 
 _MIB = 2**20
 _GIB = 2**30
@@ -34,9 +34,10 @@ def tables(document: Document) -> dict[str, str]:
     return {name: build(document) for name, build in TABLES.items()}
 
 
-def _targets(document: Document) -> str:
+def targets_table(document: Document, targets: Sequence[Target] = TARGETS) -> str:
+    """Judge every target by the cells of ``document``."""
     header = ("ratio or size", "limit", "worst", "worst at", "mean", "points", "verdict")
-    rows = [_target_row(target, judge(target, document["cells"])) for target in TARGETS]
+    rows = [_target_row(target, judge(target, document["cells"])) for target in targets]
     return to_markdown([Table(header, rows)])
 
 
@@ -63,7 +64,7 @@ def _search(document: Document) -> str:
         shape = f"{tiles['rows']} x {tiles['codes']}" + (", transposed" if tiles["transposed"] else "")
         return [_bytes_time(cell, bandwidth), shape]
 
-    return _contest(cells, ("N", "K", "C"), more, ("bytes alone", "tile of the floor"))
+    return contest_table(cells, ("N", "K", "C"), more, ("bytes alone", "tile of the floor"))
 
 
 def _quantizer(document: Document) -> str:
@@ -72,7 +73,7 @@ def _quantizer(document: Document) -> str:
     def more(cell: Mapping[str, Any]) -> list[str]:
         return [_bytes_time(cell, bandwidth)]
 
-    return _contest(_of(document, "quantizer/"), ("mode", "N", "K", "C"), more, ("bytes alone",))
+    return contest_table(_of(document, "quantizer/"), ("mode", "N", "K", "C"), more, ("bytes alone",))
 
 
 def _memory(document: Document) -> str:
@@ -80,7 +81,7 @@ def _memory(document: Document) -> str:
 
 
 def _growth_time(document: Document) -> str:
-    return _contest(_of(document, "growth/time"), ("along", "N", "K", "C"))
+    return contest_table(_of(document, "growth/time"), ("along", "N", "K", "C"))
 
 
 def _growth_memory(document: Document) -> str:
@@ -88,7 +89,7 @@ def _growth_memory(document: Document) -> str:
 
 
 def _blur(document: Document) -> str:
-    return _contest(_of(document, "blur/"), ("pass", "padding", "B", "C", "side"))
+    return contest_table(_of(document, "blur/"), ("pass", "padding", "B", "C", "side"))
 
 
 def _generation(document: Document) -> str:
@@ -147,7 +148,8 @@ def _rendering(document: Document) -> str:
     return to_markdown([Table(header, rows)])
 
 
-def _machine(document: Document) -> str:
+def machine_table(document: Document) -> str:
+    """Say what the measurements were made with, and on."""
     bandwidth, speed = _bandwidth(document), _speed(document)
     rows = []
     for record in document["runs"].values():
@@ -169,7 +171,7 @@ def _machine(document: Document) -> str:
 
 
 TABLES: dict[str, Callable[[Document], str]] = {
-    "targets": _targets,
+    "targets": targets_table,
     "search": _search,
     "quantizer": _quantizer,
     "memory": _memory,
@@ -179,28 +181,30 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "generation": _generation,
     "stage1": _stage1,
     "rendering": _rendering,
-    "machine": _machine,
+    "machine": machine_table,
 }
 """By file name."""
 
 
-def _contest(
+def contest_table(
     cells: Sequence[Mapping[str, Any]],
     columns: Sequence[str],
     more: Callable[[Mapping[str, Any]], list[str]] = lambda _: [],
     more_columns: Sequence[str] = (),
+    *,
+    ours_is: str = OURS,
 ) -> str:
-    """Milliseconds of each contender, and how many times ours that is."""
+    """Milliseconds of each contender, and how many times those of ``ours_is`` that is."""
     names = _names(cells)
 
     def text(cell: Mapping[str, Any], name: str) -> str:
-        entry, ours = cell["contenders"].get(name), cell["contenders"].get(OURS, {})
+        entry, ours = cell["contenders"].get(name), cell["contenders"].get(ours_is, {})
         if entry is None:
             return _NONE
         if entry["status"] != "ok":
             return _word(entry)
         time = _milliseconds(entry)
-        if name == OURS or ours.get("status") != "ok":
+        if name == ours_is or ours.get("status") != "ok":
             return time
         return f"{time} ({_times(entry['median'] / ours['median'])})"
 

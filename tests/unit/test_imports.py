@@ -86,6 +86,9 @@ PUBLIC = {
     if not path.startswith("_")
 }
 
+# The one module that reaches inside: it hands the kernel to the benchmarks that compile and tune it.
+MEASURED_INSIDE = {"benchmarks.gpu.searches"}
+
 
 @pytest.mark.parametrize("tree", TREES)
 def test_there_is_no_import_circle(tree: str) -> None:
@@ -142,6 +145,7 @@ def test_examples_and_benchmarks_import_public_names(tree: str) -> None:
         line
         for module, path in TREES[tree].items()
         for line in private(path.read_text(encoding="utf-8"), module, PUBLIC)
+        if module not in MEASURED_INSIDE
     ]
     assert not found, "\n".join(found)
 
