@@ -518,6 +518,23 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
     assert path.stat().st_mode == ordinary.stat().st_mode
 
 
+def test_a_limit_on_the_size_of_files_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
+    """As a full disk; what was there stays."""
+    resource = pytest.importorskip("resource", reason="the limits of POSIX")
+    path = tmp_path / "x"
+    write_bytes_atomically(path, b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: ") as caught:
+            write_bytes_atomically(path, bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was there stays, and no temporary file is left."""
     path = tmp_path / "x"

@@ -39,6 +39,9 @@ def write_bytes_atomically(path: str | Path, content: bytes) -> None:
     Args:
         path: the file; what was there before stays until the new content is on disk.
         content: the bytes to write.
+
+    Raises:
+        OSError: the disk is full, or a limit on the size of files is lower; the message names ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +56,10 @@ def write_bytes_atomically(path: str | Path, content: bytes) -> None:
         # mkstemp makes files that others may not read; an ordinary file follows the umask.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
