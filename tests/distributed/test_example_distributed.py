@@ -324,6 +324,8 @@ def test_a_launcher_of_one_process_joins_nothing(monkeypatch: pytest.MonkeyPatch
 
 def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Named without a number; more processes than GPUs are refused, before any of them waits for another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert Execution("cuda:0").apply() == torch.device("cuda:0")
     assert Execution("cuda").apply() == torch.device("cuda")
