@@ -457,7 +457,8 @@ def _skip_one(promise: str, quantizer: Quantizer, bad: float, *, drawn: bool) ->
     output = quantizer(latents)
     (output.loss + output.quantized[kept].square().sum()).backward()
     where = f"with {bad} {_where(quantizer, (9, -1))}"
-    assert latents.grad is not None
+    if latents.grad is None:
+        raise AssertionError(f"broken promise: {promise}; the latents get no gradient {where}.")
     _promise(not latents.grad[4].any(), promise, f"a skipped vector gets a gradient {where}")
     equal = torch.equal(output.quantized, output.codes) and torch.equal(
         quantizer.decode(output.indices), output.codes
