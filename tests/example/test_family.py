@@ -1,4 +1,4 @@
-"""The comparison of quantizers: each is trained once, in the same way; table and picture follow from the results."""
+"""The comparison of quantizers: each is trained once, in the same way, and measured."""
 
 from __future__ import annotations
 
