@@ -140,26 +140,31 @@ def row_sums(chosen: Tensor, rows: Tensor, num_codes: int) -> Tensor:
 @torch.no_grad()
 def record(batches: Sequence[Batch], group: ProcessGroup | None) -> None:
     """Add counts and, where there are any, sums to what is pending; one collective for all batches together."""
+    before = [batch.state.pending_counts.sum() for batch in batches]
     pending, fresh = [], []
-    for state, rows, chosen, (subset, _, counts) in batches:
-        if state.pending_subset is not None and subset is not None:
-            state.pending_subset.copy_(subset)
-        parts = [] if counts is not None else [(state.pending_counts.unsqueeze(1), _weights(rows))]
-        if counts is not None:
+    for state, rows, chosen, (_, _, counts) in batches:
+        parts = []
+        if counts is None:
+            parts.append((state.pending_counts.unsqueeze(1), _weights(rows)))
+        else:
             state.pending_counts.add_(counts)
         if state.pending_sums is not None:
             parts.append((state.pending_sums, rows.searchable))
         for target, values in parts:
-            values = values.to(target.dtype)
             if group is None:
-                target.index_add_(0, chosen, values)
+                target.index_add_(0, chosen, values.to(target.dtype))
             else:
                 pending.append(target)
-                fresh.append(row_sums(chosen, values, target.shape[0]))
+                fresh.append(row_sums(chosen, values.to(target.dtype), target.shape[0]))
     if pending:
         sums = all_reduce_sum(torch.cat([part.flatten() for part in fresh]), group)
         for target, part in zip(pending, sums.split([part.numel() for part in fresh]), strict=True):
             target.add_(part.view_as(target))
+    for total, (state, _, _, penalized) in zip(before, batches, strict=True):
+        if state.pending_subset is not None and penalized.subset is not None:
+            # A pass that all processes left empty changes nothing.
+            grown = state.pending_counts.sum() > total
+            state.pending_subset.copy_(torch.where(grown, penalized.subset, state.pending_subset))
 
 
 @torch.no_grad()
