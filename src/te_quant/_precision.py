@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AUTOCAST_DEVICES", "HALF", "full_precision", "unit_rows", "wide_buffers", "widen"]
+__all__ = ["AUTOCAST_DEVICES", "HALF", "as_factor", "full_precision", "unit_rows", "wide_buffers", "widen"]
 
 HALF = (torch.float16, torch.bfloat16)
 # Asked once: older compilers cannot trace the question.
@@ -28,6 +28,22 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if device.type in AUTOCAST_DEVICES:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def as_factor(number: float, like: Tensor) -> Tensor | float:
+    """In a compiled graph a tensor (), so that another number needs no other graph; in eager code ``number``.
+
+    A compiler takes a number that changes from call to call as an input only where it is multiplied with or added
+    to a tensor. Any other use, such as the weight of ``lerp`` or the argument of an operator, would make a graph
+    for each value.
+
+    Args:
+        number: an option that may change from step to step.
+        like: gives the device, and the dtype in which the number is multiplied.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=like.dtype, device=like.device) * number
+    return number
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from te_quant._precision import widen
+from te_quant._precision import as_factor, widen
 from te_quant.quantizers._distributed import all_reduce_sum
 from te_quant.quantizers._penalized_means import penalized_means, smoothed
 from te_quant.quantizers._rows import Rows
@@ -101,11 +101,12 @@ def observe(
         return penalized, None
     # All processes may have been empty; then nothing changes, decided without waiting for the device.
     seen = counts.any()
-    usage = torch.where(seen, state.usage.lerp(counts.to(state.usage.dtype), 1 - decay), state.usage)
+    weight = as_factor(1 - decay, state.usage)
+    usage = torch.where(seen, state.usage.lerp(counts.to(state.usage.dtype), weight), state.usage)
     codebook = None
     if state.code_sums is not None:
         sums = all_reduce_sum(row_sums(chosen, rows.searchable, state.codebook.shape[0]), group)
-        sums = state.code_sums.lerp(sums.to(state.code_sums.dtype), 1 - decay)
+        sums = state.code_sums.lerp(sums.to(state.code_sums.dtype), weight)
         before, after = (state.usage, state.code_sums), (usage, sums)
         codebook = _move_codebook(widen(state.codebook), before, after, EPSILON, orthogonal_reg, penalized, unit)
         codebook = torch.where(seen, codebook.to(state.codebook.dtype), state.codebook)
