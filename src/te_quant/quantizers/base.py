@@ -253,9 +253,8 @@ class Quantizer(nn.Module):
         indices = self._check_indices(indices)
         with full_precision(indices.device):
             codes = self.look_up(indices)
-        reference = self.reference
-        if reference is not None:
-            codes = codes.to(reference.dtype)
+        if self.dtype is not None:
+            codes = codes.to(self.dtype)
         return codes if self.channel_dim == -1 else codes.movedim(-1, 1)
 
     def freeze(self: _Self, frozen: bool = True) -> _Self:
@@ -334,6 +333,11 @@ class Quantizer(nn.Module):
         fitting = (tensor for name, tensor in tensors if name not in self.statistics)
         return next((tensor for tensor in fitting if tensor.is_floating_point()), None)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating-point type of the codes; None if that of :meth:`look_up` will do."""
+        return None if self.reference is None else self.reference.dtype
+
     def options(self) -> dict[str, Any]:
         """Return what the constructor was given, by name; a checkpoint of an autoencoder stores it.
 
@@ -360,8 +364,8 @@ class Quantizer(nn.Module):
         return self
 
     def _dtype(self, latents: Tensor) -> torch.dtype:
-        if self.reference is not None:
-            return self.reference.dtype
+        if self.dtype is not None:
+            return self.dtype
         # As if there were a codebook in float32: autocast casts latents, not what is made of them.
         return torch.float32 if latents.dtype in HALF and _is_autocast(latents) else latents.dtype
 
@@ -372,14 +376,12 @@ class Quantizer(nn.Module):
         require_floating("latents", latents)
         axis = 1 if self.channel_dim == 1 else latents.ndim - 1
         require_axis("latents", latents, axis, self.code_dim, "code_dim")
-        reference = self.reference
-        if reference is None:
-            return
-        require_device("latents", latents, reference.device, "quantizer")
+        if self.reference is not None:
+            require_device("latents", latents, self.reference.device, "quantizer")
         # Half precision is computed in float32, which a codebook in float64 does not fit.
-        cast = latents.dtype in HALF and _is_autocast(latents) and reference.dtype != torch.float64
-        if latents.dtype != reference.dtype and not cast:
-            raise TypeError(f"latents must be {reference.dtype} as the quantizer, got {latents.dtype}.")
+        cast = latents.dtype in HALF and _is_autocast(latents) and self.dtype != torch.float64
+        if self.dtype is not None and latents.dtype != self.dtype and not cast:
+            raise TypeError(f"latents must be {self.dtype} as the quantizer, got {latents.dtype}.")
 
     def _rows(self, latents: Tensor) -> Rows:
         rows = to_rows(latents, self.channel_dim, self.nonfinite)
