@@ -459,14 +459,12 @@ class Quantizer(nn.Module):
         require_floating("latents", latents)
         axis = 1 if self.channel_dim == 1 else latents.ndim - 1
         require_axis("latents", latents, axis, self.code_dim, "code_dim")
-        reference = self.reference
-        if reference is None:
-            return
-        require_device("latents", latents, reference.device, "quantizer")
+        if self.reference is not None:
+            require_device("latents", latents, self.reference.device, "quantizer")
         # Half precision is computed in float32, which a codebook in float64 does not fit.
-        widened = latents.dtype in HALF and reference.dtype != torch.float64
-        if latents.dtype != reference.dtype and not widened:
-            raise TypeError(f"latents must be {reference.dtype} as the quantizer, got {latents.dtype}.")
+        widened = latents.dtype in HALF and self.dtype != torch.float64
+        if self.dtype is not None and latents.dtype != self.dtype and not widened:
+            raise TypeError(f"latents must be {self.dtype} as the quantizer, got {latents.dtype}.")
 
     def _rows(self, latents: Tensor) -> Rows:
         rows = to_rows(latents, self.channel_dim, self.nonfinite)
