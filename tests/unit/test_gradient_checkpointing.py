@@ -125,19 +125,19 @@ def test_no_block_is_checkpointed_without_gradients() -> None:
         assert torch.equal(model(_images()).reconstruction, expected)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager"])
-def test_compiled_model_checkpoints_its_blocks(backend: str) -> None:
+@pytest.mark.slow
+def test_compiled_model_checkpoints_its_blocks() -> None:
     """In one graph, with the gradients of the compiled model without."""
     results = []
     for enabled in (False, True):
         torch.compiler.reset()
         model = _model()
-        results.append(_trained(model, enabled, torch.compile(model, fullgraph=True, backend=backend)))
+        results.append(_trained(model, enabled, torch.compile(model, fullgraph=True, backend="aot_eager")))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_exported_model_has_no_checkpoints(strict: bool) -> None:
     """A program for inference has no backward pass."""
     model = _model().eval()
