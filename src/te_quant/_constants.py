@@ -39,6 +39,7 @@ def _traced() -> bool:
     """Whether a tensor made now may be fake, wrapped, or part of a graph: such a tensor must not be shared."""
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

@@ -11,7 +11,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AUTOCAST_DEVICES", "HALF", "as_factor", "full_precision", "unit_rows", "wide_buffers", "widen"]
+__all__ = [
+    "AUTOCAST_DEVICES",
+    "HALF",
+    "as_factor",
+    "full_precision",
+    "is_autocast",
+    "unit_rows",
+    "wide_buffers",
+    "widen",
+]
 
 HALF = (torch.float16, torch.bfloat16)
 # Asked once: older compilers cannot trace the question.
@@ -28,6 +37,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if device.type in AUTOCAST_DEVICES:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``."""
+    return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def as_factor(number: float, like: Tensor) -> Tensor | float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from te_quant._checks import require, require_axis, require_choice, require_int, require_rank
 from te_quant.contract import Group, Reach
+from te_quant.filters import in_format_of
 
 __all__ = ["NORMS", "ChannelNorm", "Norm", "build_norm", "group_norm"]
 
@@ -82,12 +83,10 @@ class ChannelNorm(nn.Module):
         """Normalise every pixel."""
         require_rank("images", images, (4,), "(B, C, H, W)")
         require_axis("images", images, 1, self.channels, "channels")
+        pixels = images.movedim(1, -1)
+        normed = F.layer_norm(pixels, (self.channels,), self.norm.weight, self.norm.bias, self.norm.eps)
         # Laid out as images again: convolutions choose their algorithm, and so their rounding, by the strides.
-        return (
-            F.layer_norm(images.movedim(1, -1), (self.channels,), self.norm.weight, self.norm.bias, self.norm.eps)
-            .movedim(-1, 1)
-            .contiguous()
-        )
+        return in_format_of(images, normed.movedim(-1, 1))
 
     def extra_repr(self) -> str:
         """The options."""
