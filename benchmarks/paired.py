@@ -1,8 +1,9 @@
 """``python -m benchmarks.paired --before SRC``: the time of a quantizer's step in two versions of the library.
 
-Two processes, one with each version, take turns: before, after, after, before, and so on. What disturbs the machine so
-hits both, and the ratio of a pair is worth more than two medians. Every size of the quantizer benchmark is
-measured, in evaluation and in training by gradient and by moving averages.
+Two processes, one with each version, take turns: before, after, after, before, and so on. What disturbs the machine
+hits both, so the ratio of a pair is worth more than that of two medians. Every size of the quantizer benchmark is
+measured, in evaluation and in training by gradient and by moving averages. Cells that the result file holds already
+are not measured again.
 
 Shape letters: N latents, K codes, C code size.
 """
@@ -143,14 +144,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.before is None:
         print("error: --before must be the folder with the other te_quant, got none.", file=sys.stderr)
         return 2
-    cells = []
-    with workers([options.before, options.after], options.threads) as pair:
-        for mode, size in tqdm(list(product(MODES, SIZES[options.grid])), unit="cell", file=sys.stderr):
-            cells.append(compare(pair, mode, size, budget=options.budget, min_pairs=options.min_pairs))
     facts = stamp(device=torch.device("cpu"), grid=options.grid, threads=options.threads, budget=options.budget)
     options.out.mkdir(parents=True, exist_ok=True)
-    report = {"stamp": facts, "label": options.label, "cells": cells}
-    (options.out / "paired.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path = options.out / "paired.json"
+    cells: list[dict[str, Any]] = []
+    if path.exists() and not options.fresh:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    measured = {(cell["mode"], Size(cell["N"], cell["K"], cell["C"])) for cell in cells}
+    left = [cell for cell in product(MODES, SIZES[options.grid]) if cell not in measured]
+    with workers([options.before, options.after], options.threads) as pair:
+        for mode, size in tqdm(left, unit="cell", file=sys.stderr):
+            cells.append(compare(pair, mode, size, budget=options.budget, min_pairs=options.min_pairs))
+            report = {"stamp": facts, "label": options.label, "cells": cells}
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (options.out / "paired.md").write_text(table(cells), encoding="utf-8")
     print(table(cells))
     return 0
@@ -175,7 +181,9 @@ def _work(questions: IO[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paired", description=__doc__.split(":")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paired", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument(
         "--before", type=Path, metavar="SRC", help="folder that holds the te_quant to compare with"
     )
@@ -185,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=10.0, metavar="S", help="seconds for each cell")
     parser.add_argument("--min-pairs", type=int, default=12, help="pairs for each cell, however long they take")
+    parser.add_argument("--fresh", action="store_true", help="measure every cell again")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results" / "paired")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
