@@ -199,7 +199,7 @@ LAYERS = {
     "fourier-up": lambda n, _: FourierUpsample2d(n),
     "filtered": lambda n, _: FilteredActivation(upsampling=n),
     "polynomial": lambda n, _: PolynomialActivation(n),
-    "usage": lambda n, x: vars(CodebookUsage(n, frequent_share=x)),
+    "usage": lambda n, x: CodebookUsage(n, frequent_share=x),
     "binomial": lambda n, _: binomial_kernel(n).tolist(),
     "resample": lambda n, _: fourier_resample(torch.ones(1, 1, 4, 4), (n, n)).tolist(),
     "roll": lambda n, _: roll(torch.arange(16.0).view(1, 1, 4, 4), (n, n)).tolist(),
