@@ -2,8 +2,9 @@
 
 Here the latents are on the CPU, where float64 would go unnoticed, so a dispatch mode watches every operator.
 
-What runs on the CPU in float64 on purpose, whatever the device of the latents is: the report of ``CodebookUsage``, which
-copies its counts there first; the taps of filters and the sinusoids of ``GPT``, computed from options.
+What runs on the CPU in float64 on purpose, whatever the device of the latents is: the report of ``CodebookUsage``,
+which copies its counts there first, and the taps of filters and the sinusoids of ``GPT``, computed from options.
+Measurements sum in float64 on the device of the images, or on the CPU where the device has none.
 """
 
 from __future__ import annotations
@@ -17,21 +18,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from te_quant import CodebookUsage
+from te_quant import GPT, CodebookUsage, GPTConfig, Segment
+from te_quant.equivariance._float64 import float64
 from te_quant.functional import nearest_code, orthogonality, perplexity
 from te_quant.quantizers._distributed import sample_rows
 from tests.unit.quantizer_cases import QUANTIZERS
 
 
 class NoFloat64(TorchDispatchMode):
-    """Fail at the first operator that returns float64."""
+    """Fail at the first operator that returns float64 on the device."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        wide = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.dtype == torch.float64]
-        if wide:
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(tensor.dtype == torch.float64 and tensor.device.type == self.device for tensor in tensors):
             raise AssertionError(f"{func} returned float64")
         return result
 
@@ -160,3 +166,34 @@ def test_random_rows_are_uniform() -> None:
         counts[torch.arange(3), drawn[:, 0]] += 1
     deviation = (20_000 * (1 / 6) * (5 / 6)) ** 0.5
     assert (counts - 20_000 / 6).abs().max() < 5 * deviation
+
+
+def test_a_gpt_built_on_a_device_creates_no_float64_there() -> None:
+    """The sinusoids are computed on the CPU and then moved."""
+    config = GPTConfig((Segment("image", 16, (4, 4), "sinusoidal"),), width=16, depth=1, num_heads=2)
+    with NoFloat64("meta"), torch.device("meta"):
+        positions = GPT(config).ends[0].positions
+        assert positions.is_meta
+        with pytest.raises(AssertionError, match="returned float64"):
+            torch.arange(3, dtype=torch.float64)
+    assert not GPT(config).ends[0].positions.is_meta
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda"])
+def test_measurements_leave_a_device_without_float64(device: str) -> None:
+    """Sums are float64 everywhere; a device without it sends its values to the CPU first."""
+    moves = []
+
+    class Elsewhere:
+        device: torch.device
+
+        def cpu(self) -> Tensor:
+            moves.append("cpu")
+            return torch.ones(2)
+
+        def to(self, dtype: torch.dtype) -> Tensor:
+            return torch.ones(2, dtype=dtype)
+
+    Elsewhere.device = torch.device(device)
+    assert float64(Elsewhere()).dtype == torch.float64  # type: ignore[arg-type]
+    assert moves == (["cpu"] if device == "mps" else [])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_rank
 from te_quant._values import require_finite
+from te_quant.equivariance._float64 import float64
 from te_quant.equivariance.metrics._bootstrap import Resamples
 from te_quant.equivariance.metrics._pair_tally import PairTally
 from te_quant.equivariance.metrics.agreement import Agreement, PairCounts, mark_foreground, tokens_of
@@ -162,7 +163,7 @@ class Measurement:
             tally.add(z, z_moved)
         if self.margins is not None and reference.margins is not None:
             margins, _ = align(reference.margins, reference.margins, k, protocol=s.protocol)
-            self.margins.add(margins, z_moved.double() - z.double(), first == second)
+            self.margins.add(margins, float64(z_moved) - float64(z), first == second)
 
     def _add_sub_stride(self, images: Tensor, shift: Shift, reference: _Reference) -> None:
         s = self.settings

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from te_quant.equivariance._float64 import float64
 from te_quant.equivariance._text import UNDEFINED, with_interval
 from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, ImageSums, Interval, Resamples
 from te_quant.tables import Table, Tabular
@@ -74,8 +75,8 @@ class FeatureTally:
         Shape:
             expected, actual: (B, D, h, w).
         """
-        z = expected.double()
-        error = (actual.double() - z).square().sum((1, 2, 3))
+        z = float64(expected)
+        error = (float64(actual) - z).square().sum((1, 2, 3))
         tokens = torch.full_like(error, z[0, 0].numel())
         if self._origin is None and z.numel():
             # Any fixed origin gives the same variance; one near the mean keeps it accurate.
@@ -115,7 +116,7 @@ class PixelTally:
         Shape:
             expected, actual: (B, C, H, W).
         """
-        difference = (actual.to(expected.device).double() - expected.double()).flatten(1)
+        difference = (float64(actual.to(expected.device)) - float64(expected)).flatten(1)
         counted = torch.full_like(difference[:, :1], difference.shape[1])
         self._sums.add(difference.abs().sum(1), difference.square().sum(1), counted)
 
