@@ -136,10 +136,12 @@ def measure_equivariance(
     if codebook is not None:
         codebook = _checked_codebook(codebook, num_codes)
         quantize = quantize or _nearest(codebook)
+    resamples = require_int("resamples", resamples, 0)
+    seed = require_int("seed", seed, 0)
     settings = EquivarianceSettings(
         protocol=protocol,
         image_size=views.size,
-        stride=stride,
+        stride=views.stride,
         num_codes=num_codes,
         num_images=len(images),
         ground=views.ground,
@@ -152,8 +154,6 @@ def measure_equivariance(
         seed=seed,
         data_range=data_range,
     )
-    resamples = require_int("resamples", resamples, 0)
-    seed = require_int("seed", seed, 0)
     given = Callables(tokenize, reconstruct, latents, quantize, codebook, check_variants(variants))
     pasted = views.ground if views.sprites else None
     # The decorator above is one more frame.
