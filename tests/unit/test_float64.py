@@ -3,8 +3,9 @@
 Here the latents are on the CPU, where float64 would go unnoticed, so a dispatch mode watches every operator.
 
 What runs on the CPU in float64 on purpose, whatever the device of the latents is: the report of ``CodebookUsage``,
-which copies its counts there first, and the taps of filters and the sinusoids of ``GPT``, computed from options.
-Measurements sum in float64 on the device of the images, or on the CPU where the device has none.
+which copies its counts there first; the taps of filters and the sinusoids of ``GPT``, computed from options; and
+numbers, such as a temperature, as tensors without axes. Measurements sum in float64 on the device of the images, or
+on the CPU where the device has none.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class NoFloat64(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if any(tensor.dtype == torch.float64 and tensor.device.type == self.device for tensor in tensors):
+        wide = [tensor for tensor in tensors if tensor.dtype == torch.float64 and tensor.ndim > 0]
+        if any(tensor.device.type == self.device for tensor in wide):
             raise AssertionError(f"{func} returned float64")
         return result
 
