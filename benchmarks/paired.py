@@ -1,9 +1,9 @@
 """``python -m benchmarks.paired --before SRC``: the time of a quantizer's step in two versions of the library.
 
-Two processes, one with each version, take turns: before, after, after, before, and so on. What disturbs the machine
-hits both, so the ratio of a pair is worth more than that of two medians. Every size of the quantizer benchmark is
-measured, in evaluation and in training by gradient and by moving averages. Cells that the result file holds already
-are not measured again.
+Two processes, one with each version, take turns: before, after, after, before, and so on. What disturbs the
+machine hits both, so the ratio of a pair is worth more than that of two medians. Every size of the quantizer
+benchmark is measured, in evaluation and in training by gradient and by moving averages. Cells that the result file
+holds already are not measured again.
 
 Shape letters: N latents, K codes, C code size.
 """

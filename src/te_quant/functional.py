@@ -229,7 +229,8 @@ def perplexity(histogram: Tensor) -> Tensor:
         histogram: (K,) counts or weights, >= 0, any real dtype. All zero gives 0: no codes are in use.
 
     Returns:
-        () float64 in [0, K]; NaN if a weight is.
+        () in [0, K], NaN if a weight is; float64 if the histogram is, else float32, because some devices have no
+        float64.
 
     Raises:
         ValueError: the histogram is not of rank 1.
@@ -238,8 +239,8 @@ def perplexity(histogram: Tensor) -> Tensor:
     require_rank("histogram", histogram, (1,), "(K,)")
     if histogram.is_complex():
         raise TypeError(f"histogram must be real, got {histogram.dtype}.")
-    weights = histogram.to(torch.float64)
+    weights = histogram if histogram.dtype == torch.float64 else histogram.to(torch.float32)
     total = weights.sum()
-    shares = weights / total.clamp_min(torch.finfo(torch.float64).tiny)
+    shares = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
     entropy = -torch.xlogy(shares, shares).sum()
     return torch.where(total == 0, 0.0, entropy.exp())

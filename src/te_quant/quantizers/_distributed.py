@@ -68,13 +68,15 @@ def sample_rows(rows: Tensor, count: int, generator: torch.Generator | None, gro
         (min(count, total N), C) in random order.
     """
     # Uniform keys: the largest ``count`` keys of the union are a uniform sample, and each rank's own largest
-    # ``count`` are enough to know them.
-    keys = torch.rand(rows.shape[0], generator=generator, device=rows.device, dtype=torch.float64)
+    # ``count`` are enough to know them. Integers, as some devices have no float64; on a CPU these are the very
+    # draws of float64 in [0, 1), times 2^53.
+    keys = torch.empty(rows.shape[0], device=rows.device, dtype=torch.int64)
+    keys.random_(0, 2**53, generator=generator)
     kept = keys.topk(min(count, rows.shape[0])).indices
     keys, rows = keys[kept], rows[kept]
     if group is not None:
         missing = count - keys.shape[0]
-        keys = torch.cat([keys, keys.new_full((missing,), -1.0)])
+        keys = torch.cat([keys, keys.new_full((missing,), -1)])
         rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
         world = dist.get_world_size(group)
         all_keys = [torch.empty_like(keys) for _ in range(world)]
