@@ -1,7 +1,7 @@
 """One table of every public module, and how a test trains and compares them.
 
-A new public module joins the walk of ``test_state_moves.py`` and that of ``tests/distributed/test_engines.py`` by one
-line here; ``test_state_moves.py`` fails while the line is missing.
+A new public module joins the walks of ``test_state_moves.py`` and ``tests/distributed/test_engines.py`` by one line
+here; ``test_state_moves.py`` fails while the line is missing.
 
 Shape letters: B batch, C channels, H W pixels, T tokens.
 """
@@ -43,7 +43,9 @@ __all__ = [
     "STATISTICS",
     "ModuleCase",
     "assert_same_bits",
+    "descend",
     "fresh",
+    "loss_of",
     "prepared",
     "probe",
     "public_modules",
@@ -82,7 +84,7 @@ class ModuleCase:
     slow: bool = False
 
     def example(self, step: int, dtype: torch.dtype = torch.float32) -> Inputs:
-        """Return the inputs of a training step: the same in every process, floating ones as leaves with a gradient."""
+        """Return the inputs of a step: the same in every process, floating ones as leaves with a gradient."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1000 + step)
             drawn = self.inputs()
@@ -339,9 +341,17 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-def training_step(
-    module: nn.Module, inputs: Inputs, *, seed: int, rate: float = 0.1, share: float = 1.0
-) -> list[Tensor]:
+def loss_of(results: list[Tensor]) -> Tensor | None:
+    """A loss of everything that a module returns: the mean over equal shares of a batch is that of the batch."""
+    terms = [result if result.ndim == 0 else result.square().mean() for result in results if result.requires_grad]
+    return (
+        torch.stack([term if term.dtype == torch.float64 else term.float() for term in terms]).sum()
+        if terms
+        else None
+    )
+
+
+def training_step(module: nn.Module, inputs: Inputs, *, seed: int, rate: float = 0.1) -> list[Tensor]:
     """One step of gradient descent on everything that the module returns: its results, then the inputs' gradients.
 
     Args:
@@ -349,15 +359,12 @@ def training_step(
         inputs: leaves.
         seed: of what the step draws.
         rate: of the step.
-        share: of the loss, the inverse of the number of processes whose gradients are added.
     """
     torch.manual_seed(seed)
     results = tensors_in(module(*inputs))
-    terms = [result.square().mean() for result in results if result.requires_grad]
-    if terms:
-        (
-            share * torch.stack([term.float() if term.dtype != torch.float64 else term for term in terms]).sum()
-        ).backward()
+    loss = loss_of(results)
+    if loss is not None:
+        loss.backward()
     descend(module, rate)
     gradients = [x.grad for x in inputs if x.grad is not None]
     return [tensor.detach().clone() for tensor in (*results, *gradients)]
@@ -386,7 +393,7 @@ def prepared(case: ModuleCase, steps: int = 2) -> nn.Module:
 
 
 def probe(case: ModuleCase, module: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What the module does from here on, tensor by tensor: a training step, an evaluation, and the state after each.
+    """What the module does from here on: a training step, an evaluation, and the state after each.
 
     The training step applies the statistics that were pending, and the evaluation those of the training step.
 

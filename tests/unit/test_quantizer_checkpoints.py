@@ -82,7 +82,9 @@ def smoothed(usage: Tensor, epsilon: float = 1e-5) -> Tensor:
     return (usage + epsilon) / (usage.sum() + len(usage) * epsilon) * usage.sum()
 
 
-@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
 @pytest.mark.parametrize("name", QUANTIZER_CASES)
 def test_a_checkpoint_of_any_step_gives_the_next_step_bit_for_bit(name: str, step: int) -> None:
     """Into a quantizer that has been trained on something else."""
@@ -117,7 +119,9 @@ def test_pending_statistics_matter(name: str) -> None:
     state = state_of(whole)
     pending = [key for key in state if "pending" in key]
     assert pending
-    part.load_state_dict({key: torch.zeros_like(value) if key in pending else value for key, value in state.items()})
+    part.load_state_dict(
+        {key: torch.zeros_like(value) if key in pending else value for key, value in state.items()}
+    )
     for module in (whole, part):
         module.apply_pending()
     kept, lost = state_of(whole), state_of(part)
