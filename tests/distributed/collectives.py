@@ -1,7 +1,7 @@
 """How many collectives each quantizer runs; ``python -m tests.distributed.collectives`` prints the table.
 
-One process counts them, in a group of two that sends nothing: the collectives of a quantizer do not depend on the data
-of the other processes.
+One process counts them, in a group of two that sends nothing: the collectives of a quantizer do not depend on the
+data of the other processes.
 """
 
 from __future__ import annotations

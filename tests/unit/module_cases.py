@@ -1,7 +1,7 @@
 """One table of every public module, and how a test trains and compares them.
 
-A new public module joins the walks of ``test_state_moves.py`` and ``tests/distributed/test_engines.py`` by one line
-here; ``test_state_moves.py`` fails while the line is missing.
+A new public module joins the walks of ``test_state_moves.py`` and ``tests/distributed/test_engines.py`` by one
+line here; ``test_state_moves.py`` fails while the line is missing.
 
 Shape letters: B batch, C channels, H W pixels, T tokens.
 """

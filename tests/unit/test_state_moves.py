@@ -1,8 +1,8 @@
 """Every public module through every move that other systems make with a module.
 
-A move that changes no dtype leaves the module as it was, bit for bit: its results, the gradients of its inputs, and its
-state after one more training step. After a cast the module equals a fresh one of that dtype that loads the same state,
-and statistics stay in float32. The modules come from the table in ``module_cases.py``.
+A move that changes no dtype leaves the module as it was, bit for bit: its results, the gradients of its inputs,
+and its state after one more training step. After a cast the module equals a fresh one of that dtype that loads the
+same state, and statistics stay in float32. The modules come from the table in ``module_cases.py``.
 """
 
 from __future__ import annotations
