@@ -39,6 +39,7 @@ __all__ = [
     "ENGINES",
     "FREEZES",
     "LIVING",
+    "SAVED",
     "STEPS",
     "UNEVEN",
     "WALKED",
@@ -57,7 +58,7 @@ STEPS = 5
 UNEVEN = [(4, 1), (2, 0), (0, 0), (0, 3), (4, 4)]
 
 WALKED = [name for name in CASES if name != "codebook-usage"]
-MODELS = [name for name in CASES if name.startswith(("autoencoder", "encoder", "decoder", "gpt"))]
+_PARTED_MODELS = ["autoencoder", "autoencoder-ema", "autoencoder-residual", "gpt-learned"]
 REMEMBERING = [
     name
     for name, case in QUANTIZER_CASES.items()
@@ -71,6 +72,7 @@ LIVING = [
     "autoencoder-polyphase",
     "autoencoder-residual",
 ]
+"""The cases with a quantizer that can be used between two steps."""
 ACCUMULATED = [name for name in REMEMBERING if not CASES[name].random]
 
 
@@ -179,8 +181,12 @@ ENGINES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-WALKS = {engine: [*QUANTIZER_CASES, *MODELS] if engine == "fsdp-parts" else WALKED for engine in ENGINES}
-"""The cases of each engine: a layer in a host is a part in either way."""
+# A layer in a host is one part either way, and all models have parts of the same kinds.
+WALKS = {engine: [*QUANTIZER_CASES, *_PARTED_MODELS] if engine == "fsdp-parts" else WALKED for engine in ENGINES}
+"""The cases of each engine."""
+# The layers hold ordinary parameters, which is all that the models left out add to those that are saved.
+SAVED = [*QUANTIZER_CASES, *_PARTED_MODELS, "gpt-sinusoidal"]
+"""The cases that go through a distributed checkpoint."""
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -309,7 +315,10 @@ def work(rank: int, folder: str) -> None:
             model = trained.pop("model", None)
             result[engine, name, "train"] = trained
             if model is not None:
-                result[engine, name, "checkpoint"] = _try(_checkpointed, name, engine, rank, model, Path(folder))
+                if name in SAVED:
+                    result[engine, name, "checkpoint"] = _try(
+                        _checkpointed, name, engine, rank, model, Path(folder)
+                    )
                 if name in LIVING:
                     result[engine, name, "live"] = _try(_lived, getattr(model, "module", model), CASES[name], rank)
     for name in QUANTIZER_CASES:
