@@ -39,9 +39,9 @@ def require_in_range(name: str, tensor: Tensor, stop: int, stop_name: str, start
 
 
 def _refuse_nonfinite(tensor: Tensor, name: str) -> None:
-    # A finite sum proves finite terms and costs one pass without a mask; the reverse does not hold (a sum of
+    # On the meta device there are no values. A finite sum proves finite terms and costs one pass without a mask; the reverse does not hold (a sum of
     # finite numbers may overflow), so only a suspicious sum is looked at term by term.
-    if not tensor.numel() or tensor.sum().isfinite():
+    if tensor.is_meta or not tensor.numel() or tensor.sum().isfinite():
         return
     nonfinite = int(tensor.isfinite().logical_not().sum())
     if nonfinite:
@@ -49,7 +49,7 @@ def _refuse_nonfinite(tensor: Tensor, name: str) -> None:
 
 
 def _refuse_outside(tensor: Tensor, name: str, stop: int, stop_name: str, start: int) -> None:
-    if not tensor.numel():
+    if tensor.is_meta or not tensor.numel():
         return
     low, high = (int(v) for v in torch.aminmax(tensor))
     if low < start or high >= stop:

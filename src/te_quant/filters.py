@@ -6,6 +6,7 @@ Shape letters: B batch, C channels, H W pixels, k taps, s stride.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_quant._checks import require, require_choice, require_floating, require_int, require_rank, require_type
+from te_quant._constants import constant
 from te_quant._padding import pad_borders
 
 __all__ = ["PADDING_MODES", "Margins", "PaddingMode", "binomial_kernel", "filter2d", "fourier_resample", "pad2d"]
@@ -54,9 +56,18 @@ def binomial_kernel(
     size = require_int("size", size, 1)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}.")
+    return torch.tensor(_binomial_taps(size), dtype=torch.float64, device="cpu").to(device=device, dtype=dtype)
+
+
+def binomial_plane(size: int) -> list[list[float]]:
+    """Return the outer product of :func:`binomial_kernel` with itself, as numbers."""
+    taps = _binomial_taps(size)
+    return [[row * column for column in taps] for row in taps]
+
+
+def _binomial_taps(size: int) -> list[float]:
     total = 2 ** (size - 1)
-    taps = [math.comb(size - 1, i) / total for i in range(size)]
-    return torch.tensor(taps, dtype=torch.float64, device="cpu").to(device=device, dtype=dtype)
+    return [math.comb(size - 1, place) / total for place in range(size)]
 
 
 def pad2d(images: Tensor, margins: Margins, mode: PaddingMode) -> Tensor:
@@ -138,6 +149,20 @@ def filter2d(images: Tensor, taps: Tensor, *, stride: int = 1, padding_mode: Pad
     require(len(taps) > 0, "taps", "at least one", "none")
     stride = require_int("stride", stride, 1)
     return filter_by(images, torch.outer(taps, taps), stride, padding_mode)
+
+
+def filter_constant(
+    images: Tensor,
+    plane: Callable[[int], list[list[float]]] | Callable[[int], list[list[int]]],
+    option: int,
+    *,
+    stride: int,
+    padding_mode: PaddingMode,
+) -> Tensor:
+    """As :func:`filter_by`, with the kernel ``plane(option)`` in the dtype and on the device of the images."""
+    require_floating("images", images)
+    kernel = constant(plane, option, dtype=images.dtype, device=images.device)
+    return filter_by(images, kernel, stride, padding_mode)
 
 
 def filter_by(images: Tensor, kernel: Tensor, stride: int, padding_mode: PaddingMode) -> Tensor:

@@ -98,8 +98,9 @@ def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def dtype_of(quantizer: Any) -> torch.dtype:
-    """The module's floating dtype: that of its first parameter, else of its first constant."""
-    return next(t.dtype for t in (*quantizer.parameters(), *quantizer.buffers()) if t.is_floating_point())
+    """The module's floating dtype."""
+    dtype: torch.dtype = quantizer.dtype
+    return dtype
 
 
 def index_axes(quantizer: Any) -> tuple[int, ...]:

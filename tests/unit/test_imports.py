@@ -185,7 +185,7 @@ def test_the_map_names_no_file_that_is_not_there() -> None:
     }
 
 
-def test_at_most_six_private_files_lie_at_the_root() -> None:
+def test_at_most_seven_private_files_lie_at_the_root() -> None:
     """Code that one package owns lives in that package."""
     private_files = sorted(path.name for path in LIBRARY.glob("_*.py") if path.name != "__init__.py")
-    assert len(private_files) <= 6, private_files
+    assert len(private_files) <= 7, private_files

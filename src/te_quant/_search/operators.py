@@ -41,7 +41,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "sample_codes(Tensor latents, Tensor codebook, float temperature, Generator? generator) -> Tensor",
+    "sample_codes(Tensor latents, Tensor codebook, Tensor temperature, Generator? generator) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 
@@ -56,7 +56,10 @@ def sample_codes(
     latents: Tensor, codebook: Tensor, temperature: float, generator: torch.Generator | None = None
 ) -> Tensor:
     """Draw a code for each row with probability ∝ exp(-‖z - e‖² / (2 · temperature)): -> (N,) int64."""
-    result: Tensor = torch.ops.te_quant.sample_codes(latents.detach(), codebook.detach(), temperature, generator)
+    # A number of an operator would be compiled into the graph, and every other temperature into another one. On the
+    # CPU, where reading it waits for no device.
+    scale = torch.ones((), dtype=torch.float64, device="cpu") * temperature
+    result: Tensor = torch.ops.te_quant.sample_codes(latents.detach(), codebook.detach(), scale, generator)
     return result
 
 
@@ -91,11 +94,15 @@ def _fused_wanted(device: str, dtype: torch.dtype) -> bool:
     return wanted == "1" and dtype == torch.float32
 
 
+def _sample(latents: Tensor, codebook: Tensor, temperature: Tensor, generator: torch.Generator | None) -> Tensor:
+    return tiled_argmin(latents, codebook, float(temperature), generator)
+
+
 def _indices_like(latents: Tensor, codebook: Tensor, *_: object) -> Tensor:  # noqa: ARG001
     return latents.new_empty(latents.shape[0], dtype=torch.int64)
 
 
 _library.impl("search_codes", _search, "CompositeExplicitAutograd")
-_library.impl("sample_codes", tiled_argmin, "CompositeExplicitAutograd")
+_library.impl("sample_codes", _sample, "CompositeExplicitAutograd")
 torch.library.register_fake("te_quant::search_codes", _indices_like, lib=_library)
 torch.library.register_fake("te_quant::sample_codes", _indices_like, lib=_library)

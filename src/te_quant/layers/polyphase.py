@@ -27,8 +27,7 @@ from te_quant._checks import (
     require_rank,
 )
 from te_quant.contract import Reach, Statement, sliding_window
-from te_quant.filters import PADDING_MODES, PaddingMode, filter2d
-from te_quant.layers.blur import ConstantFilter
+from te_quant.filters import PADDING_MODES, PaddingMode, filter_constant
 from te_quant.layers.stating import derived
 
 __all__ = ["PolyphaseDownsample2d", "PolyphaseUpsample2d"]
@@ -116,7 +115,13 @@ def _squarable(parts: Tensor) -> Tensor:
     return parts * torch.where(peak < 2.0**-exponent, 2.0 ** (2 * exponent), factor)
 
 
-class PolyphaseUpsample2d(ConstantFilter):
+def _triangle_plane(stride: int) -> list[list[int]]:
+    # Whole numbers, which small dtypes hold too; the division by s² follows in the dtype of the images.
+    taps = [min(place, 2 * stride - place) for place in range(1, 2 * stride)]
+    return [[row * column for column in taps] for row in taps]
+
+
+class PolyphaseUpsample2d(nn.Module):
     """Put every pixel back at its phase in an s x s cell, zeros elsewhere, and interpolate if asked to.
 
     Exact for: every integer circular shift, together with :class:`PolyphaseDownsample2d`: if y' = R_k y for
@@ -162,7 +167,6 @@ class PolyphaseUpsample2d(ConstantFilter):
         self.stride = stride
         self.interpolate = interpolate
         self.padding_mode: PaddingMode = padding_mode
-        self._set_filter()
 
     def forward(self, images: Tensor, phase: Tensor) -> Tensor:
         """Place, then interpolate."""
@@ -179,12 +183,7 @@ class PolyphaseUpsample2d(ConstantFilter):
         placed = torch.where(chosen, images[:, :, :, None, :, None], 0).reshape(B, C, s * H, s * W)
         if not self.interpolate:
             return placed
-        return filter2d(placed / s**2, self.filter, padding_mode=self.padding_mode)
-
-    def _compute_filter(self) -> Tensor:
-        # Whole numbers, which small dtypes hold too; the division by s² follows in the dtype of the images.
-        rising = torch.arange(1, 2 * self.stride, dtype=torch.float64, device="cpu")
-        return torch.minimum(rising, 2 * self.stride - rising)
+        return filter_constant(placed / s**2, _triangle_plane, s, stride=1, padding_mode=self.padding_mode)
 
     def _statement(self) -> Statement:
         placed = Statement(Reach(1, Fraction(1, self.stride)), "integer", adaptive=True)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from te_quant._checks import require_choice, require_int, require_rank
 from te_quant.contract import Reach, Statement, sliding_window
-from te_quant.filters import PADDING_MODES, PaddingMode, binomial_kernel, filter2d
+from te_quant.filters import PADDING_MODES, PaddingMode, binomial_plane, filter_constant
 from te_quant.layers.blocks import PaddedConv2d
-from te_quant.layers.blur import ConstantFilter
 from te_quant.layers.fourier import FourierUpsample2d
 from te_quant.layers.polyphase import PolyphaseUpsample2d
 from te_quant.layers.stating import derived, in_series, statement_of
@@ -101,7 +100,7 @@ class NearestUpsampleConv(nn.Module):
         return larger
 
 
-class BlurUpsample2d(ConstantFilter):
+class BlurUpsample2d(nn.Module):
     """Repeat every pixel ``stride`` times along both axes, then a binomial low-pass filter.
 
     For ``stride=2`` and three taps this is the kernel (1, 3, 3, 1)/4 on the pixels with zeros between.
@@ -140,15 +139,12 @@ class BlurUpsample2d(ConstantFilter):
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding_mode: PaddingMode = padding_mode
-        self._set_filter()
 
     def forward(self, images: Tensor) -> Tensor:
         """Repeat, then filter."""
         require_rank("images", images, (4,), "(B, C, H, W)")
-        return filter2d(_repeated(images, self.stride), self.filter, padding_mode=self.padding_mode)
-
-    def _compute_filter(self) -> Tensor:
-        return binomial_kernel(self.kernel_size, device="cpu")
+        larger = _repeated(images, self.stride)
+        return filter_constant(larger, binomial_plane, self.kernel_size, stride=1, padding_mode=self.padding_mode)
 
     def _statement(self) -> Statement:
         before, after = (self.kernel_size - 1) // 2, self.kernel_size // 2

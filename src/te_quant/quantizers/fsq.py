@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_int
+from te_quant._constants import constant
 from te_quant.functional import straight_through
 from te_quant.quantizers._rows import Rows
-from te_quant.quantizers.base import Losses, NonfiniteMode, Quantized, Quantizer
+from te_quant.quantizers._tensor_free import TensorFreeQuantizer
+from te_quant.quantizers.base import Losses, NonfiniteMode, Quantized
 
 __all__ = ["FSQ"]
 
 
-class FSQ(Quantizer):
+class FSQ(TensorFreeQuantizer):
     """Bound each channel and round it to the nearest of its levels.
 
     A channel with L levels is squashed to tanh(z + s)·(L - 1)/2 - o, which spans L - 1, rounded to an integer and
@@ -67,11 +69,6 @@ class FSQ(Quantizer):
         torch.Size([2, 8, 8])
     """
 
-    grid: Tensor
-    sizes: Tensor
-    starts: Tensor
-    strides: Tensor
-
     def __init__(
         self,
         levels: Sequence[int],
@@ -87,12 +84,6 @@ class FSQ(Quantizer):
         require(num_codes < 2**63, "levels", "of a product below 2^63", num_codes)
         super().__init__(num_codes, len(levels), channel_dim=channel_dim, nonfinite=nonfinite)
         self.levels = levels
-        self._register_constants(None, None)
-
-    @property
-    def reference(self) -> Tensor:
-        """The table of levels."""
-        return self.grid
 
     def search(self, rows: Rows) -> Tensor:
         """Return the index of each row of bounded channels."""
@@ -100,13 +91,15 @@ class FSQ(Quantizer):
 
     def look_up(self, indices: Tensor) -> Tensor:
         """Return the codes, in [-1, 1]."""
-        return self._codes(indices.unsqueeze(-1) // self.strides % self.sizes)
+        strides, sizes = (self._whole(values, indices) for values in (_strides, list))
+        return self._codes(indices.unsqueeze(-1) // strides % sizes)
 
     def project(self, vectors: Tensor) -> Tensor:
         """Bound each channel: one of L levels to [-⌊L/2⌋, ⌈L/2⌉ - 1]."""
-        half = (self.sizes - 1).to(vectors.dtype) / 2
-        offset = (1 - self.sizes % 2).to(vectors.dtype) / 2
-        shift = torch.where(self.sizes > 2, offset / half, 0.0).atanh()
+        half, offset, shift = (
+            constant(values, self.levels, dtype=vectors.dtype, device=vectors.device)
+            for values in (_half_ranges, _offsets, _shifts)
+        )
         return torch.tanh(vectors + shift) * half - offset
 
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
@@ -116,7 +109,7 @@ class FSQ(Quantizer):
         """
         digits = self._digits(rows.searchable)
         codes = self._codes(digits).to(rows.vectors.dtype)
-        scaled = rows.vectors / (self.sizes // 2)
+        scaled = rows.vectors / self._whole(_zeros, rows.vectors)
         # The paper has no loss; a zero one, but of the latents, keeps `loss.backward()` valid.
         nothing = (scaled * 0).sum()
         return Quantized(
@@ -130,31 +123,59 @@ class FSQ(Quantizer):
         """The options that tell one quantizer from the next."""
         return f"levels={self.levels}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSQ:
-        """Compute the constants again, so that they are exact in every dtype, also after one of fewer digits."""
-        super()._apply(fn, recurse)
-        self._register_constants(self.grid.device, self.grid.dtype)
-        return self
-
-    def _register_constants(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """What follows from ``levels``: moves with the module, is no state and so not saved."""
-        # The values of all levels, channel after channel: a code is looked up, never rounded in two ways.
-        grid = [(digit - size // 2) / (size // 2) for size in self.levels for digit in range(size)]
-        starts = [sum(self.levels[:place]) for place in range(self.code_dim)]
-        strides = [math.prod(self.levels[:place]) for place in range(self.code_dim)]
-        self.register_buffer("grid", torch.tensor(grid, device=device, dtype=dtype), persistent=False)
-        for name, values in (("sizes", self.levels), ("starts", starts), ("strides", strides)):
-            self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
-
     def _digits(self, bounded: Tensor) -> Tensor:
         """(N, C) -> (N, C) int64, of a channel of L levels in [0, L)."""
-        digits = bounded.round().long() + self.sizes // 2
-        # Only NaN that nobody looked for lies outside, as some far integer, and that would be no code at all.
-        return torch.minimum(digits.clamp_min(0), self.sizes - 1)
+        digits = bounded.round().long() + self._whole(_zeros, bounded)
+        # Only NaN that was not looked for lies outside, as some far integer, and that would be no code at all.
+        return torch.minimum(digits.clamp_min(0), self._whole(_last_digits, bounded))
 
     def _codes(self, digits: Tensor) -> Tensor:
-        return self.grid[self.starts + digits]
+        grid = constant(_grid, self.levels, dtype=self.dtype, device=digits.device)
+        return grid[self._whole(_starts, digits) + digits]
 
     def _pack(self, digits: Tensor) -> Tensor:
         """(N, C) -> (N,), the first channel changing fastest."""
-        return (digits * self.strides).sum(1)
+        return (digits * self._whole(_strides, digits)).sum(1)
+
+    def _whole(self, values: Callable[[tuple[int, ...]], list[int]], like: Tensor) -> Tensor:
+        """(C,) int64 where ``like`` is."""
+        return constant(values, self.levels, dtype=torch.int64, device=like.device)
+
+
+# All numbers that the levels determine. Lists of Python numbers are exact in every dtype and on every device.
+
+
+def _grid(levels: tuple[int, ...]) -> list[float]:
+    """The values of all levels, channel after channel: a code is looked up, never rounded in two ways."""
+    return [(digit - size // 2) / (size // 2) for size in levels for digit in range(size)]
+
+
+def _starts(levels: tuple[int, ...]) -> list[int]:
+    """Where each channel begins in the grid."""
+    return [sum(levels[:place]) for place in range(len(levels))]
+
+
+def _strides(levels: tuple[int, ...]) -> list[int]:
+    """What a step of each digit adds to the index."""
+    return [math.prod(levels[:place]) for place in range(len(levels))]
+
+
+def _zeros(levels: tuple[int, ...]) -> list[int]:
+    """The digit of the level 0."""
+    return [size // 2 for size in levels]
+
+
+def _last_digits(levels: tuple[int, ...]) -> list[int]:
+    return [size - 1 for size in levels]
+
+
+def _half_ranges(levels: tuple[int, ...]) -> list[float]:
+    return [(size - 1) / 2 for size in levels]
+
+
+def _offsets(levels: tuple[int, ...]) -> list[float]:
+    return [(1 - size % 2) / 2 for size in levels]
+
+
+def _shifts(levels: tuple[int, ...]) -> list[float]:
+    return [math.atanh((1 - size % 2) / (size - 1)) if size > 2 else 0.0 for size in levels]

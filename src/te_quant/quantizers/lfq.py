@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_int, require_number
+from te_quant._constants import constant
 from te_quant.functional import straight_through
 from te_quant.quantizers._entropy import assignment_entropy, missing_entropy
 from te_quant.quantizers._losses import distance_losses
 from te_quant.quantizers._rows import Rows
-from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
+from te_quant.quantizers._tensor_free import TensorFreeQuantizer
+from te_quant.quantizers.base import NonfiniteMode, Quantized
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,7 +28,7 @@ __all__ = ["LFQ"]
 _MAX_JOINT = 24
 
 
-class LFQ(Quantizer):
+class LFQ(TensorFreeQuantizer):
     """Replace each channel by its sign: codes are the corners {-1, 1}^C of a cube.
 
     There is no codebook, so nothing is looked up, learnt or remembered. That the corners are used evenly is asked
@@ -79,8 +81,6 @@ class LFQ(Quantizer):
         tensor([5])
     """
 
-    signs: Tensor
-
     def __init__(
         self,
         code_dim: int,
@@ -115,13 +115,6 @@ class LFQ(Quantizer):
         self.diversity_weight = float(diversity_weight)
         self.temperature = float(temperature)
         self.entropy_group_dim = entropy_group_dim
-        # No state: the values that a bit stands for, and the module's dtype and device.
-        self.register_buffer("signs", torch.tensor([-1.0, 1.0]), persistent=False)
-
-    @property
-    def reference(self) -> Tensor:
-        """The two values of a bit."""
-        return self.signs
 
     def search(self, rows: Rows) -> Tensor:
         """Return the index of each row; zero counts as -1."""
@@ -151,7 +144,9 @@ class LFQ(Quantizer):
         return f"code_dim={self.code_dim}, entropy_weight={self.entropy_weight:g}"
 
     def _codes(self, bits: Tensor) -> Tensor:
-        return self.signs[bits.long()]
+        # -1 + 2·bit in one operation; on a CPU looking the two values up costs more.
+        below = constant(_below, dtype=self.dtype, device=bits.device)
+        return torch.add(below, bits.to(self.dtype), alpha=2)
 
     def _pack(self, bits: Tensor) -> Tensor:
         """(N, C) -> (N,)."""
@@ -167,3 +162,8 @@ class LFQ(Quantizer):
             missing = [missing_entropy(part, rows.weights, group) for part in parts]
             penalty = penalty + self.diversity_weight * torch.stack(missing).sum()
         return self.entropy_weight * penalty
+
+
+def _below() -> float:
+    """The value of a bit that is not set."""
+    return -1.0
