@@ -1,4 +1,4 @@
-"""How many collectives each quantizer runs; ``python -m tests.distributed.collectives`` prints the table.
+"""How many collectives each quantizer runs; ``python -m tests.distributed.collectives`` prints them as Markdown.
 
 One process counts them, in a group of two that sends nothing: the collectives of a quantizer do not depend on the
 data of the other processes.
@@ -94,4 +94,4 @@ def collectives_table() -> Table:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{collectives_table()}\n")
+    sys.stdout.write(f"{collectives_table().to_markdown()}\n")

@@ -73,7 +73,8 @@ LIVING = [
     "autoencoder-residual",
 ]
 """The cases with a quantizer that can be used between two steps."""
-ACCUMULATED = [name for name in REMEMBERING if not CASES[name].random]
+# A penalty on the codes that a batch uses is another for every part of the batch.
+ACCUMULATED = [name for name in REMEMBERING if not CASES[name].random and name != "vq-cosine"]
 
 
 class Host(nn.Module):
@@ -227,6 +228,15 @@ def _lived(model: nn.Module, case: ModuleCase, rank: int) -> dict[str, Any]:
     quantizer: Any = _inner(model)
     indices = quantizer.encode(_latents(quantizer, 0))
     result = {"indices": indices, "codes": quantizer.decode(indices)}
+    own = _latents(quantizer, 1).chunk(WORLD)[rank]
+    if not isinstance(quantizer, SimVQ):
+        quantizer.kmeans_init(own, generator=torch.Generator().manual_seed(rank))
+        result["started"] = _whole_state(quantizer)
+        for part in quantizer.modules():
+            if isinstance(part, VectorQuantizer):
+                part.usage[: part.num_codes // 2] = 0
+        result["revived"] = quantizer.revive_dead_codes(own, generator=torch.Generator().manual_seed(rank))
+        result["after"] = _whole_state(quantizer)
     if isinstance(model, VQAutoencoder):
         # Only forward gathers the weights of a sharded model, and what is declared to do so as well.
         for method in ("encode_to_indices", "decode_indices"):
@@ -234,17 +244,20 @@ def _lived(model: nn.Module, case: ModuleCase, rank: int) -> dict[str, Any]:
         images = case.example(20, torch.float64)[0].detach()
         result["tokens"] = model.encode_to_indices(images)
         result["images"] = model.decode_indices(result["tokens"])
-    if isinstance(quantizer, SimVQ):
-        return result
-    own = _latents(quantizer, 1).chunk(WORLD)[rank]
-    quantizer.kmeans_init(own, generator=torch.Generator().manual_seed(rank))
-    result["started"] = _whole_state(quantizer)
-    for part in quantizer.modules():
-        if isinstance(part, VectorQuantizer):
-            part.usage[: part.num_codes // 2] = 0
-    result["revived"] = quantizer.revive_dead_codes(own, generator=torch.Generator().manual_seed(rank))
-    result["after"] = _whole_state(quantizer)
     return result
+
+
+@torch.no_grad()
+def _evaluated(model: nn.Module, case: ModuleCase, rank: int) -> dict[str, Any]:
+    """What k-means leaves after an evaluation: no backward pass has put the shards back in their place."""
+    quantizer: Any = _inner(model)
+    model.eval()(*share_of(case, 22, rank))
+    model.train()
+    if not isinstance(quantizer, SimVQ):
+        own = _latents(quantizer, 2).chunk(WORLD)[rank]
+        quantizer.kmeans_init(own, generator=torch.Generator().manual_seed(rank))
+    indices = quantizer.encode(_latents(quantizer, 0))
+    return {"restarted": _whole_state(quantizer), "indices": indices, "codes": quantizer.decode(indices)}
 
 
 def _trained_unevenly(name: str, rank: int) -> dict[str, Any]:
@@ -320,7 +333,9 @@ def work(rank: int, folder: str) -> None:
                         _checkpointed, name, engine, rank, model, Path(folder)
                     )
                 if name in LIVING:
-                    result[engine, name, "live"] = _try(_lived, getattr(model, "module", model), CASES[name], rank)
+                    bare = getattr(model, "module", model)
+                    result[engine, name, "live"] = _try(_lived, bare, CASES[name], rank)
+                    result[engine, name, "evaluated"] = _try(_evaluated, bare, CASES[name], rank)
     for name in QUANTIZER_CASES:
         result["ddp", name, "uneven"] = _try(_trained_unevenly, name, rank)
     for name in ACCUMULATED:

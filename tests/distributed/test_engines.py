@@ -125,8 +125,18 @@ def test_a_distributed_checkpoint_gives_the_next_step(name: str, engine: str, re
 @pytest.mark.parametrize(("engine", "name"), [pair for pair in WALKING if pair[1] in LIVING])
 def test_quantizers_work_between_steps(name: str, engine: str, results: Results) -> None:
     """Encode, decode, k-means and revival: the same bits in both processes, the same values as under DDP."""
-    first, second = got(results, engine, name, "live")
-    reference = got(results, "ddp", name, "live")[0]
+    _same_everywhere(results, engine, name, "live")
+
+
+@pytest.mark.parametrize(("engine", "name"), [pair for pair in WALKING if pair[1] in LIVING])
+def test_k_means_holds_after_an_evaluation(name: str, engine: str, results: Results) -> None:
+    """After a forward pass a sharded model keeps whole weights until the backward pass; only the shards last."""
+    _same_everywhere(results, engine, name, "evaluated")
+
+
+def _same_everywhere(results: Results, engine: str, name: str, what: str) -> None:
+    first, second = got(results, engine, name, what)
+    reference = got(results, "ddp", name, what)[0]
     for key, value in first.items():
         if isinstance(value, Tensor):
             assert torch.equal(value, second[key])

@@ -331,7 +331,7 @@ MOVES: dict[str, Move] = {
     "load": Move(_load, _LOST, slow=True),
     "checkpoint": Move(_checkpoint, _LOST, slow=True),
     "safetensors": Move(_safetensors, _LOST, slow=True),
-    "deepcopy": Move(_deepcopy, _COPIED),
+    "deepcopy": Move(_deepcopy, _COPIED, slow=True),
     "pickle": Move(_pickle, _COPIED, slow=True),
     "torch.save": Move(_whole_file, _COPIED, slow=True),
     "averaged": Move(_averaged, _COPIED, slow=True),
@@ -637,6 +637,7 @@ def test_a_cast_there_and_back_rounds_nothing_but_the_weights(name: str, dtype: 
 # -- weights that are averaged, and codebooks that are frozen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZER_CASES)
 def test_averaged_weights_have_the_mean_of_the_parameters_and_the_last_buffers(name: str) -> None:
     """A moving-average codebook is an average already, and its statistics belong to it."""
