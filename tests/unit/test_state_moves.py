@@ -235,8 +235,17 @@ class LosesItsConstantOnDisk(VQAutoencoder):
         return super().forward(images * self.constant, **options)
 
 
-class ForgetsWhenCopied(LosesItsConstant):
-    """Every copy draws another constant."""
+class ForgetsWhenCopied(nn.Module):
+    """A constant that is no buffer, and that every copy draws again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.constant = torch.randn(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply."""
+        return x * self.weight * self.constant
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Draw the constant again."""
