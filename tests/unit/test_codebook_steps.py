@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from te_quant import Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
-from te_quant.quantizers import _recomputation, _residual_steps
+from te_quant import Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer, _recomputation
+from te_quant.quantizers import _residual_steps
 from tests.helpers import exactly
 from tests.unit.quantizer_cases import QUANTIZERS, latents_for, state_of
 from tests.unit.quantizer_oracles import mean_squared_cosine

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from te_quant._recomputation import refuse_redraw
 from te_quant._search import search_codes
 from te_quant.functional import orthogonality
 from te_quant.quantizers._lifecycle import kmeans, replacements
-from te_quant.quantizers._recomputation import refuse_redraw
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import Batch, restart, revive
 from te_quant.quantizers.vector import VectorQuantizer

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from te_quant._precision import widen
+from te_quant._recomputation import refuse_redraw
 from te_quant.quantizers._distributed import all_reduce_sum, gathered, overwrite
 from te_quant.quantizers._penalized_means import penalized_means, smoothed
-from te_quant.quantizers._recomputation import refuse_redraw
 from te_quant.quantizers._rows import Rows
 
 if TYPE_CHECKING:
@@ -259,12 +259,16 @@ def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookS
     if names:
         text = "the state holds {}, which codebook_update='gradient' has no use for; dropped."
         warnings.warn(text.format(" and ".join(names)), stacklevel=2)
-    device, dtype = anchor.device, state.usage.dtype
-    num_codes = state.usage.shape[0]
-    usage = entries.setdefault(f"{prefix}usage", torch.ones(num_codes, device=device, dtype=dtype))
-    entries.setdefault(f"{prefix}pending_counts", torch.zeros(num_codes, device=device, dtype=dtype))
+    for name in ("usage", "pending_counts", "code_sums", "pending_sums"):
+        # Others may have cast the whole file.
+        if f"{prefix}{name}" in entries:
+            entries[f"{prefix}{name}"] = widen(entries[f"{prefix}{name}"])
+    device, num_codes = anchor.device, state.usage.shape[0]
+    ones = torch.ones(num_codes, device=device, dtype=widen(anchor).dtype)
+    usage = entries.setdefault(f"{prefix}usage", ones)
+    entries.setdefault(f"{prefix}pending_counts", torch.zeros_like(usage))
     if state.code_sums is not None and usage.shape == state.usage.shape:
-        sums = _sums(widen(gathered(anchor)), widen(usage))
+        sums = _sums(widen(gathered(anchor)), usage)
         entries.setdefault(f"{prefix}code_sums", sums)
         entries.setdefault(f"{prefix}pending_sums", torch.zeros_like(sums))
     if state.pending_subset is not None:

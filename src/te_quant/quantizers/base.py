@@ -26,10 +26,10 @@ from te_quant._checks import (
     require_type,
 )
 from te_quant._precision import HALF, full_precision, wide_buffers
+from te_quant._recomputation import between_steps
 from te_quant._values import require_in_range
 from te_quant.functional import straight_through
 from te_quant.quantizers._distributed import GroupReference
-from te_quant.quantizers._recomputation import between_steps
 from te_quant.quantizers._rows import Layout, Rows, is_channels_last, to_rows
 
 if TYPE_CHECKING:
@@ -183,7 +183,8 @@ class Quantizer(nn.Module):
     """The smallest index; -1 where codebooks may be left out."""
 
     statistics: ClassVar[tuple[str, ...]] = ()
-    """Names of the buffers that stay in float32 when the module is converted to half precision."""
+    """Names of the buffers that stay in float32 when the module is converted to half precision, and that a state
+    may lack when it is loaded."""
 
     def __init__(
         self,

@@ -24,13 +24,13 @@ from te_quant._checks import (
     require_type,
 )
 from te_quant._precision import full_precision, unit_rows, widen
+from te_quant._recomputation import refuse_redraw
 from te_quant._search import sample_codes, search_codes
 from te_quant._values import require_finite
 from te_quant.functional import orthogonality
 from te_quant.quantizers._distributed import gathered
 from te_quant.quantizers._lifecycle import kmeans, replacements
 from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
-from te_quant.quantizers._recomputation import refuse_redraw
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import (
     Batch,
@@ -119,7 +119,7 @@ class VectorQuantizer(Quantizer):
         True
     """
 
-    statistics = ("usage", "code_sums", "pending_counts", "pending_sums")
+    statistics = ("usage", "code_sums", "pending_counts", "pending_sums", "pending_subset")
     codebook: Tensor
     usage: Tensor
     code_sums: Tensor

@@ -254,9 +254,7 @@ def _precisions(promise: str, factory: QuantizerFactory) -> None:
             output = quantizer(_latents(quantizer, _IMAGE, dtype).requires_grad_())
             output.loss.backward()
             where = f"for {dtype} after step {step + 1}"
-            fits = output.quantized.dtype == dtype and output.codes.dtype == (
-                quantizer.dtype or output.codes.dtype
-            )
+            fits = output.quantized.dtype == dtype and quantizer.dtype in (None, output.codes.dtype)
             _promise(fits, promise, f"codes are {output.codes.dtype}, quantized {output.quantized.dtype} {where}")
             _promise(bool(output.loss.isfinite()), promise, f"the loss is {output.loss.item()} {where}")
             equal = torch.equal(quantizer.decode(output.indices), output.codes)

@@ -1,8 +1,8 @@
 """State changes once per training step, although autograd may run a forward pass again.
 
 Activation checkpointing discards what a forward pass computed and runs it a second time during the backward pass.
-The second time must see the codebook that the first one saw, and must not count the batch again. torch.func may run
-a function any number of times, on tensors that no buffer can hold; there nothing is recorded either.
+The second time must see the codebook that the first one saw, and must not count the batch again. torch.func may
+run a function any number of times, on tensors that no buffer can hold; there nothing is recorded either.
 """
 
 from __future__ import annotations
