@@ -57,7 +57,7 @@ STEPS = 5
 # Rows of each rank in a step, with nothing for one of them or for both.
 UNEVEN = [(4, 1), (2, 0), (0, 0), (0, 3), (4, 4)]
 
-WALKED = [name for name in CASES if name != "codebook-usage"]
+WALKED = list(CASES)
 _PARTED_MODELS = ["autoencoder", "autoencoder-ema", "autoencoder-residual", "gpt-learned"]
 REMEMBERING = [
     name
