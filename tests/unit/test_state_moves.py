@@ -545,28 +545,41 @@ def _transformers_as(case: ModuleCase, module: nn.Module, dtype: torch.dtype, fo
 
 @dataclass(frozen=True)
 class Cast:
-    """A way to another dtype."""
+    """A way to another dtype.
+
+    Attributes:
+        make: the module after it.
+        control: a case that must fail it.
+        needs: the method without which a module cannot take it.
+        slow: whether the fast suite leaves it out.
+        applies: whether it applies pending statistics first, in the dtype before.
+    """
 
     make: Callable[[ModuleCase, nn.Module, torch.dtype, Path], nn.Module]
     control: ModuleCase
     needs: str | None = None
     slow: bool = False
+    applies: bool = False
 
 
 CASTS: dict[str, Cast] = {
     "cast": Cast(_cast, _LOST),
     "cast-in-a-model": Cast(_cast_in_a_model, _LOST, slow=True),
     "default-dtype": Cast(_built_in, _LOST, slow=True),
-    "pretrained-dtype": Cast(_pretrained_as, _BROKEN_ON_DISK, needs="save_pretrained", slow=True),
+    "pretrained-dtype": Cast(_pretrained_as, _BROKEN_ON_DISK, needs="save_pretrained", slow=True, applies=True),
     "transformers-dtype": Cast(_transformers_as, _LOST, slow=True),
 }
 
 
 @functools.cache
-def fresh_of(case: ModuleCase, dtype: torch.dtype) -> dict[str, Tensor]:
+def fresh_of(case: ModuleCase, dtype: torch.dtype, applied: bool) -> dict[str, Tensor]:
     """What a fresh module of the dtype does that loads the state of the prepared one."""
+    source = prepared(case)
+    for part in source.modules():
+        if applied and isinstance(part, Quantizer):
+            part.apply_pending()
     module = fresh(case).to(dtype)
-    module.load_state_dict(state_of(prepared(case)))
+    module.load_state_dict(state_of(source))
     return probe(case, module, dtype)
 
 
@@ -580,7 +593,7 @@ def cast_and_compare(case: ModuleCase, cast: Cast, dtype: torch.dtype, folder: P
             if name.rpartition(".")[2] in STATISTICS and value.dtype != torch.float32
         }
         assert not wrong, f"statistics in half precision: {wrong}"
-    assert_same_bits(probe(case, moved, dtype), fresh_of(case, dtype))
+    assert_same_bits(probe(case, moved, dtype), fresh_of(case, dtype, cast.applies))
 
 
 def _casts(case: ModuleCase, cast: str) -> bool:
