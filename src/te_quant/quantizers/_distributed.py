@@ -7,18 +7,19 @@ Every function runs the same collectives on every rank whatever its data, an emp
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from te_quant._checks import require_type
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["GroupReference", "all_reduce_sum", "gathered", "overwrite", "sample_rows"]
+__all__ = ["GroupReference", "all_reduce_sum", "gathered", "overwrite", "reshard_owners", "sample_rows"]
 
 
 class GroupReference:
@@ -94,6 +95,21 @@ def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that FSDP2 has sharded, which all ranks must ask for together; any other as it is."""
     # Only DTensor has this method; asking for the class would import a quarter of torch.distributed.
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def reshard_owners(module: nn.Module) -> None:
+    """Let FSDP2 put the parameters of ``module`` back into shards.
+
+    After a pass in evaluation a root keeps whole parameters, and forgets at its next step what was written to them.
+    """
+    # Neither is imported unless something is sharded. A parameter knows nothing of the module that shards it.
+    fsdp, states = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "_composable_state"))
+    if fsdp is None or states is None:
+        return
+    own = set(module.modules())
+    for owner in list(states._module_state_mapping):
+        if isinstance(owner, fsdp.FSDPModule) and not own.isdisjoint(owner.modules()):
+            owner.reshard()
 
 
 @torch.no_grad()
