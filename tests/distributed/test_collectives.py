@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.distributed.collectives import COUNTED, EVENTS, collectives, collectives_table, group_of_two
 
 # Counts and sums in one all-reduce, of all steps of a residual quantizer together. The scores that draw the codes
-# under the penalty are another, and LFQ has one for each group of bits whose entropy it takes.
+# under the penalty are another, and so are the sums where the penalty needs the counts before them. LFQ has one for
+# each group of bits whose entropy it takes.
 OF_A_TRAINING_STEP = {
     "VectorQuantizer, gradient": 1,
     "VectorQuantizer, ema": 1,
@@ -17,6 +19,8 @@ OF_A_TRAINING_STEP = {
     "VectorQuantizer, ema, penalty": 1,
     "VectorQuantizer, gradient, orthogonal_max_codes": 2,
     "VectorQuantizer, ema, orthogonal_max_codes": 2,
+    "VectorQuantizer, gradient, orthogonal_active_only": 1,
+    "VectorQuantizer, ema, orthogonal_active_only": 2,
     "ResidualVectorQuantizer, gradient": 1,
     "ResidualVectorQuantizer, ema": 1,
     "ResidualVectorQuantizer, ema, shared_codebook": 1,
@@ -49,7 +53,9 @@ def test_nothing_else_runs_a_collective(name: str, event: str) -> None:
     assert collectives(COUNTED[name], event) == 0
 
 
-def test_the_table_has_every_quantizer_and_event() -> None:
-    """It is what the docs print."""
+def test_the_docs_have_the_table() -> None:
+    """With every quantizer and event."""
     text = collectives_table().to_markdown()
     assert all(name in text for name in (*COUNTED, *EVENTS))
+    page = Path(__file__).parents[2] / "docs" / "integrations" / "distributed.md"
+    assert f"<!-- python -m tests.distributed.collectives -->\n{text}\n" in page.read_text(encoding="utf-8")
