@@ -10,8 +10,8 @@ import pytest
 from tests.distributed.collectives import COUNTED, EVENTS, collectives, collectives_table, group_of_two
 
 # Counts and sums in one all-reduce, of all steps of a residual quantizer together. The scores that draw the codes
-# under the penalty are another, and so are the sums where the penalty needs the counts before them. LFQ has one for
-# each group of bits whose entropy it takes.
+# under the penalty are another, and so are the sums where the penalty needs the counts first. LFQ has one for each
+# group of bits whose entropy it takes.
 OF_A_TRAINING_STEP = {
     "VectorQuantizer, gradient": 1,
     "VectorQuantizer, ema": 1,
