@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from te_quant._tracing import is_exporting, wants_plain
+
 __all__ = ["AUTOCAST_DEVICES", "HALF", "as_factor", "full_precision", "unit_rows", "wide_buffers", "widen"]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -25,7 +27,7 @@ _library.define("unit_rows(Tensor rows) -> Tensor", tags=(torch.Tag.pt2_complian
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off: distances and means need float32."""
-    if device.type in AUTOCAST_DEVICES:
+    if device.type in AUTOCAST_DEVICES and not (is_exporting() and not torch.is_autocast_enabled(device.type)):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -68,6 +70,10 @@ def unit_rows(rows: Tensor) -> Tensor:
     One operator for eager and compiled code, since a compiler may round the division otherwise, and codes have to
     be the same bits in both.
     """
+    if wants_plain():
+        lengths = _lengths(rows)
+        # Forward the same, backward the zero of the operator where the length is as good as zero.
+        return torch.where(lengths > _shortest(rows.dtype), rows, rows.detach()) / lengths
     result: Tensor = torch.ops.te_quant.unit_rows(rows)
     return result
 
@@ -79,7 +85,11 @@ def _unit_rows(rows: Tensor) -> Tensor:
 def _lengths(rows: Tensor) -> Tensor:
     # Where the length is not a number that one can divide by, the row is as good as zero.
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return lengths.clamp_min(torch.finfo(rows.dtype).tiny ** 0.5)
+    return lengths.clamp_min(_shortest(rows.dtype))
+
+
+def _shortest(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).tiny**0.5)
 
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -90,7 +100,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Ten
     rows, units = ctx.saved_tensors  # type: ignore[attr-defined]
     lengths = _lengths(rows)
     across = (gradient - (gradient * units).sum(-1, keepdim=True) * units) / lengths
-    return torch.where(lengths > torch.finfo(rows.dtype).tiny ** 0.5, across, 0.0)
+    return torch.where(lengths > _shortest(rows.dtype), across, 0.0)
 
 
 _library.impl("unit_rows", _unit_rows, "CompositeExplicitAutograd")

@@ -22,6 +22,7 @@ from te_quant._checks import (
 )
 from te_quant._precision import full_precision, widen
 from te_quant._search import sample_codes, search_codes
+from te_quant._tracing import in_transform, is_exporting
 
 __all__ = ["nearest_code", "orthogonality", "perplexity", "rotation_trick", "straight_through"]
 
@@ -90,8 +91,12 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
         image than the one trained on, and is NaN where z is not finite.
     """
     _require_same_shape(latents, codes)
+    if is_exporting():
+        # Adding zero leaves the codes as they are, and a later gradient has its path.
+        path = latents - latents.detach()
+        return codes.detach() + torch.where(latents.isfinite(), path, 0.0)
     # A compiler traces no Function that has forward derivatives, and an operator has none.
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not in_transform():
         traced: Tensor = torch.ops.te_quant.straight_through(latents, codes)
         return traced
     estimate: Tensor = _StraightThrough.apply(latents, codes)  # type: ignore[no-untyped-call]
@@ -148,11 +153,13 @@ def rotation_trick(latents: Tensor, codes: Tensor) -> Tensor:
     """
     _require_same_shape(latents, codes)
     with torch.no_grad():
-        latent_norm = latents.norm(dim=-1, keepdim=True)
-        code_norm = codes.norm(dim=-1, keepdim=True)
+        # Detached too: forward derivatives pass through no_grad.
+        fixed_latents, fixed_codes = latents.detach(), codes.detach()
+        latent_norm = fixed_latents.norm(dim=-1, keepdim=True)
+        code_norm = fixed_codes.norm(dim=-1, keepdim=True)
         tiny = torch.finfo(latents.dtype).tiny ** 0.5
-        unit_latents = latents / latent_norm.clamp_min(tiny)
-        unit_codes = codes / code_norm.clamp_min(tiny)
+        unit_latents = fixed_latents / latent_norm.clamp_min(tiny)
+        unit_codes = fixed_codes / code_norm.clamp_min(tiny)
         halfway = unit_latents + unit_codes
         halfway_norm = halfway.norm(dim=-1, keepdim=True)
         # Below this the half-way vector is rounding error, not a direction.

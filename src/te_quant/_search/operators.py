@@ -28,7 +28,9 @@ from torch import Tensor
 from te_quant._search import tiles
 from te_quant._search.grouped import grouped_argmin
 from te_quant._search.ties import first_of_equals
+from te_quant._search.plain import plain_argmin
 from te_quant._search.tiled import tiled_argmin
+from te_quant._tracing import wants_plain
 
 __all__ = ["FUSED", "sample_codes", "search_codes"]
 
@@ -48,6 +50,8 @@ _library.define(
 
 def search_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of the code nearest to each row of ``latents``: (N, C), (K, C) -> (N,) int64."""
+    if wants_plain():
+        return plain_argmin(latents.detach(), codebook.detach())
     result: Tensor = torch.ops.te_quant.search_codes(latents.detach(), codebook.detach())
     return result
 
