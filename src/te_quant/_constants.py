@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_quant._tracing import in_transform
+
 __all__ = ["constant"]
 
 
@@ -37,11 +39,7 @@ def constant(values: Callable[..., Any], *options: Hashable, dtype: torch.dtype,
 
 def _traced() -> bool:
     """Whether a tensor made now may be fake, wrapped, or part of a graph: such a tensor must not be shared."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or in_transform()
 
 
 @lru_cache(maxsize=256)

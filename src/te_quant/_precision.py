@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from te_quant._tracing import is_exporting, wants_plain
 
-__all__ = ["AUTOCAST_DEVICES", "HALF", "as_factor", "full_precision", "unit_rows", "wide_buffers", "widen"]
+__all__ = ["AUTOCAST_DEVICES", "HALF", "full_precision", "unit_rows", "wide_buffers", "widen"]
 
 HALF = (torch.float16, torch.bfloat16)
 # Asked once: older compilers cannot trace the question.
@@ -30,22 +30,6 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if device.type in AUTOCAST_DEVICES and not (is_exporting() and not torch.is_autocast_enabled(device.type)):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-def as_factor(number: float, like: Tensor) -> Tensor | float:
-    """In a compiled graph a tensor (), so that another number needs no other graph; in eager code ``number``.
-
-    A compiler takes a number that changes from call to call as an input only where it is multiplied with or added
-    to a tensor. Any other use, such as the weight of ``lerp`` or the argument of an operator, would make a graph
-    for each value.
-
-    Args:
-        number: an option that may change from step to step.
-        like: gives the device, and the dtype in which the number is multiplied.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ones((), dtype=like.dtype, device=like.device) * number
-    return number
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -89,18 +73,18 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def _shortest(dtype: torch.dtype) -> float:
-    return float(torch.finfo(dtype).tiny**0.5)
+    return float(torch.finfo(dtype).tiny ** 0.5)
 
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0], output)
+    # Not the rows themselves: they may be a codebook, which may be written to before the backward pass.
+    ctx.save_for_backward(_lengths(inputs[0]), output)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-    rows, units = ctx.saved_tensors  # type: ignore[attr-defined]
-    lengths = _lengths(rows)
+    lengths, units = ctx.saved_tensors  # type: ignore[attr-defined]
     across = (gradient - (gradient * units).sum(-1, keepdim=True) * units) / lengths
-    return torch.where(lengths > _shortest(rows.dtype), across, 0.0)
+    return torch.where(lengths > _shortest(units.dtype), across, 0.0)
 
 
 _library.impl("unit_rows", _unit_rows, "CompositeExplicitAutograd")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -112,7 +112,8 @@ def load(
     with torch.random.fork_rng(devices=[]):
         model = make_model(config)
     # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
-    model.load_state_dict(read_weights(weights_path, options, model.state_dict(), rename), assign=True)
+    weights = read_weights(weights_path, options, model.state_dict(), rename, _derivable(model))
+    model.load_state_dict(weights, assign=True)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -175,6 +176,7 @@ def read_weights(
     config: Mapping[str, Any],
     expected: Mapping[str, Tensor],
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    derivable: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The tensors of ``path``, in the dtypes they were saved in, on the CPU.
 
@@ -183,6 +185,7 @@ def read_weights(
         config: what :func:`read_config` returned; the file must have been saved with it, if it says.
         expected: names and shapes that the file must hold, and none other.
         rename: gives the tensors of an older file their present names.
+        derivable: names that it may leave out.
 
     Raises:
         ValueError: the file is not in the safetensors format, belongs to another config, or holds other names,
@@ -203,7 +206,7 @@ def read_weights(
     own = config if saved_with is None else json.loads(saved_with)
     other = sorted(key for key in {*own, *config} if own.get(key) != config.get(key))
     require(not other, str(path), f"saved together with the {CONFIG_FILE} beside it", f"another {_some(other)}")
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in found and name not in derivable]
     require(not missing, str(path), f"complete ({len(expected)} tensors)", f"none named {_some(missing)}")
     surplus = [name for name in found if name not in expected]
     require(not surplus, str(path), f"of {len(expected)} tensors", f"unexpected {_some(surplus)}")
@@ -213,6 +216,15 @@ def read_weights(
         floating = tensor.is_floating_point() == wanted.is_floating_point()
         require(floating, f"{path} {name}", f"of the kind of {wanted.dtype}", tensor.dtype)
     return found
+
+
+def _derivable(model: nn.Module) -> set[str]:
+    """The statistics of quantizers, which loading derives where a file does not have them."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "statistics", ())
+    }
 
 
 def _is_repository(source: str) -> bool:

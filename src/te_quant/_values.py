@@ -78,7 +78,9 @@ def _check_range(values: Tensor, name: str, stop: int, stop_name: str, start: in
 def _batched(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int | None]]:
     """The rule of an operator under ``vmap``: the samples are looked at together."""
 
-    def rule(_: object, in_dims: tuple[int | None, ...], values: Tensor, *options: Any) -> tuple[Tensor, int | None]:
+    def rule(
+        _: object, in_dims: tuple[int | None, ...], values: Tensor, *options: Any
+    ) -> tuple[Tensor, int | None]:
         return operator(values, *options), in_dims[0]
 
     return rule

@@ -78,13 +78,10 @@ class Counting(Signs):
         super().__init__(code_dim, channel_dim=channel_dim, nonfinite=nonfinite)
         self.register_buffer("usage", torch.zeros(self.num_codes))
 
-    def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:
+    def record(self, rows: Rows, result: Quantized) -> None:
         """Count the rows that count."""
-        result = super().quantize(rows, generator)
-        if self.training and not self.frozen:
-            weights = torch.ones(len(result.indices)) if rows.weights is None else rows.weights.squeeze(1)
-            self.usage.index_add_(0, result.indices, weights.to(self.usage.dtype))
-        return result
+        weights = torch.ones(len(result.indices)) if rows.weights is None else rows.weights.squeeze(1)
+        self.usage.index_add_(0, result.indices, weights.to(self.usage.dtype))
 
 
 @pytest.mark.parametrize("check", QUANTIZER_CHECKS)

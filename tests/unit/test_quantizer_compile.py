@@ -149,6 +149,7 @@ def test_empty_batches_in_a_compiled_graph(update: str) -> None:
     quantizer = spread(VectorQuantizer(9, 6, codebook_update=update, orthogonal_reg=1.0))  # type: ignore[arg-type]
     compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
     run(quantizer, torch.randn(3, 6), compiled)
+    quantizer.apply_pending()
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     output, _ = run(quantizer, torch.empty(0, 6), compiled)
     assert output.commitment_loss == 0

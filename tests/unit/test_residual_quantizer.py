@@ -136,8 +136,8 @@ def test_penalty_is_the_mean_over_codebooks(shared: bool) -> None:
 
 @pytest.mark.parametrize("dropout", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-def test_moving_averages_move_after_the_step(shared: bool, dropout: bool) -> None:
-    """Indices and residuals are of the old codebooks, the codes returned of the new ones, which are the means."""
+def test_moving_averages_move_between_steps(shared: bool, dropout: bool) -> None:
+    """Indices, residuals, codes and losses are of the codebooks before; those after it are the means."""
     quantizer = spread(shared_codebook=shared, quantizer_dropout=dropout, codebook_update="ema", decay=0.8)
     for _ in range(3):
         tables = tables_of(quantizer)
@@ -145,6 +145,11 @@ def test_moving_averages_move_after_the_step(shared: bool, dropout: bool) -> Non
         sums = [stage.code_sums.clone() for stage in quantizer.stages]
         latents = torch.randn(50, 4, dtype=torch.float64)
         output = quantizer(latents)
+        assert torch.equal(quantizer.decode(output.indices), output.codes)
+        assert output.codebook_loss == 0
+        loss = loss_oracle(latents, output.indices, tables)
+        assert output.commitment_loss.item() == pytest.approx(0.25 * loss, rel=1e-10)
+        quantizer.apply_pending()
         counts = [torch.zeros_like(usage) for usage in usages]
         totals = [torch.zeros_like(total) for total in sums]
         for row, indices in zip(latents, output.indices.tolist(), strict=True):
@@ -162,10 +167,6 @@ def test_moving_averages_move_after_the_step(shared: bool, dropout: bool) -> Non
             torch.testing.assert_close(stage.usage, usage)
             torch.testing.assert_close(stage.code_sums, total)
             torch.testing.assert_close(stage.codebook.detach(), total / smooth[:, None])
-        assert torch.equal(quantizer.decode(output.indices), output.codes)
-        assert output.codebook_loss == 0
-        loss = loss_oracle(latents, output.indices, tables_of(quantizer))
-        assert output.commitment_loss.item() == pytest.approx(0.25 * loss, rel=1e-10)
 
 
 def test_dropout_leaves_out_the_last_codebooks() -> None:
@@ -199,6 +200,7 @@ def test_dropped_codebooks_get_nothing() -> None:
     used = (output.indices >= 0).sum(0)
     assert used[0] == 40
     assert 0 < used[1] < 40
+    quantizer.apply_pending()
     for stage, count in zip(quantizer.stages, used, strict=True):
         assert stage.usage.sum() == count
     output.codebook_loss.backward()
@@ -304,6 +306,7 @@ def test_frozen_means_frozen() -> None:
                 getattr(quantizer, method)(latents)
         assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
         quantizer.freeze(False)(latents)
+        quantizer.apply_pending()
         assert not torch.equal(before["stages.0.usage"], quantizer.stages[0].usage)
 
 

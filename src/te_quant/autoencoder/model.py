@@ -182,9 +182,12 @@ class VQAutoencoder(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
+        The quantizer first applies what is pending, so that the saved codebook is the latest.
+
         Raises:
             ImportError: safetensors is not installed (``te_quant[hub]``).
         """
+        self.quantizer.apply_pending()
         _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
 
     @classmethod

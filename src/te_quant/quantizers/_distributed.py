@@ -7,7 +7,7 @@ Every function runs the same collectives on every rank whatever its data, an emp
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from te_quant._checks import require_type
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["GroupReference", "all_reduce_sum", "sample_rows"]
+__all__ = ["GroupReference", "all_reduce_sum", "gathered", "overwrite", "sample_rows"]
 
 
 class GroupReference:
@@ -86,3 +86,23 @@ def sample_rows(rows: Tensor, count: int, generator: torch.Generator | None, gro
         chosen = chosen[keys[chosen] >= 0]
         rows = rows[chosen]
     return rows
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 has sharded, which all ranks must ask for together; any other as it is."""
+    # Only DTensor has this method; asking for the class would import a quarter of torch.distributed.
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Write ``values``, the same on all ranks, into ``tensor``, of which this rank may hold a shard only."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        sharded = cast("DTensor", tensor)
+        # No source rank: every rank takes its shard of what it has.
+        values = distribute_tensor(
+            values.to(tensor.dtype), sharded.device_mesh, sharded.placements, src_data_rank=None
+        )
+    tensor.copy_(values)

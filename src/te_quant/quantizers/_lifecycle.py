@@ -1,4 +1,4 @@
-"""How a codebook starts, and how its dead codes are revived: between training steps, from latents.
+"""Where a codebook may start, and what may replace its dead codes: computed from latents, written by others.
 
 Shape letters: N latent vectors, C code size, K codes.
 """
@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from te_quant._precision import widen
 from te_quant._search import search_codes
 from te_quant.quantizers._distributed import all_reduce_sum, sample_rows
-from te_quant.quantizers._penalized_means import smoothed
-from te_quant.quantizers._update import EPSILON, CodebookState, row_sums
+from te_quant.quantizers._update import row_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["kmeans", "replacements", "restart", "revive"]
+__all__ = ["kmeans", "replacements"]
 
 
 def kmeans(
@@ -63,24 +61,3 @@ def replacements(
     revived = dead & (order < fresh.shape[0])
     padded = torch.cat([fresh, fresh.new_zeros(1, fresh.shape[1])])
     return revived, padded[torch.where(revived, order, fresh.shape[0])]
-
-
-@torch.no_grad()
-def restart(state: CodebookState, centers: Tensor) -> None:
-    """Put the codebook at ``centers`` (K, C), as if each had been seen once."""
-    state.codebook.copy_(centers)
-    state.usage.fill_(1)
-    if state.code_sums is not None:
-        state.code_sums.copy_(state.codebook)
-
-
-@torch.no_grad()
-def revive(state: CodebookState, revived: Tensor, fresh: Tensor) -> None:
-    """Put the codes that ``revived`` (K,) marks at ``fresh`` (K, C), with the usage of an average code."""
-    column = revived.unsqueeze(1)
-    state.codebook.copy_(torch.where(column, fresh.to(state.codebook.dtype), state.codebook))
-    state.usage.copy_(torch.where(revived, state.usage.mean(), state.usage))
-    if state.code_sums is not None:
-        # Without this the next step would write the old means over the revived codes.
-        weighted = widen(state.codebook) * smoothed(state.usage, EPSILON).unsqueeze(1)
-        state.code_sums.copy_(torch.where(column, weighted, state.code_sums))

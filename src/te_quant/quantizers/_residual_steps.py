@@ -1,6 +1,6 @@
-"""The steps of residual quantization: their arithmetic, and how their codebooks move, start and are revived.
+"""The steps of residual quantization: their arithmetic, and how their codebooks start and are revived.
 
-Codebooks move together after a step; at a restart one follows the other.
+Codebooks move together, between two steps.
 
 Shape letters: N latent vectors, C code size, K codes per codebook, Q steps, S codebooks: Q, or 1 for all.
 """
@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_quant._precision import widen
+from te_quant._recomputation import refuse_redraw
 from te_quant._search import search_codes
 from te_quant.functional import orthogonality
+from te_quant.quantizers._lifecycle import kmeans, replacements
 from te_quant.quantizers._rows import Rows
-from te_quant.quantizers._update import observe
+from te_quant.quantizers._update import Batch, restart, revive
 from te_quant.quantizers.vector import VectorQuantizer
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = [
+    "batches",
     "draw_depths",
     "joined",
     "mean_penalty",
-    "observe_stages",
     "partial_sums",
+    "refuse_frozen",
     "residuals",
     "revive_stages",
     "search_residuals",
@@ -41,6 +47,7 @@ def draw_depths(rows: Rows, steps: int, generator: torch.Generator | None) -> Te
     batch, positions = rows.grid[0], math.prod(rows.grid[1:])
     # In place, because a compiler that knows no batch size cannot trace torch.randint with a generator.
     drawn = torch.empty(batch, 1, device=rows.vectors.device).uniform_(generator=generator) * steps
+    drawn = refuse_redraw(drawn, generator)
     return (drawn.long().clamp_max(steps - 1) + 1).expand(batch, positions).reshape(-1)
 
 
@@ -112,38 +119,49 @@ def _codes(indices: Tensor, table: Tensor) -> Tensor:
 
 def tables_of(stages: Sequence[VectorQuantizer], steps: int) -> list[Tensor]:
     """The codebook of every step as it is now, at least float32: -> Q of (K, C)."""
-    tables = [widen(stage.codebook) for stage in stages]
+    tables = [stage._table() for stage in stages]
     return tables * (steps // len(tables))
 
 
 def mean_penalty(stages: Sequence[VectorQuantizer]) -> Tensor:
     """The orthogonality penalty without λ, the mean over the codebooks: -> ()."""
-    return torch.stack([orthogonality(stage.codebook) for stage in stages]).mean()
+    return torch.stack([orthogonality(stage._table().clone()) for stage in stages]).mean()
 
 
-def observe_stages(stages: Sequence[VectorQuantizer], steps: Sequence[Rows], chosen: Tensor) -> None:
-    """Count the codes and update every codebook that is not frozen: S, Q steps of N rows, (N, Q) indices.
+def batches(stages: Sequence[VectorQuantizer], steps: Sequence[Rows], chosen: Tensor) -> list[Batch]:
+    """What every codebook that is not frozen saw: S, Q steps of N rows, (N, Q) indices.
 
-    A shared codebook sees all steps at once. Were it moved between them, the code of an early step would no longer
-    be what its index decodes to.
+    A shared codebook sees all steps as one batch.
     """
     picks = list(chosen.clamp_min(0).unbind(1))
     if len(stages) < len(steps):
         steps, picks = [joined(steps)], [torch.cat(picks)]
-    for stage, rows, indices in zip(stages, steps, picks, strict=True):
-        if not stage.frozen:
-            group, weight = stage._group.resolve(), stage.orthogonal_reg
-            observe(stage._state(), rows, indices, decay=stage.decay, group=group, orthogonal_reg=weight)
+    return [
+        Batch(stage._state(), rows, indices)
+        for stage, rows, indices in zip(stages, steps, picks, strict=True)
+        if not stage.frozen
+    ]
 
 
 def start_stages(
-    stages: Sequence[VectorQuantizer], left: Tensor, iterations: int, generator: torch.Generator | None
+    stages: Sequence[VectorQuantizer],
+    left: Tensor,
+    iterations: int,
+    generator: torch.Generator | None,
+    group: ProcessGroup | None,
 ) -> None:
-    """k-means of (N, C) rows, then of what its centres leave of them, and so on."""
-    _refuse_frozen(stages, "kmeans_init")
-    for stage in stages:
-        stage.kmeans_init(left, iterations=iterations, generator=generator)
-        left = _after(stage, left)
+    """k-means of (N, C) rows, then of what its centres leave of them, and so on.
+
+    Nothing moves before all are known.
+    """
+    found = []
+    for table in tables_of(stages, len(stages)):
+        centers = kmeans(left, table, iterations, _unchanged, generator, group)
+        found.append(centers)
+        left = _after(table if centers is None else centers, left)
+    for stage, centers in zip(stages, found, strict=True):
+        if centers is not None:
+            restart(stage._state(), centers)
 
 
 def revive_stages(
@@ -152,24 +170,34 @@ def revive_stages(
     left: Tensor,
     threshold: float,
     generator: torch.Generator | None,
+    group: ProcessGroup | None,
 ) -> Tensor:
-    """Revive the dead codes of every codebook, using the residuals of the steps that share it: -> (S, K) bool."""
-    _refuse_frozen(stages, "revive_dead_codes")
-    revived = []
-    for stage in stages:
+    """Revive the dead codes of every codebook, using the residuals of the steps that share it: -> (S, K) bool.
+
+    Nothing moves before all are known.
+    """
+    found = []
+    for stage, table in zip(stages, tables_of(stages, len(stages)), strict=True):
         pool = [left]
         while len(pool) < steps // len(stages):
-            pool.append(_after(stage, pool[-1]))
-        revived.append(stage.revive_dead_codes(torch.cat(pool), threshold=threshold, generator=generator))
-        left = _after(stage, left)
-    return torch.stack(revived)
+            pool.append(_after(table, pool[-1]))
+        revived, fresh = replacements(torch.cat(pool), stage.usage, threshold, generator, group)
+        found.append((revived, fresh))
+        left = _after(torch.where(revived.unsqueeze(1), fresh, table), left)
+    for stage, (revived, fresh) in zip(stages, found, strict=True):
+        revive(stage._state(), revived, fresh)
+    return torch.stack([revived for revived, _ in found])
 
 
-def _refuse_frozen(stages: Sequence[VectorQuantizer], method: str) -> None:
-    # Before anything moves: to start only half of the codebooks again would be worse than none.
+def refuse_frozen(stages: Sequence[VectorQuantizer], method: str) -> None:
+    """Refuse before anything moves: to start only half of the codebooks again would be worse than none."""
     for stage in stages:
         stage._refuse_frozen(method)
 
 
-def _after(stage: VectorQuantizer, rows: Tensor) -> Tensor:
-    return rows - stage.decode(stage.encode(rows))
+def _unchanged(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _after(table: Tensor, rows: Tensor) -> Tensor:
+    return rows - F.embedding(search_codes(rows, table), table)

@@ -14,7 +14,7 @@ from torch import Tensor
 from te_quant._precision import widen
 from te_quant._values import require_finite
 
-__all__ = ["Rows", "lay_out", "to_rows"]
+__all__ = ["Layout", "Rows", "is_channels_last", "to_rows"]
 
 
 class Rows(NamedTuple):
@@ -54,7 +54,28 @@ def to_rows(latents: Tensor, channel_dim: int, nonfinite: str | None) -> Rows:
     return Rows(vectors, vectors.detach(), None, grid)
 
 
-def lay_out(rows: Tensor, grid: tuple[int, ...], channel_dim: int) -> Tensor:
-    """(N, C) -> (B, C, h, w), or the layout of another ``grid`` and ``channel_dim``."""
-    laid = rows.view(*grid, rows.shape[1])
-    return laid if channel_dim == -1 else laid.movedim(-1, 1)
+class Layout(NamedTuple):
+    """How rows become tensors in the layout of the latents again.
+
+    Attributes:
+        grid: the shape of the tokens.
+        channel_dim: 1 or -1.
+        channels_last: with ``channel_dim`` 1, leave the channels innermost in memory; otherwise contiguous.
+    """
+
+    grid: tuple[int, ...]
+    channel_dim: int
+    channels_last: bool = False
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(N, C) -> (B, C, h, w), or whatever this layout is."""
+        laid = rows.view(*self.grid, rows.shape[1])
+        if self.channel_dim == -1:
+            return laid
+        laid = laid.movedim(-1, 1)
+        return laid if self.channels_last else laid.contiguous()
+
+
+def is_channels_last(latents: Tensor, channel_dim: int) -> bool:
+    """Say whether channels are innermost in memory although ``channel_dim`` is 1."""
+    return channel_dim == 1 and not latents.is_contiguous() and latents.movedim(1, -1).is_contiguous()

@@ -1,24 +1,43 @@
-"""What a quantizer remembers, its codebook and the statistics of its use, and how one batch moves them.
+"""What a quantizer remembers: its codebook, the statistics of its use, and what is pending; and how they change.
+
+A training pass only *records*: it adds its counts and sums to the pending ones. Between two steps these *move* the
+statistics and, where it follows moving averages, the codebook.
 
 Shape letters: N latent vectors, C code size, K codes, S codes under the penalty.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import warnings
+from collections.abc import MutableMapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from te_quant._precision import as_factor, widen
-from te_quant.quantizers._distributed import all_reduce_sum
+from te_quant._precision import widen
+from te_quant._recomputation import refuse_redraw
+from te_quant.quantizers._distributed import all_reduce_sum, gathered, overwrite
 from te_quant.quantizers._penalized_means import penalized_means, smoothed
 from te_quant.quantizers._rows import Rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["EPSILON", "CodebookState", "Penalized", "observe", "row_sums"]
+__all__ = [
+    "EPSILON",
+    "Batch",
+    "CodebookState",
+    "Penalized",
+    "choose_penalized",
+    "complete",
+    "count",
+    "move",
+    "record",
+    "restart",
+    "revive",
+    "row_sums",
+]
 
 EPSILON = 1e-5
 """Laplace smoothing of the running counts; the value of van den Oord et al. 2017."""
@@ -28,14 +47,20 @@ class CodebookState(NamedTuple):
     """The tensors of one quantizer, which the functions below write to.
 
     Attributes:
-        codebook: (K, C).
+        codebook: (K, C); None where the codes are computed from something else.
         usage: (K,) moving average of the counts.
+        pending_counts: (K,) counts since the last move.
         code_sums: (K, C) moving average of the sums of latents; None where the codebook follows gradients.
+        pending_sums: (K, C) sums since the last move; None with ``code_sums``.
+        pending_subset: (S,) int64, the codes under the penalty at the next move; None where it is on all.
     """
 
-    codebook: Tensor
+    codebook: Tensor | None
     usage: Tensor
-    code_sums: Tensor | None
+    pending_counts: Tensor
+    code_sums: Tensor | None = None
+    pending_sums: Tensor | None = None
+    pending_subset: Tensor | None = None
 
 
 class Penalized(NamedTuple):
@@ -44,76 +69,67 @@ class Penalized(NamedTuple):
     Attributes:
         subset: (S,) their indices; None for all K.
         mask: (S,) or (K,) bool, False for those of them that do not count; None if all do.
+        counts: (K,) how often each code was chosen by all processes, where that had to be known.
     """
 
-    subset: Tensor | None
-    mask: Tensor | None
+    subset: Tensor | None = None
+    mask: Tensor | None = None
+    counts: Tensor | None = None
 
     def rows(self, table: Tensor) -> Tensor:
-        """(K, C) -> (S, C)."""
-        return table if self.subset is None else table[self.subset]
+        """(K, C) -> (S, C), a copy: the codebook may be written to before the backward pass reads it."""
+        return table.clone() if self.subset is None else table[self.subset]
+
+
+class Batch(NamedTuple):
+    """What one quantizer saw in one training pass.
+
+    Attributes:
+        state: of the quantizer.
+        rows: the latents of this process.
+        chosen: (N,), their codes.
+        penalized: the codes under the penalty.
+    """
+
+    state: CodebookState
+    rows: Rows
+    chosen: Tensor
+    penalized: Penalized = Penalized()
 
 
 @torch.no_grad()
-def observe(
-    state: CodebookState,
-    rows: Rows,
-    chosen: Tensor,
-    *,
-    decay: float,
+def choose_penalized(
+    counts: Tensor | None,
+    table: Tensor,
+    max_codes: int | None,
+    generator: torch.Generator | None,
     group: ProcessGroup | None,
-    updating: bool = True,
-    active_only: bool = False,
-    max_codes: int | None = None,
-    orthogonal_reg: float = 0.0,
-    unit: bool = False,
-    generator: torch.Generator | None = None,
-) -> tuple[Penalized, Tensor | None]:
-    """Count; choose the codes to penalize; update the statistics and, where it has sums, the codebook.
+) -> Penalized:
+    """Choose the codes of one step, alike on all ranks: all, those that ``counts``, or ``max_codes`` of them.
 
     Args:
-        state: what is written to.
-        rows: the latents of this process.
-        chosen: their codes.
-        decay: of the moving averages.
-        group: the other processes.
-        updating: change what is remembered; otherwise only choose.
-        active_only: penalize only codes that were chosen.
-        max_codes: penalize at most so many, while updating.
-        orthogonal_reg: λ.
-        unit: only the directions of the codes count.
+        counts: (K,) of all processes; None if codes that nobody chose count too.
+        table: (K, C).
+        max_codes: None for no limit.
         generator: randomness of the subset.
-
-    Shape:
-        chosen: (N,).
-
-    Returns:
-        The codes under the penalty, and the codebook (K, C) if it moved.
+        group: the other processes.
     """
-    active = None
-    if updating or active_only:
-        ones = torch.ones_like(rows.searchable[:, :1]) if rows.weights is None else rows.weights
-        counts = all_reduce_sum(row_sums(chosen, ones, state.codebook.shape[0]).squeeze(1), group)
-        active = counts > 0
-    drawn = max_codes if updating else None
-    penalized = _draw_penalized(active if active_only else None, drawn, state.codebook, generator, group)
-    if not updating:
-        return penalized, None
-    # All processes may have been empty; then nothing changes, decided without waiting for the device.
-    seen = counts.any()
-    weight = as_factor(1 - decay, state.usage)
-    usage = torch.where(seen, state.usage.lerp(counts.to(state.usage.dtype), weight), state.usage)
-    codebook = None
-    if state.code_sums is not None:
-        sums = all_reduce_sum(row_sums(chosen, rows.searchable, state.codebook.shape[0]), group)
-        sums = state.code_sums.lerp(sums.to(state.code_sums.dtype), weight)
-        before, after = (state.usage, state.code_sums), (usage, sums)
-        codebook = _move_codebook(widen(state.codebook), before, after, EPSILON, orthogonal_reg, penalized, unit)
-        codebook = torch.where(seen, codebook.to(state.codebook.dtype), state.codebook)
-        state.codebook.copy_(codebook)
-        state.code_sums.copy_(torch.where(seen, sums, state.code_sums))
-    state.usage.copy_(usage)
-    return penalized, codebook
+    num_codes = table.shape[0]
+    active = None if counts is None else counts > 0
+    if max_codes is None or max_codes >= num_codes:
+        return Penalized(None, active, counts)
+    scores = refuse_redraw(torch.rand(num_codes, generator=generator, device=table.device), generator)
+    # The sum of every rank's scores orders the codes at random too, and equally everywhere.
+    all_reduce_sum(scores, group)
+    if active is not None:
+        scores = scores.masked_fill(~active, -1.0)
+    subset = scores.topk(max_codes).indices
+    return Penalized(subset, None if active is None else active[subset], counts)
+
+
+def count(chosen: Tensor, rows: Rows, num_codes: int, group: ProcessGroup | None) -> Tensor:
+    """Count how often the rows of all processes chose each code: (N,) -> (K,)."""
+    return all_reduce_sum(row_sums(chosen, _weights(rows), num_codes).squeeze(1), group)
 
 
 def row_sums(chosen: Tensor, rows: Tensor, num_codes: int) -> Tensor:
@@ -121,43 +137,173 @@ def row_sums(chosen: Tensor, rows: Tensor, num_codes: int) -> Tensor:
     return rows.new_zeros(num_codes, rows.shape[1]).index_add_(0, chosen, rows)
 
 
-def _draw_penalized(
-    active: Tensor | None,
-    max_codes: int | None,
-    codebook: Tensor,
-    generator: torch.Generator | None,
-    group: ProcessGroup | None,
-) -> Penalized:
-    """Choose the codes of one step, alike on all ranks: all, the ``active`` ones, or ``max_codes`` of them."""
-    num_codes = codebook.shape[0]
-    if max_codes is None or max_codes >= num_codes:
-        return Penalized(None, active)
-    scores = torch.rand(num_codes, generator=generator, device=codebook.device)
-    # The sum of every rank's scores orders the codes at random too, and equally everywhere.
-    all_reduce_sum(scores, group)
-    if active is not None:
-        scores = scores.masked_fill(~active, -1.0)
-    subset = scores.topk(max_codes).indices
-    return Penalized(subset, None if active is None else active[subset])
+@torch.no_grad()
+def record(batches: Sequence[Batch], group: ProcessGroup | None) -> None:
+    """Add counts and, where there are any, sums to what is pending; one collective for all batches together."""
+    before = [batch.state.pending_counts.sum() for batch in batches]
+    pending, fresh = [], []
+    for state, rows, chosen, (_, _, counts) in batches:
+        parts = []
+        if counts is None:
+            parts.append((state.pending_counts.unsqueeze(1), _weights(rows)))
+        else:
+            state.pending_counts.add_(counts)
+        if state.pending_sums is not None:
+            parts.append((state.pending_sums, rows.searchable))
+        for target, values in parts:
+            if group is None:
+                target.index_add_(0, chosen, values.to(target.dtype))
+            else:
+                pending.append(target)
+                fresh.append(row_sums(chosen, values.to(target.dtype), target.shape[0]))
+    if pending:
+        sums = all_reduce_sum(torch.cat([part.flatten() for part in fresh]), group)
+        for target, part in zip(pending, sums.split([part.numel() for part in fresh]), strict=True):
+            target.add_(part.view_as(target))
+    for total, (state, _, _, penalized) in zip(before, batches, strict=True):
+        if state.pending_subset is not None and penalized.subset is not None:
+            # A pass that all processes left empty changes nothing.
+            grown = state.pending_counts.sum() > total
+            state.pending_subset.copy_(torch.where(grown, penalized.subset, state.pending_subset))
 
 
-def _move_codebook(
+@torch.no_grad()
+def move(
+    state: CodebookState,
+    *,
+    decay: float,
+    orthogonal_reg: float = 0.0,
+    active_only: bool = False,
+    unit: bool = False,
+) -> None:
+    """Update the statistics and, where there are sums, the codebook by what is pending.
+
+    Args:
+        state: what is written to.
+        decay: of the moving averages.
+        orthogonal_reg: λ.
+        active_only: penalize only the codes that were chosen.
+        unit: only the directions of the codes count.
+    """
+    # Nothing may be pending, or all processes were empty; then nothing changes, decided without waiting for the
+    # device.
+    counts, sums = state.pending_counts, state.pending_sums
+    seen = (counts > 0).any()
+    share = seen.to(state.usage.dtype) * (1 - decay)
+    if state.codebook is None or state.code_sums is None or sums is None:
+        state.usage.lerp_(counts, share)
+        counts.zero_()
+        return
+    if orthogonal_reg:
+        mask = counts > 0 if active_only else None
+        subset = state.pending_subset
+        penalized = Penalized(subset, mask if mask is None or subset is None else mask[subset])
+        before = state.usage.clone(), state.code_sums.clone()
+        after = state.usage.lerp_(counts, share), state.code_sums.lerp_(sums, share)
+        moved = _penalized(widen(state.codebook), before, after, orthogonal_reg, penalized, unit)
+    else:
+        usage = state.usage.lerp_(counts, share)
+        moved = state.code_sums.lerp_(sums, share) / smoothed(usage, EPSILON).unsqueeze(1)
+    state.codebook.copy_(torch.where(seen, moved.to(state.codebook.dtype), state.codebook))
+    counts.zero_()
+    sums.zero_()
+
+
+@torch.no_grad()
+def restart(state: CodebookState, codes: Tensor, usage: Tensor | None = None) -> None:
+    """Put the codebook at ``codes`` (K, C), used as ``usage`` (K,) says or each once; forget what is pending."""
+    codebook = cast("Tensor", state.codebook)
+    overwrite(codebook, codes)
+    if usage is None:
+        state.usage.fill_(1)
+    else:
+        state.usage.copy_(usage)
+    if state.code_sums is not None:
+        codes = widen(codebook)
+        state.code_sums.copy_(codes if usage is None else _sums(codes, state.usage))
+    _forget(state)
+
+
+@torch.no_grad()
+def revive(state: CodebookState, revived: Tensor, fresh: Tensor) -> None:
+    """Put the codes that ``revived`` (K,) marks at ``fresh`` (K, C), with the usage of an average code."""
+    column = revived.unsqueeze(1)
+    codebook = gathered(cast("Tensor", state.codebook))
+    replaced = torch.where(column, fresh.to(codebook.dtype), codebook)
+    overwrite(cast("Tensor", state.codebook), replaced)
+    state.usage.copy_(torch.where(revived, state.usage.mean(), state.usage))
+    if state.code_sums is not None:
+        # Without this the next step would write the old means over the revived codes.
+        weighted = _sums(widen(replaced), state.usage)
+        state.code_sums.copy_(torch.where(column, weighted, state.code_sums))
+
+
+def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookState) -> None:
+    """Make ``entries``, which are about to be loaded, fit ``state``.
+
+    Statistics that they lack are derived from the codebook, those that ``state`` has no place for are dropped with
+    a warning, and where nothing is said of it nothing is pending.
+
+    Args:
+        entries: tensors by name, changed in place.
+        prefix: of the names that concern this quantizer.
+        state: of the quantizer.
+    """
+    anchor = entries.get(f"{prefix}usage" if state.codebook is None else f"{prefix}codebook")
+    if anchor is None or (state.codebook is not None and anchor.shape != state.codebook.shape):
+        # Nothing of this quantizer, or a misfit that torch will name.
+        return
+    names = [name for name in state._fields if f"{prefix}{name}" in entries and getattr(state, name) is None]
+    for name in names:
+        del entries[f"{prefix}{name}"]
+    if names:
+        text = "the state holds {}, which codebook_update='gradient' has no use for; dropped."
+        warnings.warn(text.format(" and ".join(names)), stacklevel=2)
+    for name in ("usage", "pending_counts", "code_sums", "pending_sums"):
+        # Others may have cast the whole file.
+        if f"{prefix}{name}" in entries:
+            entries[f"{prefix}{name}"] = widen(entries[f"{prefix}{name}"])
+    device, num_codes = anchor.device, state.usage.shape[0]
+    ones = torch.ones(num_codes, device=device, dtype=widen(anchor).dtype)
+    usage = entries.setdefault(f"{prefix}usage", ones)
+    entries.setdefault(f"{prefix}pending_counts", torch.zeros_like(usage))
+    if state.code_sums is not None and usage.shape == state.usage.shape:
+        sums = _sums(widen(gathered(anchor)), usage)
+        entries.setdefault(f"{prefix}code_sums", sums)
+        entries.setdefault(f"{prefix}pending_sums", torch.zeros_like(sums))
+    if state.pending_subset is not None:
+        entries.setdefault(f"{prefix}pending_subset", torch.arange(len(state.pending_subset), device=device))
+
+
+def _weights(rows: Rows) -> Tensor:
+    return torch.ones_like(rows.searchable[:, :1]) if rows.weights is None else rows.weights
+
+
+def _sums(codes: Tensor, usage: Tensor) -> Tensor:
+    """The sums whose means are ``codes``."""
+    return codes * smoothed(usage, EPSILON).unsqueeze(1)
+
+
+def _forget(state: CodebookState) -> None:
+    state.pending_counts.zero_()
+    if state.pending_sums is not None:
+        state.pending_sums.zero_()
+
+
+def _penalized(
     codebook: Tensor,
     before: tuple[Tensor, Tensor],
     after: tuple[Tensor, Tensor],
-    epsilon: float,
     weight: float,
     penalized: Penalized,
     unit: bool,
 ) -> Tensor:
-    """The next codebook, (K, C), given the running (usage, code_sums) before and after a batch."""
-    counts = smoothed(after[0], epsilon)
+    """The next codebook under the penalty, (K, C), given the running (usage, code_sums) before and after."""
+    counts = smoothed(after[0], EPSILON)
     means = after[1] / counts.unsqueeze(1)
-    if weight == 0:
-        return means
     # A code outside the penalty in this step follows its mean but keeps the distance that earlier steps gave it;
     # sending it back to the mean would undo the penalty.
-    moved = codebook + means - before[1] / smoothed(before[0], epsilon).unsqueeze(1)
+    moved = codebook + means - before[1] / smoothed(before[0], EPSILON).unsqueeze(1)
     shares = counts / counts.sum()
     if penalized.subset is None:
         mask = penalized.mask

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -24,11 +25,12 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
-from te_quant._precision import AUTOCAST_DEVICES, HALF, full_precision, wide_buffers
+from te_quant._precision import HALF, full_precision, wide_buffers
+from te_quant._recomputation import between_steps
 from te_quant._values import require_in_range
 from te_quant.functional import straight_through
 from te_quant.quantizers._distributed import GroupReference
-from te_quant.quantizers._rows import Rows, lay_out, to_rows
+from te_quant.quantizers._rows import Layout, Rows, is_channels_last, to_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,12 +71,14 @@ class Quantized(NamedTuple):
         indices: (N,) or (N, Q) int64.
         codes: (N, C), bit-equal to ``look_up(indices)``.
         losses: the terms.
+        memo: whatever :meth:`Quantizer.record` needs besides; nobody else sees it.
     """
 
     quantized: Tensor
     indices: Tensor
     codes: Tensor
     losses: Losses
+    memo: Any = None
 
 
 class QuantizerOutput(NamedTuple):
@@ -84,7 +88,7 @@ class QuantizerOutput(NamedTuple):
     is zero.
 
     Attributes:
-        quantized: the codes, with a gradient path to the latents; shape and layout of the latents.
+        quantized: the codes, with a gradient path to the latents; shape, dtype and memory format of the latents.
         indices: the chosen codes, int64 in [0, K); shape of the latents without the channel axis. A
             :class:`~te_quant.ResidualVectorQuantizer` puts the axis of its Q codebooks last.
         loss: (), ``codebook_loss + commitment_loss + regularization_loss``.
@@ -94,7 +98,8 @@ class QuantizerOutput(NamedTuple):
         regularization_loss: (), what is asked of the codebook or of its use, >= 0 and zero at the optimum: the
             orthogonality penalty of :class:`~te_quant.VectorQuantizer` and
             :class:`~te_quant.ResidualVectorQuantizer`, the entropy terms of :class:`~te_quant.LFQ`.
-        codes: the codes without gradient; bit-equal to ``decode(indices)``.
+        codes: the codes without gradient, in the quantizer's dtype; bit-equal to ``decode(indices)`` until the
+            codebook moves.
 
     Example:
         >>> from te_quant import VectorQuantizer
@@ -127,9 +132,12 @@ class Quantizer(nn.Module):
     - :meth:`losses` (optional, zero by default): the weighted terms.
     - :meth:`project` (optional, the identity by default): what a row becomes before it is compared, for example
       unit length.
-    - :meth:`quantize` (optional): all of the above for one training or evaluation pass. Override it to sample, to
-      count or to move a codebook. It must return codes that are bit-equal to ``look_up(indices)`` *after* the
-      call, and may change state only while ``self.training and not self.frozen``.
+    - :meth:`quantize` (optional): all of the above for one training or evaluation pass. Override it to sample. It
+      returns codes that are bit-equal to ``look_up(indices)`` and changes no state.
+    - :meth:`record` and :meth:`apply_pending` (optional): for quantizers that learn from the latents themselves. A
+      training pass ends with ``record``, which puts what it saw into buffers of its own. The next one begins with
+      :meth:`advance`, which calls ``apply_pending``: it moves the codebook. So the codebook never moves inside a
+      step. Neither is called while frozen, while autograd recomputes a forward pass, or inside ``torch.func``.
 
     ``te_quant.testing.check_quantizer`` holds a subclass to all of this; the page "Add a quantizer" builds one.
 
@@ -144,9 +152,11 @@ class Quantizer(nn.Module):
             group, looked up at each call, and only this process when there is none.
 
     Shape:
-        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point.
-        quantized, codes: as latents. indices: the latents' shape without the channel axis, and Q behind where a
-            token has Q indices. losses: ().
+        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, of the quantizer's dtype or in half precision,
+            which is computed in float32.
+        quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the
+            quantizer's dtype. indices: the latents' shape without the channel axis, and Q behind where a token
+            has Q indices. losses: ().
 
     Attributes:
         frozen: whether :meth:`freeze` was called.
@@ -155,7 +165,7 @@ class Quantizer(nn.Module):
     Raises:
         ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does
             not fit, or latents are not finite.
-        TypeError: latents are not floating point, or of another dtype than the quantizer.
+        TypeError: latents are not floating point, or of a dtype that the quantizer does not take.
 
     Example:
         >>> from te_quant import Quantizer
@@ -173,7 +183,8 @@ class Quantizer(nn.Module):
     """The smallest index; -1 where codebooks may be left out."""
 
     statistics: ClassVar[tuple[str, ...]] = ()
-    """Names of the buffers that stay in float32 when the module is converted to half precision."""
+    """Names of the buffers that stay in float32 when the module is converted to half precision, and that a state
+    may lack when it is loaded."""
 
     def __init__(
         self,
@@ -195,6 +206,7 @@ class Quantizer(nn.Module):
         self.channel_dim = channel_dim
         self.nonfinite = nonfinite
         self.frozen = False
+        self._accumulating = False
         self._group = GroupReference(process_group)
 
     if TYPE_CHECKING:
@@ -207,7 +219,7 @@ class Quantizer(nn.Module):
     def forward(
         self, latents: Tensor, *, mask: Tensor | None = None, generator: torch.Generator | None = None
     ) -> QuantizerOutput:
-        """Quantize ``latents``; while training and not frozen, also update what the quantizer remembers.
+        """Quantize ``latents``; while training and not frozen, also record them for the next update.
 
         Args:
             latents: see the class.
@@ -217,18 +229,25 @@ class Quantizer(nn.Module):
         self._check_latents(latents)
         _refuse_mask(mask)
         require_generator(generator)
+        changing = self.training and not self.frozen
         with full_precision(latents.device):
             rows = self._rows(latents)
+            if changing:
+                between_steps(self._remembered(), lambda: self.advance(rows))
             result = self.quantize(rows, generator)
-        dtype = self._dtype(latents)
+            if changing:
+                between_steps(self._remembered(), lambda: self.record(rows, result))
+        codes = result.codes.detach()
+        dtype = codes.dtype if self.dtype is None else self.dtype
+        lay_out = Layout(rows.grid, self.channel_dim, is_channels_last(latents, self.channel_dim))
         return QuantizerOutput(
-            quantized=lay_out(result.quantized.to(dtype), rows.grid, self.channel_dim),
+            quantized=lay_out(result.quantized.to(latents.dtype)),
             indices=self._lay_out_indices(result.indices, rows.grid),
             loss=result.losses.total,
             codebook_loss=result.losses.codebook,
             commitment_loss=result.losses.commitment,
             regularization_loss=result.losses.regularization,
-            codes=lay_out(result.codes.detach().to(dtype), rows.grid, self.channel_dim),
+            codes=lay_out(codes.to(dtype)),
         )
 
     @torch.no_grad()
@@ -240,7 +259,7 @@ class Quantizer(nn.Module):
             return self._lay_out_indices(self.search(rows), rows.grid)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Return the codes of ``indices``, with C at ``channel_dim``; differentiable in what is learnt.
+        """Return the codes of ``indices``, contiguous, C at ``channel_dim``; differentiable in what is learnt.
 
         Args:
             indices: (B, h, w), (B, N) or (N,), integer, in [0, K); with 1 to Q indices per token in a last axis
@@ -255,24 +274,61 @@ class Quantizer(nn.Module):
             codes = self.look_up(indices)
         if self.dtype is not None:
             codes = codes.to(self.dtype)
-        return codes if self.channel_dim == -1 else codes.movedim(-1, 1)
+        return codes if self.channel_dim == -1 else codes.movedim(-1, 1).contiguous()
 
     def freeze(self: _Self, frozen: bool = True) -> _Self:
         """Stop (or resume) every change of state: gradients, moving averages, k-means and revival.
 
-        Does nothing for a quantizer that learns and remembers nothing. The flag belongs to this object: copies and
-        pickles carry it, ``state_dict`` does not.
+        What is pending is applied first. Frozen stays frozen whatever else toggles ``requires_grad``. Does nothing
+        for a quantizer that learns and remembers nothing. The flag belongs to this object: copies and pickles
+        carry it, ``state_dict`` does not.
         """
         require_type("frozen", frozen, bool, "a bool")
-        for module in self.modules():
-            if isinstance(module, Quantizer):
-                module.frozen = frozen
+        if frozen:
+            self.apply_pending()
+        for module in self._all_quantizers():
+            module.frozen = frozen
         for parameter in self._learnt():
             parameter.requires_grad_(not frozen)
             if frozen:
                 # An optimizer would still step on a gradient left behind.
                 parameter.grad = None
         return self
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Set the mode; ``train(False)``, which is ``eval()``, first applies what is pending."""
+        if not mode:
+            self.apply_pending()
+        super().train(mode)
+        return self
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Count all training passes inside the ``with`` block as one: its micro-batches make one update.
+
+        What is pending is applied at the start, then the codebook stands still; the first training pass after the
+        block moves it by everything that the block recorded. Use it for gradient accumulation, and where several
+        checkpointed passes come before one backward pass.
+
+        Example:
+            >>> from te_quant import VectorQuantizer
+            >>> quantizer = VectorQuantizer(16, 4, codebook_update="ema")
+            >>> with quantizer.accumulate():
+            ...     for latents in torch.randn(4, 2, 4, 8, 8):
+            ...         output = quantizer(latents)
+            >>> int(quantizer.pending_counts.sum())
+            512
+        """
+        quantizers = [module for module in self._all_quantizers() if not module._accumulating]
+        if not self._accumulating:
+            self.apply_pending()
+        for module in quantizers:
+            module._accumulating = True
+        try:
+            yield
+        finally:
+            for module in quantizers:
+                module._accumulating = False
 
     def search(self, rows: Rows) -> Tensor:
         """Return the index of each row, int64: (N, C) -> (N,), or (N, Q); no gradient, no change of state.
@@ -304,6 +360,33 @@ class Quantizer(nn.Module):
     def project(self, vectors: Tensor) -> Tensor:
         """Return what rows are compared as: (N, C) -> (N, C), differentiable; the identity here."""
         return vectors
+
+    def advance(self, rows: Rows) -> None:  # noqa: ARG002
+        """Do what is due between two training steps, before the search: apply what is pending.
+
+        The one place where a codebook may move by itself.
+
+        Args:
+            rows: the projected latents of the step that begins.
+        """
+        if not self._accumulating:
+            self.apply_pending()
+
+    def apply_pending(self) -> None:
+        """Move the codebook and the statistics by what training passes recorded; nothing where nothing is pending.
+
+        Called by the next training pass, ``eval()``, :meth:`freeze` and :meth:`accumulate`; call it yourself to
+        export or compare a codebook in the middle of training. Runs no collective and draws nothing: with several
+        processes each may call it when it likes. Nothing happens while frozen.
+        """
+
+    def record(self, rows: Rows, result: Quantized) -> None:
+        """Put what a training pass saw into buffers, summed over all processes; nothing here.
+
+        Args:
+            rows: the projected latents.
+            result: what :meth:`quantize` made of them.
+        """
 
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
         """Search, look up, take the losses and pass the gradient straight through.
@@ -363,14 +446,15 @@ class Quantizer(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _dtype(self, latents: Tensor) -> torch.dtype:
-        if self.dtype is not None:
-            return self.dtype
-        # As if there were a codebook in float32: autocast casts latents, not what is made of them.
-        return torch.float32 if latents.dtype in HALF and _is_autocast(latents) else latents.dtype
+    def _remembered(self) -> Iterator[Tensor]:
+        """The buffers that training passes change."""
+        return self.buffers()
+
+    def _all_quantizers(self) -> Iterator[Quantizer]:
+        return (module for module in self.modules() if isinstance(module, Quantizer))
 
     def _check_latents(self, latents: Tensor) -> None:
-        """Refuse latents that do not fit; call it before autocast is switched off."""
+        """Refuse latents that do not fit."""
         shape = "(B, C, h, w) or (N, C)" if self.channel_dim == 1 else "(B, N, C) or (N, C)"
         require_rank("latents", latents, (2, 3, 4, 5), shape)
         require_floating("latents", latents)
@@ -379,8 +463,8 @@ class Quantizer(nn.Module):
         if self.reference is not None:
             require_device("latents", latents, self.reference.device, "quantizer")
         # Half precision is computed in float32, which a codebook in float64 does not fit.
-        cast = latents.dtype in HALF and _is_autocast(latents) and self.dtype != torch.float64
-        if self.dtype is not None and latents.dtype != self.dtype and not cast:
+        widened = latents.dtype in HALF and self.dtype != torch.float64
+        if self.dtype is not None and latents.dtype != self.dtype and not widened:
             raise TypeError(f"latents must be {self.dtype} as the quantizer, got {latents.dtype}.")
 
     def _rows(self, latents: Tensor) -> Rows:
@@ -415,11 +499,6 @@ class Quantizer(nn.Module):
             require_device("indices", indices, self.reference.device, "quantizer")
         # A negative index would silently count from the end.
         return require_in_range("indices", indices.long(), self.num_codes, "num_codes", self.lowest_index)
-
-
-def _is_autocast(latents: Tensor) -> bool:
-    device = latents.device.type
-    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def _refuse_mask(mask: object) -> None:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from te_quant._checks import require_int, require_type
+from te_quant._checks import require_generator, require_int, require_number, require_type
+from te_quant._precision import full_precision
 from te_quant.quantizers import _residual_steps
 from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
+from te_quant.quantizers._update import record
 from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
 from te_quant.quantizers.vector import CodebookUpdate, VectorQuantizer
 
@@ -33,7 +35,7 @@ class ResidualVectorQuantizer(Quantizer):
         quantizer_dropout: if True, each element of axis 0 uses its first n codebooks alone in training, n uniform
             in 1..Q. Afterwards the first few indices alone decode well: ``decode(indices[..., :n])``.
         codebook_update: ``"gradient"`` or ``"ema"``, as for :class:`~te_quant.VectorQuantizer`. Under ``"ema"``
-            all codebooks move together at the end of a step, and the codes returned are those after it.
+            all codebooks move together between two steps.
         commitment_weight: β of the commitment term, >= 0. The codebook term has weight 1.
         orthogonal_reg: λ of the orthogonality penalty, the mean over the codebooks, >= 0.
         gradient_estimator: ``"straight_through"`` or ``"rotation_trick"``, from the latents to the sum of codes.
@@ -41,13 +43,14 @@ class ResidualVectorQuantizer(Quantizer):
         generator: randomness of the initial codebooks; the global one if ``None``.
 
     Shape:
-        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the codebooks' dtype; under
-            autocast also half precision, which is computed in float32.
-        quantized, codes: as latents. losses: (). indices: the latents' shape without the channel axis and with Q
+        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, of the codebooks' dtype or in half precision,
+            which is computed in float32.
+        quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the
+            codebooks' dtype. losses: (). indices: the latents' shape without the channel axis and with Q
             behind, int64 in [0, K); -1, only under ``quantizer_dropout``, is a codebook that was not used.
 
     Attributes:
-        stages: Q quantizers, or one if shared, with their ``codebook``, ``usage`` and ``code_sums``.
+        stages: Q quantizers, or one if shared, with their codebook and statistics.
 
     Raises ``ValueError`` and ``TypeError`` as :class:`~te_quant.VectorQuantizer`.
 
@@ -131,25 +134,21 @@ class ResidualVectorQuantizer(Quantizer):
         return _residual_steps.partial_sums(_residual_steps.step_codes(indices, tables))[-1]
 
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:
-        """Quantize; while training also update the statistics and, under ``"ema"``, the codebooks.
+        """Quantize; changes no state.
 
         Args:
             rows: the latents.
             generator: randomness of ``quantizer_dropout``.
         """
         steps = _residual_steps
-        dropped, tables = self.training and self.quantizer_dropout, self._tables()
+        dropped, tables = self._drops, self._tables()
         depths = steps.draw_depths(rows, self.num_quantizers, generator) if dropped else None
         chosen = steps.search_residuals(rows.searchable, tables, depths)
-        if self.training and not self.frozen:
-            sums = steps.partial_sums(steps.step_codes(chosen, tables))[:-1]
-            steps.observe_stages(self._quantizers, steps.residuals(rows, sums, chosen, dropped=dropped), chosen)
-            # Under "ema" the codebooks have just moved, and decode(indices) will read them where they are now.
-            tables = self._tables()
         codes = steps.step_codes(chosen, tables)
         *sums, total = steps.partial_sums(codes)
+        left = steps.residuals(rows, sums, chosen, dropped=dropped)
         losses = distance_losses(
-            steps.joined(steps.residuals(rows, sums, chosen, dropped=dropped)),
+            steps.joined(left),
             torch.cat(codes),
             self.commitment_weight,
             codebook_follows=self.codebook_update == "gradient",
@@ -158,7 +157,19 @@ class ResidualVectorQuantizer(Quantizer):
             penalty = self.orthogonal_reg * steps.mean_penalty(self._quantizers)
             losses = losses._replace(regularization=penalty)
         estimate = ESTIMATORS[self.gradient_estimator]
-        return Quantized(quantized=estimate(rows.vectors, total), indices=chosen, codes=total, losses=losses)
+        return Quantized(
+            quantized=estimate(rows.vectors, total), indices=chosen, codes=total, losses=losses, memo=left
+        )
+
+    def record(self, rows: Rows, result: Quantized) -> None:  # noqa: ARG002
+        """Add the counts and sums of every codebook that is not frozen to what is pending."""
+        batches = _residual_steps.batches(self._quantizers, result.memo, result.indices)
+        record(batches, self._group.resolve())
+
+    def apply_pending(self) -> None:
+        """Move every codebook that is not frozen; see the base class."""
+        for stage in self._quantizers:
+            stage.apply_pending()
 
     @torch.no_grad()
     def kmeans_init(
@@ -166,10 +177,15 @@ class ResidualVectorQuantizer(Quantizer):
     ) -> None:
         """Set each codebook to the k-means centres of what the ones before it leave over.
 
-        A shared one is set to those of the latents. As :meth:`te_quant.VectorQuantizer.kmeans_init`.
+        A shared one is set to those of the latents. All of them start, or none. As
+        :meth:`te_quant.VectorQuantizer.kmeans_init`.
         """
-        rows = self._counted(latents).to(self.reference.dtype)
-        _residual_steps.start_stages(self._quantizers, rows, iterations, generator)
+        iterations = require_int("iterations", iterations, 0)
+        require_generator(generator)
+        _residual_steps.refuse_frozen(self._quantizers, "kmeans_init")
+        rows, group = self._counted(latents), self._group.resolve()
+        with full_precision(latents.device):
+            _residual_steps.start_stages(self._quantizers, rows, iterations, generator, group)
 
     @torch.no_grad()
     def revive_dead_codes(
@@ -179,12 +195,23 @@ class ResidualVectorQuantizer(Quantizer):
 
         Returns (Q, K) bool, (1, K) if shared; else as :meth:`te_quant.VectorQuantizer.revive_dead_codes`.
         """
-        rows = self._counted(latents).to(self.reference.dtype)
-        return _residual_steps.revive_stages(self._quantizers, self.num_quantizers, rows, threshold, generator)
+        threshold = require_number("threshold", threshold, 0.0, 1.0)
+        require_generator(generator)
+        _residual_steps.refuse_frozen(self._quantizers, "revive_dead_codes")
+        rows, group = self._counted(latents), self._group.resolve()
+        self.apply_pending()
+        with full_precision(latents.device):
+            return _residual_steps.revive_stages(
+                self._quantizers, self.num_quantizers, rows, threshold, generator, group
+            )
 
     def extra_repr(self) -> str:
         """What the stages do not tell."""
         return f"num_quantizers={self.num_quantizers}, shared_codebook={self.shared_codebook}"
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.quantizer_dropout
 
     def _learnt(self) -> Iterator[nn.Parameter]:
         for stage in self._quantizers:

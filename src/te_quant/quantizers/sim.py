@@ -5,7 +5,8 @@ Shape letters: B batch, C code size, h w token grid, K codes, N = B*h*w latent v
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from te_quant._checks import require_choice, require_generator, require_number
 from te_quant._precision import full_precision, widen
 from te_quant._search import search_codes
+from te_quant.quantizers._distributed import gathered
 from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
-from te_quant.quantizers._update import CodebookState, observe
+from te_quant.quantizers._update import Batch, CodebookState, complete, move, record
 from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
 
 if TYPE_CHECKING:
@@ -46,20 +48,21 @@ class SimVQ(Quantizer):
         generator: randomness of the coefficients; the global one if ``None``.
 
     Shape:
-        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the basis's dtype; under
-            autocast also half precision, which is computed in float32.
-        quantized, codes: as latents. indices: the latents' shape without the channel axis, int64 in [0, K).
-        losses: ().
+        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, of the basis's dtype or in half precision,
+            which is computed in float32.
+        quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the basis's
+            dtype. indices: the latents' shape without the channel axis, int64 in [0, K). losses: ().
 
     Attributes:
         coefficients: (K, C) buffer, normal with variance 1/C, never changed.
         basis: (C, C) parameter, the identity at first.
         usage: (K,) moving average of how often each code is used, starting at 1.
+        pending_counts: (K,), what training passes have counted since ``usage`` moved; the next one moves it.
 
     Raises:
         ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does
             not fit, or latents are not finite.
-        TypeError: latents are not floating point, or of another dtype than the basis.
+        TypeError: latents are not floating point, or of another dtype than the basis and not in half precision.
 
     Source: Zhu et al. 2024, arXiv:2411.02038, Section 4 (e = C·W with C frozen, and the loss of van den Oord et
         al. 2017, arXiv:1711.00937, Eq. 3, on it). Differs: the basis starts at the identity, not at a random
@@ -74,9 +77,10 @@ class SimVQ(Quantizer):
         ['basis']
     """
 
-    statistics = ("usage",)
+    statistics = ("usage", "pending_counts")
     coefficients: Tensor
     usage: Tensor
+    pending_counts: Tensor
 
     def __init__(
         self,
@@ -105,12 +109,14 @@ class SimVQ(Quantizer):
         self.register_buffer("coefficients", initial)
         self.basis = nn.Parameter(torch.eye(code_dim))
         self.register_buffer("usage", widen(torch.ones(num_codes)))
+        self.register_buffer("pending_counts", torch.zeros_like(self.usage))
 
     @property
     def codebook(self) -> Tensor:
         """(K, C), the codes as they are now, at least float32; differentiable in the basis."""
-        with full_precision(self.basis.device):
-            return widen(self.coefficients) @ widen(self.basis)
+        basis = gathered(self.basis.detach() if self.frozen else self.basis)
+        with full_precision(basis.device):
+            return widen(self.coefficients) @ widen(basis)
 
     @property
     def reference(self) -> Tensor:
@@ -127,13 +133,31 @@ class SimVQ(Quantizer):
         return F.embedding(indices, self.codebook)
 
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
-        """Quantize; while training also count the codes. Nothing is drawn at random."""
+        """Quantize; nothing is drawn at random."""
         table = self.codebook
         indices = search_codes(rows.searchable, table)
-        if self.training and not self.frozen:
-            state = CodebookState(table, self.usage, None)
-            observe(state, rows, indices, decay=self.decay, group=self._group.resolve())
         codes = F.embedding(indices, table)
         losses = distance_losses(rows, codes, self.commitment_weight, codebook_follows=True)
         quantized = ESTIMATORS[self.gradient_estimator](rows.vectors, codes)
         return Quantized(quantized=quantized, indices=indices, codes=codes, losses=losses)
+
+    def record(self, rows: Rows, result: Quantized) -> None:
+        """Add the counts to what is pending."""
+        record([Batch(self._state(), rows, result.indices)], self._group.resolve())
+
+    @torch.no_grad()
+    def apply_pending(self) -> None:
+        """Move the statistics by what is pending; see the base class."""
+        if not self.frozen:
+            move(self._state(), decay=self.decay)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Where a state does not say what is pending, nothing is."""
+        complete(state_dict, prefix, self._state())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _remembered(self) -> Iterator[Tensor]:
+        return iter((self.usage, self.pending_counts))
+
+    def _state(self) -> CodebookState:
+        return CodebookState(None, self.usage, self.pending_counts)

@@ -6,20 +6,44 @@ Shape letters: B batch, C code size, h w token grid, K codes, N = B*h*w latent v
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_quant._checks import require, require_choice, require_generator, require_int, require_number, require_type
+from te_quant._checks import (
+    require,
+    require_axis,
+    require_choice,
+    require_floating,
+    require_generator,
+    require_int,
+    require_number,
+    require_rank,
+    require_type,
+)
 from te_quant._precision import full_precision, unit_rows, widen
+from te_quant._recomputation import refuse_redraw
 from te_quant._search import sample_codes, search_codes
+from te_quant._values import require_finite
 from te_quant.functional import orthogonality
-from te_quant.quantizers._lifecycle import kmeans, replacements, restart, revive
+from te_quant.quantizers._distributed import gathered
+from te_quant.quantizers._lifecycle import kmeans, replacements
 from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
-from te_quant.quantizers._update import CodebookState, observe
+from te_quant.quantizers._update import (
+    Batch,
+    CodebookState,
+    Penalized,
+    choose_penalized,
+    complete,
+    count,
+    move,
+    record,
+    restart,
+    revive,
+)
 from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
 
 if TYPE_CHECKING:
@@ -40,9 +64,9 @@ class VectorQuantizer(Quantizer):
         metric: ``"l2"`` (Eq. 3), or ``"cosine"``: latents and codes are scaled to unit length before everything
             else, so the returned codes have unit length too.
         codebook_update: ``"gradient"``: the codebook is a parameter that follows ``codebook_loss`` and the
-            penalty through your optimizer, as in the paper. ``"ema"``: it follows moving averages of the latents
-            inside ``forward``, needs no optimizer, and feels the penalty there with the same λ
-            (:mod:`te_quant.quantizers._penalized_means` says how).
+            penalty through your optimizer, as in the paper. ``"ema"``: it is a buffer that follows moving averages
+            of the latents between two training passes, needs no optimizer, and feels the penalty there with the
+            same λ (:mod:`te_quant.quantizers._penalized_means` says how).
         commitment_weight: β of the commitment term ‖z - sg(e)‖², >= 0. The codebook term has weight 1.
         orthogonal_reg: λ of the orthogonality penalty; unitless, >= 0. 10 in the paper.
         orthogonal_active_only: the penalty looks only at the codes that this batch uses.
@@ -63,25 +87,26 @@ class VectorQuantizer(Quantizer):
         generator: randomness of the initial codebook; the global one if ``None``.
 
     Shape:
-        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the codebook's dtype; under
-            autocast also half precision, which is computed in float32.
-        quantized, codes: as latents. indices: the latents' shape without the channel axis, int64 in [0, K).
-        losses: ().
+        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, of the codebook's dtype or in half precision,
+            which is computed in float32.
+        quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the
+            codebook's dtype. indices: the latents' shape without the channel axis, int64 in [0, K). losses: ().
 
     Attributes:
-        codebook: (K, C) parameter. Under ``"ema"`` it takes no gradient.
+        codebook: (K, C), a parameter; under ``"ema"`` a buffer. Set it with :meth:`set_codebook`.
         usage: (K,) moving average of how often each code is used, starting at 1.
         code_sums: (K, C) moving average of the sum of each code's latents (``"ema"`` only).
+        pending_counts, pending_sums: (K,) and (K, C), what training passes have recorded since these three moved.
+            The next training pass moves them before it searches; so do ``eval()`` and :meth:`apply_pending`.
 
     Raises:
         ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does
             not fit, or latents are not finite.
-        TypeError: latents are not floating point, or of another dtype than the codebook.
+        TypeError: latents are not floating point, or of another dtype than the codebook and not in half precision.
 
     Source: Shin et al. 2021, arXiv:2112.00384, Eq. 3 and 5; van den Oord et al. 2017, arXiv:1711.00937, Eq. 3
         and appendix A.1. Differs: β is on the commitment term, as in the paper of 2017 and unlike some code;
-        under ``"ema"`` the returned codes are those after the update, so that ``decode(indices)`` gives them
-        back bit for bit; the penalty lasts under ``"ema"``.
+        the penalty lasts under ``"ema"``.
 
     Example:
         >>> from te_quant import VectorQuantizer
@@ -94,9 +119,13 @@ class VectorQuantizer(Quantizer):
         True
     """
 
-    statistics = ("usage", "code_sums")
+    statistics = ("usage", "code_sums", "pending_counts", "pending_sums", "pending_subset")
+    codebook: Tensor
     usage: Tensor
     code_sums: Tensor
+    pending_counts: Tensor
+    pending_sums: Tensor
+    pending_subset: Tensor
 
     def __init__(
         self,
@@ -145,12 +174,21 @@ class VectorQuantizer(Quantizer):
         self.decay = float(decay)
         # The range of taming-transformers and of the paper's code.
         initial = torch.empty(num_codes, code_dim).uniform_(-1 / num_codes, 1 / num_codes, generator=generator)
-        self.codebook = nn.Parameter(initial, requires_grad=codebook_update == "gradient")
+        ema = codebook_update == "ema"
+        if ema:
+            self.register_buffer("codebook", initial)
+        else:
+            self.codebook = nn.Parameter(initial)
         # In float32 at least, whatever torch's default is: half precision cannot count to 3,000.
         # One pseudo-count per code, so that sums = codebook · smoothed(usage) holds from the first step on.
         self.register_buffer("usage", widen(torch.ones(num_codes)))
-        if codebook_update == "ema":
+        self.register_buffer("pending_counts", torch.zeros_like(self.usage))
+        if ema:
             self.register_buffer("code_sums", widen(initial.clone()))
+            self.register_buffer("pending_sums", torch.zeros_like(self.code_sums))
+            if self._subset is not None:
+                # Random, so it is drawn while recording, and moving draws nothing.
+                self.register_buffer("pending_subset", torch.arange(self._subset))
 
     @property
     def reference(self) -> Tensor:
@@ -170,7 +208,7 @@ class VectorQuantizer(Quantizer):
         return unit_rows(vectors) if self.metric == "cosine" else vectors
 
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:
-        """Quantize; while training also update the statistics and, under ``"ema"``, the codebook.
+        """Quantize; changes no state.
 
         Args:
             rows: the projected latents.
@@ -178,43 +216,73 @@ class VectorQuantizer(Quantizer):
         """
         table = self._table()
         if self.training and self.temperature > 0:
-            indices = sample_codes(rows.searchable, table, self.temperature, generator)
+            drawn = sample_codes(rows.searchable, table, self.temperature, generator)
+            indices = refuse_redraw(drawn, generator)
         else:
             indices = search_codes(rows.searchable, table)
-        updating = self.training and not self.frozen
-        penalized, moved = observe(
-            self._state(),
-            rows,
-            indices,
-            updating=updating,
-            active_only=self.orthogonal_active_only,
-            max_codes=self.orthogonal_max_codes,
-            decay=self.decay,
-            orthogonal_reg=self.orthogonal_reg,
-            unit=self.metric == "cosine",
-            generator=generator,
-            group=self._group.resolve() if updating else None,
-        )
-        # Under "ema" the codebook has just moved, and decode(indices) will read it where it is now.
-        table = table if moved is None else self.project(widen(moved))
         codes = F.embedding(indices, table)
         losses = distance_losses(
             rows, codes, self.commitment_weight, codebook_follows=self.codebook_update == "gradient"
         )
+        penalized = Penalized()
         if self.orthogonal_reg:
+            penalized = self._penalized(rows, indices, table, generator)
             penalty = self.orthogonal_reg * orthogonality(penalized.rows(table), penalized.mask)
             losses = losses._replace(regularization=penalty)
-        estimate = ESTIMATORS[self.gradient_estimator]
-        return Quantized(quantized=estimate(rows.vectors, codes), indices=indices, codes=codes, losses=losses)
+        quantized = ESTIMATORS[self.gradient_estimator](rows.vectors, codes)
+        return Quantized(quantized=quantized, indices=indices, codes=codes, losses=losses, memo=penalized)
+
+    def record(self, rows: Rows, result: Quantized) -> None:
+        """Add the counts and, under ``"ema"``, the sums of the latents to what is pending."""
+        record([Batch(self._state(), rows, result.indices, result.memo)], self._group.resolve())
+
+    @torch.no_grad()
+    def apply_pending(self) -> None:
+        """Move the statistics and, under ``"ema"``, the codebook by what is pending; see the base class."""
+        if not self.frozen:
+            move(
+                self._state(),
+                decay=self.decay,
+                orthogonal_reg=self.orthogonal_reg,
+                active_only=self.orthogonal_active_only,
+                unit=self.metric == "cosine",
+            )
+
+    @torch.no_grad()
+    def set_codebook(self, codes: Tensor, usage: Tensor | None = None) -> None:
+        """Put the codebook at ``codes`` and start the statistics anew, so that training goes on from there.
+
+        Under ``"gradient"`` writing into ``codebook`` does as well; under ``"ema"`` the next step would undo that.
+        What is pending is forgotten. All processes must set the same codes.
+
+        Args:
+            codes: (K, C), floating point, finite, on any device.
+            usage: (K,), how often each code has been used, on the scale of one batch; >= 0 and not all zero. None
+                counts each once.
+
+        Raises:
+            ValueError: a shape does not fit, a number is not finite, or usage is negative or zero everywhere.
+            TypeError: codes or usage are not floating point.
+            RuntimeError: the quantizer is frozen.
+
+        Example:
+            >>> from te_quant import VectorQuantizer
+            >>> quantizer = VectorQuantizer(16, 4, codebook_update="ema")
+            >>> quantizer.set_codebook(torch.eye(16)[:, :4])
+        """
+        self._refuse_frozen("set_codebook")
+        _check_codes(codes, usage, self.num_codes, self.code_dim)
+        restart(self._state(), codes, usage)
 
     @torch.no_grad()
     def kmeans_init(
         self, latents: Tensor, *, iterations: int = 10, generator: torch.Generator | None = None
     ) -> None:
-        """Set the codebook to the k-means centres of ``latents`` and restart the statistics.
+        """Set the codebook to the k-means centres of ``latents``, restart the statistics, forget what is pending.
 
         Starts from K latent vectors drawn from all processes; where there are fewer, the other codes keep their
-        values. Under ``"cosine"`` this is spherical k-means. All processes must call it together.
+        values. Under ``"cosine"`` this is spherical k-means. All processes must call it together, between any two
+        steps.
 
         Args:
             latents: as for ``forward``.
@@ -239,7 +307,8 @@ class VectorQuantizer(Quantizer):
     ) -> Tensor:
         """Move the codes that are hardly used onto random latents, and give them the usage of an average code.
 
-        All processes must call it together. What an optimizer remembers of these codes is not touched.
+        All processes must call it together, after the backward pass: what is pending is applied first. What an
+        optimizer remembers of these codes is not touched.
 
         Args:
             latents: as for ``forward``; where there are fewer vectors than dead codes, the rest stay dead.
@@ -255,6 +324,7 @@ class VectorQuantizer(Quantizer):
         threshold = require_number("threshold", threshold, 0.0, 1.0)
         require_generator(generator)
         rows = self._counted_rows(latents, "revive_dead_codes")
+        self.apply_pending()
         revived, fresh = replacements(rows, self.usage, threshold, generator, self._group.resolve())
         revive(self._state(), revived, fresh)
         return revived
@@ -270,13 +340,55 @@ class VectorQuantizer(Quantizer):
         # A moving-average codebook never takes gradients.
         return self.parameters() if self.codebook_update == "gradient" else iter(())
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Derive the statistics that a state lacks; drop those of the other ``codebook_update``."""
+        complete(state_dict, prefix, self._state())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def _subset(self) -> int | None:
+        """How many codes are drawn for the penalty; None for no draw."""
+        limit = self.orthogonal_max_codes
+        return None if limit is None or limit >= self.num_codes else limit
+
+    def _penalized(
+        self, rows: Rows, indices: Tensor, table: Tensor, generator: torch.Generator | None
+    ) -> Penalized:
+        changing = self.training and not self.frozen
+        group = self._group.resolve() if changing else None
+        counts = count(indices, rows, self.num_codes, group) if self.orthogonal_active_only else None
+        return choose_penalized(counts, table, self._subset if changing else None, generator, group)
+
     def _state(self) -> CodebookState:
-        sums = self.code_sums if self.codebook_update == "ema" else None
-        return CodebookState(self.codebook, self.usage, sums)
+        if self.codebook_update == "gradient":
+            return CodebookState(self.codebook, self.usage, self.pending_counts)
+        subset = None if self._subset is None else self.pending_subset
+        return CodebookState(
+            self.codebook, self.usage, self.pending_counts, self.code_sums, self.pending_sums, subset
+        )
 
     def _table(self) -> Tensor:
-        return self.project(widen(self.codebook))
+        codebook = gathered(self.codebook)
+        # Whatever else toggles requires_grad.
+        return self.project(widen(codebook.detach() if self.frozen else codebook))
 
     def _counted_rows(self, latents: Tensor, method: str) -> Tensor:
         self._refuse_frozen(method)
         return self._counted(latents)
+
+
+def _check_codes(codes: Tensor, usage: Tensor | None, *shape: int) -> None:
+    """Refuse what is no codebook of ``shape`` (K, C)."""
+    require_rank("codes", codes, (len(shape),), f"{shape}")
+    require_floating("codes", codes)
+    for axis, (size, name) in enumerate(zip(shape, ("num_codes", "code_dim"), strict=True)):
+        require_axis("codes", codes, axis, size, name)
+    require_finite("codes", codes)
+    if usage is None:
+        return
+    require_rank("usage", usage, (1,), f"({shape[0]},)")
+    require_floating("usage", usage)
+    require_axis("usage", usage, 0, shape[0], "num_codes")
+    require_finite("usage", usage)
+    lowest, total = float(usage.min()), float(usage.sum())
+    require(lowest >= 0 and total > 0, "usage", "at least 0, and above 0 somewhere", f"a minimum of {lowest:g}")

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from te_quant.quantizers import Quantizer, QuantizerOutput
 
@@ -184,7 +187,7 @@ def _outputs(promise: str, factory: QuantizerFactory) -> None:
         where = _where(quantizer, _IMAGE)
         _promise(type(output) is QuantizerOutput, promise, f"found {type(output).__name__} {where}")
         for name, tensor in (("quantized", output.quantized), ("codes", output.codes)):
-            fits = tensor.shape == latents.shape and tensor.dtype == latents.dtype
+            fits = tensor.shape == latents.shape and tensor.dtype == latents.dtype == torch.float32
             _promise(fits, promise, f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} {where}")
         shape = tuple(output.indices.shape)
         fits = output.indices.dtype == torch.int64 and shape == _index_shape(quantizer, _IMAGE)
@@ -218,25 +221,29 @@ def _decoding(promise: str, factory: QuantizerFactory) -> None:
                 _promise(torch.equal(narrow, output.codes), promise, f"int32 indices decode otherwise {where}")
 
 
-@_check("under autocast, latents of float32 or half precision are computed in float32")
-def _autocast(promise: str, factory: QuantizerFactory) -> None:
+@_check("latents in half precision, under autocast or not, are computed in float32 and returned as they came")
+def _half_latents(promise: str, factory: QuantizerFactory) -> None:
     for training in (True, False):
-        for half in (torch.bfloat16, torch.float16):
+        for half, automatic in itertools.product((torch.bfloat16, torch.float16), (True, False)):
             quantizer = _build(factory, training=training)
             for dtype in (torch.float32, half):
                 latents = _latents(quantizer, _IMAGE, dtype).requires_grad_()
-                with torch.autocast("cpu", dtype=half):
+                with torch.autocast("cpu", dtype=half, enabled=automatic):
                     output = quantizer(latents)
                     inside = quantizer.decode(output.indices)
-                where = f"for {dtype} under {half} {_where(quantizer, _IMAGE)}"
+                where = f"for {dtype} {'under' if automatic else 'outside of'} autocast to {half}"
+                where = f"{where} {_where(quantizer, _IMAGE)}"
                 _promise(output.codes.dtype == torch.float32, promise, f"codes are {output.codes.dtype} {where}")
-                equal = torch.equal(inside, output.codes) and torch.equal(output.quantized, output.codes)
+                equal = torch.equal(inside, output.codes) and torch.equal(output.quantized, output.codes.to(dtype))
                 equal = equal and torch.equal(quantizer.decode(output.indices), output.codes)
-                _promise(equal, promise, f"decode(indices), codes and quantized are not the same bits {where}")
+                _promise(equal, promise, f"decode(indices), codes and quantized are not the same numbers {where}")
+                wide = copy.deepcopy(quantizer).eval()(latents.detach().float())
+                equal = not training and not torch.equal(wide.codes, output.codes)
+                _promise(not equal, promise, f"the codes are not those of the same numbers in float32 {where}")
                 output.quantized.sum().backward()
                 gradient = latents.grad
-                fits = gradient is not None and gradient.dtype == dtype
-                _promise(fits, promise, f"the latents get no gradient of their dtype {where}")
+                fits = output.quantized.dtype == dtype and gradient is not None and gradient.dtype == dtype
+                _promise(fits, promise, f"quantized or the gradient have not the latents' dtype {where}")
 
 
 @_check("a module converted to another dtype takes latents of that dtype, stays finite and bit-equal")
@@ -247,11 +254,11 @@ def _precisions(promise: str, factory: QuantizerFactory) -> None:
             output = quantizer(_latents(quantizer, _IMAGE, dtype).requires_grad_())
             output.loss.backward()
             where = f"for {dtype} after step {step + 1}"
-            fits = output.codes.dtype == output.quantized.dtype == dtype
-            _promise(fits, promise, f"codes are {output.codes.dtype} {where}")
+            fits = output.quantized.dtype == dtype and quantizer.dtype in (None, output.codes.dtype)
+            _promise(fits, promise, f"codes are {output.codes.dtype}, quantized {output.quantized.dtype} {where}")
             _promise(bool(output.loss.isfinite()), promise, f"the loss is {output.loss.item()} {where}")
             equal = torch.equal(quantizer.decode(output.indices), output.codes)
-            equal = equal and torch.equal(output.quantized, output.codes)
+            equal = equal and torch.equal(output.quantized, output.codes.to(dtype))
             _promise(equal, promise, f"decode(indices), codes and quantized are not the same bits {where}")
 
 
@@ -316,6 +323,23 @@ def _memory_order(promise: str, factory: QuantizerFactory) -> None:
         expanded = latents[:1].expand_as(latents)
         equal = torch.equal(quantizer(expanded).indices, quantizer(expanded.contiguous()).indices)
         _promise(equal, promise, f"expanded latents give something else {_where(quantizer, shape)}")
+
+
+@_check("contiguous latents give contiguous results, channels-last latents channels-last ones")
+def _memory_formats(promise: str, factory: QuantizerFactory) -> None:
+    for channel_dim, shape in _SHAPES:
+        quantizer = _build(factory, channel_dim=channel_dim)
+        latents = _latents(quantizer, shape)
+        output = quantizer(latents)
+        decoded = quantizer.decode(output.indices)
+        for name, tensor in (("quantized", output.quantized), ("codes", output.codes), ("decode", decoded)):
+            _promise(tensor.is_contiguous(), promise, f"{name} is not contiguous {_where(quantizer, shape)}")
+    quantizer = _build(factory)
+    latents = _latents(quantizer, (2, -1, 3, 4)).to(memory_format=torch.channels_last)
+    output = quantizer(latents)
+    for name, tensor in (("quantized", output.quantized), ("codes", output.codes)):
+        fits = tensor.is_contiguous(memory_format=torch.channels_last)
+        _promise(fits, promise, f"{name} is not channels-last")
 
 
 @_check("encode gives the indices of forward in evaluation and changes nothing")
@@ -399,9 +423,8 @@ def _wrong_latents(promise: str, factory: QuantizerFactory) -> None:
     with _refused(promise, TypeError, "latents must be a tensor, got list."):
         quantizer([[0.0]])  # type: ignore[arg-type]
     if quantizer.reference is not None:
-        for dtype in (torch.float64, torch.bfloat16):
-            with _refused(promise, TypeError, f"latents must be torch.float32 as the quantizer, got {dtype}."):
-                quantizer(torch.zeros(2, c, dtype=dtype))
+        with _refused(promise, TypeError, "latents must be torch.float32 as the quantizer, got torch.float64."):
+            quantizer(torch.zeros(2, c, dtype=torch.float64))
         with _refused(promise, ValueError, "latents must be on cpu as the quantizer, got meta."):
             quantizer(torch.zeros(2, c, device="meta"))
 
@@ -514,6 +537,33 @@ def _freezing(promise: str, factory: QuantizerFactory) -> None:
     _promise(again == learns, promise, f"{again} learn after freeze(False), and {learns} before")
 
 
+@_check("under activation checkpointing gradients and state are those of training without it")
+def _checkpointing(promise: str, factory: QuantizerFactory) -> None:
+    plain = _build(factory, training=True)
+    twin = copy.deepcopy(plain)
+    for step in range(3):
+        batch = _latents(plain, _IMAGE)
+        gradients = []
+        for quantizer in (plain, twin):
+            latents = batch.clone().requires_grad_()
+            torch.manual_seed(step)
+            scalar = _checkpointed(quantizer, latents) if quantizer is twin else _scalar(quantizer, latents)
+            gradients.append(torch.autograd.grad(scalar, latents)[0])
+        where = f"in step {step + 1}"
+        _promise(torch.equal(*gradients), promise, f"the gradient of the latents differs {where}")
+        _promise(_same_state(twin, _state(plain)), promise, f"the state differs {where}")
+
+
+def _scalar(quantizer: Quantizer, latents: Tensor) -> Tensor:
+    output = quantizer(latents)
+    return output.loss + output.quantized.square().sum()
+
+
+def _checkpointed(quantizer: Quantizer, latents: Tensor) -> Tensor:
+    scalar: Tensor = checkpoint(partial(_scalar, quantizer), latents, use_reentrant=False)
+    return scalar
+
+
 @_check("a copy goes on exactly as the original, and changing one leaves the other")
 def _copies(promise: str, factory: QuantizerFactory) -> None:
     original = _build(factory, training=True)
@@ -565,11 +615,12 @@ QUANTIZER_CHECKS: dict[str, Callable[[QuantizerFactory], None]] = {
     "is-a-quantizer": _is_a_quantizer,
     "outputs": _outputs,
     "decoding": _decoding,
-    "autocast": _autocast,
+    "half-latents": _half_latents,
     "precisions": _precisions,
     "token-shifts": _token_shifts,
     "layouts": _layouts,
     "memory-order": _memory_order,
+    "memory-formats": _memory_formats,
     "encoding": _encoding,
     "gradients": _gradients,
     "empty-batches": _empty_batches,
@@ -579,6 +630,7 @@ QUANTIZER_CHECKS: dict[str, Callable[[QuantizerFactory], None]] = {
     "skipped-latents": _skipped_latents,
     "unchecked-latents": _unchecked_latents,
     "freezing": _freezing,
+    "checkpointing": _checkpointing,
     "copies": _copies,
     "state-dicts": _state_dicts,
     "generators": _generators,

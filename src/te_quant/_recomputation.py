@@ -1,0 +1,77 @@
+"""State changes once per training step, although autograd may run a forward pass again.
+
+Activation checkpointing discards what a forward pass computed and runs it a second time during the backward pass.
+The second time must see the codebook that the first one saw, and must not count the batch again. torch.func may
+run a function any number of times, on tensors that no buffer can hold; there nothing is recorded either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from te_quant._tracing import in_transform
+
+__all__ = ["between_steps", "refuse_redraw"]
+
+_library = torch.library.Library("te_quant", "FRAGMENT")
+# The argument says on which device; without one a compiler might compute the answer once and for all.
+_library.define("recomputing(Tensor anchor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("refuse_redraw(Tensor drawn) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.no_grad()
+def between_steps(buffers: Iterable[Tensor], change: Callable[[], None]) -> None:
+    """Run ``change``, which changes ``buffers`` in place, unless autograd or torch.func repeats a forward pass."""
+    if not torch.compiler.is_compiling():
+        if not _in_backward() and not in_transform():
+            change()
+        return
+    # One graph serves both passes, so what it changed is taken back where the pass turns out to be the second.
+    before = [(buffer, buffer.clone()) for buffer in buffers]
+    change()
+    for buffer, old in before:
+        again = torch.ops.te_quant.recomputing(buffer)
+        buffer.copy_(torch.where(again, old, buffer))
+
+
+def refuse_redraw(drawn: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return ``drawn``, which came from ``generator``; refuse a generator while a forward pass is repeated.
+
+    Checkpointing restores the global generators, but knows nothing of others: the second pass would draw other
+    numbers than the first.
+    """
+    if generator is None:
+        return drawn
+    result: Tensor = torch.ops.te_quant.refuse_redraw(drawn)
+    return result
+
+
+def _in_backward() -> bool:
+    # Hooks, version counters and attributes were tried too: none holds in every nesting of checkpoint and compile.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _recomputing(anchor: Tensor) -> Tensor:
+    return anchor.new_full((), _in_backward(), dtype=torch.bool)
+
+
+def _recomputing_shape(anchor: Tensor) -> Tensor:
+    return anchor.new_empty((), dtype=torch.bool)
+
+
+def _refuse_redraw(drawn: Tensor) -> Tensor:
+    if _in_backward():
+        raise RuntimeError(
+            "generator must be None under activation checkpointing, which restores only torch's own generators, "
+            "got a generator while a forward pass is recomputed."
+        )
+    return drawn.clone()
+
+
+_library.impl("recomputing", _recomputing, "CompositeExplicitAutograd")
+_library.impl("refuse_redraw", _refuse_redraw, "CompositeExplicitAutograd")
+torch.library.register_fake("te_quant::recomputing", _recomputing_shape, lib=_library)
+torch.library.register_fake("te_quant::refuse_redraw", torch.clone, lib=_library)
