@@ -1,7 +1,7 @@
 """Resampling with the ideal low-pass filter by matrix products, for graphs that are exported.
 
-:func:`te_quant.filters.fourier_resample` takes Fourier transforms, which runtimes for exported graphs lack or compute
-otherwise. The filter is separable, and along each axis it is one matrix.
+:func:`te_quant.filters.fourier_resample` uses Fourier transforms, which ONNX has only in part. The filter is
+separable, and along each axis it is one matrix.
 
 Shape letters: B batch, C channels, H W pixels, N pixels along an axis, M pixels of the result, k frequencies.
 """
@@ -34,10 +34,10 @@ def resample_by_products(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _matrix(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(M, N): Σ_k w_k cos(2π·k·(u/M - v/N)) / N, over the frequencies that both grids hold; w is 1 at 0, else 2."""
+    """(M, N): Σ_k w_k cos(2π·k·(u/M - v/N)) / N, over the frequencies of both grids; w is 1 at 0, else 2."""
     smaller = torch.sym_min(old, new)
-    # The Nyquist frequency of an even side is among them, with a weight of zero: two frequencies at least, since
-    # exporters treat an axis of one element as a case of its own.
+    # The Nyquist frequency of an even side is among them, with a weight of zero. So there are two frequencies at
+    # least; exporters treat an axis with one element as a special case.
     frequencies = torch.arange(smaller // 2 + 1, device=device)
     within = torch.where(2 * frequencies < smaller, 2.0, 0.0)
     weights = torch.where(frequencies > 0, within, 1.0).to(dtype) / old
@@ -48,8 +48,9 @@ def _matrix(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Ten
 def _waves(frequencies: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """(count, 2k): the cosine, then the sine, of every frequency at every pixel."""
     places = torch.arange(count, device=frequencies.device).unsqueeze(1)
-    # In quarters of a pixel's angle a sine is a cosine too. Whole periods are taken off, and the rest is folded into
-    # a sine of at most a quarter turn, in integers: of a large angle float32 would lose digits.
+    # A sine is a cosine a quarter turn later, so both are counted in steps of which a quarter turn has ``count``.
+    # Whole turns are taken off, and the rest is folded into a sine of at most a quarter turn, all in integers:
+    # float32 would lose digits of a large angle.
     quarter = torch.full((1,), count, device=frequencies.device)
     cosines = 4 * places * frequencies
     steps = torch.cat((cosines, cosines - quarter), 1) % (4 * quarter)

@@ -1,6 +1,6 @@
 """Who runs the code: eager mode, a compiler, an exporter, or a function transform.
 
-Operators of this package are opaque to all but the first two. An exported graph has to run where the package is not
+Only the first two can run the operators of this package. An exported graph has to run where the package is not
 installed, and a function transform has no rule for them.
 """
 
@@ -22,5 +22,5 @@ def is_exporting() -> bool:
 
 
 def wants_plain() -> bool:
-    """Say whether only operators of torch itself may be called."""
+    """Say whether only torch's own operators may be called."""
     return is_exporting() or in_transform()

@@ -91,12 +91,12 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
         image than the one trained on, and is NaN where z is not finite.
     """
     _require_same_shape(latents, codes)
-    if is_exporting():
-        # Adding zero leaves the codes as they are, and a later gradient has its path.
+    if is_exporting() or (torch.compiler.is_compiling() and in_transform()):
+        # Adding zero leaves the codes as they are, and a gradient has its path.
         path = latents - latents.detach()
         return codes.detach() + torch.where(latents.isfinite(), path, 0.0)
     # A compiler traces no Function that has forward derivatives, and an operator has none.
-    if torch.compiler.is_compiling() and not in_transform():
+    if torch.compiler.is_compiling():
         traced: Tensor = torch.ops.te_quant.straight_through(latents, codes)
         return traced
     estimate: Tensor = _StraightThrough.apply(latents, codes)  # type: ignore[no-untyped-call]

@@ -152,7 +152,7 @@ class LFQ(TensorFreeQuantizer):
         return (bits.long() * self._place_values(bits)).sum(1)
 
     def _place_values(self, like: Tensor) -> Tensor:
-        """(C,) int64 where ``like`` is: what each bit adds to the index. (ONNX has no shifts of int64.)"""
+        """What each bit adds to the index, (C,) int64 where ``like`` is; ONNX has no bit shifts of int64."""
         return constant(_powers, self.code_dim, dtype=torch.int64, device=like.device)
 
     def _penalty(self, rows: Rows) -> Tensor:
