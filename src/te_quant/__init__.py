@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from te_quant import equivariance as equivariance
     from te_quant import filters as filters
     from te_quant import gpt as gpt
+    from te_quant import integrations as integrations
     from te_quant import layers as layers
     from te_quant import quantizers as quantizers
     from te_quant import shifts as shifts
@@ -62,6 +63,7 @@ _SUBMODULES: dict[str, tuple[str, ...]] = {
     "filters": (),
     "functional": (),
     "gpt": ("GPT", "GPTConfig", "Segment"),
+    "integrations": (),
     "layers": ("BlurPool2d",),
     "quantizers": (
         "FSQ",

@@ -39,7 +39,12 @@ def constant(values: Callable[..., Any], *options: Hashable, dtype: torch.dtype,
 
 def _traced() -> bool:
     """Whether a tensor made now may be fake, wrapped, or part of a graph: such a tensor must not be shared."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or in_transform()
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or in_transform()
+    )
 
 
 @lru_cache(maxsize=256)

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from te_quant._tracing import is_exporting, wants_plain
 
-__all__ = ["AUTOCAST_DEVICES", "HALF", "full_precision", "unit_rows", "wide_buffers", "widen"]
+__all__ = [
+    "AUTOCAST_DEVICES",
+    "HALF",
+    "full_precision",
+    "is_autocast",
+    "unit_rows",
+    "wide_buffers",
+    "widen",
+]
 
 HALF = (torch.float16, torch.bfloat16)
 # Asked once: older compilers cannot trace the question.
@@ -27,9 +35,14 @@ _library.define("unit_rows(Tensor rows) -> Tensor", tags=(torch.Tag.pt2_complian
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off: distances and means need float32."""
-    if device.type in AUTOCAST_DEVICES and not (is_exporting() and not torch.is_autocast_enabled(device.type)):
+    if is_autocast(device) or (device.type in AUTOCAST_DEVICES and not is_exporting()):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``."""
+    return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def widen(tensor: Tensor) -> Tensor:

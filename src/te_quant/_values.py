@@ -48,9 +48,9 @@ def require_in_range(name: str, tensor: Tensor, stop: int, stop_name: str, start
 
 
 def _refuse_nonfinite(tensor: Tensor, name: str) -> None:
-    # On the meta device there are no values. A finite sum proves finite terms and costs one pass without a mask;
-    # the reverse does not hold (a sum of finite numbers may overflow), so only a suspicious sum is looked at term
-    # by term.
+    # There are no values on the meta device. Elsewhere a finite sum proves finite terms and costs one pass without
+    # a mask; the reverse does not hold (a sum of finite numbers may overflow), so only a suspicious sum is looked
+    # at term by term.
     if tensor.is_meta or not tensor.numel() or tensor.sum().isfinite():
         return
     nonfinite = int(tensor.isfinite().logical_not().sum())

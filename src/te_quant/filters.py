@@ -251,4 +251,12 @@ def fourier_resample(images: Tensor, size: tuple[int, int]) -> Tensor:
     spectrum = torch.cat((top, between, bottom), dim=-2)
     gain = height * width / (sides[0] * sides[1])
     result: Tensor = torch.fft.irfft2(F.pad(spectrum, (0, width // 2 - columns)), s=(height, width))
-    return (gain * result).to(images.dtype)
+    return in_format_of(images, (gain * result).to(images.dtype))
+
+
+def in_format_of(images: Tensor, result: Tensor) -> Tensor:
+    """Return ``result``, channels-last if ``images`` are, else contiguous: both (B, C, H, W) of any size."""
+    # Strides are asked for in this way because vmap refuses the question for a memory format.
+    if not images.is_contiguous() and images.movedim(1, -1).is_contiguous():
+        return result.movedim(1, -1).contiguous().movedim(-1, 1)
+    return result.contiguous()

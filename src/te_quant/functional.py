@@ -152,21 +152,20 @@ def rotation_trick(latents: Tensor, codes: Tensor) -> Tensor:
     Source: Fifty et al. 2024, arXiv:2410.06424, Eq. 3 and 4, with the rotation held constant.
     """
     _require_same_shape(latents, codes)
-    with torch.no_grad():
-        # Detached too: forward derivatives pass through no_grad.
-        fixed_latents, fixed_codes = latents.detach(), codes.detach()
-        latent_norm = fixed_latents.norm(dim=-1, keepdim=True)
-        code_norm = fixed_codes.norm(dim=-1, keepdim=True)
-        tiny = torch.finfo(latents.dtype).tiny ** 0.5
-        unit_latents = fixed_latents / latent_norm.clamp_min(tiny)
-        unit_codes = fixed_codes / code_norm.clamp_min(tiny)
-        halfway = unit_latents + unit_codes
-        halfway_norm = halfway.norm(dim=-1, keepdim=True)
-        # Below this the half-way vector is rounding error, not a direction.
-        flat = torch.finfo(latents.dtype).eps ** 0.5
-        defined = (latent_norm > tiny) & (code_norm > tiny) & (halfway_norm > flat)
-        halfway = halfway / halfway_norm.clamp_min(tiny)
-        scale = code_norm / latent_norm.clamp_min(tiny)
+    # Detached, since no_grad would stop the derivatives backward only, not those forward.
+    fixed_latents, fixed_codes = latents.detach(), codes.detach()
+    latent_norm = fixed_latents.norm(dim=-1, keepdim=True)
+    code_norm = fixed_codes.norm(dim=-1, keepdim=True)
+    tiny = torch.finfo(latents.dtype).tiny ** 0.5
+    unit_latents = fixed_latents / latent_norm.clamp_min(tiny)
+    unit_codes = fixed_codes / code_norm.clamp_min(tiny)
+    halfway = unit_latents + unit_codes
+    halfway_norm = halfway.norm(dim=-1, keepdim=True)
+    # Below this the half-way vector is rounding error, not a direction.
+    flat = torch.finfo(latents.dtype).eps ** 0.5
+    defined = (latent_norm > tiny) & (code_norm > tiny) & (halfway_norm > flat)
+    halfway = halfway / halfway_norm.clamp_min(tiny)
+    scale = code_norm / latent_norm.clamp_min(tiny)
     reflected = latents - 2 * (latents * halfway).sum(-1, keepdim=True) * halfway
     rotated = scale * (reflected + 2 * (latents * unit_latents).sum(-1, keepdim=True) * unit_codes)
     return straight_through(torch.where(defined, rotated, latents), codes)
@@ -236,7 +235,8 @@ def perplexity(histogram: Tensor) -> Tensor:
         histogram: (K,) counts or weights, >= 0, any real dtype. All zero gives 0: no codes are in use.
 
     Returns:
-        () float64 in [0, K]; NaN if a weight is.
+        () in [0, K], NaN if a weight is; float64 if the histogram is, else float32, because some devices have no
+        float64.
 
     Raises:
         ValueError: the histogram is not of rank 1.
@@ -245,8 +245,8 @@ def perplexity(histogram: Tensor) -> Tensor:
     require_rank("histogram", histogram, (1,), "(K,)")
     if histogram.is_complex():
         raise TypeError(f"histogram must be real, got {histogram.dtype}.")
-    weights = histogram.to(torch.float64)
+    weights = histogram if histogram.dtype == torch.float64 else histogram.to(torch.float32)
     total = weights.sum()
-    shares = weights / total.clamp_min(torch.finfo(torch.float64).tiny)
+    shares = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
     entropy = -torch.xlogy(shares, shares).sum()
     return torch.where(total == 0, 0.0, entropy.exp())

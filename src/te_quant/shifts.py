@@ -81,6 +81,8 @@ def canvas(images: Tensor, shift: Shift, *, fill: float) -> Tensor:
     moved = torch.full_like(images, fill)
     moved[..., target[0], target[1]] = images[..., source[0], source[1]]
     lost = int((images != fill).sum()) - int((moved != fill).sum())
+    if lost > 0 and not bool((images == fill).any()):
+        require(False, "fill", "the value of the ground of images", f"{fill:g}, which no pixel has")
     require(lost == 0, "shift", "one that keeps all content on the canvas", f"{(dy, dx)}, which cuts {lost} off")
     return moved
 

@@ -5,10 +5,14 @@ Shape letters: K codes.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from te_quant._checks import (
     require,
@@ -22,6 +26,9 @@ from te_quant._checks import (
 from te_quant._values import require_in_range
 from te_quant.functional import perplexity
 from te_quant.tables import Table, Tabular
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["CodebookUsage", "CodebookUsageReport"]
 
@@ -68,8 +75,11 @@ class CodebookUsageReport(Tabular):
         return Table(["code use", "value"], rows)
 
 
-class CodebookUsage:
+class CodebookUsage(nn.Module):
     """Count indices over any number of batches; the result does not depend on how the data is split.
+
+    As a module it moves with the model that holds it. The counts stay integers whatever the model is cast to, and
+    ``state_dict()`` does not hold them.
 
     Args:
         num_codes: K, at least 1.
@@ -89,11 +99,17 @@ class CodebookUsage:
     def __init__(
         self, num_codes: int, *, frequent_share: float = 1e-3, device: torch.device | str | None = None
     ) -> None:
+        super().__init__()
         num_codes = require_int("num_codes", num_codes, 1)
         frequent_share = require_number("frequent_share", frequent_share, 0.0, below=1.0)
         self.num_codes = num_codes
         self.frequent_share = float(frequent_share)
+        # Not a buffer: DistributedDataParallel would give every process the counts of the first.
         self.histogram = torch.zeros(num_codes, dtype=torch.int64, device=device)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"{self.num_codes}, frequent_share={self.frequent_share:g}"
 
     def update(self, indices: Tensor) -> None:
         """Count ``indices``: any shape, integer, in [0, K).
@@ -103,12 +119,14 @@ class CodebookUsage:
             TypeError: the indices are not integers.
         """
         require_integer_tensor("indices", indices)
+        if self.histogram.is_meta:
+            self._move(indices.device)
         require_device("indices", indices, self.histogram.device, "histogram")
         indices = require_in_range("indices", indices, self.num_codes, "num_codes")
         self.histogram += torch.bincount(indices.flatten(), minlength=self.num_codes)
 
     def merge(self, histogram: Tensor) -> None:
-        """Add the histogram, (K,) int64, of another counter, for instance another process's.
+        """Add the histogram, (K,) int64, of another counter.
 
         Raises:
             ValueError: it does not have K entries, or one is negative.
@@ -121,18 +139,45 @@ class CodebookUsage:
         require(lowest >= 0, "histogram", "counts >= 0", lowest)
         self.histogram += histogram.to(self.histogram.device)
 
+    def synchronized(self, process_group: ProcessGroup | None = None) -> CodebookUsage:
+        """Return a counter of what all processes have counted; this one stays as it is.
+
+        Every process has to call it, at the same point. It is a copy where there is one process.
+
+        Args:
+            process_group: the processes; all of them if None.
+        """
+        total = copy.deepcopy(self)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total.histogram, group=process_group)
+        return total
+
     def compute(self) -> CodebookUsageReport:
-        """Return the use of the codebook since the last :meth:`reset`."""
-        tokens = int(self.histogram.sum())
+        """Return the use of the codebook since the last :meth:`reset`, as counted by this process."""
+        # On the CPU, because some devices have no float64.
+        histogram = self.histogram.cpu()
+        tokens = int(histogram.sum())
         return CodebookUsageReport(
             num_codes=self.num_codes,
             tokens=tokens,
-            used_codes=int((self.histogram > 0).sum()),
-            frequent_codes=int((self.histogram.double() > self.frequent_share * tokens).sum()),
+            used_codes=int((histogram > 0).sum()),
+            frequent_codes=int((histogram.double() > self.frequent_share * tokens).sum()),
             frequent_share=self.frequent_share,
-            perplexity=float(perplexity(self.histogram)),
+            perplexity=float(perplexity(histogram.double())),
         )
 
     def reset(self) -> None:
         """Forget everything counted."""
         self.histogram.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodebookUsage:
+        """Follow the model to another device; a cast changes nothing, as it would round the counts."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._move(fn(self.histogram).device)
+        return self
+
+    def _move(self, device: torch.device) -> None:
+        # Nothing can have been counted on the meta device.
+        if self.histogram.is_meta:
+            self.histogram = torch.zeros(self.num_codes, dtype=torch.int64, device=device)
+        self.histogram = self.histogram.to(device)

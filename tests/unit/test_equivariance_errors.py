@@ -192,7 +192,7 @@ def test_constant_latents_have_no_signal():
     """Nothing varies and nothing errs: undefined, not perfect."""
     report = measure_equivariance(
         lambda x: torch.zeros(len(x), 4, 4).long(),
-        torch.rand(2, 1, 8, 8),
+        torch.rand(2, 1, 8, 8) * 2 - 1,
         stride=2,
         num_codes=1,
         protocol="circular",

@@ -135,6 +135,7 @@ def test_certified_rate_never_exceeds_the_agreement(protocol, num_codes, positio
     generator = torch.Generator().manual_seed(seed)
     side = {"canvas": 4, "circular": 8, "crop": 14}[protocol]
     images = torch.rand(3, 1, side, side, generator=generator, dtype=torch.float64) * 2 - 1
+    images[..., 0] = -1
     tokenizer = Tokenizer(num_codes, position, generator)
     report = tokenizer.measure(images, protocol=protocol, canvas_size=None if protocol == "circular" else 8)
     assert report.margin.tokens == report.aligned.tokens
@@ -213,7 +214,7 @@ def test_codebook_alone_gives_the_fourier_form_too():
 def test_margins_need_whole_token_shifts():
     """Without any, there is nothing to certify."""
     tokenizer = Tokenizer(6, 0.0, torch.Generator())
-    report = tokenizer.measure(torch.rand(2, 1, 8, 8, dtype=torch.float64), protocol="circular", shifts=[])
+    report = tokenizer.measure(torch.rand(2, 1, 8, 8, dtype=torch.float64) * 2 - 1, protocol="circular", shifts=[])
     assert report.margin is None
     assert report.feature_error is None
 

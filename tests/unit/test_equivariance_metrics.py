@@ -311,7 +311,7 @@ def test_code_use_and_reconstruction_are_taken_over_the_five_placements():
 
 def test_perfect_reconstruction_has_infinite_psnr():
     """No error: PSNR is inf, over the unshifted images when these are no sprites."""
-    images = torch.rand(2, 3, 8, 12)
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
     report = measure_equivariance(
         cell_hash, images, stride=2, num_codes=NUM_CODES, protocol="circular", reconstruct=lambda x: x
     )
@@ -412,14 +412,14 @@ def test_default_shifts_are_the_smallest_and_the_largest():
     def pairs(steps):
         return {(dy, dx) for dy in steps for dx in steps} - {(0, 0)}
 
-    sprites = torch.zeros(1, 1, 32, 32)
+    sprites = -torch.ones(1, 1, 32, 32)
     for chosen, steps in [
         (shifts("canvas", sprites), (-16, -4, 0, 4, 16)),
-        (shifts("canvas", torch.zeros(1, 1, 8, 8)), (-4, 0, 4)),
+        (shifts("canvas", -torch.ones(1, 1, 8, 8)), (-4, 0, 4)),
         (shifts("circular", sprites), (0, 4, 16, 28)),
-        (shifts("circular", torch.zeros(1, 1, 8, 8)), (0, 4)),
-        (shifts("circular", torch.zeros(1, 1, 4, 4)), (0,)),
-        (shifts("crop", torch.zeros(1, 1, 57, 57), canvas_size=32), (-12, -4, 0, 4, 12)),
+        (shifts("circular", -torch.ones(1, 1, 8, 8)), (0, 4)),
+        (shifts("circular", -torch.ones(1, 1, 4, 4)), (0,)),
+        (shifts("crop", -torch.ones(1, 1, 57, 57), canvas_size=32), (-12, -4, 0, 4, 12)),
         (shifts("crop", sprites, canvas_size=28), (0,)),
         (shifts("crop", sprites, canvas_size=8), (-4, 0, 4)),
     ]:
@@ -427,7 +427,7 @@ def test_default_shifts_are_the_smallest_and_the_largest():
         assert set(chosen) == pairs(steps)
 
 
-SPRITES = torch.zeros(2, 1, 8, 8)
+SPRITES = -torch.ones(2, 1, 8, 8)
 
 
 @pytest.mark.parametrize(

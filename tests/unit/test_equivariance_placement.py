@@ -40,6 +40,7 @@ def test_placement_agreement_matches_loops_over_pairs_and_positions(count, sizes
     grid, block, num_codes = canvas_size // stride, canvas_size // stride // 2, 3
     generator = torch.Generator().manual_seed(seed)
     sprites = torch.rand(count, 1, canvas_size // 2, canvas_size // 2, generator=generator)
+    sprites[..., 0] = -1
     noise = torch.randint(0, 2, (grid, grid), generator=generator)
 
     def tokenize(images):
@@ -77,6 +78,7 @@ def test_placement_agreement_matches_loops_over_pairs_and_positions(count, sizes
 def test_content_alone_agrees_fully_and_position_does_not():
     """A hash of the cell scores exactly 1; the same plus the row number scores below (negative control)."""
     sprites = torch.rand(6, 1, 16, 16)
+    sprites[..., 0] = -1
     options = {"canvas_size": 32, "stride": 4, "num_codes": 64}
     assert placement_agreement(lambda x: cell_hash(x, 4, 64), sprites, **options).rate == 1.0
     rows = torch.arange(8)[:, None]
@@ -87,6 +89,7 @@ def test_content_alone_agrees_fully_and_position_does_not():
 def test_aliasing_is_invisible_here():
     """Reading one pixel a cell aliases badly, yet scores 1: all offsets are stride multiples."""
     sprites = torch.rand(6, 1, 16, 16)
+    sprites[..., 0] = -1
     result = placement_agreement(
         lambda x: ((x[:, 0, ::4, ::4] + 1) * 7).long(), sprites, canvas_size=32, stride=4, num_codes=16
     )
@@ -121,7 +124,7 @@ def test_no_gradient_is_recorded():
         grads.append((images * weight).requires_grad)
         return torch.zeros(len(images), 4, 4, dtype=torch.int64)
 
-    placement_agreement(tokenize, torch.zeros(1, 1, 8, 8), canvas_size=16, stride=4, num_codes=1)
+    placement_agreement(tokenize, -torch.ones(1, 1, 8, 8), canvas_size=16, stride=4, num_codes=1)
     assert grads == [False] * 5
 
 

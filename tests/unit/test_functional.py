@@ -237,7 +237,7 @@ def test_orthogonality_refuses(
 @quick
 def test_perplexity_is_the_exponential_of_the_entropy(counts: list[int]) -> None:
     """Against a loop over the shares; all zero gives 0; it lies in [0, K]."""
-    value = perplexity(torch.tensor(counts))
+    value = perplexity(torch.tensor(counts, dtype=torch.float64))
     total = sum(counts)
     entropy = -sum(n / total * math.log(n / total) for n in counts if n)
     assert value.dtype == torch.float64
@@ -253,6 +253,17 @@ def test_perplexity_of_even_use_is_the_number_of_codes(dtype: torch.dtype) -> No
     assert perplexity(histogram).item() == pytest.approx(5)
     with pytest.raises(ValueError, match=r"^histogram must be of shape \(K,\), got shape \(3, 4\)\.$"):
         perplexity(histogram.view(3, 4))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32]
+)
+def test_perplexity_of_anything_but_float64_is_float32(dtype: torch.dtype) -> None:
+    """To six digits, also of many codes; devices without float64 never see one."""
+    counts = torch.randint(0, 100, (5_000,))
+    value = perplexity(counts.to(dtype))
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(perplexity(counts.double()).item(), rel=1e-5)
 
 
 def test_perplexity_of_broken_statistics_is_not_that_of_an_unused_codebook() -> None:

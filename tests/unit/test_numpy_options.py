@@ -21,6 +21,7 @@ from te_quant import (
     VectorQuantizer,
     _checks,
 )
+from te_quant.equivariance import audit, measure_equivariance
 from te_quant.filters import binomial_kernel, fourier_resample
 from te_quant.layers import (
     BlurPool2d,
@@ -199,7 +200,7 @@ LAYERS = {
     "fourier-up": lambda n, _: FourierUpsample2d(n),
     "filtered": lambda n, _: FilteredActivation(upsampling=n),
     "polynomial": lambda n, _: PolynomialActivation(n),
-    "usage": lambda n, x: vars(CodebookUsage(n, frequent_share=x)),
+    "usage": lambda n, x: CodebookUsage(n, frequent_share=x),
     "binomial": lambda n, _: binomial_kernel(n).tolist(),
     "resample": lambda n, _: fourier_resample(torch.ones(1, 1, 4, 4), (n, n)).tolist(),
     "roll": lambda n, _: roll(torch.arange(16.0).view(1, 1, 4, 4), (n, n)).tolist(),
@@ -212,3 +213,25 @@ def test_layer_or_function_with_numpy_options_is_that_with_plain_ones(name: str)
     """What it prints, or returns, is the same."""
     build: Any = LAYERS[name]
     assert repr(build(np.int64(3), np.float32(0.5))) == repr(build(3, 0.5))
+
+
+def test_measurement_and_audit_with_numpy_options_are_json() -> None:
+    """Their reports hold plain numbers, those of the same call with plain options."""
+
+    def measured(integer: Any, real: Any) -> list[Any]:
+        images = torch.linspace(-1, 1, 512).view(2, 1, 16, 16)
+        report = measure_equivariance(
+            lambda x: (x[:, 0, ::4, ::4] > 0).long(), images,
+            stride=integer(4), num_codes=integer(2), protocol="circular", batch_size=integer(1),
+            resamples=integer(5), seed=integer(3), tau=real(0.125), ground=real(-1),
+            data_range=(real(-1), integer(1)),
+            shifts=[(integer(4), 0)], sub_stride_shifts=[(0, integer(1))],
+        )  # fmt: skip
+        layer = torch.nn.Conv2d(1, 1, 2, stride=2, bias=False)
+        torch.nn.init.ones_(layer.weight)
+        audited = audit(
+            layer, images, shifts=[(integer(4), 0)], sub_stride_shifts=[(0, integer(1))], batch_size=integer(1)
+        )
+        return json.loads(json.dumps([report.to_dict(), audited.to_dict()]))
+
+    assert measured(np.int64, np.float32) == measured(int, float)

@@ -155,7 +155,7 @@ class Stage1Trainer:
             joint = joint_indices(output.indices, self.model.quantizer)
             counts = torch.bincount(joint.flatten(), minlength=num_combinations(self.model.quantizer))
             distributed.total(counts)
-            numbers |= {"batch_used_codes": (counts > 0).sum(), "batch_perplexity": perplexity(counts)}
+            numbers |= {"batch_used_codes": (counts > 0).sum(), "batch_perplexity": perplexity(counts.double())}
         numbers["learning_rate"] = torch.tensor(settings.learning_rate * factor)
         self.step += 1
         return {name: value.detach() for name, value in numbers.items()}

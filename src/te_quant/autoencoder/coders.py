@@ -14,12 +14,14 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from te_quant._checks import require, require_axis, require_floating, require_integer_tensor, require_rank
+from te_quant._precision import HALF, is_autocast
 from te_quant.autoencoder.config import AutoencoderConfig
 from te_quant.autoencoder.contract import encoder_contract
 from te_quant.contract import Encoding, EquivarianceContract
-from te_quant.filters import PaddingMode
+from te_quant.filters import PaddingMode, in_format_of
 from te_quant.layers import (
     PaddedConv2d,
     ResidualBlock,
@@ -37,11 +39,21 @@ __all__ = ["build_decoder", "build_encoder"]
 
 # A 3x3 convolution on the token grid reflects one row, which needs another to mirror it at.
 _REFLECTED = 2
+# Not resampling, whose input the block before has to hand over anyway.
+_BLOCKS = (ResidualBlock, SelfAttention2d)
+# The types that convolutions compute in; weights may be stored in others until their layer runs.
+_COMPUTED = (*HALF, torch.float32, torch.float64)
 
 
-class _Level(nn.Sequential):
-    """Layers in a row; in a decoder an adaptive upsampling takes the phase."""
+class Level(nn.Sequential):
+    """Layers in a row; in a decoder an adaptive upsampling takes the phase.
 
+    Attributes:
+        gradient_checkpointing: whether the backward pass computes each residual and attention block again, instead
+            of keeping what it computed in the forward pass.
+    """
+
+    gradient_checkpointing = False
     reach, exact_for = derived(lambda self: in_series(*self))
 
     @property
@@ -51,9 +63,15 @@ class _Level(nn.Sequential):
 
     def forward(self, hidden: Tensor, phase: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Run all layers, one after another."""
+        # A program for inference has no backward pass, and the strict export refuses checkpoints.
+        recomputed = self.gradient_checkpointing and torch.is_grad_enabled() and not torch.compiler.is_exporting()
         for layer in self:
-            takes_phase = phase is not None and getattr(layer, "adaptive", False)
-            hidden = layer(hidden, phase) if takes_phase else layer(hidden)
+            if phase is not None and getattr(layer, "adaptive", False):
+                hidden = layer(hidden, phase)
+            elif recomputed and isinstance(layer, _BLOCKS):
+                hidden = checkpoint(layer, hidden, use_reentrant=False)
+            else:
+                hidden = layer(hidden)
         return hidden
 
 
@@ -86,6 +104,11 @@ class Encoder(nn.Module):
         """The shifts of the images that the tokens follow, from what the layers state."""
         return encoder_contract(self._layers(), stride=self.config.stride, divisor=self.config.divisor)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of images; None if it is known only when the layers run."""
+        return _dtype_of(self.conv_in)
+
     def with_phases(self, images: Tensor) -> Encoding:
         """Encode (B, I, H, W) images in [-1, 1] to (B, C, h, w) latents and (B, L, 2) phases."""
         # A call of the module, so that its hooks and its compiled version serve both ways of encoding.
@@ -109,7 +132,7 @@ class Encoder(nn.Module):
             if isinstance(hidden, tuple):
                 hidden, phase = hidden
                 phases.append(phase)
-        latents = hidden
+        latents = in_format_of(images, hidden)
         shape = (images.shape[0], len(self.levels) - 1, 2)
         chosen = torch.stack(phases, 1) if phases else torch.zeros(shape, dtype=torch.int64, device=images.device)
         return Encoding(latents, chosen) if return_phases else latents
@@ -122,6 +145,7 @@ class Encoder(nn.Module):
     def _check(self, images: Tensor) -> None:
         require_rank("images", images, (4,), f"(B, {self.config.image_channels}, H, W)")
         require_floating("images", images)
+        _require_dtype("images", images, self.dtype)
         require_axis("images", images, 1, self.config.image_channels, "image_channels")
         divisor = self.config.divisor
         height, width = images.shape[-2:]
@@ -162,10 +186,16 @@ class Decoder(nn.Module):
         self.activation = build_activation(config.activation, channels)
         self.conv_out = PaddedConv2d(channels, config.image_channels, 3, padding_mode=mode)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of codes; None if it is known only when the layers run."""
+        return _dtype_of(self.from_codes)
+
     def forward(self, codes: Tensor, phases: Tensor | None = None) -> Tensor:
         """Decode (B, C, h, w) codes to (B, I, H, W) images, which are not clamped to [-1, 1]."""
         require_rank("codes", codes, (4,), f"(B, {self.config.code_dim}, h, w)")
         require_floating("codes", codes)
+        _require_dtype("codes", codes, self.dtype)
         require_axis("codes", codes, 1, self.config.code_dim, "code_dim")
         if self.config.decoder_padding == "reflect" and min(codes.shape[-2:]) < _REFLECTED:
             expected = f"at least {_REFLECTED} for decoder_padding='reflect'"
@@ -207,7 +237,8 @@ def build_encoder(config: AutoencoderConfig) -> Encoder:
 
     Raises:
         ValueError: (in its forward) the images have another shape.
-        TypeError: (in its forward) the images are not floating point.
+        TypeError: (in its forward) the images are not floating point, or of another dtype than the weights outside
+            autocast.
 
     Example:
         >>> encoder = build_encoder(AutoencoderConfig(base_channels=8, code_dim=4))
@@ -228,7 +259,8 @@ def build_decoder(config: AutoencoderConfig) -> Decoder:
 
     Raises:
         ValueError: (in its forward) the codes have another shape.
-        TypeError: (in its forward) the codes are not floating point.
+        TypeError: (in its forward) the codes are not floating point, or of another dtype than the weights outside
+            autocast.
 
     Example:
         >>> decoder = build_decoder(AutoencoderConfig(base_channels=8, code_dim=4))
@@ -240,8 +272,8 @@ def build_decoder(config: AutoencoderConfig) -> Decoder:
 
 def _stage(
     config: AutoencoderConfig, level: int, channels: int, width: int, blocks: int, mode: PaddingMode
-) -> _Level:
-    stage = _Level()
+) -> Level:
+    stage = Level()
     for index in range(blocks):
         stage.add_module(f"block{index}", _block(config, channels, width, mode))
         if level in config.attention_levels:
@@ -250,8 +282,8 @@ def _stage(
     return stage
 
 
-def _middle(config: AutoencoderConfig, channels: int, mode: PaddingMode) -> nn.Sequential:
-    middle = nn.Sequential()
+def _middle(config: AutoencoderConfig, channels: int, mode: PaddingMode) -> Level:
+    middle = Level()
     middle.add_module("block0", _block(config, channels, channels, mode))
     if config.attention_levels:
         middle.add_module("attention", _attention(config, channels))
@@ -273,3 +305,23 @@ def _block(config: AutoencoderConfig, channels: int, width: int, mode: PaddingMo
 
 def _attention(config: AutoencoderConfig, channels: int) -> SelfAttention2d:
     return SelfAttention2d(channels, norm=config.norm, norm_groups=config.norm_groups)
+
+
+def _dtype_of(layer: nn.Conv2d) -> torch.dtype | None:
+    # The bias, because reading a parametrized weight computes it. Sharded weights are put together, and weights in
+    # fewer bits are cast, only when the layer runs.
+    bias = layer.bias
+    known = type(bias) in (Tensor, nn.Parameter) and bias is not None and bias.dtype in _COMPUTED
+    return bias.dtype if known and bias is not None else None
+
+
+def _require_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+    """Refuse what convolutions with weights of ``dtype`` would refuse, before any of them runs."""
+    if dtype is None or tensor.dtype == dtype:
+        return
+    # Autocast casts images and weights, except those in float64.
+    castable = torch.float64 not in (tensor.dtype, dtype)
+    if castable and is_autocast(tensor.device):
+        return
+    cure = f"pass {name}.to({dtype})" + (" or use torch.autocast" if castable else "")
+    raise TypeError(f"{name} must be {dtype} as the weights, got {tensor.dtype}; {cure}.")

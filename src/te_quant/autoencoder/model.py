@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from te_quant import _pretrained
 from te_quant._checks import require, require_integer_tensor, require_rank, require_type
 from te_quant._values import require_in_range
-from te_quant.autoencoder.coders import build_decoder, build_encoder
+from te_quant.autoencoder.coders import Level, build_decoder, build_encoder
 from te_quant.autoencoder.config import AutoencoderConfig, description
 from te_quant.contract import Encoding, EquivarianceContract
+from te_quant.filters import in_format_of
 from te_quant.quantizers import Quantizer
 
 __all__ = [
@@ -82,7 +83,8 @@ class VQAutoencoder(nn.Module):
 
     Raises:
         ValueError: images have another rank, number of channels or sides; the quantizer does not fit the config.
-        TypeError: images are not floating point, or the quantizer is no quantizer.
+        TypeError: images are not floating point, or of another dtype than the weights outside autocast; or the
+            quantizer is no quantizer.
 
     Source: Shin et al. 2021, arXiv:2112.00384, stage 1.
 
@@ -124,7 +126,7 @@ class VQAutoencoder(nn.Module):
         latents, phases = self.encode_with_phases(images)
         output = self.quantizer(latents, generator=generator)
         return AutoencoderOutput(
-            reconstruction=self.decoder(output.quantized, phases),
+            reconstruction=in_format_of(images, self.decoder(output.quantized, phases)),
             latents=latents,
             phases=phases,
             **output._asdict(),
@@ -134,6 +136,35 @@ class VQAutoencoder(nn.Module):
     def equivariance(self) -> EquivarianceContract:
         """For which shifts of the images the tokens follow."""
         return self.encoder.equivariance
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether blocks of encoder and decoder are computed again in the backward pass, which saves memory.
+
+        Set it to True before training. Every residual and attention block then keeps only its input. The gradients
+        are the same bits, and a training step takes about a third longer. The switch belongs to this object, not
+        to the config or a checkpoint. Libraries that look for modules with this attribute, such as transformers,
+        find it.
+
+        Example:
+            >>> model = VQAutoencoder(AutoencoderConfig(base_channels=8, norm_groups=4, code_dim=4))
+            >>> model.gradient_checkpointing = True
+        """
+        return all(level.gradient_checkpointing for level in self._levels())
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        require_type("gradient_checkpointing", enabled, bool, "a bool")
+        for level in self._levels():
+            level.gradient_checkpointing = enabled
+
+    def _levels(self) -> list[Level]:
+        return [
+            module
+            for coder in (self.encoder, self.decoder)
+            for module in coder.modules()
+            if isinstance(module, Level)
+        ]
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, I, H, W) images to (B, C, h, w) latents, before quantization."""
@@ -150,15 +181,15 @@ class VQAutoencoder(nn.Module):
         Raises:
             ValueError: codes or phases have another shape, or a phase is one that this decoder cannot place: not
                 0 or 1 where the upsampling takes a phase, not 0 where it does not.
-            TypeError: codes are not floating point, or phases are not integers.
+            TypeError: codes are not floating point, or of another dtype than the weights outside autocast; or
+                phases are not integers.
         """
         if phases is not None:
             require_rank("phases", phases, (3,), f"(B, {len(self.config.channel_multipliers) - 1}, 2)")
             require_integer_tensor("phases", phases)
             stop = 2 if self.decoder.adaptive else 1
             phases = require_in_range("phases", phases, stop, "number of phases of the decoder")
-        images: Tensor = self.decoder(codes, phases)
-        return images
+        return in_format_of(codes, self.decoder(codes, phases))
 
     @torch.no_grad()
     def encode_to_indices(self, images: Tensor) -> Tensor:
@@ -177,7 +208,9 @@ class VQAutoencoder(nn.Module):
             require_rank("indices", indices, (3,), "(B, h, w)")
         else:
             require_rank("indices", indices, (4,), "(B, h, w, Q)")
-        return self.decode(self.quantizer.decode(indices), phases)
+        # A quantizer has its own dtype, float32 for instance between coders in half precision.
+        codes = self.quantizer.decode(indices).contiguous()
+        return self.decode(codes.to(self.decoder.dtype or codes.dtype), phases)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
@@ -230,7 +263,7 @@ class VQAutoencoder(nn.Module):
                 return AutoencoderConfig.from_dict(options)
             return _config_around(dict(options), quantizer)
 
-        return _pretrained.load(
+        model = _pretrained.load(
             "VQAutoencoder",
             make_config,
             lambda config: cls(config, quantizer=quantizer),
@@ -239,6 +272,10 @@ class VQAutoencoder(nn.Module):
             dtype=dtype,
             hub=_pretrained.Hub(revision, token, cache_dir, local_files_only),
         )
+        # A quantizer without tensors cannot learn from the file in which dtype the model was saved.
+        if model.quantizer.reference is None:
+            model.quantizer.to(dtype=model.encoder.dtype)
+        return model
 
 
 def _fitting(config: AutoencoderConfig, quantizer: object) -> AutoencoderConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_rank
 from te_quant._values import require_finite
+from te_quant.equivariance._float64 import float64
 from te_quant.equivariance.metrics._bootstrap import Resamples
 from te_quant.equivariance.metrics._pair_tally import PairTally
-from te_quant.equivariance.metrics.agreement import Agreement, PairCounts, foreground_tokens, tokens_of
+from te_quant.equivariance.metrics.agreement import Agreement, PairCounts, mark_foreground, tokens_of
 from te_quant.equivariance.metrics.margin import MarginTally
 from te_quant.equivariance.metrics.numerical_floor import Variant, variant_tokens
-from te_quant.equivariance.metrics.placement import place_sprites, placement_pairs
-from te_quant.equivariance.metrics.shift_error import FeatureTally, PixelTally, ShiftError, psnr
+from te_quant.equivariance.metrics.placement import paste_sprites, placement_pairs
+from te_quant.equivariance.metrics.shift_error import FeatureTally, PixelTally, ShiftError
 from te_quant.equivariance.metrics.sub_stride import sub_stride_pairs, sub_stride_region
 from te_quant.equivariance.report.report import EquivarianceReport
 from te_quant.equivariance.report.values import EquivarianceSettings, ReconstructionError, ShiftAgreement
@@ -67,7 +69,9 @@ class Measurement:
         self.pairs: dict[_Key, PairTally] = {}
         self.features: dict[_Key, FeatureTally] = {}
         self.decoded: dict[_Key, PixelTally] = {}
-        self.reconstruction = PixelTally()
+        low, high = settings.data_range
+        self._pixels = partial(PixelTally, peak=high - low)
+        self.reconstruction = self._pixels()
         self.margins = None if given.codebook is None else MarginTally(given.codebook)
         self.usage = CodebookUsage(settings.num_codes)
 
@@ -135,7 +139,7 @@ class Measurement:
 
     def _add_placement(self, batch: Tensor) -> None:
         s = self.settings
-        placed = place_sprites(batch, canvas_size=s.image_size[0], stride=s.stride, ground=s.ground)
+        placed = paste_sprites(batch, canvas_size=s.image_size[0], ground=s.ground)
         indices = torch.stack([self._tokens(images) for images in placed])
         for images, tokens in zip(placed, indices, strict=True):
             self._add_reference(images, tokens, self._decode(images))
@@ -159,7 +163,7 @@ class Measurement:
             tally.add(z, z_moved)
         if self.margins is not None and reference.margins is not None:
             margins, _ = align(reference.margins, reference.margins, k, protocol=s.protocol)
-            self.margins.add(margins, z_moved.double() - z.double(), first == second)
+            self.margins.add(margins, float64(z_moved) - float64(z), first == second)
 
     def _add_sub_stride(self, images: Tensor, shift: Shift, reference: _Reference) -> None:
         s = self.settings
@@ -196,7 +200,7 @@ class Measurement:
         if decoded is None:
             return
         first, second = align(reference.decoded, decoded, shift, protocol=self.settings.protocol)
-        for tally in self._tallies(self.decoded, PixelTally, name, shift):
+        for tally in self._tallies(self.decoded, self._pixels, name, shift):
             tally.add(first, second)
 
     def _add_reference(self, images: Tensor, tokens: Tensor, decoded: Tensor | None) -> None:
@@ -212,10 +216,10 @@ class Measurement:
         return ReconstructionError(
             l1=float(_mean_absolute(total)),
             mse=float(_mean_square(total)),
-            psnr=float(psnr(total)),
+            psnr=float(self.reconstruction.psnr(total)),
             l1_interval=drawn.interval_of_sums(sums, _mean_absolute),
             mse_interval=drawn.interval_of_sums(sums, _mean_square),
-            psnr_interval=drawn.interval_of_sums(sums, psnr),
+            psnr_interval=drawn.interval_of_sums(sums, self.reconstruction.psnr),
         )
 
     def _by_shift(self, name: str, shifts: tuple[Shift, ...], drawn: Resamples) -> tuple[ShiftAgreement, ...]:
@@ -283,7 +287,7 @@ class Measurement:
 
     def _foreground(self, images: Tensor) -> Tensor:
         s = self.settings
-        return foreground_tokens(images, stride=s.stride, ground=s.ground, tau=s.tau)
+        return mark_foreground(images, stride=s.stride, ground=s.ground, tau=s.tau)
 
 
 def _mean_absolute(sums: Tensor) -> Tensor:

@@ -16,10 +16,16 @@ from te_quant._checks import (
     require_axis,
     require_floating,
     require_int,
-    require_number,
     require_rank,
 )
 from te_quant._values import require_finite
+from te_quant.equivariance._data_range import (
+    DEFAULT_RANGE,
+    DataRange,
+    checked_range,
+    ground_and_tau,
+    warn_of_another_range,
+)
 from te_quant.equivariance._measurement import Callables, ImageMap, Measurement
 from te_quant.equivariance.metrics.numerical_floor import Variant, check_variants
 from te_quant.equivariance.report.report import EquivarianceReport
@@ -47,8 +53,9 @@ def measure_equivariance(
     variants: Mapping[str, Variant] | None = None,
     shifts: Iterable[Shift] | None = None,
     sub_stride_shifts: Iterable[Shift] | None = None,
-    ground: float = -1.0,
-    tau: float = 0.1,
+    data_range: DataRange = DEFAULT_RANGE,
+    ground: float | None = None,
+    tau: float | None = None,
     batch_size: int = 64,
     resamples: int = 1000,
     seed: int = 0,
@@ -72,7 +79,7 @@ def measure_equivariance(
 
     Args:
         tokenize: images -> indices.
-        images: in [-1, 1]. Under ``canvas`` sprites, half as wide and high as the canvas, pasted at its
+        images: in ``data_range``. Under ``canvas`` sprites, half as wide and high as the canvas, pasted at its
             centre. Under ``circular`` full images, or sprites if ``canvas_size`` is twice their side. Under
             ``crop`` images larger than the window.
         stride: s, pixels per token.
@@ -92,8 +99,12 @@ def measure_equivariance(
         shifts: pixel shifts (dy, dx) by whole tokens, the identity excluded. None: by one token and as far
             as possible, in every direction.
         sub_stride_shifts: pixel shifts below one token. None: all of {0..s-1}² but the identity.
-        ground: value of the ground, in the unit of ``images``.
-        tau: a token is foreground when any pixel of its cell differs from the ground by more.
+        data_range: (low, high) of the pixel values, such as (0, 1) or (0, 255). PSNR takes ``high - low`` as its
+            peak. Values that leave it by more than a quarter are refused.
+        ground: value of the ground, in the unit of ``images``; a warning says where no sprite contains it. None:
+            the low end of ``data_range``.
+        tau: a token is foreground when any pixel of its cell differs from the ground by more. None: a twentieth of
+            ``data_range``, which is 0.1 for [-1, 1].
         batch_size: images per call.
         resamples: how often the images are resampled for the intervals; 0 for none.
         seed: of the resampling.
@@ -104,9 +115,10 @@ def measure_equivariance(
         quantize: (N, D, H/s, W/s) -> (N, H/s, W/s) integer. codebook: (K, D).
 
     Raises:
-        ValueError: sizes that do not fit protocol and stride, shifts out of range, ``quantize`` or ``codebook``
-            without ``latents``, a codebook whose nearest codes are not what ``tokenize`` returns, or a callable
-            that returns other shapes, latents that are not finite, or indices outside [0, K).
+        ValueError: sizes that do not fit protocol and stride, values outside of ``data_range``, shifts out of
+            range, ``quantize`` or ``codebook`` without ``latents``, a codebook whose nearest codes are not what
+            ``tokenize`` returns, or a callable that returns other shapes, latents that are not finite, or indices
+            outside [0, K).
         TypeError: a callable returns something else than tensors of its kind.
 
     Source: placement: evaluation code of Shin et al. 2021, arXiv:2112.00384; κ: Cohen 1960; end to
@@ -114,33 +126,38 @@ def measure_equivariance(
         the measurements see" in the documentation. Code use and
         reconstruction are taken over the sprites at their five placements, or over the unshifted images.
     """
+    data_range = checked_range(data_range)
+    ground, tau = ground_and_tau(data_range, ground, tau)
     views = Views.plan(images, protocol=protocol, canvas_size=canvas_size, stride=stride, ground=ground)
     num_codes = require_int("num_codes", num_codes, 1)
     batch_size = require_int("batch_size", batch_size, 1)
-    tau = require_number("tau", tau, 0)
     for name, part in (("quantize", quantize), ("codebook", codebook)):
         require(part is None or latents is not None, name, "given with latents", f"{name} without latents")
     if codebook is not None:
         codebook = _checked_codebook(codebook, num_codes)
         quantize = quantize or _nearest(codebook)
+    resamples = require_int("resamples", resamples, 0)
+    seed = require_int("seed", seed, 0)
     settings = EquivarianceSettings(
         protocol=protocol,
         image_size=views.size,
-        stride=stride,
+        stride=views.stride,
         num_codes=num_codes,
         num_images=len(images),
         ground=views.ground,
-        tau=float(tau),
+        tau=tau,
         shifts=views.stride_shifts(shifts),
         sub_stride_shifts=views.sub_stride_shifts(sub_stride_shifts),
         reference_images=f"{len(images):,} "
         + ("sprites at five places each" if views.sprites else "unshifted images"),
         resamples=resamples,
         seed=seed,
+        data_range=data_range,
     )
-    resamples = require_int("resamples", resamples, 0)
-    seed = require_int("seed", seed, 0)
     given = Callables(tokenize, reconstruct, latents, quantize, codebook, check_variants(variants))
+    pasted = views.ground if views.sprites else None
+    # The decorator above is one more frame.
+    warn_of_another_range("images", images, data_range, ground=pasted, tau=tau, stacklevel=3)
     run = Measurement(views, settings, given)
     for batch in torch.split(images, batch_size):
         run.add(batch)

@@ -139,8 +139,10 @@ def _sinusoids(shape: tuple[int, ...], width: int) -> Tensor:
     Source: Vaswani et al. 2017, arXiv:1706.03762, Section 3.5. Differs: the sines before the cosines.
     """
     share = width // len(shape)
-    rates = 10_000.0 ** (-torch.arange(0, share, 2, dtype=torch.float64) / share)
-    axes = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in shape), indexing="ij")
+    # On the CPU first, as some devices have no float64.
+    rates = 10_000.0 ** (-torch.arange(0, share, 2, dtype=torch.float64, device="cpu") / share)
+    sides = (torch.arange(side, dtype=torch.float64, device="cpu") for side in shape)
+    axes = torch.meshgrid(*sides, indexing="ij")
     angles = [axis.flatten().outer(rates) for axis in axes]
     table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
-    return table.to(torch.get_default_dtype())
+    return table.to(torch.get_default_dtype()).to(torch.get_default_device())

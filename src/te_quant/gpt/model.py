@@ -154,7 +154,8 @@ class GPT(nn.Module):
 
         Returns:
             A value of shape () for each segment that has tokens here, as they follow each other; zero, with zero
-            gradient, where all targets are ignored.
+            gradient, where all targets are ignored. Give a loss that is not trained the weight zero under
+            ``DistributedDataParallel``, which expects a gradient for every parameter.
         """
         ignore_index = require_int("ignore_index", ignore_index, maximum=-1)
         layout = self._layout(order)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from te_quant._checks import require, require_axis, require_choice, require_int, require_rank
 from te_quant.contract import Group, Reach
+from te_quant.filters import in_format_of
 
 __all__ = ["NORMS", "ChannelNorm", "Norm", "build_norm", "group_norm"]
 
@@ -39,7 +40,8 @@ def group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
     channels = require_int("channels", channels, 1)
     norm_groups = require_int("norm_groups", norm_groups, 1)
     require(channels % norm_groups == 0, "norm_groups", f"a divisor of channels={channels}", norm_groups)
-    return nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+    # A config marks its default by a subclass of int, which no symbolic size can be divided by.
+    return nn.GroupNorm(int(norm_groups), channels, eps=NORM_EPS)
 
 
 class ChannelNorm(nn.Module):
@@ -82,12 +84,10 @@ class ChannelNorm(nn.Module):
         """Normalise every pixel."""
         require_rank("images", images, (4,), "(B, C, H, W)")
         require_axis("images", images, 1, self.channels, "channels")
+        pixels = images.movedim(1, -1)
+        normed = F.layer_norm(pixels, (self.channels,), self.norm.weight, self.norm.bias, self.norm.eps)
         # Laid out as images again: convolutions choose their algorithm, and so their rounding, by the strides.
-        return (
-            F.layer_norm(images.movedim(1, -1), (self.channels,), self.norm.weight, self.norm.bias, self.norm.eps)
-            .movedim(-1, 1)
-            .contiguous()
-        )
+        return in_format_of(images, normed.movedim(-1, 1))
 
     def extra_repr(self) -> str:
         """The options."""

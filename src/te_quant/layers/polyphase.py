@@ -27,7 +27,7 @@ from te_quant._checks import (
     require_rank,
 )
 from te_quant.contract import Reach, Statement, sliding_window
-from te_quant.filters import PADDING_MODES, PaddingMode, filter_constant
+from te_quant.filters import PADDING_MODES, PaddingMode, filter_constant, in_format_of
 from te_quant.layers.stating import derived
 
 __all__ = ["PolyphaseDownsample2d", "PolyphaseUpsample2d"]
@@ -181,6 +181,7 @@ class PolyphaseUpsample2d(nn.Module):
         rows, columns = (places == phase[:, i : i + 1] for i in (0, 1))
         chosen = rows[:, None, None, :, None, None] & columns[:, None, None, None, None, :]
         placed = torch.where(chosen, images[:, :, :, None, :, None], 0).reshape(B, C, s * H, s * W)
+        placed = in_format_of(images, placed)
         if not self.interpolate:
             return placed
         return filter_constant(placed / s**2, _triangle_plane, s, stride=1, padding_mode=self.padding_mode)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from te_quant._checks import require_choice, require_int, require_rank
 from te_quant.contract import Reach, Statement, sliding_window
-from te_quant.filters import PADDING_MODES, PaddingMode, binomial_plane, filter_constant
+from te_quant.filters import PADDING_MODES, PaddingMode, binomial_plane, filter_constant, in_format_of
 from te_quant.layers.blocks import PaddedConv2d
 from te_quant.layers.fourier import FourierUpsample2d
 from te_quant.layers.polyphase import PolyphaseUpsample2d
@@ -53,7 +53,7 @@ def _repeated(images: Tensor, times: int) -> Tensor:
     """(B, C, H, W) to (B, C, times·H, times·W)."""
     B, C, H, W = images.shape
     larger = images[:, :, :, None, :, None].expand(B, C, H, times, W, times)
-    return larger.reshape(B, C, times * H, times * W)
+    return in_format_of(images, larger.reshape(B, C, times * H, times * W))
 
 
 class NearestUpsampleConv(nn.Module):

@@ -7,18 +7,19 @@ Every function runs the same collectives on every rank whatever its data, an emp
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from te_quant._checks import require_type
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["GroupReference", "all_reduce_sum", "gathered", "overwrite", "sample_rows"]
+__all__ = ["GroupReference", "all_reduce_sum", "gathered", "overwrite", "reshard_owners", "sample_rows"]
 
 
 class GroupReference:
@@ -68,13 +69,15 @@ def sample_rows(rows: Tensor, count: int, generator: torch.Generator | None, gro
         (min(count, total N), C) in random order.
     """
     # Uniform keys: the largest ``count`` keys of the union are a uniform sample, and each rank's own largest
-    # ``count`` are enough to know them.
-    keys = torch.rand(rows.shape[0], generator=generator, device=rows.device, dtype=torch.float64)
+    # ``count`` are enough to know them. Integers, as some devices have no float64; on a CPU these are the very
+    # draws of float64 in [0, 1), times 2^53.
+    keys = torch.empty(rows.shape[0], device=rows.device, dtype=torch.int64)
+    keys.random_(0, 2**53, generator=generator)
     kept = keys.topk(min(count, rows.shape[0])).indices
     keys, rows = keys[kept], rows[kept]
     if group is not None:
         missing = count - keys.shape[0]
-        keys = torch.cat([keys, keys.new_full((missing,), -1.0)])
+        keys = torch.cat([keys, keys.new_full((missing,), -1)])
         rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
         world = dist.get_world_size(group)
         all_keys = [torch.empty_like(keys) for _ in range(world)]
@@ -92,6 +95,21 @@ def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that FSDP2 has sharded, which all ranks must ask for together; any other as it is."""
     # Only DTensor has this method; asking for the class would import a quarter of torch.distributed.
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def reshard_owners(module: nn.Module) -> None:
+    """Let FSDP2 put the parameters of ``module`` back into shards.
+
+    After a pass in evaluation a root keeps whole parameters, and forgets at its next step what was written to them.
+    """
+    # Neither is imported unless something is sharded. A parameter knows nothing of the module that shards it.
+    fsdp, states = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "_composable_state"))
+    if fsdp is None or states is None:
+        return
+    own = set(module.modules())
+    for owner in list(states._module_state_mapping):
+        if isinstance(owner, fsdp.FSDPModule) and not own.isdisjoint(owner.modules()):
+            owner.reshard()
 
 
 @torch.no_grad()

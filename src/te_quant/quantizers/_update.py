@@ -238,7 +238,7 @@ def revive(state: CodebookState, revived: Tensor, fresh: Tensor) -> None:
         state.code_sums.copy_(torch.where(column, weighted, state.code_sums))
 
 
-def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookState) -> None:
+def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookState, learnt: Tensor) -> None:
     """Make ``entries``, which are about to be loaded, fit ``state``.
 
     Statistics that they lack are derived from the codebook, those that ``state`` has no place for are dropped with
@@ -248,9 +248,10 @@ def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookS
         entries: tensors by name, changed in place.
         prefix: of the names that concern this quantizer.
         state: of the quantizer.
+        learnt: the codebook, or what the codes are computed from.
     """
-    anchor = entries.get(f"{prefix}usage" if state.codebook is None else f"{prefix}codebook")
-    if anchor is None or (state.codebook is not None and anchor.shape != state.codebook.shape):
+    anchor = entries.get(f"{prefix}{'basis' if state.codebook is None else 'codebook'}")
+    if anchor is None or anchor.shape != learnt.shape:
         # Nothing of this quantizer, or a misfit that torch will name.
         return
     names = [name for name in state._fields if f"{prefix}{name}" in entries and getattr(state, name) is None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from te_quant._checks import require_generator, require_int, require_number, require_type
 from te_quant._precision import full_precision
 from te_quant.quantizers import _residual_steps
+from te_quant.quantizers._distributed import reshard_owners
 from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import record
@@ -183,6 +184,7 @@ class ResidualVectorQuantizer(Quantizer):
         iterations = require_int("iterations", iterations, 0)
         require_generator(generator)
         _residual_steps.refuse_frozen(self._quantizers, "kmeans_init")
+        reshard_owners(self)
         rows, group = self._counted(latents), self._group.resolve()
         with full_precision(latents.device):
             _residual_steps.start_stages(self._quantizers, rows, iterations, generator, group)
@@ -198,6 +200,7 @@ class ResidualVectorQuantizer(Quantizer):
         threshold = require_number("threshold", threshold, 0.0, 1.0)
         require_generator(generator)
         _residual_steps.refuse_frozen(self._quantizers, "revive_dead_codes")
+        reshard_owners(self)
         rows, group = self._counted(latents), self._group.resolve()
         self.apply_pending()
         with full_precision(latents.device):

@@ -153,7 +153,7 @@ class SimVQ(Quantizer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Where a state does not say what is pending, nothing is."""
-        complete(state_dict, prefix, self._state())
+        complete(state_dict, prefix, self._state(), self.basis)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _remembered(self) -> Iterator[Tensor]:

@@ -28,7 +28,7 @@ from te_quant._recomputation import refuse_redraw
 from te_quant._search import sample_codes, search_codes
 from te_quant._values import require_finite
 from te_quant.functional import orthogonality
-from te_quant.quantizers._distributed import gathered
+from te_quant.quantizers._distributed import gathered, reshard_owners
 from te_quant.quantizers._lifecycle import kmeans, replacements
 from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
@@ -272,6 +272,7 @@ class VectorQuantizer(Quantizer):
         """
         self._refuse_frozen("set_codebook")
         _check_codes(codes, usage, self.num_codes, self.code_dim)
+        reshard_owners(self)
         restart(self._state(), codes, usage)
 
     @torch.no_grad()
@@ -342,7 +343,7 @@ class VectorQuantizer(Quantizer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Derive the statistics that a state lacks; drop those of the other ``codebook_update``."""
-        complete(state_dict, prefix, self._state())
+        complete(state_dict, prefix, self._state(), self.codebook)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
@@ -374,6 +375,7 @@ class VectorQuantizer(Quantizer):
 
     def _counted_rows(self, latents: Tensor, method: str) -> Tensor:
         self._refuse_frozen(method)
+        reshard_owners(self)
         return self._counted(latents)
 
 

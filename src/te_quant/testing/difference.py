@@ -14,6 +14,7 @@ from torch import Tensor
 
 from te_quant._checks import require, require_choice, require_int, require_rank
 from te_quant.equivariance._border import border_distances
+from te_quant.equivariance._float64 import float64
 from te_quant.shifts import PROTOCOLS, Protocol, Shift, align, canvas, crop, roll
 from te_quant.tables import Table, Tabular
 
@@ -202,7 +203,7 @@ def _compare(
         differing += int(unequal.sum())
         area += int(border.expand_as(unequal).sum())
         # Of indices the first difference counts, of values the largest.
-        error = unequal.double() if is_indices else difference.nan_to_num(posinf=1e150).square()
+        error = float64(unequal) if is_indices else difference.nan_to_num(posinf=1e150).square()
         weight += float(error.sum())
         beside += float((error * border).sum())
         most = float(difference.max()) if difference.numel() else 0.0
@@ -219,7 +220,7 @@ def _compare(
             place = (image, *inner)
     require(compared > 0, "shift", "one that leaves positions valid in both", shift)
     # An infinity is no scale: everything would be small beside it.
-    scale = float(reference.double().abs().nan_to_num(nan=0.0, posinf=0.0).max())
+    scale = float(float64(reference).abs().nan_to_num(nan=0.0, posinf=0.0).max())
     return ShiftDifference(
         shift=shift,
         max_error=largest,
@@ -239,7 +240,8 @@ def _compare(
 def _difference(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     # Equal infinities are equal; a NaN equals nothing, not even the same NaN.
     unequal = first != second
-    difference = torch.where(unequal, (first.double() - second.double()).abs(), 0.0)
+    difference = (float64(first) - float64(second)).abs()
+    difference = torch.where(unequal.to(difference.device), difference, 0.0)
     return unequal, difference.nan_to_num(nan=math.inf, posinf=math.inf)
 
 

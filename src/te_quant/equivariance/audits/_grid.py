@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from te_quant.equivariance._border import border_distances
+from te_quant.equivariance._float64 import float64
 from te_quant.shifts import Shift, fourier_shift, roll
 
 __all__ = [
@@ -111,7 +112,7 @@ def error_map(reference: Tensor, moved: Tensor, amount: Amount, inside: Tensor |
     Shape:
         reference, moved: (B, C, h, w). Returns (B, h, w) float64.
     """
-    reference, moved = reference.double(), moved.double()
+    reference, moved = float64(reference), float64(moved)
     steps = [sorted({math.floor(part), math.ceil(part)}) for part in amount]
     errors = [(moved - roll(reference, (dy, dx))).square().sum(1) for dy, dx in product(*steps)]
     if len(errors) == 1:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require
+from te_quant.equivariance._float64 import float64
 from te_quant.equivariance.audits._grid import (
     error_map,
     first_grid,
@@ -106,7 +107,7 @@ class UnitSums:
 
     def add(self, trial: Trial, shifts: tuple[Shift, ...], sub_shifts: tuple[Shift, ...]) -> None:
         """Take in one batch of images with all of its shifted views."""
-        self._add_signal(trial.result[0].double().transpose(0, 1).flatten(1).cpu())
+        self._add_signal(float64(trial.result[0]).transpose(0, 1).flatten(1).cpu())
         images = trial.images
         for view, shift in enumerate((*shifts, *sub_shifts), start=1):
             amount = token_amount(shift, trial.stride_out)

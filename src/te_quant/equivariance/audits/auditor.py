@@ -175,13 +175,12 @@ class _Auditor:
         s = self.stride
         fits = min(self.sides) >= MIN_SIDE * s
         require(fits, "images sides", f"at least {MIN_SIDE} times the stride {s} of the model", self.sides)
-        self.shifts = ((s, 0), (0, s)) if shifts is None else tuple(shifts)
+        self.shifts = ((s, 0), (0, s)) if shifts is None else _pairs(shifts)
         nearest = ((1, 0), (0, 1)) if s > 1 else ()
-        self.sub_shifts = nearest if sub_shifts is None else tuple(sub_shifts)
+        self.sub_shifts = nearest if sub_shifts is None else _pairs(sub_shifts)
         require(len(self.shifts) > 0, "shifts", "at least one", self.shifts)
         limits = [side // MIN_SIDE for side in self.sides]
         for shift in (*self.shifts, *self.sub_shifts):
-            roll(torch.empty(1, 1), shift)  # refuses what is no pair of ints
             require(any(shift), "shifts and sub_stride_shifts", "without the identity", shift)
         for shift in self.shifts:
             expected = f"multiples of the stride {s} within a quarter of the sides {self.sides}"
@@ -274,6 +273,14 @@ class _Auditor:
     def _loses(self, name: str) -> bool:
         row = self._row(name) if name in self.units else None
         return row is None or bool(row.part("border") or row.part("global"))
+
+
+def _pairs(shifts: Iterable[Shift]) -> tuple[Shift, ...]:
+    """Return them as pairs of plain ints, and refuse all else."""
+    pairs = list(shifts)
+    for shift in pairs:
+        roll(torch.empty(1, 1), shift)  # refuses what is no pair of ints
+    return tuple((int(dy), int(dx)) for dy, dx in pairs)
 
 
 def _is_attention(module: nn.Module) -> bool:

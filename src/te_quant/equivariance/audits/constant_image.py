@@ -142,7 +142,7 @@ def constant_image_probe(
     margin = require_int("margin", margin, 0)
     room = min(height, width) - 2 * margin >= 2 * stride
     require(room, "margin", f"one that leaves two periods of {stride} within {(height, width)}", margin)
-    return _measure(output.double().cpu(), stride, margin)
+    return _measure(output.cpu().double(), stride, margin)
 
 
 def _measure(output: Tensor, stride: int, margin: int) -> ConstantImageReport:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require_int
+from te_quant.equivariance._float64 import float64
 
 __all__ = ["NO_INTERVAL", "ImageSums", "Interval", "Resamples", "percentile_place"]
 
@@ -147,7 +148,7 @@ class ImageSums:
             columns: (B,) or (B, m) each, the same in every call.
         """
         parts = [column.unsqueeze(1) if column.ndim == 1 else column for column in columns]
-        rows = torch.cat([part.double() for part in parts], dim=1)
+        rows = torch.cat([float64(part) for part in parts], dim=1)
         self._open = rows if self._open is None else self._open + rows
 
     def close(self) -> None:

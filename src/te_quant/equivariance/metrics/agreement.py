@@ -21,8 +21,14 @@ from te_quant._checks import (
     require_floating,
     require_int,
     require_integer_tensor,
-    require_number,
     require_rank,
+)
+from te_quant.equivariance._data_range import (
+    DEFAULT_RANGE,
+    DataRange,
+    checked_range,
+    ground_and_tau,
+    require_within,
 )
 from te_quant.equivariance._text import UNDEFINED, with_interval
 from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, Interval
@@ -35,6 +41,7 @@ __all__ = [
     "checked_tokens",
     "count_pairs",
     "foreground_tokens",
+    "mark_foreground",
     "tokens_of",
 ]
 
@@ -177,14 +184,23 @@ def count_pairs(first: Tensor, second: Tensor, num_codes: int, mask: Tensor | No
     )
 
 
-def foreground_tokens(images: Tensor, *, stride: int, ground: float = -1.0, tau: float = 0.1) -> Tensor:
+def foreground_tokens(
+    images: Tensor,
+    *,
+    stride: int,
+    ground: float | None = None,
+    tau: float | None = None,
+    data_range: DataRange = DEFAULT_RANGE,
+) -> Tensor:
     """Mark the tokens whose pixel cell shows more than ground.
 
     Args:
-        images: in [-1, 1].
+        images: in ``data_range``.
         stride: s, pixels per token; the cell of token (a, b) is the s x s square at (s·a, s·b).
-        ground: value of the ground, in the unit of ``images``.
-        tau: τ, a cell is foreground when any pixel of any channel differs from the ground by more.
+        ground: value of the ground, in the unit of ``images``. None: the low end of ``data_range``.
+        tau: τ, a cell is foreground when any pixel of any channel differs from the ground by more. None: a
+            twentieth of ``data_range``, which is 0.1 for [-1, 1].
+        data_range: (low, high) of the pixel values.
 
     Shape:
         images: (B, C, H, W), H and W multiples of s. Returns (B, H/s, W/s) bool.
@@ -194,12 +210,23 @@ def foreground_tokens(images: Tensor, *, stride: int, ground: float = -1.0, tau:
         >>> images[0, 0, 3, 0] = 1.0
         >>> foreground_tokens(images, stride=2).tolist()
         [[[False, False], [True, False]]]
+
+    Raises:
+        ValueError: sides, options or values do not fit; values may leave ``data_range`` by a quarter of it.
+        TypeError: the images are not floating point.
     """
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)
+    data_range = checked_range(data_range)
+    ground, tau = ground_and_tau(data_range, ground, tau)
+    if images.numel() > 0:
+        require_within("images", images, data_range)
+    return mark_foreground(images, stride=stride, ground=ground, tau=tau)
+
+
+def mark_foreground(images: Tensor, *, stride: int, ground: float, tau: float) -> Tensor:
+    """Mark the same without looking at the range of the values; see :func:`foreground_tokens`."""
     stride = require_int("stride", stride, 1)
-    ground = require_number("ground", ground)
-    tau = require_number("tau", tau, 0)
     height, width = images.shape[-2:]
     divisible = height % stride == 0 and width % stride == 0
     require(divisible, "images sides", f"multiples of stride={stride}", (height, width))

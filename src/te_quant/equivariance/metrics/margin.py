@@ -24,6 +24,7 @@ from te_quant._checks import (
     require_rank,
 )
 from te_quant._values import require_in_range
+from te_quant.equivariance._float64 import float64
 from te_quant.equivariance._text import with_interval
 from te_quant.equivariance.metrics._bootstrap import (
     NO_INTERVAL,
@@ -150,8 +151,8 @@ def code_margins(latents: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
         indices: c of each vector, its nearest code in L2.
 
     Shape:
-        latents: (N, C). codebook: (K, C). indices: (N,). Returns (N,) float64: negative where another code is
-        nearer than c, inf where there is no other.
+        latents: (N, C). codebook: (K, C). indices: (N,). Returns (N,) float64, on the CPU if the device of the
+        latents has none: negative where another code is nearer than c, inf where there is no other.
 
     Note:
         Exact copies of code c form no wall: whichever of them is chosen by the same rule every time (the lowest
@@ -178,7 +179,8 @@ def code_margins(latents: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
         require_device(name, tensor, codebook.device, "codebook")
     require_in_range("indices", indices, codebook.shape[0], "K")
     # Around the centre of the codes the products below cancel least.
-    exact = codebook.double()
+    exact = float64(codebook)
+    latents, indices = latents.to(exact.device), indices.to(exact.device)
     centre = exact.mean(dim=0)
     codes = exact - centre
     norms = codes.square().sum(dim=1)
@@ -272,8 +274,8 @@ class MarginTally:
         Shape:
             margins, kept: (B, h, w). movement: (B, C, h, w).
         """
-        delta = movement.double().norm(dim=1)
-        certified = delta < margins
+        delta = float64(movement).norm(dim=1)
+        certified, kept = delta < margins, kept.to(margins.device)
         self._sums.add(
             certified.flatten(1).sum(1),
             (certified & ~kept).flatten(1).sum(1),

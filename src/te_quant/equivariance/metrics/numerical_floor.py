@@ -48,7 +48,7 @@ def numerical_floor(
 
     Args:
         tokenize: images -> indices; set your model to evaluation mode first.
-        images: in [-1, 1], as the tokenizer sees them.
+        images: as the tokenizer sees them, in any range.
         num_codes: number of codes, K.
         variants: what to compare with ``tokenize``, by name: another callable, or a batch size at which
             ``tokenize`` is called again. None: ``{"batch of one": 1}``.

@@ -15,13 +15,21 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from te_quant._checks import require, require_floating, require_int, require_number, require_rank
+from te_quant._checks import require, require_floating, require_int, require_rank
+from te_quant.equivariance._data_range import (
+    DEFAULT_RANGE,
+    DataRange,
+    checked_range,
+    ground_and_tau,
+    require_within,
+    warn_of_another_range,
+)
 from te_quant.equivariance.metrics._bootstrap import Resamples
 from te_quant.equivariance.metrics._pair_tally import PairTally
-from te_quant.equivariance.metrics.agreement import Agreement, foreground_tokens, tokens_of
+from te_quant.equivariance.metrics.agreement import Agreement, mark_foreground, tokens_of
 from te_quant.shifts import Shift, place
 
-__all__ = ["place_sprites", "placement_agreement", "placement_offsets", "placement_pairs"]
+__all__ = ["paste_sprites", "place_sprites", "placement_agreement", "placement_offsets", "placement_pairs"]
 
 
 def placement_offsets(canvas_size: int) -> tuple[Shift, ...]:
@@ -38,33 +46,54 @@ def placement_offsets(canvas_size: int) -> tuple[Shift, ...]:
     return (0, 0), (0, half), (half, 0), (half, half), (quarter, quarter)
 
 
-def place_sprites(sprites: Tensor, *, canvas_size: int, stride: int, ground: float = -1.0) -> Tensor:
+def place_sprites(
+    sprites: Tensor,
+    *,
+    canvas_size: int,
+    stride: int,
+    ground: float | None = None,
+    data_range: DataRange = DEFAULT_RANGE,
+) -> Tensor:
     """Paste every sprite at each of the five placements.
 
     Args:
-        sprites: in [-1, 1], half as wide and high as the canvas.
+        sprites: in ``data_range``, half as wide and high as the canvas.
         canvas_size: S in pixels; S/4 must be a multiple of the stride, so that tokens align.
         stride: s, pixels per token.
-        ground: value of the canvas around the sprite.
+        ground: value of the canvas around the sprite. None: the low end of ``data_range``.
+        data_range: (low, high) of the pixel values.
 
     Shape:
         sprites: (B, C, S/2, S/2). Returns (5, B, C, S, S).
 
     Raises:
-        ValueError: S/4 is no multiple of s, or the sprites are not S/2 wide and high.
+        ValueError: S/4 is no multiple of s, the sprites are not S/2 wide and high, or values leave
+            ``data_range`` by more than a quarter of it.
     """
+    _require_placeable(sprites, canvas_size, stride)
+    data_range = checked_range(data_range)
+    ground, _ = ground_and_tau(data_range, ground, None)
+    if sprites.numel() > 0:
+        require_within("sprites", sprites, data_range)
+    return paste_sprites(sprites, canvas_size=canvas_size, ground=ground)
+
+
+def paste_sprites(sprites: Tensor, *, canvas_size: int, ground: float) -> Tensor:
+    """Paste them without looking at sizes and values; see :func:`place_sprites`."""
+    size = (canvas_size, canvas_size)
+    return torch.stack([place(sprites, o, size=size, fill=ground) for o in placement_offsets(canvas_size)])
+
+
+def _require_placeable(sprites: Tensor, canvas_size: int, stride: int) -> None:
     require_rank("sprites", sprites, (4,), "(B, C, S/2, S/2)")
     require_floating("sprites", sprites)
     stride = require_int("stride", stride, 1)
     canvas_size = require_int("canvas_size", canvas_size, 4)
-    ground = require_number("ground", ground)
     aligned = canvas_size % (4 * stride) == 0
     require(aligned, "canvas_size", f"a multiple of 4 * stride = {4 * stride}", canvas_size)
     half = canvas_size // 2
     sides = tuple(sprites.shape[-2:])
     require(sides == (half, half), "sprites", f"of shape (B, C, {half}, {half})", f"shape {tuple(sprites.shape)}")
-    size = (canvas_size, canvas_size)
-    return torch.stack([place(sprites, o, size=size, fill=ground) for o in placement_offsets(canvas_size)])
 
 
 def placement_pairs(indices: Tensor, *, stride: int) -> tuple[Tensor, Tensor]:
@@ -96,8 +125,9 @@ def placement_agreement(
     canvas_size: int,
     stride: int,
     num_codes: int,
-    ground: float = -1.0,
+    ground: float | None = None,
     tau: float | None = None,
+    data_range: DataRange = DEFAULT_RANGE,
     batch_size: int = 64,
     resamples: int = 1000,
     seed: int = 0,
@@ -106,13 +136,15 @@ def placement_agreement(
 
     Args:
         tokenize: images -> indices; set your model to evaluation mode first.
-        sprites: in [-1, 1].
+        sprites: in ``data_range``.
         canvas_size: S in pixels, a multiple of 4·s.
         stride: s, pixels per token.
         num_codes: number of codes, K.
-        ground: value of the canvas around the sprite.
+        ground: value of the canvas around the sprite; a warning says where no sprite contains it. None: the low
+            end of ``data_range``.
         tau: None compares all tokens of the blocks, as the authors do; a number only those whose pixels
             differ from the ground by more.
+        data_range: (low, high) of the pixel values; those clearly outside are refused.
         batch_size: images per call.
         resamples: how often the sprites are resampled for the intervals; 0 for none.
         seed: of the resampling.
@@ -131,14 +163,20 @@ def placement_agreement(
     """
     batch_size = require_int("batch_size", batch_size, 1)
     num_codes = require_int("num_codes", num_codes, 1)
+    data_range = checked_range(data_range)
+    ground, tolerance = ground_and_tau(data_range, ground, tau)
+    _require_placeable(sprites, canvas_size, stride)
     drawn = Resamples(len(sprites), resamples, seed)
+    if sprites.numel() > 0:
+        # The decorator above is one more frame.
+        warn_of_another_range("sprites", sprites, data_range, ground=ground, tau=tolerance, stacklevel=3)
     tally = PairTally(num_codes)
     for batch in torch.split(sprites, batch_size):
-        canvases = place_sprites(batch, canvas_size=canvas_size, stride=stride, ground=ground)
+        canvases = paste_sprites(batch, canvas_size=canvas_size, ground=ground)
         grid = (canvas_size // stride, canvas_size // stride)
         indices = torch.stack([tokens_of(tokenize, placed, grid=grid, num_codes=num_codes) for placed in canvases])
         first, second = placement_pairs(indices, stride=stride)
-        mask = None if tau is None else foreground_tokens(batch, stride=stride, ground=ground, tau=tau)
+        mask = None if tau is None else mark_foreground(batch, stride=stride, ground=ground, tau=tolerance)
         tally.add(first, second, None if mask is None else mask.unsqueeze(1).expand_as(first))
         tally.close()
     return tally.agreement(drawn, symmetric=True)

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from te_quant.equivariance._float64 import float64
 from te_quant.equivariance._text import UNDEFINED, with_interval
 from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, ImageSums, Interval, Resamples
 from te_quant.tables import Table, Tabular
 
-__all__ = ["FeatureTally", "PixelTally", "ShiftError", "psnr"]
-
-# Images live in [-1, 1].
-_PEAK_TO_PEAK = 2.0
+__all__ = ["FeatureTally", "PixelTally", "ShiftError"]
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class FeatureTally:
         Shape:
             expected, actual: (B, D, h, w).
         """
-        z = expected.double()
-        error = (actual.double() - z).square().sum((1, 2, 3))
+        z = float64(expected)
+        error = (float64(actual) - z).square().sum((1, 2, 3))
         tokens = torch.full_like(error, z[0, 0].numel())
         if self._origin is None and z.numel():
             # Any fixed origin gives the same variance; one near the mean keeps it accurate.
@@ -104,10 +102,12 @@ class PixelTally:
     """Sums behind the error of decoded images.
 
     Args:
+        peak: width of the range of the pixel values, for the PSNR.
         pooled: keep only the sums of all images, without intervals.
     """
 
-    def __init__(self, *, pooled: bool = False) -> None:
+    def __init__(self, *, peak: float, pooled: bool = False) -> None:
+        self._peak = peak
         self._sums = ImageSums(pooled=pooled)
 
     def add(self, expected: Tensor, actual: Tensor) -> None:
@@ -116,7 +116,7 @@ class PixelTally:
         Shape:
             expected, actual: (B, C, H, W).
         """
-        difference = (actual.to(expected.device).double() - expected.double()).flatten(1)
+        difference = (float64(actual.to(expected.device)) - float64(expected)).flatten(1)
         counted = torch.full_like(difference[:, :1], difference.shape[1])
         self._sums.add(difference.abs().sum(1), difference.square().sum(1), counted)
 
@@ -132,13 +132,12 @@ class PixelTally:
     def error(self, resamples: Resamples | None) -> ShiftError:
         """Return the PSNR, with its interval unless ``resamples`` is None."""
         total = self._sums.total
-        interval = NO_INTERVAL if resamples is None else resamples.interval_of_sums(self._sums.rows, psnr)
-        return ShiftError(float(psnr(total)), interval, float(total[0, 1] / total[0, 2]))
+        interval = NO_INTERVAL if resamples is None else resamples.interval_of_sums(self._sums.rows, self.psnr)
+        return ShiftError(float(self.psnr(total)), interval, float(total[0, 1] / total[0, 2]))
 
-
-def psnr(sums: Tensor) -> Tensor:
-    """10·log10(2² / mean d²) of the sums of a :class:`PixelTally`, (R, 3) -> (R,)."""
-    return 10 * torch.log10(_PEAK_TO_PEAK**2 * sums[:, 2] / sums[:, 1])
+    def psnr(self, sums: Tensor) -> Tensor:
+        """Return 10·log10(peak² / mean d²) of sums as in :attr:`rows`, (R, 3) -> (R,)."""
+        return 10 * torch.log10(self._peak**2 * sums[:, 2] / sums[:, 1])
 
 
 def _signal_to_error(sums: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
+from te_quant.equivariance._data_range import DEFAULT_RANGE
 from te_quant.equivariance._json import plain
 from te_quant.equivariance.metrics._bootstrap import Interval
 from te_quant.equivariance.metrics.agreement import Agreement
@@ -96,6 +97,9 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         # These two follow from the settings and from how the code use is counted.
         for name in ("num_codes", "frequent_share"):
             del values["code_use"][name]
+        # Reports of images in [-1, 1] stay as they were before the range was an option.
+        if self.settings.data_range == DEFAULT_RANGE:
+            del values["settings"]["data_range"]
         return {"format": FORMAT, **values}
 
     @classmethod
@@ -114,6 +118,7 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         for name in ("shifts", "sub_stride_shifts"):
             settings[name] = tuple(_shift(shift) for shift in settings[name])
         settings["image_size"] = _shift(settings["image_size"])
+        settings["data_range"] = _interval(settings.get("data_range", DEFAULT_RANGE))
         error, margin = data["reconstruction"], data["margin"]
         values: dict[str, Any] = {
             "code_use": CodebookUsageReport(

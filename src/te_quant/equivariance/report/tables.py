@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from te_quant._checks import require
+from te_quant.equivariance._data_range import DEFAULT_RANGE
 from te_quant.equivariance._text import NOT_MEASURED
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import MARGIN_LABELS
@@ -165,9 +166,10 @@ def _conditions(s: EquivarianceSettings, *, intervals: bool = True) -> str:
         sampled = f"in brackets 95 % intervals, {s.resamples:,} resamples of the images"
     if not intervals:
         sampled = "intervals in to_markdown()"
+    values = "" if s.data_range == DEFAULT_RANGE else f"values in {_setting(s.data_range)}, "
     return (
-        f"Protocol `{s.protocol}`, {s.num_images:,} images, {_setting(s.image_size)} pixels, stride {s.stride}, "
-        f"K = {s.num_codes}; {len(s.shifts)} whole-token and {len(s.sub_stride_shifts)} "
+        f"Protocol `{s.protocol}`, {s.num_images:,} images, {values}{_setting(s.image_size)} pixels, "
+        f"stride {s.stride}, K = {s.num_codes}; {len(s.shifts)} whole-token and {len(s.sub_stride_shifts)} "
         f"sub-stride shifts; foreground: more than {s.tau:g} from {s.ground:g}. Code use and reconstruction over "
         f"{s.reference_images}; {sampled}."
     )
@@ -184,4 +186,6 @@ def _setting(value: object) -> str:
         return str(value)
     if value and isinstance(value[0], tuple):
         return " ".join(f"({dy},{dx})" for dy, dx in value)
+    if value and isinstance(value[0], float):
+        return f"[{value[0]:g}, {value[1]:g}]"
     return "x".join(str(side) for side in value)

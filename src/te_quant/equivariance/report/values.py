@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from te_quant.equivariance._data_range import DEFAULT_RANGE, DataRange
 from te_quant.equivariance._text import with_interval
 from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, Interval
 from te_quant.equivariance.metrics.agreement import Agreement
@@ -63,9 +64,10 @@ class ReconstructionError(Tabular):
     """How far decoded images are from the originals, over all pixels of the reference images.
 
     Attributes:
-        l1: mean absolute error, images in [-1, 1].
+        l1: mean absolute error, in the unit of the images.
         mse: mean squared error.
-        psnr: 10·log10(2² / mse) in dB, peak-to-peak range 2; inf for a perfect copy.
+        psnr: 10·log10((high - low)² / mse) in dB of images in ``data_range``, which is 10·log10(2² / mse) for
+            [-1, 1]; inf for a perfect copy.
         l1_interval: 95 % confidence interval (low, high), by percentile bootstrap over the given images.
         mse_interval: the same of the mean squared error.
         psnr_interval: the same of the PSNR.
@@ -108,6 +110,7 @@ class EquivarianceSettings:
         reference_images: the images over which code use and reconstruction error were taken, in words.
         resamples: how often the images were resampled for the intervals.
         seed: of the resampling.
+        data_range: (low, high) of the pixel values.
     """
 
     protocol: Protocol
@@ -122,6 +125,7 @@ class EquivarianceSettings:
     reference_images: str
     resamples: int
     seed: int
+    data_range: DataRange = DEFAULT_RANGE
 
 
 @dataclass(frozen=True)

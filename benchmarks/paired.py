@@ -1,0 +1,203 @@
+"""``python -m benchmarks.paired --before SRC``: the time of a quantizer's step in two versions of the library.
+
+Two processes, one with each version, take turns: before, after, after, before, and so on. What disturbs the
+machine hits both, so the ratio of a pair is worth more than that of two medians. Every size of the quantizer
+benchmark is measured, in evaluation and in training by gradient and by moving averages. Cells that the result file
+holds already are not measured again.
+
+Shape letters: N latents, K codes, C code size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.contest import OURS
+from benchmarks.peers import MODES
+from benchmarks.problem import Problem, Size
+from benchmarks.quantizers import quantizer_contender
+from benchmarks.results import stamp
+from benchmarks.sizes import SIZES
+
+__all__ = ["Worker", "compare", "interval", "main"]
+
+_ROOT = Path(__file__).parent.parent
+_RESAMPLES = 10_000
+# Seconds that a sample should take at least.
+_SAMPLE = 0.1
+
+
+class Interval(NamedTuple):
+    """A geometric mean of ratios with the ends of its 95 % interval."""
+
+    low: float
+    mean: float
+    high: float
+
+
+class Worker:
+    """A process that times calls with one version of the library.
+
+    Args:
+        source: the folder that holds ``te_quant``.
+        threads: of torch.
+    """
+
+    def __init__(self, source: Path, threads: int) -> None:
+        paths = [str(source), str(_ROOT)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.paired", "--worker", "--threads", str(threads)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=_ROOT,
+        )
+
+    def ask(self, **question: object) -> Any:
+        """Send a question and return the answer."""
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("a worker must have pipes, got none.")
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"a worker must answer, got exit status {self.process.wait()}.")
+        return json.loads(answer)
+
+
+@contextmanager
+def workers(sources: Sequence[Path], threads: int) -> Iterator[list[Worker]]:
+    """One for each source, ended afterwards."""
+    started = [Worker(source, threads) for source in sources]
+    try:
+        yield started
+    finally:
+        for worker in started:
+            worker.process.kill()
+            worker.process.wait()
+
+
+def interval(ratios: Sequence[float]) -> Interval:
+    """Return the geometric mean and its bootstrap interval, seeded."""
+    logs = np.log(np.asarray(ratios))
+    picks = np.random.default_rng(0).integers(len(logs), size=(_RESAMPLES, len(logs)))
+    low, high = np.percentile(logs[picks].mean(1), (2.5, 97.5))
+    return Interval(*(math.exp(value) for value in (low, logs.mean(), high)))
+
+
+def compare(pair: Sequence[Worker], mode: str, size: Size, *, budget: float, min_pairs: int) -> dict[str, Any]:
+    """Measure one cell: seconds a call of both versions in each pair, and the interval of after / before."""
+    once = [worker.ask(mode=mode, size=list(size)) for worker in pair]
+    calls = max(1, math.ceil(_SAMPLE / min(once)))
+    pairs: list[tuple[float, float]] = []
+    end = time.monotonic() + budget
+    while len(pairs) < min_pairs or time.monotonic() < end:
+        order = (0, 1) if len(pairs) % 2 == 0 else (1, 0)
+        taken = {place: pair[place].ask(calls=calls) for place in order}
+        pairs.append((taken[0], taken[1]))
+    ratio = interval([after / before for before, after in pairs])
+    before, after = np.median(np.asarray(pairs), axis=0)
+    return {
+        "mode": mode,
+        **size._asdict(),
+        "before_ms": 1e3 * float(before),
+        "after_ms": 1e3 * float(after),
+        "ratio": ratio._asdict(),
+        "pairs": len(pairs),
+        "calls": calls,
+    }
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
+    """Return the cells as a table in Markdown."""
+    lines = ["| step | N | K | C | before, ms | after, ms | after / before |", "|---|---|---|---|---|---|---|"]
+    for cell in cells:
+        ratio = "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**cell["ratio"])
+        sizes = " | ".join(f"{cell[name]:,}" for name in "NKC")
+        times = f"{cell['before_ms']:.3g} | {cell['after_ms']:.3g}"
+        lines.append(f"| {cell['mode']} | {sizes} | {times} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if options.worker:
+        _work(sys.stdin)
+        return 0
+    if options.before is None:
+        print("error: --before must be the folder with the other te_quant, got none.", file=sys.stderr)
+        return 2
+    facts = stamp(device=torch.device("cpu"), grid=options.grid, threads=options.threads, budget=options.budget)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "paired.json"
+    cells: list[dict[str, Any]] = []
+    if path.exists() and not options.fresh:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    measured = {(cell["mode"], Size(cell["N"], cell["K"], cell["C"])) for cell in cells}
+    left = [cell for cell in product(MODES, SIZES[options.grid]) if cell not in measured]
+    with workers([options.before, options.after], options.threads) as pair:
+        for mode, size in tqdm(left, unit="cell", file=sys.stderr):
+            cells.append(compare(pair, mode, size, budget=options.budget, min_pairs=options.min_pairs))
+            report = {"stamp": facts, "label": options.label, "cells": cells}
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (options.out / "paired.md").write_text(table(cells), encoding="utf-8")
+    print(table(cells))
+    return 0
+
+
+def _work(questions: IO[str]) -> None:
+    """Build what a question with ``mode`` describes and answer how long a call takes; then time calls."""
+    call = None
+    for line in questions:
+        question = json.loads(line)
+        if "mode" in question:
+            size = Size(*question["size"])
+            call = quantizer_contender(OURS, question["mode"], Problem(size, torch.device("cpu"))).call
+            call(0)
+        if call is None:
+            raise RuntimeError("the first question must describe a call, got none.")
+        calls = question.get("calls", 1)
+        start = time.perf_counter()
+        for number in range(calls):
+            call(number)
+        print(json.dumps((time.perf_counter() - start) / calls), flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paired", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--before", type=Path, metavar="SRC", help="folder that holds the te_quant to compare with"
+    )
+    parser.add_argument("--after", type=Path, metavar="SRC", default=_ROOT / "src", help="default: this checkout")
+    parser.add_argument("--label", default="", help="what the two versions are, for the result file")
+    parser.add_argument("--grid", choices=tuple(SIZES), default="full")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=10.0, metavar="S", help="seconds for each cell")
+    parser.add_argument("--min-pairs", type=int, default=12, help="pairs for each cell, however long they take")
+    parser.add_argument("--fresh", action="store_true", help="measure every cell again")
+    parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results" / "paired")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

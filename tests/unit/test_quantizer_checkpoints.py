@@ -1,0 +1,323 @@
+"""What quantizers load: checkpoints of any moment, of the other codebook update, of older versions, and codebooks.
+
+Shape letters: K codes, C code size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from te_quant import AutoencoderConfig, ResidualVectorQuantizer, SimVQ, VectorQuantizer, VQAutoencoder
+from tests.unit.module_cases import (
+    CASES,
+    QUANTIZER_CASES,
+    assert_same_bits,
+    fresh,
+    prepared,
+    state_of,
+    training_step,
+)
+
+STEPS = 4
+K, C = 11, 6
+# What a quantizer learns or was built from; everything else in its state is statistics.
+CODES = ("codebook", "coefficients", "basis")
+
+WITH_STATISTICS = [
+    name
+    for name, case in QUANTIZER_CASES.items()
+    if set(case.kinds) & {VectorQuantizer, ResidualVectorQuantizer, SimVQ}
+]
+MOVING = [name for name in WITH_STATISTICS if getattr(fresh(CASES[name]), "codebook_update", None) == "ema"]
+# The penalty moves every code, used or not, and a decay of zero remembers none.
+PLAIN_MOVING = [name for name in MOVING if fresh(CASES[name]).orthogonal_reg == 0 and fresh(CASES[name]).decay > 0]
+
+DROPPED = r"which codebook_update='gradient' has no use for; dropped\.$"
+
+# What differs between the two updates is only the update.
+PAIRS: dict[str, Callable[[str], Any]] = {
+    "l2": lambda update: VectorQuantizer(K, C, codebook_update=update),
+    "cosine": lambda update: VectorQuantizer(K, C, codebook_update=update, metric="cosine"),
+    "penalty": lambda update: VectorQuantizer(K, C, codebook_update=update, orthogonal_reg=10.0),
+    "subset": lambda update: VectorQuantizer(
+        K, C, codebook_update=update, orthogonal_reg=10.0, orthogonal_max_codes=5
+    ),
+    "residual": lambda update: ResidualVectorQuantizer(K, C, 3, codebook_update=update),
+    "residual-shared": lambda update: ResidualVectorQuantizer(
+        K, C, 3, codebook_update=update, shared_codebook=True
+    ),
+}
+
+
+def last(name: str) -> str:
+    """A name in a state dict without the modules before it."""
+    return name.rpartition(".")[2]
+
+
+def codes_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state that is no statistic."""
+    return {name: value for name, value in state.items() if last(name) in CODES}
+
+
+def stages_of(quantizer: nn.Module) -> list[Any]:
+    """The modules that hold a codebook."""
+    return [part for part in quantizer.modules() if isinstance(part, VectorQuantizer | SimVQ)]
+
+
+def trained(build: Callable[[], Any], seed: int = 0, steps: int = 3) -> Any:
+    """A quantizer after a few steps, the last of them still pending."""
+    torch.manual_seed(seed)
+    quantizer = build().train()
+    for step in range(steps):
+        training_step(quantizer, (torch.randn(40, C).requires_grad_(),), seed=seed + step)
+    return quantizer
+
+
+def smoothed(usage: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """Laplace smoothing that keeps the sum, as van den Oord et al. 2017 have it; in float64."""
+    usage = usage.double()
+    return (usage + epsilon) / (usage.sum() + len(usage) * epsilon) * usage.sum()
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
+@pytest.mark.parametrize("name", QUANTIZER_CASES)
+def test_a_checkpoint_of_any_step_gives_the_next_step_bit_for_bit(name: str, step: int) -> None:
+    """Into a quantizer that has been trained on something else."""
+    case = CASES[name]
+    original = prepared(case, steps=step)
+    resumed = fresh(case).train()
+    for other in range(3):
+        training_step(resumed, case.example(50 + other), seed=other)
+    resumed.load_state_dict(state_of(original))
+    for later in (step, step + 1):
+        results = [training_step(module, case.example(later), seed=later) for module in (original, resumed)]
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+        assert_same_bits(state_of(resumed), state_of(original))
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_saving_changes_nothing(name: str) -> None:
+    """A state dict only reads: what is pending stays pending."""
+    case = CASES[name]
+    saved, never = prepared(case), prepared(case)
+    saved.state_dict()
+    results = [training_step(module, case.example(5), seed=5) for module in (saved, never)]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert_same_bits(state_of(saved), state_of(never))
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_pending_statistics_matter(name: str) -> None:
+    """The negative control: a state without them goes on otherwise."""
+    case = CASES[name]
+    whole, part = prepared(case), prepared(case)
+    state = state_of(whole)
+    pending = [key for key in state if "pending" in key]
+    assert pending
+    part.load_state_dict(
+        {key: torch.zeros_like(value) if key in pending else value for key, value in state.items()}
+    )
+    for module in (whole, part):
+        module.apply_pending()
+    kept, lost = state_of(whole), state_of(part)
+    assert any(not torch.equal(kept[key], lost[key]) for key in kept if key not in pending)
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_a_checkpoint_of_an_older_version_has_nothing_pending(name: str) -> None:
+    """It loads as it is, over whatever was pending."""
+    case = CASES[name]
+    old = {key: value for key, value in state_of(prepared(case)).items() if "pending" not in key}
+    quantizer = prepared(case, steps=1)
+    quantizer.load_state_dict(old)
+    assert_same_bits({key: state_of(quantizer)[key] for key in old}, old)
+    quantizer.apply_pending()
+    assert_same_bits({key: state_of(quantizer)[key] for key in old}, old)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_a_codebook_loads_with_statistics_of_a_fresh_one(name: str, strict: bool) -> None:
+    """Each code counts once, with itself as its mean, and nothing is pending."""
+    case = CASES[name]
+    codes = codes_of(state_of(prepared(case)))
+    quantizer = prepared(case, steps=1)
+    quantizer.load_state_dict(codes, strict=strict)
+    loaded = state_of(quantizer)
+    assert_same_bits(codes_of(loaded), codes)
+    for stage in stages_of(quantizer):
+        assert torch.equal(stage.usage, torch.ones_like(stage.usage))
+        if "code_sums" in dict(stage.named_buffers()):
+            torch.testing.assert_close(stage.code_sums, stage.codebook.detach(), rtol=1e-6, atol=1e-7)
+    assert not any(value.any() for key, value in loaded.items() if last(key) in ("pending_counts", "pending_sums"))
+
+
+@pytest.mark.parametrize("name", PLAIN_MOVING)
+def test_a_loaded_codebook_is_not_undone(name: str) -> None:
+    """Codes that a step does not use stay where they are."""
+    case = CASES[name]
+    codes = {key: 10 * value for key, value in codes_of(state_of(prepared(case))).items()}
+    quantizer = prepared(case)
+    quantizer.load_state_dict(codes)
+    results = quantizer(case.example(5)[0][:1, :, :1, :2])
+    quantizer.apply_pending()
+    moved = 0
+    for number, stage in enumerate(stages_of(quantizer)):
+        chosen = results.indices if results.indices.ndim == 3 else results.indices[..., number]
+        if getattr(quantizer, "shared_codebook", False):
+            chosen = results.indices
+        unused = torch.ones(stage.num_codes, dtype=torch.bool).index_fill_(0, chosen[chosen >= 0].flatten(), False)
+        before = list(codes.values())[number]
+        torch.testing.assert_close(stage.codebook.detach()[unused], before[unused], rtol=1e-5, atol=1e-6)
+        moved += not torch.equal(stage.codebook.detach()[~unused], before[~unused])
+    assert moved
+
+
+def test_a_loaded_codebook_moves_as_one_that_was_seen_once() -> None:
+    """The moving average of a code with itself and the latents of the first step, in float64."""
+    codes = torch.randn(K, C)
+    quantizer = trained(lambda: VectorQuantizer(K, C, codebook_update="ema", decay=0.7))
+    quantizer.load_state_dict({"codebook": codes})
+    latents = torch.randn(50, C)
+    indices = quantizer(latents).indices
+    quantizer.apply_pending()
+    counts = torch.bincount(indices, minlength=K).double()
+    sums = torch.zeros(K, C, dtype=torch.float64).index_add_(0, indices, latents.double())
+    usage = 0.7 + 0.3 * counts
+    expected = (0.7 * codes.double() + 0.3 * sums) / smoothed(usage)[:, None]
+    torch.testing.assert_close(quantizer.codebook.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(quantizer.usage.double(), usage, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_gradient_checkpoint_continues_under_moving_averages(pair: str) -> None:
+    """With its usage, and with sums that keep every code where it is."""
+    source = trained(lambda: PAIRS[pair]("gradient"))
+    target = trained(lambda: PAIRS[pair]("ema"), seed=9)
+    target.load_state_dict(state_of(source))
+    for old, new in zip(stages_of(source), stages_of(target), strict=True):
+        assert torch.equal(new.codebook, old.codebook.detach())
+        assert torch.equal(new.usage, old.usage)
+        expected = old.codebook.detach().double() * smoothed(old.usage)[:, None]
+        torch.testing.assert_close(new.code_sums.double(), expected, rtol=1e-5, atol=1e-6)
+    training_step(target, (torch.randn(40, C).requires_grad_(),), seed=3)
+    assert all(torch.isfinite(value).all() for value in state_of(target).values())
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_moving_average_checkpoint_continues_under_gradients(pair: str) -> None:
+    """With its codes and their usage; its sums have no place, which a warning says."""
+    source = trained(lambda: PAIRS[pair]("ema"))
+    target = trained(lambda: PAIRS[pair]("gradient"), seed=9)
+    with pytest.warns(UserWarning, match=DROPPED):
+        target.load_state_dict(state_of(source))
+    for old, new in zip(stages_of(source), stages_of(target), strict=True):
+        assert torch.equal(new.codebook.detach(), old.codebook.detach())
+        assert torch.equal(new.usage, old.usage)
+    assert not [key for key in state_of(target) if "sums" in key]
+    before = codes_of(state_of(target))
+    training_step(target, (torch.randn(40, C).requires_grad_(),), seed=3)
+    after = codes_of(state_of(target))
+    assert all(not torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("updates", [("gradient", "ema"), ("ema", "gradient")])
+def test_a_model_loads_the_checkpoint_of_the_other_update(updates: tuple[str, str]) -> None:
+    """Also where the quantizer is a part of a model."""
+    options = {"base_channels": 4, "channel_multipliers": (1, 2), "norm_groups": 2, "num_codes": 7, "code_dim": 3}
+    source, target = (VQAutoencoder(AutoencoderConfig(**options, codebook_update=update)) for update in updates)
+    source(torch.rand(2, 3, 8, 8))
+    dropped = pytest.warns(UserWarning, match=DROPPED) if updates[1] == "gradient" else contextlib.nullcontext()
+    with dropped:
+        target.load_state_dict(state_of(source))
+    images = torch.rand(2, 3, 8, 8)
+    indices = source.encode_to_indices(images)
+    assert torch.equal(target.encode_to_indices(images), indices)
+    assert torch.equal(target.decode_indices(indices), source.decode_indices(indices))
+
+
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_a_model_loads_a_checkpoint_without_statistics(update: str) -> None:
+    """Of a codebook that another library has trained, for example."""
+    options = {"base_channels": 4, "channel_multipliers": (1, 2), "norm_groups": 2, "num_codes": 7, "code_dim": 3}
+    source, target = (VQAutoencoder(AutoencoderConfig(**options, codebook_update=update)) for _ in range(2))
+    source(torch.rand(2, 3, 8, 8))
+    weights = {
+        key: value
+        for key, value in state_of(source).items()
+        if not key.startswith("quantizer.") or last(key) in CODES
+    }
+    target.load_state_dict(weights)
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(target.encode_to_indices(images), source.encode_to_indices(images))
+    assert torch.equal(target.quantizer.usage, torch.ones(7))
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_a_checkpoint_without_the_codes_is_refused(name: str) -> None:
+    """Statistics are derived from codes, never codes from statistics."""
+    state = state_of(prepared(CASES[name]))
+    key = next(iter(codes_of(state)))
+    del state[key]
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{key}"'):
+        fresh(CASES[name]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_a_checkpoint_with_a_stranger_is_refused(name: str) -> None:
+    """Only what the other update remembers is left out."""
+    state = {**state_of(prepared(CASES[name])), "stranger": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "stranger"'):
+        fresh(CASES[name]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_a_checkpoint_of_another_part_leaves_the_statistics(name: str) -> None:
+    """Loading an encoder must not restart the quantizer behind it."""
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "quantizer": prepared(CASES[name])})
+    before = state_of(model["quantizer"])
+    model.load_state_dict({"encoder.weight": torch.ones(2, 2)}, strict=False)
+    assert_same_bits(state_of(model["quantizer"]), before)
+
+
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_codebook_that_was_set_replaces_what_is_pending(metric: str, update: str) -> None:
+    """Nothing of the earlier codebook comes back."""
+    quantizer = trained(lambda: VectorQuantizer(K, C, codebook_update=update, metric=metric))
+    codes = torch.randn(K, C)
+    quantizer.set_codebook(codes)
+    quantizer.apply_pending()
+    assert torch.equal(quantizer.decode(torch.arange(K)), _decoded(codes, metric, update))
+    assert torch.equal(quantizer.usage, torch.ones(K))
+
+
+def _decoded(codes: Tensor, metric: str, update: str) -> Tensor:
+    other = VectorQuantizer(K, C, codebook_update=update, metric=metric)
+    other.load_state_dict({"codebook": codes}, strict=False)
+    return other.decode(torch.arange(K)).detach()
+
+
+@pytest.mark.parametrize("usage", [None, torch.linspace(0.5, 100.0, K)], ids=["once", "given"])
+def test_a_codebook_that_was_set_moves_as_its_usage_says(usage: Tensor | None) -> None:
+    """The moving average of the codes, each with its usage, and the latents of the first step; in float64."""
+    quantizer = trained(lambda: VectorQuantizer(K, C, codebook_update="ema", decay=0.7))
+    codes = torch.randn(K, C)
+    quantizer.set_codebook(codes, usage=usage)
+    latents = torch.randn(50, C)
+    indices = quantizer(latents).indices
+    quantizer.apply_pending()
+    before = torch.ones(K) if usage is None else usage
+    counts = torch.bincount(indices, minlength=K).double()
+    sums = torch.zeros(K, C, dtype=torch.float64).index_add_(0, indices, latents.double())
+    after = 0.7 * before.double() + 0.3 * counts
+    expected = (0.7 * codes.double() * smoothed(before)[:, None] + 0.3 * sums) / smoothed(after)[:, None]
+    torch.testing.assert_close(quantizer.codebook.detach().double(), expected, rtol=1e-5, atol=1e-6)
