@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_quant._tracing import in_transform
+from te_quant._execution import in_transform
 
 __all__ = ["constant"]
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from te_quant._tracing import is_exporting, wants_plain
+from te_quant._execution import is_exporting, wants_plain
 
 __all__ = [
     "AUTOCAST_DEVICES",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_quant._tracing import in_transform, is_exporting
+from te_quant._execution import in_transform, is_exporting
 
 __all__ = ["require_finite", "require_in_range"]
 

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_quant._band_limit import resample_by_products
 from te_quant._checks import require, require_choice, require_floating, require_int, require_rank, require_type
 from te_quant._constants import constant
-from te_quant._padding import pad_borders
-from te_quant._tracing import is_exporting
+from te_quant._execution import is_exporting
+from te_quant._pixels import pad_borders, resample_by_products
 
 __all__ = ["PADDING_MODES", "Margins", "PaddingMode", "binomial_kernel", "filter2d", "fourier_resample", "pad2d"]
 

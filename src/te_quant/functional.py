@@ -20,9 +20,9 @@ from te_quant._checks import (
     require_number,
     require_rank,
 )
+from te_quant._execution import in_transform, is_exporting
 from te_quant._precision import full_precision, widen
 from te_quant._search import sample_codes, search_codes
-from te_quant._tracing import in_transform, is_exporting
 
 __all__ = ["nearest_code", "orthogonality", "perplexity", "rotation_trick", "straight_through"]
 

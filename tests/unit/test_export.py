@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from te_quant import FSQ, LFQ, AutoencoderConfig, ResidualVectorQuantizer, SimVQ, VectorQuantizer, VQAutoencoder
-from te_quant._band_limit import resample_by_products
+from te_quant._pixels.band_limit import resample_by_products
 from te_quant.filters import fourier_resample
 from te_quant.gpt import GPT, GPTConfig, KeyValueCache, Segment
 from te_quant.quantizers import Quantizer

@@ -26,12 +26,12 @@ import os
 import torch
 from torch import Tensor
 
+from te_quant._execution import wants_plain
 from te_quant._search import tiles
 from te_quant._search.grouped import grouped_argmin
 from te_quant._search.plain import plain_search
 from te_quant._search.ties import first_of_equals
 from te_quant._search.tiled import tiled_argmin
-from te_quant._tracing import wants_plain
 
 __all__ = ["FUSED", "sample_codes", "search_codes"]
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from te_quant._execution import is_exporting
 from te_quant._precision import full_precision, widen
-from te_quant._tracing import is_exporting
 from te_quant.gpt.config import GPTConfig, Segment
 
 __all__ = ["INITIAL_STD", "Block", "SegmentEnds"]

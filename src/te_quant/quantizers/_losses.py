@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from te_quant._tracing import in_transform
+from te_quant._execution import in_transform
 from te_quant.functional import rotation_trick, straight_through
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers.base import Losses

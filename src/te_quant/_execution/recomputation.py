@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from te_quant._tracing import in_transform
+from te_quant._execution.modes import in_transform
 
 __all__ = ["between_steps", "refuse_redraw"]
 
