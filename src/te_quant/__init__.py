@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# These three register all operators of the library, so that a saved graph of them can be loaded after this import.
-from te_quant import _recomputation as _recomputation
+from te_quant import _execution as _execution
 from te_quant import _values as _values
 from te_quant import functional as functional
+
+# These three register all operators of the library, so that a saved graph of them can be loaded after this import.
 from te_quant._version import __version__ as __version__
 
 if TYPE_CHECKING:

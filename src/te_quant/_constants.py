@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_quant._execution import in_transform
+
 __all__ = ["constant"]
 
 
@@ -41,7 +43,7 @@ def _traced() -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or in_transform()
     )
 
 

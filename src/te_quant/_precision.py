@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from te_quant._execution import is_exporting, wants_plain
+
 __all__ = [
     "AUTOCAST_DEVICES",
     "HALF",
-    "as_factor",
     "full_precision",
     "is_autocast",
     "unit_rows",
@@ -34,7 +35,7 @@ _library.define("unit_rows(Tensor rows) -> Tensor", tags=(torch.Tag.pt2_complian
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off: distances and means need float32."""
-    if device.type in AUTOCAST_DEVICES:
+    if is_autocast(device) or (device.type in AUTOCAST_DEVICES and not is_exporting()):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -42,22 +43,6 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 def is_autocast(device: torch.device) -> bool:
     """Whether autocast is on for ``device``."""
     return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
-
-
-def as_factor(number: float, like: Tensor) -> Tensor | float:
-    """In a compiled graph a tensor (), so that another number needs no other graph; in eager code ``number``.
-
-    A compiler takes a number that changes from call to call as an input only where it is multiplied with or added
-    to a tensor. Any other use, such as the weight of ``lerp`` or the argument of an operator, would make a graph
-    for each value.
-
-    Args:
-        number: an option that may change from step to step.
-        like: gives the device, and the dtype in which the number is multiplied.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ones((), dtype=like.dtype, device=like.device) * number
-    return number
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -82,6 +67,10 @@ def unit_rows(rows: Tensor) -> Tensor:
     One operator for eager and compiled code, since a compiler may round the division otherwise, and codes have to
     be the same bits in both.
     """
+    if wants_plain():
+        lengths = _lengths(rows)
+        # Forward the same, backward the zero of the operator where the length is as good as zero.
+        return torch.where(lengths > _shortest(rows.dtype), rows, rows.detach()) / lengths
     result: Tensor = torch.ops.te_quant.unit_rows(rows)
     return result
 
@@ -93,7 +82,11 @@ def _unit_rows(rows: Tensor) -> Tensor:
 def _lengths(rows: Tensor) -> Tensor:
     # Where the length is not a number that one can divide by, the row is as good as zero.
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return lengths.clamp_min(torch.finfo(rows.dtype).tiny ** 0.5)
+    return lengths.clamp_min(_shortest(rows.dtype))
+
+
+def _shortest(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).tiny ** 0.5)
 
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -104,7 +97,7 @@ def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], outp
 def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
     lengths, units = ctx.saved_tensors  # type: ignore[attr-defined]
     across = (gradient - (gradient * units).sum(-1, keepdim=True) * units) / lengths
-    return torch.where(lengths > torch.finfo(units.dtype).tiny ** 0.5, across, 0.0)
+    return torch.where(lengths > _shortest(units.dtype), across, 0.0)
 
 
 _library.impl("unit_rows", _unit_rows, "CompositeExplicitAutograd")

@@ -7,8 +7,13 @@ error is the same in both worlds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from te_quant._execution import in_transform, is_exporting
 
 __all__ = ["require_finite", "require_in_range"]
 
@@ -22,7 +27,9 @@ _library.define(
 
 def require_finite(name: str, tensor: Tensor) -> Tensor:
     """Refuse NaN and infinities. Reads the values: waits for the device. Carries no gradient."""
-    if torch.compiler.is_compiling():
+    if is_exporting():
+        return tensor.detach()
+    if torch.compiler.is_compiling() or in_transform():
         checked: Tensor = torch.ops.te_quant.check_finite(tensor.detach(), name)
         return checked
     _refuse_nonfinite(tensor, name)
@@ -31,7 +38,9 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
 
 def require_in_range(name: str, tensor: Tensor, stop: int, stop_name: str, start: int = 0) -> Tensor:
     """Refuse integers outside ``[start, stop)``. Reads the values: waits for the device."""
-    if torch.compiler.is_compiling():
+    if is_exporting():
+        return tensor
+    if torch.compiler.is_compiling() or in_transform():
         checked: Tensor = torch.ops.te_quant.check_range(tensor, name, stop, stop_name, start)
         return checked
     _refuse_outside(tensor, name, stop, stop_name, start)
@@ -67,6 +76,17 @@ def _check_range(values: Tensor, name: str, stop: int, stop_name: str, start: in
     return values.clone()
 
 
+def _batched(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int | None]]:
+    """The rule of an operator under ``vmap``: the samples are looked at together."""
+
+    def rule(
+        _: object, in_dims: tuple[int | None, ...], values: Tensor, *options: Any
+    ) -> tuple[Tensor, int | None]:
+        return operator(values, *options), in_dims[0]
+
+    return rule
+
+
 def _same(values: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty_like(values)
 
@@ -75,3 +95,6 @@ _library.impl("check_finite", _check_finite, "CompositeExplicitAutograd")
 _library.impl("check_range", _check_range, "CompositeExplicitAutograd")
 torch.library.register_fake("te_quant::check_finite", _same, lib=_library)
 torch.library.register_fake("te_quant::check_range", _same, lib=_library)
+for _name in ("check_finite", "check_range"):
+    _operator = getattr(torch.ops.te_quant, _name)
+    torch.library.register_vmap(f"te_quant::{_name}", _batched(_operator), lib=_library)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from te_quant._checks import require, require_choice, require_floating, require_int, require_rank, require_type
 from te_quant._constants import constant
-from te_quant._padding import pad_borders
+from te_quant._execution import is_exporting
+from te_quant._pixels import pad_borders, resample_by_products
 
 __all__ = ["PADDING_MODES", "Margins", "PaddingMode", "binomial_kernel", "filter2d", "fourier_resample", "pad2d"]
 
@@ -232,6 +233,8 @@ def fourier_resample(images: Tensor, size: tuple[int, int]) -> Tensor:
     require_floating("images", images)
     require_type("size", size, (tuple, list), "a pair of ints")
     require(len(size) == 2, "size", "a pair (height, width)", size)
+    if is_exporting():
+        return resample_by_products(images, size)
     height, width = require_int("size[0]", size[0], 1), require_int("size[1]", size[1], 1)
     sides = images.shape[2:]
     require(sides[0] > 0 and sides[1] > 0, "images sides", "at least 1", f"shape {tuple(images.shape)}")

@@ -20,6 +20,7 @@ from te_quant._checks import (
     require_number,
     require_rank,
 )
+from te_quant._execution import in_transform, is_exporting
 from te_quant._precision import full_precision, widen
 from te_quant._search import sample_codes, search_codes
 
@@ -90,6 +91,10 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
         image than the one trained on, and is NaN where z is not finite.
     """
     _require_same_shape(latents, codes)
+    if is_exporting() or (torch.compiler.is_compiling() and in_transform()):
+        # Adding zero leaves the codes as they are, and a gradient has its path.
+        path = latents - latents.detach()
+        return codes.detach() + torch.where(latents.isfinite(), path, 0.0)
     # A compiler traces no Function that has forward derivatives, and an operator has none.
     if torch.compiler.is_compiling():
         traced: Tensor = torch.ops.te_quant.straight_through(latents, codes)
@@ -147,19 +152,20 @@ def rotation_trick(latents: Tensor, codes: Tensor) -> Tensor:
     Source: Fifty et al. 2024, arXiv:2410.06424, Eq. 3 and 4, with the rotation held constant.
     """
     _require_same_shape(latents, codes)
-    with torch.no_grad():
-        latent_norm = latents.norm(dim=-1, keepdim=True)
-        code_norm = codes.norm(dim=-1, keepdim=True)
-        tiny = torch.finfo(latents.dtype).tiny ** 0.5
-        unit_latents = latents / latent_norm.clamp_min(tiny)
-        unit_codes = codes / code_norm.clamp_min(tiny)
-        halfway = unit_latents + unit_codes
-        halfway_norm = halfway.norm(dim=-1, keepdim=True)
-        # Below this the half-way vector is rounding error, not a direction.
-        flat = torch.finfo(latents.dtype).eps ** 0.5
-        defined = (latent_norm > tiny) & (code_norm > tiny) & (halfway_norm > flat)
-        halfway = halfway / halfway_norm.clamp_min(tiny)
-        scale = code_norm / latent_norm.clamp_min(tiny)
+    # Detached, since no_grad would stop the derivatives backward only, not those forward.
+    fixed_latents, fixed_codes = latents.detach(), codes.detach()
+    latent_norm = fixed_latents.norm(dim=-1, keepdim=True)
+    code_norm = fixed_codes.norm(dim=-1, keepdim=True)
+    tiny = torch.finfo(latents.dtype).tiny ** 0.5
+    unit_latents = fixed_latents / latent_norm.clamp_min(tiny)
+    unit_codes = fixed_codes / code_norm.clamp_min(tiny)
+    halfway = unit_latents + unit_codes
+    halfway_norm = halfway.norm(dim=-1, keepdim=True)
+    # Below this the half-way vector is rounding error, not a direction.
+    flat = torch.finfo(latents.dtype).eps ** 0.5
+    defined = (latent_norm > tiny) & (code_norm > tiny) & (halfway_norm > flat)
+    halfway = halfway / halfway_norm.clamp_min(tiny)
+    scale = code_norm / latent_norm.clamp_min(tiny)
     reflected = latents - 2 * (latents * halfway).sum(-1, keepdim=True) * halfway
     rotated = scale * (reflected + 2 * (latents * unit_latents).sum(-1, keepdim=True) * unit_codes)
     return straight_through(torch.where(defined, rotated, latents), codes)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from te_quant import Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer, _recomputation
+from te_quant import Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
+from te_quant._execution import recomputation
 from te_quant.quantizers import _residual_steps
 from tests.helpers import exactly
 from tests.unit.quantizer_cases import QUANTIZERS, latents_for, state_of
@@ -100,7 +101,7 @@ def test_a_second_pass_that_counts_is_found(name: str, monkeypatch: pytest.Monke
     """Negative control: without looking where it runs, a quantizer counts twice, and moves in between."""
     plain = build(name)
     expected = train(plain, plain)
-    monkeypatch.setattr(_recomputation, "_in_backward", lambda: False)
+    monkeypatch.setattr(recomputation, "_in_backward", lambda: False)
     checkpointed = build(name)
     found = train(checkpointed, lambda latents: checkpoint(checkpointed, latents, use_reentrant=False))
     assert not same(expected, found)

@@ -335,7 +335,7 @@ def test_operators_are_well_registered(copies: bool) -> None:
     torch.library.opcheck(torch.ops.te_quant.search_codes, (latents, codebook))
     torch.library.opcheck(
         torch.ops.te_quant.sample_codes,
-        (latents, codebook, 0.5, None),
+        (latents, codebook, torch.tensor(0.5, dtype=torch.float64), None),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

@@ -15,7 +15,8 @@ A CPU searches by groups of codes (:mod:`te_quant._search.grouped`) unless one t
 accelerator minimises whole tiles (:mod:`te_quant._search.tiled`), or does everything in one kernel where
 :data:`FUSED` asks for it (:mod:`te_quant._search.fused`).
 
-A compiled graph holds one opaque node whatever N is.
+A compiled graph holds one opaque node whatever N is. An exported graph, and a function transform, compute all
+N x K scores at once (:mod:`te_quant._search.plain`).
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ import os
 import torch
 from torch import Tensor
 
+from te_quant._execution import wants_plain
 from te_quant._search import tiles
 from te_quant._search.grouped import grouped_argmin
+from te_quant._search.plain import plain_search
 from te_quant._search.ties import first_of_equals
 from te_quant._search.tiled import tiled_argmin
 
@@ -48,6 +51,8 @@ _library.define(
 
 def search_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of the code nearest to each row of ``latents``: (N, C), (K, C) -> (N,) int64."""
+    if wants_plain():
+        return plain_search(latents.detach(), codebook.detach())
     result: Tensor = torch.ops.te_quant.search_codes(latents.detach(), codebook.detach())
     return result
 
@@ -56,8 +61,10 @@ def sample_codes(
     latents: Tensor, codebook: Tensor, temperature: float, generator: torch.Generator | None = None
 ) -> Tensor:
     """Draw a code for each row with probability ∝ exp(-‖z - e‖² / (2 · temperature)): -> (N,) int64."""
-    # A number of an operator would be compiled into the graph, and every other temperature into another one. On the
-    # CPU, where reading it waits for no device.
+    if wants_plain():
+        return plain_search(latents.detach(), codebook.detach(), temperature, generator)
+    # A tensor, because a compiler would make another graph for every number given to an operator. On the CPU,
+    # where reading it waits for no device.
     scale = torch.ones((), dtype=torch.float64, device="cpu") * temperature
     result: Tensor = torch.ops.te_quant.sample_codes(latents.detach(), codebook.detach(), scale, generator)
     return result

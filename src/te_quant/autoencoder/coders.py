@@ -133,7 +133,7 @@ class Encoder(nn.Module):
                 hidden, phase = hidden
                 phases.append(phase)
         latents = in_format_of(images, hidden)
-        shape = (len(images), len(self.levels) - 1, 2)
+        shape = (images.shape[0], len(self.levels) - 1, 2)
         chosen = torch.stack(phases, 1) if phases else torch.zeros(shape, dtype=torch.int64, device=images.device)
         return Encoding(latents, chosen) if return_phases else latents
 
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
         return images
 
     def _phases(self, codes: Tensor, phases: Tensor | None) -> Tensor:
-        batch, count = len(codes), len(self.levels) - 1
+        batch, count = codes.shape[0], len(self.levels) - 1
         if phases is None:
             return torch.zeros((batch, count, 2), dtype=torch.int64, device=codes.device)
         require_rank("phases", phases, (3,), f"(B, {count}, 2)")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from te_quant._execution import is_exporting
 from te_quant._precision import full_precision, widen
 from te_quant.gpt.config import GPTConfig, Segment
 
@@ -61,6 +62,10 @@ class SegmentEnds(nn.Module):
             return self.positions[first:last]
         # Only the rows of the grid that are asked for: in generation that is one.
         side = self.segment.shape[1]
+        if is_exporting():
+            # For a symbolic column, of which nothing says how many rows of the grid it spans.
+            places = torch.arange(first, last, device=self.rows.device)
+            return F.embedding(places // side, self.rows) + F.embedding(places % side, self.columns)
         top, bottom = first // side, (last - 1) // side + 1
         grid = (self.rows[top:bottom, None] + self.columns).flatten(0, 1)
         return grid[first - top * side : last - top * side]
@@ -109,7 +114,7 @@ class Block(nn.Module):
                 attn_mask=visible,
                 dropout_p=dropout,
                 # It would align the first query with the first key, which is right only if nothing is past.
-                is_causal=visible is None and past == 0,
+                is_causal=visible is None and not past,
             )
         mixed = mixed.to(packed.dtype).transpose(1, 2).reshape(B, t, D)
         stream = stream + F.dropout(self.out(mixed), dropout, self.training)

@@ -210,9 +210,8 @@ class GPT(nn.Module):
             tokens = torch.empty(cache.batch, 0, dtype=torch.int64, device=self.start.device)
         tokens = self._checked_next(tokens, cache)
         length, end = cache.length + tokens.shape[1], cache.layout.length
-        require(
-            length < end, "cache", f"short of the end of its order, {end} tokens", f"{length} with the new ones"
-        )
+        if length >= end:
+            require(False, "cache", f"short of the end of its order, {end} tokens", f"{length} with the new ones")
         self._extend(cache, tokens)
         return self._logits(cache.layout, cache.state, length).squeeze(1)
 

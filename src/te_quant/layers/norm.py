@@ -40,7 +40,8 @@ def group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
     channels = require_int("channels", channels, 1)
     norm_groups = require_int("norm_groups", norm_groups, 1)
     require(channels % norm_groups == 0, "norm_groups", f"a divisor of channels={channels}", norm_groups)
-    return nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+    # A config marks its default by a subclass of int, which no symbolic size can be divided by.
+    return nn.GroupNorm(int(norm_groups), channels, eps=NORM_EPS)
 
 
 class ChannelNorm(nn.Module):

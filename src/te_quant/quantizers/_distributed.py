@@ -100,7 +100,7 @@ def gathered(tensor: Tensor) -> Tensor:
 def reshard_owners(module: nn.Module) -> None:
     """Let FSDP2 put the parameters of ``module`` back into shards.
 
-    After a pass in evaluation a root keeps whole parameters, and forgets at its next step what was written to them.
+    After a pass in evaluation a root keeps whole parameters, and its next step forgets what was written to them.
     """
     # Neither is imported unless something is sharded. A parameter knows nothing of the module that shards it.
     fsdp, states = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "_composable_state"))

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from te_quant._execution import in_transform
 from te_quant.functional import rotation_trick, straight_through
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers.base import Losses
@@ -49,7 +50,7 @@ def distance_losses(rows: Rows, codes: Tensor, commitment_weight: float, *, code
     counted = vectors.shape[0] if rows.weights is None else rows.weights.sum()
     # An empty batch has a loss of zero, not of 0/0.
     size = counted * vectors.shape[1] + (counted == 0)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or in_transform():
         weights = vectors.new_ones(()) if rows.weights is None else rows.weights
         commitment = (weights * (vectors - codes.detach()).square()).sum() / size
         codebook = (weights * (vectors.detach() - codes).square()).sum() / size

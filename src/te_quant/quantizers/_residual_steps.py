@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_quant._recomputation import refuse_redraw
+from te_quant._execution import refuse_redraw
 from te_quant._search import search_codes
 from te_quant.functional import orthogonality
 from te_quant.quantizers._lifecycle import kmeans, replacements

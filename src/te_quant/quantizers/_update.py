@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from te_quant._execution import refuse_redraw
 from te_quant._precision import widen
-from te_quant._recomputation import refuse_redraw
 from te_quant.quantizers._distributed import all_reduce_sum, gathered, overwrite
 from te_quant.quantizers._penalized_means import penalized_means, smoothed
 from te_quant.quantizers._rows import Rows

@@ -25,8 +25,8 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
+from te_quant._execution import between_steps
 from te_quant._precision import HALF, full_precision, wide_buffers
-from te_quant._recomputation import between_steps
 from te_quant._values import require_in_range
 from te_quant.functional import straight_through
 from te_quant.quantizers._distributed import GroupReference

@@ -122,8 +122,7 @@ class LFQ(TensorFreeQuantizer):
 
     def look_up(self, indices: Tensor) -> Tensor:
         """Return the corners of ``indices``."""
-        places = torch.arange(self.code_dim, device=indices.device)
-        return self._codes((indices.unsqueeze(-1) >> places) & 1)
+        return self._codes(indices.unsqueeze(-1) // self._place_values(indices) % 2)
 
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
         """Quantize; only the entropy terms of several processes differ between training and evaluation."""
@@ -150,7 +149,11 @@ class LFQ(TensorFreeQuantizer):
 
     def _pack(self, bits: Tensor) -> Tensor:
         """(N, C) -> (N,)."""
-        return (bits.long() << torch.arange(self.code_dim, device=bits.device)).sum(1)
+        return (bits.long() * self._place_values(bits)).sum(1)
+
+    def _place_values(self, like: Tensor) -> Tensor:
+        """What each bit adds to the index, (C,) int64 where ``like`` is; ONNX has no bit shifts of int64."""
+        return constant(_powers, self.code_dim, dtype=torch.int64, device=like.device)
 
     def _penalty(self, rows: Rows) -> Tensor:
         # ‖z - c‖² is -2·z·c and a constant, so exp(-‖z - c‖² / 2T) ∝ exp(z·c / T).
@@ -162,6 +165,10 @@ class LFQ(TensorFreeQuantizer):
             missing = [missing_entropy(part, rows.weights, group) for part in parts]
             penalty = penalty + self.diversity_weight * torch.stack(missing).sum()
         return self.entropy_weight * penalty
+
+
+def _powers(count: int) -> list[int]:
+    return [2**place for place in range(count)]
 
 
 def _below() -> float:

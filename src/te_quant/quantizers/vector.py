@@ -23,8 +23,8 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
+from te_quant._execution import refuse_redraw
 from te_quant._precision import full_precision, unit_rows, widen
-from te_quant._recomputation import refuse_redraw
 from te_quant._search import sample_codes, search_codes
 from te_quant._values import require_finite
 from te_quant.functional import orthogonality

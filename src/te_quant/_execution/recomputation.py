@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from te_quant._execution.modes import in_transform
+
 __all__ = ["between_steps", "refuse_redraw"]
 
 _library = torch.library.Library("te_quant", "FRAGMENT")
@@ -24,7 +26,7 @@ _library.define("refuse_redraw(Tensor drawn) -> Tensor", tags=(torch.Tag.pt2_com
 def between_steps(buffers: Iterable[Tensor], change: Callable[[], None]) -> None:
     """Run ``change``, which changes ``buffers`` in place, unless autograd or torch.func repeats a forward pass."""
     if not torch.compiler.is_compiling():
-        if not _in_backward() and not _in_transform():
+        if not _in_backward() and not in_transform():
             change()
         return
     # One graph serves both passes, so what it changed is taken back where the pass turns out to be the second.
@@ -50,10 +52,6 @@ def refuse_redraw(drawn: Tensor, generator: torch.Generator | None) -> Tensor:
 def _in_backward() -> bool:
     # Hooks, version counters and attributes were tried too: none holds in every nesting of checkpoint and compile.
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _in_transform() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _recomputing(anchor: Tensor) -> Tensor:

@@ -1,0 +1,6 @@
+"""Who runs the code, and whether it runs a second time."""
+
+from te_quant._execution.modes import in_transform, is_exporting, wants_plain
+from te_quant._execution.recomputation import between_steps, refuse_redraw
+
+__all__ = ["between_steps", "in_transform", "is_exporting", "refuse_redraw", "wants_plain"]
