@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
 
+from te_quant import ResidualVectorQuantizer, VectorQuantizer
 from tests.distributed.collectives import COUNTED, EVENTS, collectives, collectives_table, group_of_two
 
 # Counts and sums in one all-reduce, of all steps of a residual quantizer together. The scores that draw the codes
@@ -51,6 +55,19 @@ def test_collectives_of_a_training_step(name: str) -> None:
 def test_nothing_else_runs_a_collective(name: str, event: str) -> None:
     """Processes may evaluate, save and move the codebook at different times."""
     assert collectives(COUNTED[name], event) == 0
+
+
+@pytest.mark.usefixtures("_grouped")
+@pytest.mark.parametrize(("stages", "build"), [(1, VectorQuantizer), (3, ResidualVectorQuantizer)])
+def test_collectives_of_k_means_and_revival(stages: int, build: Any) -> None:
+    """Keys and rows to draw from, then counts and sums per iteration; each codebook for itself."""
+    quantizer = build(5, 4, **({} if stages == 1 else {"num_quantizers": stages}))
+    with CommDebugMode() as counter:
+        quantizer.kmeans_init(torch.randn(20, 4), iterations=3)
+    assert counter.get_total_counts() == stages * (2 + 2 * 3)
+    with CommDebugMode() as counter:
+        quantizer.revive_dead_codes(torch.randn(20, 4))
+    assert counter.get_total_counts() == stages * 2
 
 
 def test_the_docs_have_the_table() -> None:
