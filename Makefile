@@ -21,16 +21,16 @@ demo: $(VENV)/.examples.installed
 test: $(VENV)/.test.installed
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# With the tests marked slow: less than 12 minutes.
-test-all: $(VENV)/.test.installed
+# With the tests marked slow, some of which need the extra integrations, a part of dev: less than 12 minutes.
+test-all: $(VENV)/.dev.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long"
 
 # Those marked long, which test-all leaves out.
-test-long: $(VENV)/.test.installed
+test-long: $(VENV)/.dev.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m long
 
 # test-all, measured: half as long again.
-coverage: $(VENV)/.test.installed
+coverage: $(VENV)/.dev.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long" --cov --cov-report=term
 
 lint: $(VENV)/.dev.installed

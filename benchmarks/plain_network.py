@@ -202,8 +202,9 @@ class PlainAutoencoder(nn.Module):
 
 
 def load_weights(plain: PlainAutoencoder, library: nn.Module) -> None:
-    """Copy the weights of a :class:`te_quant.VQAutoencoder`; all but the usage counts must fit."""
-    state = {name: tensor for name, tensor in library.state_dict().items() if name != "quantizer.usage"}
+    """Copy the weights of a :class:`te_quant.VQAutoencoder`; all but the counts must fit."""
+    counts = ("quantizer.usage", "quantizer.pending_counts")
+    state = {name: tensor for name, tensor in library.state_dict().items() if name not in counts}
     plain.load_state_dict(state)
 
 

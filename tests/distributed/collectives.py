@@ -34,6 +34,12 @@ COUNTED: dict[str, Callable[[], Quantizer]] = {
     "VectorQuantizer, ema, orthogonal_max_codes": lambda: VectorQuantizer(
         K, C, orthogonal_reg=10.0, orthogonal_max_codes=4, codebook_update="ema"
     ),
+    "VectorQuantizer, gradient, orthogonal_active_only": lambda: VectorQuantizer(
+        K, C, orthogonal_reg=10.0, orthogonal_active_only=True
+    ),
+    "VectorQuantizer, ema, orthogonal_active_only": lambda: VectorQuantizer(
+        K, C, orthogonal_reg=10.0, orthogonal_active_only=True, codebook_update="ema"
+    ),
     "ResidualVectorQuantizer, gradient": lambda: ResidualVectorQuantizer(K, C, Q),
     "ResidualVectorQuantizer, ema": lambda: ResidualVectorQuantizer(K, C, Q, codebook_update="ema"),
     "ResidualVectorQuantizer, ema, shared_codebook": lambda: ResidualVectorQuantizer(

@@ -228,6 +228,18 @@ def test_the_codebook_stands_still_inside_a_block() -> None:
     assert quantizer.pending_counts.sum() == 50
 
 
+def test_validation_does_not_split_a_block() -> None:
+    """eval() inside a block applies nothing; the block stays one update."""
+    quantizer = VectorQuantizer(11, 6, codebook_update="ema", decay=0.5)
+    before = quantizer.codebook.clone()
+    with quantizer.accumulate():
+        quantizer(torch.randn(50, 6))
+        quantizer.eval()(torch.randn(50, 6))
+        quantizer.train()(torch.randn(50, 6))
+        assert torch.equal(quantizer.codebook, before)
+    assert quantizer.pending_counts.sum() == 100
+
+
 def test_a_block_that_fails_is_over() -> None:
     """After an exception the next pass moves what was recorded."""
     quantizer = VectorQuantizer(11, 6, codebook_update="ema")

@@ -1,7 +1,8 @@
 """The examples of the docstrings and of the documentation print what they say.
 
 A docstring's example starts from the names of its module. In Markdown the fenced ``pycon`` blocks of a page are
-one session. An example that needs an extra which is not installed is skipped.
+one session. An example that needs an extra which is not installed is skipped. Pages that need the extra
+``integrations``, or a compiler, are slow.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from te_quant.layers import DOWNSAMPLERS, UPSAMPLERS
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(te_quant.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# page -> the packages that it needs, whose own warnings are not ours
+SLOW_PAGES = {
+    "accelerate.md": ("accelerate",),
+    "compile.md": (),
+    "lightning.md": ("lightning", "torchmetrics"),
+    "transformers.md": ("transformers", "safetensors"),
+}
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS | doctest.FAIL_FAST
 
 
@@ -90,10 +98,24 @@ def test_docstrings(path: Path) -> None:
         check(test)
 
 
-@pytest.mark.parametrize("path", sources(PAGES, "```pycon\n"), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sources(PAGES, "```pycon\n") if path.name not in SLOW_PAGES],
+    ids=lambda path: path.name,
+)
 def test_pages(path: Path) -> None:
     """Every example of the page, one after the other."""
     check(session(path))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SLOW_PAGES)
+def test_slow_pages(name: str) -> None:
+    """As above."""
+    for package in SLOW_PAGES[name]:
+        pytest.importorskip(package)
+    check(session(ROOT / "docs" / "integrations" / name))
 
 
 @pytest.mark.parametrize(

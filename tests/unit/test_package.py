@@ -84,7 +84,7 @@ PACKAGES = sorted(
 def test_import_of_the_package_alone_loads_only_the_operators() -> None:
     """Everything else waits until it is used."""
     ours = {name.split(".")[1] for name in modules_after("import te_quant") if name.startswith("te_quant.")}
-    assert ours <= {"functional", "_checks", "_precision", "_search", "_values", "_version"}
+    assert ours <= {"functional", "_checks", "_execution", "_precision", "_search", "_values", "_version"}
 
 
 def test_import_registers_every_operator() -> None:
@@ -140,7 +140,8 @@ def test_type_checkers_read_the_same_names() -> None:
     }
     late = {("te_quant", name) for name in te_quant._SUBMODULES}
     late |= {(f"te_quant.{home}", name) for name, home in te_quant._HOMES.items()}
-    assert listed == late | {("te_quant._version", "__version__"), ("te_quant", "_values")}
+    early = {("te_quant._version", "__version__"), ("te_quant", "_execution"), ("te_quant", "_values")}
+    assert listed == late | early
 
 
 def test_an_unknown_attribute_is_refused() -> None:

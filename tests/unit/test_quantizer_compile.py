@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from te_quant import VectorQuantizer
+from te_quant import LFQ, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant.functional import nearest_code
 from tests.helpers import exactly
 from tests.unit.quantizer_cases import QUANTIZERS, dtype_of, is_random, latents_for
@@ -231,6 +232,52 @@ def test_nearest_code_compiles_with_temperature() -> None:
         nearest, drawn = both(latents, codebook, temperature)
         assert torch.equal(nearest, nearest_code(latents, codebook))
         assert torch.equal(drawn, nearest)
+
+
+# quantizer, and the weights of it that people anneal
+ANNEALED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "vq-ema": (
+        lambda: VectorQuantizer(9, 6, codebook_update="ema", orthogonal_reg=1.0, temperature=1.0),
+        ("temperature", "decay", "commitment_weight", "orthogonal_reg"),
+    ),
+    "vq": (
+        lambda: VectorQuantizer(9, 6, orthogonal_reg=1.0, temperature=1.0),
+        ("temperature", "decay", "commitment_weight", "orthogonal_reg"),
+    ),
+    "rvq-ema": (
+        lambda: ResidualVectorQuantizer(9, 6, 3, codebook_update="ema", orthogonal_reg=1.0),
+        ("commitment_weight", "decay", "orthogonal_reg"),
+    ),
+    "lfq": (
+        lambda: LFQ(6, entropy_weight=0.1),
+        ("commitment_weight", "entropy_weight", "diversity_weight", "temperature"),
+    ),
+    "sim": (lambda: SimVQ(9, 6), ("commitment_weight", "decay")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ANNEALED)
+def test_weights_that_change_at_every_step_recompile_once(name: str) -> None:
+    """All together: one graph with their first values, one for all others; each value counts."""
+    build, weights = ANNEALED[name]
+    quantizer = spread(build())
+    eager = copy.deepcopy(quantizer)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(quantizer, fullgraph=True, backend=graphs)
+    for step in range(5):
+        for number, weight in enumerate(weights):
+            for module in (quantizer, eager):
+                assert isinstance(getattr(module, weight), float)
+                setattr(module, weight, 0.9 - 0.1 * step - 0.01 * number)
+        latents = latents_for(quantizer, (3, -1, 4, 5))
+        torch.manual_seed(step)
+        output = compiled(latents)
+        torch.manual_seed(step)
+        expected = eager(latents)
+        assert torch.equal(output.indices, expected.indices)
+        torch.testing.assert_close(output.loss, expected.loss)
+    assert graphs.frame_count <= 2
 
 
 @pytest.mark.slow

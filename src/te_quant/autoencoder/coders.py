@@ -307,10 +307,10 @@ def _attention(config: AutoencoderConfig, channels: int) -> SelfAttention2d:
     return SelfAttention2d(channels, norm=config.norm, norm_groups=config.norm_groups)
 
 
-def _dtype_of(layer: nn.Conv2d) -> torch.dtype | None:
+def _dtype_of(layer: nn.Module) -> torch.dtype | None:
     # The bias, because reading a parametrized weight computes it. Sharded weights are put together, and weights in
     # fewer bits are cast, only when the layer runs.
-    bias = layer.bias
+    bias = getattr(layer, "bias", None)
     known = type(bias) in (Tensor, nn.Parameter) and bias is not None and bias.dtype in _COMPUTED
     return bias.dtype if known and bias is not None else None
 

@@ -9,7 +9,7 @@ Source: Shin et al. 2021, arXiv:2112.00384; Esser et al. 2021, arXiv:2012.09841.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,6 +85,8 @@ class VQAutoencoder(nn.Module):
         ValueError: images have another rank, number of channels or sides; the quantizer does not fit the config.
         TypeError: images are not floating point, or of another dtype than the weights outside autocast; or the
             quantizer is no quantizer.
+        RuntimeError: FSDP2 has sharded the weights, and another method than ``forward`` is called that
+            ``torch.distributed.fsdp.register_fsdp_forward_method`` has not been told of.
 
     Source: Shin et al. 2021, arXiv:2112.00384, stage 1.
 
@@ -168,11 +170,13 @@ class VQAutoencoder(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, I, H, W) images to (B, C, h, w) latents, before quantization."""
+        _require_whole(self.encoder)
         latents: Tensor = self.encoder(images)
         return latents
 
     def encode_with_phases(self, images: Tensor) -> Encoding:
         """(B, I, H, W) images to (B, C, h, w) latents and (B, L, 2) phases."""
+        _require_whole(self.encoder)
         return self.encoder.with_phases(images)
 
     def decode(self, codes: Tensor, phases: Tensor | None = None) -> Tensor:
@@ -189,6 +193,7 @@ class VQAutoencoder(nn.Module):
             require_integer_tensor("phases", phases)
             stop = 2 if self.decoder.adaptive else 1
             phases = require_in_range("phases", phases, stop, "number of phases of the decoder")
+        _require_whole(self.decoder)
         return in_format_of(codes, self.decoder(codes, phases))
 
     @torch.no_grad()
@@ -276,6 +281,33 @@ class VQAutoencoder(nn.Module):
         if model.quantizer.reference is None:
             model.quantizer.to(dtype=model.encoder.dtype)
         return model
+
+
+def _require_whole(part: nn.Module) -> None:
+    """Refuse a part whose weights FSDP2 has sharded and will not put together when the part runs."""
+    # Only a DTensor has this method; importing its class here would slow down everybody's first forward pass.
+    if not hasattr(next(part.parameters()), "full_tensor"):
+        return
+    from torch.distributed.tensor import DTensor
+
+    for parameter in _own_parameters(part):
+        if isinstance(parameter, DTensor) and any(place.is_shard() for place in parameter.placements):
+            raise RuntimeError(
+                "weights must be whole outside of forward, got shards of FSDP2; shard the autoencoder itself with "
+                "fully_shard(autoencoder), and declare every method that you call, for example by "
+                "register_fsdp_forward_method(autoencoder, 'encode_to_indices')."
+            )
+
+
+def _own_parameters(part: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of ``part`` without those of submodules that gather their own weights when they run."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(part, FSDPModule):
+        return
+    yield from part.parameters(recurse=False)
+    for child in part.children():
+        yield from _own_parameters(child)
 
 
 def _fitting(config: AutoencoderConfig, quantizer: object) -> AutoencoderConfig:

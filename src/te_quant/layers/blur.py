@@ -38,6 +38,7 @@ class BlurPool2d(nn.Module):
     Source: Zhang 2019, arXiv:1904.11486. Differs: the size is ⌈H/s⌉ for even k too, and for any k and s.
 
     Example:
+        >>> import torch
         >>> impulse = torch.tensor([[[[0.0, 0.0, 4.0, 0.0]]]])
         >>> BlurPool2d(kernel_size=3, stride=2, padding_mode="circular")(impulse)
         tensor([[[[0., 2.]]]])

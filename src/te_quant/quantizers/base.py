@@ -296,8 +296,11 @@ class Quantizer(nn.Module):
         return self
 
     def train(self: _Self, mode: bool = True) -> _Self:
-        """Set the mode; ``train(False)``, which is ``eval()``, first applies what is pending."""
-        if not mode:
+        """Set the mode; ``train(False)``, which is ``eval()``, first applies what is pending.
+
+        Not inside :meth:`accumulate`, where a look at other data must not split a block.
+        """
+        if not mode and not self._accumulating:
             self.apply_pending()
         super().train(mode)
         return self

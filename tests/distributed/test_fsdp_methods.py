@@ -1,0 +1,146 @@
+"""Methods of an autoencoder that FSDP2 has sharded, in a group of one process.
+
+``fully_shard`` gathers weights for ``forward`` only; ``test_engines.py`` compares trainings.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from te_quant import AutoencoderConfig, VQAutoencoder
+from te_quant.layers import ResidualBlock
+from tests.helpers import exactly
+
+REFUSAL = (
+    "weights must be whole outside of forward, got shards of FSDP2; shard the autoencoder itself with "
+    "fully_shard(autoencoder), and declare every method that you call, for example by "
+    "register_fsdp_forward_method(autoencoder, 'encode_to_indices')."
+)
+INDICES = torch.arange(4).view(1, 2, 2)
+
+
+@pytest.fixture(autouse=True)
+def _group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _model(update: str = "gradient") -> VQAutoencoder:
+    torch.manual_seed(0)
+    return VQAutoencoder(
+        AutoencoderConfig(
+            base_channels=8, norm_groups=4, channel_multipliers=(1, 2), num_res_blocks=1, num_codes=16, code_dim=4,
+            codebook_update=update,
+        )
+    )  # fmt: skip
+
+
+def _images() -> Tensor:
+    return torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def _by_coders(model: VQAutoencoder) -> VQAutoencoder:
+    for part in (model.encoder, model.decoder):
+        fully_shard(part)
+    return fully_shard(model)
+
+
+def _by_blocks(model: VQAutoencoder) -> VQAutoencoder:
+    for part in model.modules():
+        if isinstance(part, ResidualBlock):
+            fully_shard(part)
+    return fully_shard(model)
+
+
+def _inside_another(model: VQAutoencoder) -> VQAutoencoder:
+    fully_shard(nn.Sequential(model))
+    return model
+
+
+SHARDINGS: dict[str, Callable[[VQAutoencoder], VQAutoencoder]] = {
+    "whole": fully_shard,
+    "blocks": _by_blocks,
+    "inside-another": _inside_another,
+}
+METHODS: dict[str, Callable[[VQAutoencoder], Any]] = {
+    "encode": lambda model: model.encode(_images()),
+    "encode_with_phases": lambda model: model.encode_with_phases(_images()),
+    "encode_to_indices": lambda model: model.encode_to_indices(_images()),
+    "decode": lambda model: model.decode(torch.ones(1, 4, 2, 2)),
+    "decode_indices": lambda model: model.decode_indices(INDICES),
+}
+
+
+def _train(model: nn.Module) -> None:
+    output = model(_images())
+    (output.loss + output.reconstruction.square().mean()).backward()
+
+
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_methods_on_shards_are_refused_by_name(sharding: str, method: str, update: str) -> None:
+    """Before the first step, when no weight is whole."""
+    model = SHARDINGS[sharding](_model(update))
+    with pytest.raises(RuntimeError, match=exactly(REFUSAL)):
+        METHODS[method](model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sharding", [_by_blocks, fully_shard])
+def test_methods_are_refused_after_a_step(sharding: Callable[[Any], Any], method: str) -> None:
+    """The backward pass leaves shards behind."""
+    model = sharding(_model())
+    _train(model)
+    with pytest.raises(RuntimeError, match=exactly(REFUSAL)):
+        METHODS[method](model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sharding", [_by_blocks, fully_shard])
+def test_methods_that_are_declared_give_the_same_bits(sharding: Callable[[Any], Any], method: str) -> None:
+    """As the model without shards, again and again."""
+    plain = _model().eval()
+    model = sharding(copy.deepcopy(plain))
+    register_fsdp_forward_method(model, method)
+    for _ in range(2):
+        found, expected = METHODS[method](model), METHODS[method](plain)
+        pairs = [(found, expected)] if isinstance(found, Tensor) else list(zip(found, expected, strict=True))
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_coders_that_gather_their_own_weights_need_no_declaration(method: str) -> None:
+    """Each of them is called as a module, which is what FSDP2 waits for."""
+    plain = _model().eval()
+    model = _by_coders(copy.deepcopy(plain))
+    found, expected = METHODS[method](model), METHODS[method](plain)
+    pairs = [(found, expected)] if isinstance(found, Tensor) else list(zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("sharding", [_by_blocks, _by_coders, fully_shard])
+def test_forward_is_never_refused(sharding: Callable[[Any], Any]) -> None:
+    """In training and in evaluation."""
+    plain = _model()
+    model = sharding(copy.deepcopy(plain))
+    for one in (plain, model):
+        _train(one)
+    assert torch.equal(model.eval()(_images()).reconstruction, plain.eval()(_images()).reconstruction)
+
+
+def test_declaring_one_method_serves_those_that_call_it() -> None:
+    """``encode_to_indices`` encodes; the quantizer between needs no declaration."""
+    plain = _model().eval()
+    model = fully_shard(copy.deepcopy(plain))
+    register_fsdp_forward_method(model, "encode")
+    assert torch.equal(model.encode_to_indices(_images()), plain.encode_to_indices(_images()))
