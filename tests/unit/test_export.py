@@ -124,7 +124,7 @@ def requests(quantizer: Quantizer) -> list[tuple[str, Tensor, Tensor, dict[int, 
     return [("encode", latents, others, dynamic(0, 2, 3)), ("decode", indices, other, dynamic(0, 1, 2))]
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", slow_but_few)
 def test_quantizers_export_with_any_batch_and_grid(name: str, strict: bool) -> None:
     """``encode`` and ``decode``, with torch's own operators, give the bits of eager code at another size."""
@@ -190,8 +190,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cosine": {"metric": "cosine"},
     "ema": {"codebook_update": "ema"},
     "residual": {"quantizer": {"name": "ResidualVectorQuantizer", "num_quantizers": 2}},
-    "fsq": {"code_dim": 3, "quantizer": {"name": "FSQ", "levels": [8, 5, 5]}},
-    "lfq": {"quantizer": {"name": "LFQ", "code_dim": 8}},
+    "fsq": {"num_codes": 256, "code_dim": 256, "quantizer": {"name": "FSQ", "levels": [8, 5, 5]}},
+    "lfq": {"num_codes": 256, "code_dim": 256, "quantizer": {"name": "LFQ", "code_dim": 8}},
     "sim": {"quantizer": {"name": "SimVQ"}},
     # Pairs.
     "polyphase-circular": {**POLYPHASE, **CIRCULAR, "norm": "channel"},
@@ -241,8 +241,9 @@ def away_from_ties(quantizer: Quantizer, latents: Tensor, indices: Tensor) -> Te
     return stable
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in MANY else pytest.mark.long) for name in CONFIGS]
+)
 def test_autoencoders_in_torch_export_and_onnx(name: str) -> None:
     """Tokens, phases and images at other sizes than those of the example."""
     model = autoencoder(name)
