@@ -89,7 +89,8 @@ def workers(sources: Sequence[Path], threads: int) -> Iterator[list[Worker]]:
     finally:
         for worker in started:
             worker.process.kill()
-            worker.process.wait()
+            # Waits, and closes the pipes.
+            worker.process.communicate()
 
 
 def interval(ratios: Sequence[float]) -> Interval:

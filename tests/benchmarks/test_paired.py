@@ -1,0 +1,72 @@
+"""Two versions of the library, timed in turns."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import paired
+from benchmarks.problem import Size
+
+ROOT = Path(__file__).parents[2]
+
+
+class Stub:
+    """A worker whose calls take a known time."""
+
+    def __init__(self, seconds: float, order: list[float]) -> None:
+        self.seconds = seconds
+        self.order = order
+
+    def ask(self, **question: object) -> Any:
+        """Answer as :class:`benchmarks.paired.Worker` does."""
+        if "calls" in question:
+            self.order.append(self.seconds)
+        return self.seconds
+
+
+def test_versions_take_turns_and_the_ratio_is_after_by_before() -> None:
+    """Each goes first in half of the pairs."""
+    order: list[float] = []
+    pair: list[Any] = [Stub(0.2, order), Stub(0.3, order)]
+    cell = paired.compare(pair, "ema", Size(4, 3, 2), budget=0.0, min_pairs=4)
+    assert order == [0.2, 0.3, 0.3, 0.2, 0.2, 0.3, 0.3, 0.2]
+    assert cell["pairs"] == 4
+    assert cell["ratio"] == pytest.approx({"low": 1.5, "mean": 1.5, "high": 1.5})
+    assert "| ema | 4 | 3 | 2 | 200 | 300 | 1.500 [1.500, 1.500] |" in paired.table([cell])
+
+
+def test_the_interval_holds_the_mean_of_noisy_ratios() -> None:
+    """In about 95 of 100 experiments; never is a band of no width taken for one."""
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(100):
+        found = paired.interval(list(np.exp(generator.normal(0.1, 0.2, size=30))))
+        assert found.low < found.mean < found.high
+        held += found.low < math.exp(0.1) < found.high
+    assert 85 <= held <= 100
+
+
+def test_a_missing_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """And an exit status."""
+    assert paired.main([]) == 2
+    assert capsys.readouterr().err == "error: --before must be the folder with the other te_quant, got none.\n"
+
+
+@pytest.mark.slow
+def test_a_version_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real processes answer, and a second call measures only what is missing."""
+    monkeypatch.setitem(paired.SIZES, "quick", (Size(64, 8, 4),))
+    arguments = ["--before", str(ROOT / "src"), "--grid", "quick", "--budget", "0", "--min-pairs", "2"]
+    arguments += ["--out", str(tmp_path)]
+    assert paired.main(arguments) == 0
+    first = json.loads((tmp_path / "paired.json").read_text(encoding="utf-8"))
+    assert [cell["mode"] for cell in first["cells"]] == ["eval", "gradient", "ema"]
+    assert all(cell["ratio"]["low"] <= cell["ratio"]["mean"] <= cell["ratio"]["high"] for cell in first["cells"])
+    assert paired.main(arguments) == 0
+    assert json.loads((tmp_path / "paired.json").read_text(encoding="utf-8"))["cells"] == first["cells"]
