@@ -638,3 +638,52 @@ def test_a_basis_state_says_what_is_pending() -> None:
     quantizer = SimVQ(11, 6)
     quantizer(torch.randn(50, 6))
     assert quantizer.state_dict()["pending_counts"].sum() == 50
+
+
+@pytest.mark.parametrize("name", ["vq", "rvq", "rvq-shared"])
+def test_a_gradient_state_with_counts_pending_leaves_the_codes(name: str) -> None:
+    """Counts whose sums nobody kept would shrink the codes when they are applied."""
+    gradient = QUANTIZERS[name]()
+    gradient(latents_for(gradient, (2, -1, 4, 5)))
+    kind = type(gradient)
+    ema = kind(**{**gradient.options(), "codebook_update": "ema"})
+    ema.load_state_dict(gradient.state_dict())
+    ema.eval()
+    torch.testing.assert_close(ema.reference, gradient.reference)
+
+
+def test_a_parameter_is_no_moving_average() -> None:
+    """The usual way to set a codebook would make it a parameter that the next step overwrites."""
+    message = "codebook must be set by set_codebook under codebook_update='ema', got a Parameter."
+    with pytest.raises(TypeError, match=exactly(message)):
+        VectorQuantizer(11, 6, codebook_update="ema").codebook = nn.Parameter(torch.zeros(11, 6))
+    gradient = VectorQuantizer(11, 6)
+    gradient.codebook = nn.Parameter(torch.zeros(11, 6))
+    assert not gradient.codebook.any()
+
+
+def test_a_strangers_frozen_quantizer_applies_nothing() -> None:
+    """The base class asks before it calls, so that a class of one's own need not."""
+
+    class Restless(Quantizer):
+        moved = 0
+
+        def apply_pending(self) -> None:
+            self.moved += 1
+
+    quantizer = Restless(4, 2).freeze()
+    moved = quantizer.moved
+    quantizer.eval().train()
+    with quantizer.accumulate():
+        pass
+    quantizer.freeze()
+    assert quantizer.moved == moved
+
+
+def test_a_training_pass_cannot_be_exported() -> None:
+    """A graph that records statistics would need this library."""
+    message = "mode must be evaluation to export a quantizer, got training; call eval\\(\\) first."
+    for quantizer in (VectorQuantizer(11, 6), SimVQ(11, 6)):
+        with pytest.raises(RuntimeError, match=message):
+            torch.export.export(quantizer, (torch.randn(4, 6),))
+        torch.export.export(quantizer.freeze(), (torch.randn(4, 6),))

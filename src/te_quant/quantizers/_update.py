@@ -267,7 +267,11 @@ def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookS
     device, num_codes = anchor.device, state.usage.shape[0]
     ones = torch.ones(num_codes, device=device, dtype=widen(anchor).dtype)
     usage = entries.setdefault(f"{prefix}usage", ones)
-    entries.setdefault(f"{prefix}pending_counts", torch.zeros_like(usage))
+    nothing = torch.zeros_like(usage)
+    if state.pending_sums is not None and f"{prefix}pending_sums" not in entries:
+        # Counts whose sums nobody kept would shrink the codes.
+        entries[f"{prefix}pending_counts"] = nothing
+    entries.setdefault(f"{prefix}pending_counts", nothing)
     if state.code_sums is not None and usage.shape == state.usage.shape:
         sums = _sums(widen(gathered(anchor)), usage)
         entries.setdefault(f"{prefix}code_sums", sums)

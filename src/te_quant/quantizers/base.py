@@ -25,7 +25,7 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
-from te_quant._execution import between_steps
+from te_quant._execution import between_steps, is_exporting
 from te_quant._precision import HALF, full_precision, wide_buffers
 from te_quant._values import require_in_range
 from te_quant.functional import straight_through
@@ -183,8 +183,7 @@ class Quantizer(nn.Module):
     """The smallest index; -1 where codebooks may be left out."""
 
     statistics: ClassVar[tuple[str, ...]] = ()
-    """Names of the buffers that stay in float32 when the module is converted to half precision, and that a state
-    may lack when it is loaded."""
+    """Names of the buffers that stay in float32 when the module is converted to half precision."""
 
     def __init__(
         self,
@@ -230,6 +229,8 @@ class Quantizer(nn.Module):
         _refuse_mask(mask)
         require_generator(generator)
         changing = self.training and not self.frozen
+        if changing and is_exporting():
+            raise RuntimeError("mode must be evaluation to export a quantizer, got training; call eval() first.")
         with full_precision(latents.device):
             rows = self._rows(latents)
             if changing:
@@ -284,7 +285,7 @@ class Quantizer(nn.Module):
         carry it, ``state_dict`` does not.
         """
         require_type("frozen", frozen, bool, "a bool")
-        if frozen:
+        if frozen and not self.frozen:
             self.apply_pending()
         for module in self._all_quantizers():
             module.frozen = frozen
@@ -300,7 +301,7 @@ class Quantizer(nn.Module):
 
         Not inside :meth:`accumulate`, where a look at other data must not split a block.
         """
-        if not mode and not self._accumulating:
+        if not mode and not self._accumulating and not self.frozen:
             self.apply_pending()
         super().train(mode)
         return self
@@ -323,7 +324,7 @@ class Quantizer(nn.Module):
             512
         """
         quantizers = [module for module in self._all_quantizers() if not module._accumulating]
-        if not self._accumulating:
+        if not self._accumulating and not self.frozen:
             self.apply_pending()
         for module in quantizers:
             module._accumulating = True

@@ -250,9 +250,9 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def set_codebook(self, codes: Tensor, usage: Tensor | None = None) -> None:
-        """Put the codebook at ``codes`` and start the statistics anew, so that training goes on from there.
+        """Put the codebook at ``codes`` and restart the statistics, so that training goes on from there.
 
-        Under ``"gradient"`` writing into ``codebook`` does as well; under ``"ema"`` the next step would undo that.
+        Under ``"gradient"`` you may also write into ``codebook``; under ``"ema"`` the next step would undo that.
         What is pending is forgotten. All processes must set the same codes.
 
         Args:
@@ -329,6 +329,11 @@ class VectorQuantizer(Quantizer):
         revived, fresh = replacements(rows, self.usage, threshold, generator, self._group.resolve())
         revive(self._state(), revived, fresh)
         return revived
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "codebook" and isinstance(value, nn.Parameter) and name in self.__dict__.get("_buffers", ()):
+            raise TypeError("codebook must be set by set_codebook under codebook_update='ema', got a Parameter.")
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """The options that tell one quantizer from the next."""
