@@ -135,6 +135,7 @@ def test_one_graph_checkpoints_alike(name: str, nesting: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")
 @pytest.mark.parametrize("nesting", ["checkpoint of compiled", "compiled checkpoint"])
 @pytest.mark.parametrize("name", ["vq-ema", "vq-ema-penalty", "rvq-ema"])
 def test_generated_code_checkpoints_alike(name: str, nesting: str) -> None:

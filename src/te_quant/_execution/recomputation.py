@@ -17,14 +17,21 @@ from te_quant._execution.modes import in_transform
 __all__ = ["between_steps", "refuse_redraw"]
 
 _library = torch.library.Library("te_quant", "FRAGMENT")
-# The argument says on which device; without one a compiler might compute the answer once and for all.
+# Without an argument a compiler might compute the answer once and for all.
 _library.define("recomputing(Tensor anchor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("refuse_redraw(Tensor drawn) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.no_grad()
-def between_steps(buffers: Iterable[Tensor], change: Callable[[], None]) -> None:
-    """Run ``change``, which changes ``buffers`` in place, unless autograd or torch.func repeats a forward pass."""
+def between_steps(checked: Tensor, buffers: Iterable[Tensor], change: Callable[[], None]) -> None:
+    """Run ``change``, which changes ``buffers`` in place, unless autograd or torch.func repeats a forward pass.
+
+    Args:
+        checked: the latents that their check returned. A compiled graph may order its nodes as it likes, but
+            what depends on these comes after the check, so that a refused batch changes nothing.
+        buffers: all that may change.
+        change: what to do.
+    """
     if not torch.compiler.is_compiling():
         if not _in_backward() and not in_transform():
             change()
@@ -32,8 +39,8 @@ def between_steps(buffers: Iterable[Tensor], change: Callable[[], None]) -> None
     # One graph serves both passes, so what it changed is taken back where the pass turns out to be the second.
     before = [(buffer, buffer.clone()) for buffer in buffers]
     change()
+    again = torch.ops.te_quant.recomputing(checked)
     for buffer, old in before:
-        again = torch.ops.te_quant.recomputing(buffer)
         buffer.copy_(torch.where(again, old, buffer))
 
 

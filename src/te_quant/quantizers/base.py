@@ -234,10 +234,10 @@ class Quantizer(nn.Module):
         with full_precision(latents.device):
             rows = self._rows(latents)
             if changing:
-                between_steps(self._remembered(), lambda: self.advance(rows))
+                between_steps(rows.searchable, self._remembered(), lambda: self.advance(rows))
             result = self.quantize(rows, generator)
             if changing:
-                between_steps(self._remembered(), lambda: self.record(rows, result))
+                between_steps(rows.searchable, self._remembered(), lambda: self.record(rows, result))
         codes = result.codes.detach()
         dtype = codes.dtype if self.dtype is None else self.dtype
         lay_out = Layout(rows.grid, self.channel_dim, is_channels_last(latents, self.channel_dim))
