@@ -112,7 +112,13 @@ COMPILED = ["vq", "vq-cosine", "vq-ema", "vq-ema-subset", "vq-ema-cosine-penalty
 
 @pytest.mark.parametrize("nesting", ["compiled", "checkpoint of compiled", "compiled checkpoint"])
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "vq-ema" else pytest.mark.slow) for name in COMPILED]
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name == "vq-ema" else getattr(pytest.mark, "slow" if "ema" in name else "long")
+        )
+        for name in COMPILED
+    ],
 )
 def test_one_graph_checkpoints_alike(name: str, nesting: str) -> None:
     """In every nesting with torch.compile too, as one graph."""
@@ -137,7 +143,9 @@ def test_one_graph_checkpoints_alike(name: str, nesting: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")
 @pytest.mark.parametrize("nesting", ["checkpoint of compiled", "compiled checkpoint"])
-@pytest.mark.parametrize("name", ["vq-ema", "vq-ema-penalty", "rvq-ema"])
+@pytest.mark.parametrize(
+    "name", ["vq-ema-penalty", *(pytest.param(name, marks=pytest.mark.long) for name in ("vq-ema", "rvq-ema"))]
+)
 def test_generated_code_checkpoints_alike(name: str, nesting: str) -> None:
     """The default compiler too, which may move and merge operators."""
     torch._dynamo.reset()

@@ -47,7 +47,11 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "sim": partial(SimVQ, 32, 6),
 }
 FAST = ("vq", "rvq", "fsq")
+FEW = (*FAST, "vq-cosine", "lfq", "sim")
 slow_but_few = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in QUANTIZERS]
+long_but_few = [
+    pytest.param(name, marks=pytest.mark.slow if name in FEW else pytest.mark.long) for name in QUANTIZERS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -155,8 +159,7 @@ def test_an_exported_forward_has_the_gradient_of_eager_code(name: str) -> None:
     assert program.module()(spoilt)[0].isfinite().all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", long_but_few)
 def test_quantizers_in_onnx(name: str) -> None:
     """``encode`` and ``decode`` at another size than the example's."""
     quantizer = build(name)
@@ -242,7 +245,8 @@ def away_from_ties(quantizer: Quantizer, latents: Tensor, indices: Tensor) -> Te
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in MANY else pytest.mark.long) for name in CONFIGS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in MANY[:4] else pytest.mark.long) for name in CONFIGS],
 )
 def test_autoencoders_in_torch_export_and_onnx(name: str) -> None:
     """Tokens, phases and images at other sizes than those of the example."""

@@ -365,6 +365,9 @@ def walk(case: ModuleCase, move: Move, folder: Path) -> None:
     assert_same_bits(probe(case, moved), untouched(case))
 
 
+_LONG = ("to-cpu", "deepcopy", "torch.save", "checkpoint", "cast-in-a-model")
+
+
 def _cases() -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] if case.slow else []) for name, case in CASES.items()]
 
@@ -377,6 +380,8 @@ def _pairs(
         for name, case in CASES.items():
             if meet(case, other):
                 marks = [pytest.mark.slow] if case.slow or slow(other) else []
+                # Much as another move or cast that stays: state_dict, copies, conversions.
+                marks = [pytest.mark.long] if other in _LONG else marks
                 if (name, other) in SKIPS:
                     marks.append(pytest.mark.skip(reason=SKIPS[name, other]))
                 pairs.append(pytest.param(name, other, marks=marks, id=f"{other}-{name}"))
