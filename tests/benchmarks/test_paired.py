@@ -70,3 +70,18 @@ def test_a_version_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(cell["ratio"]["low"] <= cell["ratio"]["mean"] <= cell["ratio"]["high"] for cell in first["cells"])
     assert paired.main(arguments) == 0
     assert json.loads((tmp_path / "paired.json").read_text(encoding="utf-8"))["cells"] == first["cells"]
+
+
+def test_the_published_sentence_follows_from_the_published_times() -> None:
+    """Means by mode, and how many intervals lie where."""
+    cells = json.loads((ROOT / "benchmarks/results/paired/paired.json").read_text(encoding="utf-8"))["cells"]
+    means = [
+        f"{math.exp(np.mean([math.log(cell['ratio']['mean']) for cell in cells if cell['mode'] == mode])):.3f}"
+        for mode in ("eval", "gradient", "ema")
+    ]
+    below = sum(cell["ratio"]["high"] < 1.05 for cell in cells)
+    assert not any(cell["ratio"]["low"] > 1.05 for cell in cells)
+    text = " ".join((ROOT / "docs/reference/results/benchmarks.md").read_text(encoding="utf-8").split())
+    assert "is {} in evaluation, {} by gradient and {} by moving averages".format(*means) in text
+    assert f"{below} of {len(cells)} lie below" in text
+    assert paired.table(cells) == (ROOT / "benchmarks/results/paired/paired.md").read_text(encoding="utf-8")
