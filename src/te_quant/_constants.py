@@ -20,7 +20,7 @@ __all__ = ["constant"]
 
 
 def constant(values: Callable[..., Any], *options: Hashable, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return ``values(*options)`` as a tensor, which nobody may change: eager calls share it.
+    """Return ``values(*options)`` as a tensor that must not be changed, because eager calls share it.
 
     Args:
         values: a function of a module that returns nested lists of numbers. Each number is rounded once.

@@ -1,4 +1,4 @@
-"""Who runs the code, and whether it runs a second time."""
+"""Who runs the code, and whether a forward pass is repeated."""
 
 from te_quant._execution.modes import in_transform, is_exporting, wants_plain
 from te_quant._execution.recomputation import between_steps, refuse_redraw
