@@ -152,6 +152,11 @@ def rotation_trick(latents: Tensor, codes: Tensor) -> Tensor:
     Source: Fifty et al. 2024, arXiv:2410.06424, Eq. 3 and 4, with the rotation held constant.
     """
     _require_same_shape(latents, codes)
+    return straight_through(rotated_latents(latents, codes), codes)
+
+
+def rotated_latents(latents: Tensor, codes: Tensor) -> Tensor:
+    """(N, C), latents rotated and rescaled onto their codes; unchanged where no rotation is defined."""
     # Detached, since no_grad would stop the derivatives backward only, not those forward.
     fixed_latents, fixed_codes = latents.detach(), codes.detach()
     latent_norm = fixed_latents.norm(dim=-1, keepdim=True)
@@ -168,7 +173,7 @@ def rotation_trick(latents: Tensor, codes: Tensor) -> Tensor:
     scale = code_norm / latent_norm.clamp_min(tiny)
     reflected = latents - 2 * (latents * halfway).sum(-1, keepdim=True) * halfway
     rotated = scale * (reflected + 2 * (latents * unit_latents).sum(-1, keepdim=True) * unit_codes)
-    return straight_through(torch.where(defined, rotated, latents), codes)
+    return torch.where(defined, rotated, latents)
 
 
 def _require_same_shape(latents: Tensor, codes: Tensor) -> None:

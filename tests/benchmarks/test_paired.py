@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import copies as copies_benchmark
 from benchmarks import paired
 from benchmarks.problem import Size
+from te_quant import VectorQuantizer
+from te_quant.quantizers._rows import Layout
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,3 +88,37 @@ def test_the_published_sentence_follows_from_the_published_times() -> None:
     assert "is {} in evaluation, {} by gradient and {} by moving averages".format(*means) in text
     assert f"{below} of {len(cells)} lie below" in text
     assert paired.table(cells) == (ROOT / "benchmarks/results/paired/paired.md").read_text(encoding="utf-8")
+
+
+def test_the_copy_is_what_differs_between_the_two_forward_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One returns a view, the other a contiguous tensor; the layout is itself again afterwards."""
+    formats = []
+    original = Layout.__call__
+
+    def spy(*arguments: Any) -> Any:
+        return formats.append(VectorQuantizer.forward(*arguments).quantized.is_contiguous())
+
+    for copies in (False, True):
+        timer = copies_benchmark.ForwardPass(copies)
+        assert timer.ask(size=(1024, 4, 3)) > 0
+        with monkeypatch.context() as patch:
+            patch.setattr(timer.quantizer, "forward", lambda latents, timer=timer: spy(timer.quantizer, latents))
+            timer.ask(calls=2)
+    assert formats == [False, False, True, True]
+    assert Layout.__call__ is original
+    monkeypatch.setattr(copies_benchmark, "SIZES", (Size(1024, 4, 3),))
+    assert copies_benchmark.main(["--budget", "0", "--min-pairs", "2", "--out", str(tmp_path)]) == 0
+    [cell] = json.loads((tmp_path / "copies.json").read_text(encoding="utf-8"))["cells"]
+    assert (cell["K"], cell["C"], cell["pairs"]) == (4, 3, 2)
+
+
+def test_the_published_cost_of_the_copy_follows_from_the_published_times() -> None:
+    """The table, and the sentence above it."""
+    folder = ROOT / "benchmarks/results/copies"
+    cells = json.loads((folder / "copies.json").read_text(encoding="utf-8"))["cells"]
+    assert copies_benchmark.table(cells) == (folder / "copies.md").read_text(encoding="utf-8")
+    worst = [max(100 * (cell["ratio"]["mean"] - 1) for cell in cells if cell["K"] == K) for K in (1024, 8192)]
+    text = " ".join((ROOT / "docs/reference/results/benchmarks.md").read_text(encoding="utf-8").split())
+    assert "costs at most {:.1f} % of a forward pass at K = 1,024 and {:.1f} % at K = 8,192".format(*worst) in text

@@ -168,7 +168,7 @@ class NoGradient(Grid):
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:
         """Cut the path."""
         result = super().quantize(rows, generator)
-        return result._replace(quantized=result.codes.detach())
+        return result._replace(surrogate=result.codes.detach())
 
 
 class NeverFrozen(Grid):

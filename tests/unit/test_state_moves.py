@@ -298,7 +298,7 @@ class FreezesForGood(Quantizer):
     def quantize(self, rows: Any, generator: torch.Generator | None) -> Any:
         """Return the codes with a gradient to the only code."""
         result = super().quantize(rows, generator)
-        return result._replace(quantized=result.codes)
+        return result._replace(surrogate=result.codes)
 
 
 def broken(kind: Callable[[], nn.Module]) -> ModuleCase:

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from te_quant._execution import in_transform
-from te_quant.functional import rotation_trick, straight_through
+from te_quant.functional import rotated_latents
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers.base import Losses
 
-__all__ = ["ESTIMATORS", "GradientEstimator", "distance_losses"]
+__all__ = ["SURROGATES", "GradientEstimator", "distance_losses"]
 
 GradientEstimator: TypeAlias = Literal["straight_through", "rotation_trick"]
-ESTIMATORS: dict[GradientEstimator, Callable[[Tensor, Tensor], Tensor]] = {
-    "straight_through": straight_through,
-    "rotation_trick": rotation_trick,
+SURROGATES: dict[GradientEstimator, Callable[[Tensor, Tensor], Tensor]] = {
+    "straight_through": lambda latents, codes: latents,  # noqa: ARG005
+    "rotation_trick": rotated_latents,
 }
-"""How the gradient passes to the latents, by name."""
+"""What the gradient of the codes passes straight through to, by name: latents, codes (N, C) -> (N, C)."""
 
 # Elements that are looked at together on a CPU: 1 MiB of float32 stays in a core's cache.
 _CHUNK = 1 << 18

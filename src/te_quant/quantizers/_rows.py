@@ -69,11 +69,13 @@ class Layout(NamedTuple):
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(N, C) -> (B, C, h, w), or whatever this layout is."""
+        laid = self.view(rows)
+        return laid if self.channels_last or self.channel_dim == -1 else laid.contiguous()
+
+    def view(self, rows: Tensor) -> Tensor:
+        """The same shape without moving anything in memory."""
         laid = rows.view(*self.grid, rows.shape[1])
-        if self.channel_dim == -1:
-            return laid
-        laid = laid.movedim(-1, 1)
-        return laid if self.channels_last else laid.contiguous()
+        return laid if self.channel_dim == -1 else laid.movedim(-1, 1)
 
 
 def is_channels_last(latents: Tensor, channel_dim: int) -> bool:

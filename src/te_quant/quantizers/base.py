@@ -67,14 +67,15 @@ class Quantized(NamedTuple):
     """What :meth:`Quantizer.quantize` computed for N rows.
 
     Attributes:
-        quantized: (N, C), the codes with a gradient path to the rows.
+        surrogate: (N, C), usually ``rows.vectors``: what the gradient of the codes passes straight through to. Its
+            values do not matter.
         indices: (N,) or (N, Q) int64.
         codes: (N, C), bit-equal to ``look_up(indices)``.
         losses: the terms.
         memo: whatever :meth:`Quantizer.record` needs besides; nobody else sees it.
     """
 
-    quantized: Tensor
+    surrogate: Tensor
     indices: Tensor
     codes: Tensor
     losses: Losses
@@ -238,17 +239,18 @@ class Quantizer(nn.Module):
             result = self.quantize(rows, generator)
             if changing:
                 between_steps(rows.searchable, self._remembered(), lambda: self.record(rows, result))
-        codes = result.codes.detach()
-        dtype = codes.dtype if self.dtype is None else self.dtype
-        lay_out = Layout(rows.grid, self.channel_dim, is_channels_last(latents, self.channel_dim))
+        layout = Layout(rows.grid, self.channel_dim, is_channels_last(latents, self.channel_dim))
+        codes = layout(result.codes.detach())
+        # After laying out: moving channels costs several times as much as a copy in place.
+        quantized = straight_through(layout.view(result.surrogate), codes)
         return QuantizerOutput(
-            quantized=lay_out(result.quantized.to(latents.dtype)),
+            quantized=quantized.to(latents.dtype),
             indices=self._lay_out_indices(result.indices, rows.grid),
             loss=result.losses.total,
             codebook_loss=result.losses.codebook,
             commitment_loss=result.losses.commitment,
             regularization_loss=result.losses.regularization,
-            codes=lay_out(codes.to(dtype)),
+            codes=codes if self.dtype is None else codes.to(self.dtype),
         )
 
     @torch.no_grad()
@@ -393,7 +395,7 @@ class Quantizer(nn.Module):
         """
 
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
-        """Search, look up, take the losses and pass the gradient straight through.
+        """Search, look up and take the losses; changes no state.
 
         Args:
             rows: the projected latents.
@@ -402,8 +404,7 @@ class Quantizer(nn.Module):
         indices = self.search(rows)
         codes = self.look_up(indices)
         losses = self.losses(rows, codes, indices)
-        quantized = straight_through(rows.vectors, codes)
-        return Quantized(quantized=quantized, indices=indices, codes=codes, losses=losses)
+        return Quantized(surrogate=rows.vectors, indices=indices, codes=codes, losses=losses)
 
     @property
     def process_group(self) -> ProcessGroup | None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from te_quant._checks import require, require_int
 from te_quant._constants import constant
-from te_quant.functional import straight_through
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._tensor_free import TensorFreeQuantizer
 from te_quant.quantizers.base import Losses, NonfiniteMode, Quantized
@@ -113,7 +112,7 @@ class FSQ(TensorFreeQuantizer):
         # The paper has no loss; a zero one, but of the latents, keeps `loss.backward()` valid.
         nothing = (scaled * 0).sum()
         return Quantized(
-            quantized=straight_through(scaled, codes),
+            surrogate=scaled,
             indices=self._pack(digits),
             codes=codes,
             losses=Losses(codebook=nothing.detach(), commitment=nothing, regularization=nothing.detach()),

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from te_quant._checks import require, require_int, require_number
 from te_quant._constants import constant
-from te_quant.functional import straight_through
 from te_quant.quantizers._entropy import assignment_entropy, missing_entropy
 from te_quant.quantizers._losses import distance_losses
 from te_quant.quantizers._rows import Rows
@@ -132,7 +131,7 @@ class LFQ(TensorFreeQuantizer):
         if self.entropy_weight:
             losses = losses._replace(regularization=self._penalty(rows))
         return Quantized(
-            quantized=straight_through(rows.vectors, codes),
+            surrogate=rows.vectors,
             indices=self._pack(bits),
             codes=codes,
             losses=losses,

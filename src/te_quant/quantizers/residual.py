@@ -15,7 +15,7 @@ from te_quant._checks import require_generator, require_int, require_number, req
 from te_quant._precision import full_precision
 from te_quant.quantizers import _residual_steps
 from te_quant.quantizers._distributed import reshard_owners
-from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
+from te_quant.quantizers._losses import SURROGATES, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import record
 from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
@@ -157,10 +157,8 @@ class ResidualVectorQuantizer(Quantizer):
         if self.orthogonal_reg:
             penalty = self.orthogonal_reg * steps.mean_penalty(self._quantizers)
             losses = losses._replace(regularization=penalty)
-        estimate = ESTIMATORS[self.gradient_estimator]
-        return Quantized(
-            quantized=estimate(rows.vectors, total), indices=chosen, codes=total, losses=losses, memo=left
-        )
+        surrogate = SURROGATES[self.gradient_estimator](rows.vectors, total)
+        return Quantized(surrogate=surrogate, indices=chosen, codes=total, losses=losses, memo=left)
 
     def record(self, rows: Rows, result: Quantized) -> None:  # noqa: ARG002
         """Add the counts and sums of every codebook that is not frozen to what is pending."""

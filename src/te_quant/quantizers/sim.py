@@ -16,7 +16,7 @@ from te_quant._checks import require_choice, require_generator, require_number
 from te_quant._precision import full_precision, widen
 from te_quant._search import search_codes
 from te_quant.quantizers._distributed import gathered
-from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
+from te_quant.quantizers._losses import SURROGATES, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import Batch, CodebookState, complete, move, record
 from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
@@ -99,7 +99,7 @@ class SimVQ(Quantizer):
             num_codes, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
         )
         commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
-        require_choice("gradient_estimator", gradient_estimator, ESTIMATORS)
+        require_choice("gradient_estimator", gradient_estimator, SURROGATES)
         decay = require_number("decay", decay, 0.0, below=1.0)
         require_generator(generator)
         self.commitment_weight = float(commitment_weight)
@@ -138,8 +138,8 @@ class SimVQ(Quantizer):
         indices = search_codes(rows.searchable, table)
         codes = F.embedding(indices, table)
         losses = distance_losses(rows, codes, self.commitment_weight, codebook_follows=True)
-        quantized = ESTIMATORS[self.gradient_estimator](rows.vectors, codes)
-        return Quantized(quantized=quantized, indices=indices, codes=codes, losses=losses)
+        surrogate = SURROGATES[self.gradient_estimator](rows.vectors, codes)
+        return Quantized(surrogate=surrogate, indices=indices, codes=codes, losses=losses)
 
     def record(self, rows: Rows, result: Quantized) -> None:
         """Add the counts to what is pending."""

@@ -30,7 +30,7 @@ from te_quant._values import require_finite
 from te_quant.functional import orthogonality
 from te_quant.quantizers._distributed import gathered, reshard_owners
 from te_quant.quantizers._lifecycle import kmeans, replacements
-from te_quant.quantizers._losses import ESTIMATORS, GradientEstimator, distance_losses
+from te_quant.quantizers._losses import SURROGATES, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import (
     Batch,
@@ -159,7 +159,7 @@ class VectorQuantizer(Quantizer):
         subset = {"orthogonal_active_only": orthogonal_active_only, "orthogonal_max_codes": orthogonal_max_codes}
         for name, value in subset.items():
             require(not value or orthogonal_reg > 0, name, "unset while orthogonal_reg is 0", repr(value))
-        require_choice("gradient_estimator", gradient_estimator, ESTIMATORS)
+        require_choice("gradient_estimator", gradient_estimator, SURROGATES)
         temperature = require_number("temperature", temperature, 0.0)
         decay = require_number("decay", decay, 0.0, below=1.0)
         require_generator(generator)
@@ -229,8 +229,8 @@ class VectorQuantizer(Quantizer):
             penalized = self._penalized(rows, indices, table, generator)
             penalty = self.orthogonal_reg * orthogonality(penalized.rows(table), penalized.mask)
             losses = losses._replace(regularization=penalty)
-        quantized = ESTIMATORS[self.gradient_estimator](rows.vectors, codes)
-        return Quantized(quantized=quantized, indices=indices, codes=codes, losses=losses, memo=penalized)
+        surrogate = SURROGATES[self.gradient_estimator](rows.vectors, codes)
+        return Quantized(surrogate=surrogate, indices=indices, codes=codes, losses=losses, memo=penalized)
 
     def record(self, rows: Rows, result: Quantized) -> None:
         """Add the counts and, under ``"ema"``, the sums of the latents to what is pending."""
