@@ -1,8 +1,8 @@
 """``python -m benchmarks.copies``: what it costs a quantizer to return images as contiguous as it got them.
 
 Codes are looked up row by row, channels innermost. A contiguous (B, C, h, w) result has them moved outwards once;
-without that they would be a view with strides of their own. Both kinds of forward pass take turns in one process, in
-evaluation on 16 images of 32 x 32 tokens.
+without that they would be a view with strides of their own. Both kinds of forward pass take turns in one process,
+in evaluation on 16 images of 32 x 32 tokens.
 
 Shape letters: N latents, K codes, C code size, B batch, h w token grid.
 """
@@ -47,7 +47,7 @@ class ForwardPass:
         self.quantizer: VectorQuantizer
         self.latents: torch.Tensor
 
-    def ask(self, *, size: Sequence[int] | None = None, mode: str = "eval", calls: int = 1) -> float:
+    def ask(self, *, size: Sequence[int] | None = None, mode: str = "eval", calls: int = 1, **_: Any) -> float:
         """Build what ``size`` describes, if given, and return the seconds of a call."""
         if size is not None:
             generator = torch.Generator().manual_seed(0)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from benchmarks.quantizers import quantizer_contender
 from benchmarks.results import stamp
 from benchmarks.sizes import SIZES
 
-__all__ = ["Worker", "compare", "interval", "main"]
+__all__ = ["Timer", "Worker", "compare", "interval", "main"]
 
 _ROOT = Path(__file__).parent.parent
 _RESAMPLES = 10_000
@@ -48,6 +48,13 @@ class Interval(NamedTuple):
     low: float
     mean: float
     high: float
+
+
+class Timer(Protocol):
+    """Whatever times calls."""
+
+    def ask(self, **question: Any) -> Any:
+        """With ``mode`` and ``size``, build a call; return its seconds, on average over ``calls``."""
 
 
 class Worker:
@@ -101,7 +108,7 @@ def interval(ratios: Sequence[float]) -> Interval:
     return Interval(*(math.exp(value) for value in (low, logs.mean(), high)))
 
 
-def compare(pair: Sequence[Worker], mode: str, size: Size, *, budget: float, min_pairs: int) -> dict[str, Any]:
+def compare(pair: Sequence[Timer], mode: str, size: Size, *, budget: float, min_pairs: int) -> dict[str, Any]:
     """Measure one cell: seconds a call of both versions in each pair, and the interval of after / before."""
     once = [worker.ask(mode=mode, size=list(size)) for worker in pair]
     calls = max(1, math.ceil(_SAMPLE / min(once)))
