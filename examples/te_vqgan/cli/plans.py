@@ -47,5 +47,6 @@ PLANS: dict[str, Plan] = {
     "small": Plan(_ALL, (0, 1, 2), smaller_images=13_333, other_data="fashion-mnist"),
     "small-long": Plan(),
     "small-fine": Plan(),
+    "photos": Plan(("vqgan", "te_vqgan", "stride_exact", "integer_exact")),
     "paper": Plan(_ALL, (0, 1, 2), smaller_images=100_000, other_data="fashion-mnist"),
 }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from examples.te_vqgan.data.sources import is_pictures
 from examples.te_vqgan.reports.document import (
     Block,
     Bullets,
@@ -29,6 +30,7 @@ from examples.te_vqgan.reports.figures import draw_curves, draw_placements, draw
 from examples.te_vqgan.reports.findings import findings
 from examples.te_vqgan.reports.generation.report import generation_blocks, generation_figures, generation_tables
 from examples.te_vqgan.reports.generation.tables import full_size, generations
+from examples.te_vqgan.reports.pictures import add_pictures, render_pictures
 from examples.te_vqgan.reports.results import METRICS, by_arm, cell, collect, commands, merged
 from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
@@ -83,8 +85,11 @@ def write_report(out: Path, *, command: str, wall_seconds: float | None = None, 
     results = collected
     if into is not None and path.is_file():
         results = merged(read_json_object(path), collected)
-    results["samples"] = _copied_samples(results, collected, out, folder)
-    _add_generated(results, collected, out, folder)
+    if _of_pictures(results):
+        add_pictures(results, collected, out, folder)
+    else:
+        results["samples"] = _copied_samples(results, collected, out, folder)
+        _add_generated(results, collected, out, folder)
     write_text_atomically(path, json.dumps(results, indent=1) + "\n")
     render(folder)
     return folder
@@ -99,6 +104,9 @@ def render(folder: Path) -> None:
     path = folder / _RESULTS
     require(path.is_file(), "results", "a folder with results.json", str(folder))
     results = read_json_object(path)
+    if _of_pictures(results):
+        render_pictures(results, folder)
+        return
     samples = {title: _samples(folder / name) for title, name in results["samples"].items()}
     generated = {arm: _samples(folder / name) for arm, name in results.get("generated", {}).items()}
     figures = _figures(results, samples) | generation_figures(results, generated)
@@ -111,6 +119,10 @@ def render(folder: Path) -> None:
     if full_size(results) is not None:
         for name, table in generation_tables(results).items():
             write_text_atomically(folder / f"{name}.md", to_markdown([table]))
+
+
+def _of_pictures(results: Mapping[str, Any]) -> bool:
+    return is_pictures(results["runs"][0]["settings"]["data"])
 
 
 def _copied_samples(

@@ -1,0 +1,90 @@
+"""Freely licensed photographs of packages: their catalogue, and the command that gathers them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from examples.te_vqgan.__main__ import main
+from examples.te_vqgan.data import photographs
+from examples.te_vqgan.data.photographs import CATALOGUE, PACKAGES, Package, Photograph, gather, package_folder
+from examples.te_vqgan.data.pictures import SUFFIXES, find_pictures
+from examples.te_vqgan.runs.files import sha256
+from tests.example.tiny_runs import save_picture
+
+FREE = re.compile(r"CC0( 1\.0)?|CC BY(-SA)? \d\.\d|public domain")
+
+
+def test_every_photograph_is_free_and_known_once() -> None:
+    """Its licence allows use and changes, its author is named, and it counts as a picture."""
+    assert len({photograph.sha256 for photograph in CATALOGUE}) == len(CATALOGUE)
+    for photograph in CATALOGUE:
+        assert FREE.fullmatch(photograph.licence), photograph
+        assert photograph.author
+        assert re.fullmatch("[0-9a-f]{64}", photograph.sha256)
+        assert Path(photograph.file).suffix in SUFFIXES
+        assert photograph.package in PACKAGES
+    assert {photograph.package for photograph in CATALOGUE} == set(PACKAGES)
+
+
+def test_the_photographs_of_scikit_learn_are_those_of_the_catalogue(tmp_path: Path) -> None:
+    """They need no download, so the command works wherever the example is installed."""
+    gathered = gather(tmp_path, root=tmp_path / "nothing")
+    here = [photograph for photograph in gathered.copied if photograph.package == "scikit-learn"]
+    assert [photograph.file for photograph in here] == ["china.jpg", "flower.jpg"]
+    for photograph in here:
+        assert sha256(tmp_path / f"scikit-learn-{photograph.file}") == photograph.sha256
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Photograph]:
+    """Three photographs of a Debian package, of which one is there, one is another, and one is not there."""
+    monkeypatch.setitem(PACKAGES, "walls", Package("walls", "1.0", None, "usr/share/walls", "copyright"))
+    folder = tmp_path / "root" / "usr" / "share" / "walls"
+    save_picture(folder / "sea" / "a.png", 1)
+    save_picture(folder / "b.png", 2)
+    known = Photograph("sea/a.png", "walls", "Ann", "CC0", sha256(folder / "sea" / "a.png"))
+    changed = Photograph("b.png", "walls", "Ben", "CC0", "0" * 64)
+    missing = Photograph("c.png", "walls", "Cas", "CC0", "1" * 64)
+    return [known, changed, missing]
+
+
+def test_only_the_files_whose_licence_was_read_are_copied(tmp_path: Path, catalogue: list[Photograph]) -> None:
+    """The others are told."""
+    known, changed, missing = catalogue
+    gathered = gather(tmp_path / "into", root=tmp_path / "root", catalogue=catalogue)
+    assert (gathered.copied, gathered.changed, gathered.missing) == ([known], [changed], [missing])
+    assert [path.name for path in (tmp_path / "into").iterdir()] == ["walls-sea-a.png"]
+    elsewhere = gather(tmp_path / "into", root=tmp_path / "nowhere", catalogue=catalogue)
+    assert elsewhere.missing == catalogue
+
+
+def test_the_command_writes_licences_and_says_what_is_missing(
+    tmp_path: Path,
+    catalogue: list[Photograph],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And the name of the data set, by which a published result tells its pictures."""
+    monkeypatch.setattr(photographs, "CATALOGUE", tuple(catalogue))
+    into = tmp_path / "into"
+    assert main(["photographs", "--into", str(into), "--root", str(tmp_path / "root")]) == 0
+    printed = capsys.readouterr().out
+    assert "Left out, as its licence was read for another file: walls, b.png" in printed
+    assert (
+        "Not here: 1 of walls 1.0 (apt-get download walls && dpkg -x walls_*.deb ROOT, then --root ROOT)"
+        in printed
+    )
+    assert f"{into}: 1 of 3 photographs, {find_pictures(into).data}" in printed
+    [row] = json.loads((into / "photographs.json").read_text())
+    assert (row["author"], row["licence"], row["checked_version"]) == ("Ann", "CC0", "1.0")
+
+
+def test_an_unknown_package_is_refused() -> None:
+    """With the known ones."""
+    with pytest.raises(ValueError, match=r"package must be one of 'scikit-learn', .*, got 'gimp'"):
+        package_folder("gimp")
+    assert package_folder("scikit-learn") is not None
