@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.te_vqgan.data.sources import is_pictures
-from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named
+from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named, read_results
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
 from te_quant.equivariance import Agreement, comparison_table
 from te_quant.tables import Table
@@ -58,7 +58,7 @@ def write_comparison(folder: Path) -> None:
     """
     path = folder / "results.json"
     require(path.is_file(), "results", "a folder with results.json", str(folder))
-    runs = read_json_object(path)["runs"]
+    runs = read_results(path)["runs"]
     data = runs[0].get("settings", {}).get("data", "")
     expected = "a folder with results of digits; the report of pictures holds its comparison"
     require(not is_pictures(data), "results", expected, f"{data!r} in {path}")
