@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from examples.te_vqgan.__main__ import main
 from examples.te_vqgan.data import photographs
 from examples.te_vqgan.data.photographs import CATALOGUE, PACKAGES, Package, Photograph, gather, package_folder
-from examples.te_vqgan.data.pictures import SUFFIXES, find_pictures
+from examples.te_vqgan.data.pictures import (
+    SUFFIXES,
+    PictureFile,
+    PictureFolder,
+    find_pictures,
+    split_by_content,
+)
 from examples.te_vqgan.runs.files import sha256
 from tests.example.tiny_runs import save_picture
+from tests.published import ROOT, published
 
 FREE = re.compile(r"CC0( 1\.0)?|CC BY(-SA)? \d\.\d|public domain")
 
@@ -88,3 +96,56 @@ def test_an_unknown_package_is_refused() -> None:
     with pytest.raises(ValueError, match=r"package must be one of 'scikit-learn', .*, got 'gimp'"):
         package_folder("gimp")
     assert package_folder("scikit-learn") is not None
+
+
+PAGE = ROOT / "docs" / "reference" / "results" / "photographs.md"
+
+
+def _hash(file: PictureFile) -> str:
+    return file.sha256
+
+
+def _results() -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(published("photos/results.json").read_text(encoding="utf-8"))
+    return results
+
+
+def test_the_published_pictures_are_those_of_the_catalogue() -> None:
+    """All of them, so that everybody can gather them and gets the data set of the same name."""
+    results = _results()
+    assert {picture["sha256"] for picture in results["pictures"]} == {one.sha256 for one in CATALOGUE}
+    by_hash = sorted((PictureFile(one.file, Path(one.file), one.sha256) for one in CATALOGUE), key=_hash)
+    assert {run["settings"]["data"] for run in results["runs"]} == {PictureFolder(tuple(by_hash), ()).data}
+    splits = split_by_content([one.sha256 for one in CATALOGUE])
+    assert {picture["sha256"]: picture["split"] for picture in results["pictures"]} == splits
+
+
+def test_every_published_picture_is_attributed() -> None:
+    """The page shows crops of them, so it names package, author and licence of each."""
+    table = published("photos/pictures.md").read_text(encoding="utf-8")
+    assert "{include} ../../../examples/te_vqgan/results/photos/pictures.md" in PAGE.read_text(encoding="utf-8")
+    for photograph in CATALOGUE:
+        [row] = [line for line in table.splitlines() if photograph.sha256[:12] in line]
+        assert photograph.author in row
+        assert photograph.licence in row
+        assert f"{photograph.package} {PACKAGES[photograph.package].version}" in row
+
+
+def test_the_page_shows_every_table_and_the_commands() -> None:
+    """Tables are included from the results, and the recipe names the versions of the packages."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name in ("quality", "window", "circular", "pictures"):
+        assert f"{{include}} ../../../examples/te_vqgan/results/photos/{name}.md" in text
+    for package in PACKAGES.values():
+        assert package.name in text
+    for command in _results()["commands"]:
+        assert " ".join(command.split()[:6]) in text
+
+
+def test_published_results_are_small_and_of_one_commit() -> None:
+    """Four tokenizers with one seed, in less than a megabyte."""
+    files = [path for path in published("photos/results.json").parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 2**20
+    runs = _results()["runs"]
+    assert [run["arm"] for run in runs] == ["vqgan", "te_vqgan", "stride_exact", "integer_exact"]
+    assert len({run["provenance"]["commit"] for run in runs}) == 1
