@@ -106,6 +106,7 @@ def test_prepare_tells_every_picture_and_what_it_left_out(
     assert (tmp_path / "out" / "data" / "samples.png").stat().st_size > 1_000
 
 
+@pytest.mark.slow
 def test_a_run_tells_on_what_it_was_trained(folder: Path, out: Path) -> None:
     """The manifest is in its provenance, the digest in its settings; the path is in neither."""
     run = run_folder(out, "vqgan", 0)
@@ -131,6 +132,7 @@ def test_equal_seeds_give_every_arm_the_same_crops(folder: Path) -> None:
     assert torch.equal(crops(reseeded, source, "test").fixed(0, 8), test)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(folder: Path, out: Path, tmp_path: Path) -> None:
     """It needs no state of a loader, as crops follow from the step."""
     settings = _settings(folder)
@@ -146,6 +148,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(folder: Path, out: Path, tm
     assert (whole / "evaluation.json").read_bytes() == (tmp_path / "evaluation.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_other_pictures_are_another_run(
     folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +166,7 @@ def test_other_pictures_are_another_run(
         crops(_settings(folder), _source(moved, TINY), "test")
 
 
+@pytest.mark.slow
 def test_runs_on_different_pictures_do_not_share_a_report(
     folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +180,7 @@ def test_runs_on_different_pictures_do_not_share_a_report(
     assert "data must be the same in both results, got images:" in _error(words, capsys)
 
 
+@pytest.mark.slow
 def test_an_arm_can_be_added_to_a_report(folder: Path, out: Path, tmp_path: Path) -> None:
     """The others stay with their samples, and what follows from results.json is written anew."""
     report = tmp_path / "report"
@@ -196,6 +201,7 @@ def test_an_arm_can_be_added_to_a_report(folder: Path, out: Path, tmp_path: Path
         assert (report / name).read_bytes() == content
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_numbers_of_the_runs(folder: Path, out: Path) -> None:
     """PSNR and κ with its interval; every picture with its hash; no test number without the number of codes."""
     text = (out / "report" / "report.md").read_text(encoding="utf-8")
@@ -216,6 +222,7 @@ def test_the_report_shows_the_numbers_of_the_runs(folder: Path, out: Path) -> No
         assert (out / "report" / f"{name}.md").read_text(encoding="utf-8").rstrip() in text
 
 
+@pytest.mark.slow
 def test_digits_and_pictures_have_reports_of_their_own(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What compares digits refuses pictures."""
     error = _error(["compare", "--results", str(out / "report")], capsys)
@@ -239,6 +246,7 @@ def test_steps_that_need_digits_refuse_pictures(
     assert "data must be one of 'mnist', 'fashion-mnist', 'digits' for this step; prepare, stage1, run" in error
 
 
+@pytest.mark.slow
 def test_the_count_of_an_exact_arm_needs_digits(
     out: Path, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
@@ -375,6 +383,7 @@ def test_interior_tokens_do_not_see_the_border_of_the_window() -> None:
     assert inside < 0.5
 
 
+@pytest.mark.slow
 def test_exact_arms_agree_after_circular_shifts(tmp_path: Path) -> None:
     """Whole tokens for the stride-exact one, also below a token for the other; VQGAN (the control) for neither."""
     folder, rates = tmp_path, {}
