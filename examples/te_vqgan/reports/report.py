@@ -282,11 +282,11 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_effect(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what the discriminator would be like where none is trained."""
-    if settings["adversarial_weight"] > 0:
-        return dict(settings)
-    details = ("adversarial_delta", *(name for name in settings if name.startswith("discriminator_")))
-    return {name: value for name, value in settings.items() if name not in details}
+    """Leave out what digits do not have, and what the discriminator would be like where none is trained."""
+    without = ["max_reduction"]
+    if settings["adversarial_weight"] == 0:
+        without += ["adversarial_delta", *(name for name in settings if name.startswith("discriminator_"))]
+    return {name: value for name, value in settings.items() if name not in without}
 
 
 def _title(results: Mapping[str, Any]) -> str:
