@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -17,9 +18,13 @@ from examples.te_vqgan.data.pictures import (
     PictureFile,
     PictureFolder,
     find_pictures,
+    load_pictures,
     split_by_content,
 )
+from examples.te_vqgan.data.sources import SPLITS
 from examples.te_vqgan.runs.files import sha256
+from examples.te_vqgan.stage1.pictures import crops, smallest_side
+from examples.te_vqgan.stage1.presets import settings_for
 from tests.example.tiny_runs import save_picture
 from tests.published import ROOT, published
 
@@ -45,6 +50,18 @@ def test_the_photographs_of_scikit_learn_are_those_of_the_catalogue(tmp_path: Pa
     assert [photograph.file for photograph in here] == ["china.jpg", "flower.jpg"]
     for photograph in here:
         assert sha256(tmp_path / f"scikit-learn-{photograph.file}") == photograph.sha256
+
+
+def test_the_two_photographs_of_scikit_learn_are_enough_to_train_on(tmp_path: Path) -> None:
+    """Each is cut into three parts, at the sizes of the preset."""
+    settings = settings_for("photos", "vqgan")
+    gather(tmp_path, catalogue=[one for one in CATALOGUE if one.package == "scikit-learn"])
+    source = load_pictures(tmp_path, crop_size=settings.canvas_size, smallest=smallest_side(settings))
+    assert [row["split"] for row in source.manifest] == ["three parts"] * 2
+    for split in SPLITS:
+        dataset = crops(dataclasses.replace(settings, data=source.name), source, split)
+        assert dataset.fixed(0, 2).shape == (2, 3, 64, 64)
+        assert len(source.pixels[split]) == 2
 
 
 @pytest.fixture
