@@ -151,7 +151,7 @@ def test_every_published_picture_is_attributed() -> None:
 def test_the_page_shows_every_table_and_the_commands() -> None:
     """Tables are included from the results, and the recipe names the versions of the packages."""
     text = PAGE.read_text(encoding="utf-8")
-    for name in ("quality", "window", "circular", "pictures"):
+    for name in ("quality", "window", "circular", "pictures", "findings"):
         assert f"{{include}} ../../../examples/te_vqgan/results/photos/{name}.md" in text
     for package in PACKAGES.values():
         assert package.name in text

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from examples.te_vqgan.__main__ import _parse, main
 from examples.te_vqgan.cli.options import image_source, out_folder, stage1_settings
 from examples.te_vqgan.cli.run import plan_jobs
 from examples.te_vqgan.data.pictures import PictureSource, find_pictures, load_pictures
+from examples.te_vqgan.reports.pictures import picture_findings
 from examples.te_vqgan.reports.results import run_folder
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
 from examples.te_vqgan.runs.running import CHECKPOINT, Interrupted
@@ -334,6 +336,58 @@ def test_the_plan_trains_four_arms_from_the_folder(folder: Path, tmp_path: Path)
         assert stage1_settings(read, read.arm).max_reduction == 2
         assert isinstance(image_source(read, stage1_settings(read, read.arm)), PictureSource)
     assert arms == ["vqgan", "te_vqgan", "stride_exact", "integer_exact"]
+
+
+def _measured(arm: str, seed: int, kappa: float, **test: float) -> dict[str, Any]:
+    """A run whose every κ is given, with an interval of ±0.05."""
+    report = measure_equivariance(
+        lambda x: (x[:, 0, ::4, ::4] > 0).long(),
+        torch.rand(2, 1, 24, 24) * 2 - 1,
+        protocol="crop",
+        canvas_size=16,
+        stride=4,
+        num_codes=16,
+    ).to_dict()
+    for name in ("aligned", "sub_stride"):
+        report[name] |= {"kappa": kappa, "kappa_defined": True, "kappa_interval": [kappa - 0.05, kappa + 0.05]}
+    quality = {"psnr": 24.0, "used_codes": 50, "perplexity": 40.0, **test}
+    names = ("equivariance", "equivariance_interior", "equivariance_circular")
+    evaluation = {"test": quality, **dict.fromkeys(names, report)}
+    return {"arm": arm, "title": arm.upper(), "settings": {"seed": seed}, "seed": seed, "evaluation": evaluation}
+
+
+@pytest.mark.parametrize(
+    ("kappa", "relation"),
+    [
+        (0.71, "higher (0.710 [0.660, 0.760] and 0.600 [0.550, 0.650])"),
+        (0.49, "lower (0.490 [0.440, 0.540] and 0.600 [0.550, 0.650])"),
+        (0.69, "not told apart (0.690 [0.640, 0.740] and 0.600 [0.550, 0.650])"),
+    ],
+)
+def test_findings_tell_only_what_intervals_tell(kappa: float, relation: str) -> None:
+    """At every protocol; the other numbers of both stand next to it."""
+    border, sentence = picture_findings({"runs": [_measured("a", 0, 0.6), _measured("b", 0, kappa, psnr=23.5)]})
+    assert sentence.count(relation) == 4
+    assert "B reconstructs test crops with 23.50 dB (A: 24.00) and uses 50 codes" in sentence
+    assert f"A from 0.600 to 0.600 and from 0.600 to 0.600; B from {kappa:.3f}" in border
+
+
+def test_findings_warn_of_fewer_codes_only_where_agreement_is_higher() -> None:
+    """More agreement of a smaller effective codebook may mean nothing."""
+    told = "It does so with fewer effective codes, which agree more often by themselves."
+    for kappa, perplexity, warned in ((0.8, 20.0, True), (0.8, 39.0, False), (0.6, 20.0, False)):
+        runs = [_measured("a", 0, 0.6), _measured("b", 0, kappa, perplexity=perplexity)]
+        assert (told in picture_findings({"runs": runs})[1]) == warned
+
+
+def test_findings_of_an_undefined_kappa_say_so() -> None:
+    """A collapsed codebook is not compared; a second seed is named."""
+    collapsed = _measured("a", 1, 0.6)
+    for name in ("aligned", "sub_stride"):
+        collapsed["evaluation"]["equivariance"][name] |= {"kappa": "nan", "kappa_defined": False}
+    sentence = picture_findings({"runs": [_measured("a", 0, 0.6), collapsed]})[1]
+    assert sentence.startswith("A, seed 1 reconstructs")
+    assert "not compared (undefined and 0.600 [0.550, 0.650])" in sentence
 
 
 def _pictures(count: int, side: int) -> torch.Tensor:

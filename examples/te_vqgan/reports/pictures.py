@@ -17,22 +17,39 @@ import torch
 from numpy.typing import NDArray
 
 from examples.te_vqgan.data.photographs import CATALOGUE, PACKAGES
-from examples.te_vqgan.reports.document import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
+from examples.te_vqgan.reports.document import (
+    Block,
+    Bullets,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    to_html,
+    to_markdown,
+)
 from examples.te_vqgan.reports.figures import code_colors
 from examples.te_vqgan.reports.results import by_arm, commands
 from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
-from te_quant.equivariance import best_token_shift
+from te_quant.equivariance import Agreement, best_token_shift
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["add_pictures", "draw_pictures", "picture_tables", "render_pictures"]
+__all__ = ["add_pictures", "draw_pictures", "picture_findings", "picture_tables", "render_pictures"]
 
 SAMPLES = "samples/pictures.safetensors"
 _FIGURE = "pictures.png"
+# By so much fewer effective codes may be what raises an agreement.
+_FEWER = 1.25
+_COMPARED = (
+    ("moving window, whole tokens:", "equivariance", "aligned"),
+    ("moving window, below a token:", "equivariance", "sub_stride"),
+    ("circular, whole tokens:", "equivariance_circular", "aligned"),
+    ("circular, below a token:", "equivariance_circular", "sub_stride"),
+)
 _SHARED = ("images", "moved_images")
 _NONE = "—"
 
@@ -80,6 +97,7 @@ def render_pictures(results: Mapping[str, Any], folder: Path) -> None:
     write_text_atomically(folder / "report.html", to_html([Heading(1, title), *blocks], pictures, title))
     for name, table in picture_tables(results).items():
         write_text_atomically(folder / f"{name}.md", to_markdown([table]))
+    write_text_atomically(folder / "findings.md", to_markdown([Bullets(picture_findings(results))]))
 
 
 def picture_tables(results: Mapping[str, Any]) -> dict[str, Table]:
@@ -102,6 +120,70 @@ def picture_tables(results: Mapping[str, Any]) -> dict[str, Table]:
         "circular": Table(["circular shifts", *names], around),
         "pictures": _pictures_table(results["pictures"]),
     }
+
+
+def picture_findings(results: Mapping[str, Any]) -> list[str]:
+    """Return sentences that compare every run with the first: reconstruction, code use, κ by protocol.
+
+    Two values of κ count as different where their intervals do not overlap.
+    """
+    base, *others = results["runs"]
+    name = _name(base, results["runs"])
+    sentences = [_border(results["runs"])]
+    for run in others:
+        title = _name(run, results["runs"])
+        psnr, codes, perplexity = (
+            [one["evaluation"]["test"][key] for one in (run, base)] for key in ("psnr", "used_codes", "perplexity")
+        )
+        compared = "; ".join(
+            f"{where} {_relation(*(_report(one, key, kind) for one in (run, base)))}"
+            for where, key, kind in _COMPARED
+        )
+        fewer = (
+            " It does so with fewer effective codes, which agree more often by themselves."
+            if perplexity[0] < perplexity[1] / _FEWER and "higher" in compared
+            else ""
+        )
+        sentences.append(
+            f"{title} reconstructs test crops with {psnr[0]:.2f} dB ({name}: {psnr[1]:.2f}) and uses {codes[0]} "
+            f"codes with a perplexity of {perplexity[0]:.1f} ({codes[1]} and {perplexity[1]:.1f}). Its κ against "
+            f"that of {name}: {compared}.{fewer}"
+        )
+    return sentences
+
+
+def _report(run: Mapping[str, Any], name: str, kind: str) -> Agreement:
+    found: Agreement = getattr(EquivarianceReport.from_dict(run["evaluation"][name]), kind)
+    return found
+
+
+def _relation(one: Agreement, other: Agreement) -> str:
+    """Say whether two intervals of κ overlap, and give both values."""
+    values = f"{one.kappa_text()} and {other.kappa_text()}"
+    if not (one.kappa_defined and other.kappa_defined):
+        return f"not compared ({values})"
+    if one.kappa_interval[0] > other.kappa_interval[1]:
+        return f"higher ({values})"
+    if one.kappa_interval[1] < other.kappa_interval[0]:
+        return f"lower ({values})"
+    return f"not told apart ({values})"
+
+
+def _border(runs: Sequence[Mapping[str, Any]]) -> str:
+    cells = []
+    for run in runs:
+        pairs = [
+            [_report(run, name, kind).kappa for name in ("equivariance", "equivariance_interior")]
+            for kind in ("aligned", "sub_stride")
+        ]
+        (whole, whole_inside), (below, below_inside) = pairs
+        cells.append(
+            f"{_name(run, runs)} from {whole:.3f} to {whole_inside:.3f} and from {below:.3f} to {below_inside:.3f}"
+        )
+    return (
+        "The border of a moving window: κ of all tokens, then of interior tokens, first after shifts by whole "
+        f"tokens, then below a token: {'; '.join(cells)}."
+    )
 
 
 def draw_pictures(results: Mapping[str, Any], samples: Mapping[str, NDArray[Any]]) -> Figure:
@@ -185,6 +267,7 @@ def _blocks(results: Mapping[str, Any]) -> list[Block]:
         tables["window"],
         Paragraph("The content of a window is shifted circularly: what leaves on one side enters on the other."),
         tables["circular"],
+        *([] if trial else [Bullets(picture_findings(results))]),
         Heading(2, "Pictures"),
         Picture(
             _FIGURE,
