@@ -51,6 +51,8 @@ _COMPARED = (
     ("circular, below a token:", "equivariance_circular", "sub_stride"),
 )
 _SHARED = ("images", "moved_images")
+# Shown of one crop only.
+_OF_ONE = ("moved_images", "tokens", "moved_tokens")
 _NONE = "—"
 
 
@@ -76,8 +78,10 @@ def add_pictures(results: dict[str, Any], collected: Mapping[str, Any], out: Pat
         if name is None:
             continue
         tensors, _ = load_checkpoint(out / name / "samples.safetensors")
+        shown = _most_contrast(tensors["images"].numpy())
         for key, tensor in tensors.items():
-            samples[key if key in _SHARED else f"{first['arm']}.{key}"] = tensor
+            kept = tensor[shown : shown + 1] if key in _OF_ONE else tensor
+            samples[key if key in _SHARED else f"{first['arm']}.{key}"] = kept
     save_checkpoint(path, samples, {})
     results["samples"] = SAMPLES
 
@@ -189,15 +193,13 @@ def _border(runs: Sequence[Mapping[str, Any]]) -> str:
 def draw_pictures(results: Mapping[str, Any], samples: Mapping[str, NDArray[Any]]) -> Figure:
     """Draw test crops, their reconstructions, and the tokens of one of them before and after a shift by a pixel.
 
-    It is the crop with most contrast, as a blurred ground hides what its tokens do.
-
     Args:
         results: of the runs.
-        samples: ``images`` and ``moved_images``; by arm, as in ``vqgan.tokens``, ``reconstructions``, ``tokens``
-            and ``moved_tokens``.
+        samples: as :func:`add_pictures` keeps them: ``images``, ``moved_images``, and by arm, as in
+            ``vqgan.tokens``, ``reconstructions``, ``tokens`` and ``moved_tokens``.
 
     Shape:
-        images, moved_images, reconstructions: (B, 3, S, S) uint8. tokens, moved_tokens: (B, h, w).
+        images, reconstructions: (B, 3, S, S) uint8. moved_images: (1, 3, S, S). tokens, moved_tokens: (1, h, w).
     """
     # Figure, not pyplot: no window system, no global state.
     from matplotlib.figure import Figure
@@ -216,17 +218,22 @@ def draw_pictures(results: Mapping[str, Any], samples: Mapping[str, NDArray[Any]
     for row, crops in zip(axes, rows, strict=True):
         for axis, crop in zip(row, crops, strict=False):
             axis.imshow(crop.transpose(1, 2, 0), interpolation="nearest")
-    shown = int(images.reshape(len(images), -1).astype(np.float64).var(1).argmax())
+    shown = _most_contrast(images)
     titles = (f"crop {shown + 1}", "moved by 1 px", "tokens that differ")
     for axis, title in zip(axes[0, len(images) :], titles, strict=True):
         axis.set_title(title, fontsize=8)
-    for axis, crop in zip(axes[0, len(images) :], (images[shown], samples["moved_images"][shown]), strict=False):
+    for axis, crop in zip(axes[0, len(images) :], (images[shown], samples["moved_images"][0]), strict=False):
         axis.imshow(crop.transpose(1, 2, 0), interpolation="nearest")
     axes[0, -1].set_axis_off()
     for row, runs in zip(axes[1:, len(images) :], groups.values(), strict=True):
-        _draw_tokens(row, *(samples[f"{runs[0]['arm']}.{name}"][shown] for name in ("tokens", "moved_tokens")))
+        _draw_tokens(row, *(samples[f"{runs[0]['arm']}.{name}"][0] for name in ("tokens", "moved_tokens")))
     figure.suptitle("Test crops, their reconstructions, and the tokens of one crop", fontsize=10)
     return figure
+
+
+def _most_contrast(images: NDArray[np.uint8]) -> int:
+    """The crop whose tokens are shown: a blurred ground would hide what they do."""
+    return int(images.reshape(len(images), -1).astype(np.float64).var(1).argmax())
 
 
 def _draw_tokens(axes: Sequence[Any], tokens: NDArray[Any], moved: NDArray[Any]) -> None:
