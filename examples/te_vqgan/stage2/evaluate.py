@@ -27,7 +27,7 @@ from examples.te_vqgan.stage1.losses import load_perceptual
 from examples.te_vqgan.stage2.generation import evaluate_pairs, read_tokenizer
 from examples.te_vqgan.stage2.settings import Stage2Settings
 from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, stage2_folder
-from te_quant import GPT
+from examples.te_vqgan.stage2.transformers import load_transformer
 
 __all__ = ["GENERATION", "READING", "evaluate_gpt", "evaluate_tokenizer"]
 
@@ -121,7 +121,7 @@ def evaluate_gpt(
     autoencoder, stage1 = load_tokenizer(tokenizer, device)
     require(is_finished(folder, settings, stage1), "out", "a folder with a finished stage2 run", str(folder))
     sampling = settings if candidates is None else _sampling(settings, candidates, stage1.model.num_codes)
-    gpt = GPT.from_pretrained(folder / "model").to(device)
+    gpt = load_transformer(folder / "model").to(device)
     reader: CellClassifier = load_classifier(classifier).to(device)
     seen = allowed("train", len(source.class_names))
     numbers: dict[str, Any] = {}

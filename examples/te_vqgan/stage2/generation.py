@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from examples.te_vqgan.classifier.model import CellClassifier, crop_places, feature_distance
-from examples.te_vqgan.data.caption_parser import parse
 from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.stage1.losses import Perceptual
 from examples.te_vqgan.stage2.scores import Scores
 from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings
-from te_quant import GPT, VQAutoencoder
+from examples.te_vqgan.stage2.transformers import Transformer
+from te_quant import VQAutoencoder
 
 __all__ = ["draw_images", "evaluate_pairs", "read_places", "read_tokenizer", "write_captions"]
 
@@ -30,7 +30,11 @@ _PICTURES = 16
 
 @torch.inference_mode()
 def draw_images(
-    gpt: GPT, autoencoder: VQAutoencoder, text: Tensor, settings: Stage2Settings, generator: torch.Generator
+    gpt: Transformer,
+    autoencoder: VQAutoencoder,
+    text: Tensor,
+    settings: Stage2Settings,
+    generator: torch.Generator,
 ) -> Tensor:
     """Sample the image of each caption.
 
@@ -56,7 +60,7 @@ def draw_images(
 
 
 @torch.inference_mode()
-def write_captions(gpt: GPT, pairs: CaptionedImages, tokens: Tensor) -> list[str]:
+def write_captions(gpt: Transformer, pairs: CaptionedImages, tokens: Tensor) -> list[str]:
     """Write the likeliest caption of each image, token by token.
 
     Shape:
@@ -129,7 +133,7 @@ def read_tokenizer(
 
 @torch.inference_mode()
 def evaluate_pairs(
-    gpt: GPT,
+    gpt: Transformer,
     autoencoder: VQAutoencoder,
     classifier: CellClassifier,
     pairs: CaptionedImages,
@@ -167,7 +171,7 @@ def evaluate_pairs(
         generated = draw_images(gpt, autoencoder, text, settings, generator)
         written = write_captions(gpt, pairs, tokens)
         tasks["text_to_image"].update(truth, read_places(classifier, generated))
-        tasks["image_to_text"].update(truth, parse(written, pairs.grammar.class_names))
+        tasks["image_to_text"].update(truth, pairs.parse(written))
         if start == 0:
             shown = {"images": _bytes(images[:_PICTURES]), "generated": _bytes(generated[:_PICTURES])}
             shown |= {"captions": captions[:_PICTURES], "written": written[:_PICTURES]}
