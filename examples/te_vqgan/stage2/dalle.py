@@ -219,7 +219,6 @@ class DalleTransformer(nn.Module):
         order: Sequence[str],
         temperature: float = 1.0,
         top_k: int | None = None,
-        top_fraction: float | None = None,
         generator: torch.Generator | None = None,
         stop_token: int | None = None,
     ) -> Tensor:
@@ -232,7 +231,6 @@ class DalleTransformer(nn.Module):
             order: as of the class.
             temperature: what logits are divided by, >= 0; 0 takes the likeliest token.
             top_k: keep the k largest logits, or all of a smaller vocabulary.
-            top_fraction: keep this share of the segment's vocabulary, in (0, 1], at least one. Not with ``top_k``.
             generator: all randomness; the global one if ``None``.
             stop_token: the token that ends a caption; padding fills the rest of it.
 
@@ -243,7 +241,6 @@ class DalleTransformer(nn.Module):
         require_number("temperature", temperature, 0.0)
         if top_k is not None:
             require_int("top_k", top_k, 1)
-            require(top_fraction is None, "top_fraction", "None with top_k", top_fraction)
         B, P = prompt.shape
         spans = self._spans(order, P)
         n = spans[-1].end
@@ -263,10 +260,7 @@ class DalleTransformer(nn.Module):
             states = self._run(sequence[:, :column], order, patterns, memory, seen)
             seen = column
             logits = self.heads[span.segment.name](states[:, -1]).float()
-            keep = top_k
-            if top_fraction is not None:
-                keep = max(1, math.floor(top_fraction * logits.shape[-1] + 1e-9))
-            drawn = _draw(logits, temperature, keep, generator)
+            drawn = _draw(logits, temperature, top_k, generator)
             if stop_token is not None:
                 drawn = torch.where(ended, config.pad_token, drawn)
                 ended = ended | (drawn == stop_token)
