@@ -346,3 +346,20 @@ def test_initial_scales_and_logits() -> None:
     logits = model(_tokens(("text", "image")), ("text", "image"))
     assert (logits[:, TEXT - 1 :, CODES:] == -math.inf).all()
     assert logits[:, : TEXT - 1].isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")
+def test_a_compiler_changes_rounding_only() -> None:
+    """The losses of both orders and their gradients, traced, and run by torch's own kernels."""
+    torch._dynamo.reset()
+    model = _model()
+    compiled = torch.compile(model.losses, backend="aot_eager", fullgraph=True)
+    for order in ORDERS:
+        tokens = _tokens(order)
+        found, expected = compiled(tokens, order), model.losses(tokens, order)
+        for name, value in expected.items():
+            assert found[name].item() == pytest.approx(value.item(), rel=1e-6)
+        gradients = [torch.autograd.grad(sum(part.values()), model.norm.weight)[0] for part in (found, expected)]
+        assert torch.allclose(*gradients, rtol=1e-4)
