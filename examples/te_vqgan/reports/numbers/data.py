@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.te_vqgan.reports.generation.paper import TABLE1, TABLE2, TABLE3
+from examples.te_vqgan.reports.generation.paper import CLASSIFIER, TABLE1, TABLE2, TABLE3
 from examples.te_vqgan.reports.generation.tables import full_size, read_right
 from examples.te_vqgan.reports.numbers.values import Json, Place, Sample, Spread, Value, of_json
 from examples.te_vqgan.reports.results import METRICS
@@ -185,7 +185,7 @@ def _paper() -> Place:
         )
         for data, rows in TABLE3.items()
     }
-    return _Tree({**arms, "table3": _Tree(table3)})
+    return _Tree({**arms, "table3": _Tree(table3), "classifier": CLASSIFIER})
 
 
 class _Cells(Place):
