@@ -27,6 +27,10 @@ QUADRANTS = ("quad1", "quad2", "quad3", "quad4")
 TASKS = ("text_to_image", "image_to_text")
 
 
+def _run(arm: str, seed: int) -> dict[str, Any]:
+    return {"arm": arm, "seed": seed, "settings": {"model": {}}, "stage2": {}}
+
+
 def _results(
     levels: Mapping[str, float] | None = None, rules: tuple[str, ...] = ("paper", "2"), spread: float = 0.02
 ) -> dict[str, Any]:
@@ -47,9 +51,10 @@ def _results(
 
     for group, seeds in planned_groups().items():
         for seed in seeds:
-            run = runs.setdefault((group.arm, seed), {"arm": group.arm, "seed": seed, "stage2": {}})
+            run = runs.setdefault((group.arm, seed), _run(group.arm, seed))
             level = (levels or {}).get(group.arm, 0.8)
-            run["stage2"][str(group.images)] = {"rules": {rule: generation(level) for rule in rules}}
+            measured = {rule: generation(level) for rule in rules}
+            run["stage2"][str(group.images)] = {"settings": {}, "rules": measured}
     classifier = {"evaluation": {"test": {"digit_accuracy": 0.9961}}}
     return {"runs": list(runs.values()), "classifier": classifier}
 
@@ -219,10 +224,11 @@ def test_interim_of_nothing_is_dashes(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_missing_run_is_named_and_nothing_is_tested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that was not trained, not measured under a rule, or not trained on the smaller set."""
+    """One not trained, not measured under a rule or in a task, or not trained on the smaller set."""
     results = _results()
     runs = {(run["arm"], run["seed"]): run for run in results["runs"]}
     del runs["vqgan", 3]["stage2"][str(FULL)]["rules"]["2"]
+    del runs["k16", 6]["stage2"][str(FULL)]["rules"]["paper"]["held_out"]["image_to_text"]
     del runs["te_vqgan", 2]["stage2"][str(THIRD)]
     results["runs"] = [run for run in results["runs"] if (run["arm"], run["seed"]) != ("stride_exact", 4)]
     assert main(_written(tmp_path, results)) == 1
@@ -230,6 +236,7 @@ def test_a_missing_run_is_named_and_nothing_is_tested(tmp_path: Path, capsys: py
     assert "results must be those of every planned run, got none of " in error
     for name in (
         "vqgan seed 3 with 40,000 images (rule 2)",
+        "k16 seed 6 with 40,000 images (rule paper)",
         "te_vqgan seed 2 with 13,333 images (rule paper and 2)",
         "stride_exact seed 4 with 40,000 images (rule paper and 2)",
     ):

@@ -40,11 +40,13 @@ def _generation(rates: dict[str, float]) -> dict[str, Any]:
 
 def _run(arm: str, seed: int, rate: float) -> dict[str, Any]:
     part = {
-        "generation": _generation({"quad1": rate}),
-        "sampling": {"generation-2": _generation({"quad1": 1.0})},
-        "rules": {"paper": _generation({"quad1": 0.25})},
+        "rules": {
+            "tenth": _generation({"quad1": rate}),
+            "2": _generation({"quad1": 1.0}),
+            "paper": _generation({"quad1": 0.25}),
+        },
     }
-    small = {"generation": _generation({"quad1": rate - 0.1})}
+    small = {"rules": {"tenth": _generation({"quad1": rate - 0.1})}}
     return {
         "arm": arm,
         "seed": seed,

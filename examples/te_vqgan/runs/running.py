@@ -31,6 +31,7 @@ __all__ = [
     "CHECKPOINT",
     "Clock",
     "Interrupted",
+    "PresentForm",
     "RunSettings",
     "RunTrainer",
     "begun_run",
@@ -43,6 +44,8 @@ __all__ = [
 
 CHECKPOINT = "checkpoint.safetensors"
 _LOCK_SECONDS = 30.0
+
+PresentForm = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 class Interrupted(Exception):  # noqa: N818  (an outcome, not an error)
@@ -99,8 +102,13 @@ class Clock:
         }
 
 
-def finished_run(folder: Path, settings: Mapping[str, Any]) -> bool:
+def finished_run(folder: Path, settings: Mapping[str, Any], present: PresentForm = dict) -> bool:
     """Say whether ``folder`` holds the finished run of ``settings``, which are as JSON gives them back.
+
+    Args:
+        folder: of the run.
+        settings: that it should have.
+        present: brings settings that an older version stored into the form of this one.
 
     Raises:
         ValueError: it holds a run of other settings.
@@ -110,7 +118,7 @@ def finished_run(folder: Path, settings: Mapping[str, Any]) -> bool:
         path = folder / "settings.json"
         if not path.exists():
             return False
-        changes = differing(read_json_object(path), settings)
+        changes = differing(present(read_json_object(path)), settings)
         require(not changes, "settings", f"those of the run in {folder}", "; ".join(changes))
         return (folder / "evaluation.json").exists()
 
@@ -119,7 +127,7 @@ def finished_run(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def begun_run(
-    folder: Path, settings: Mapping[str, Any], *, resume: bool
+    folder: Path, settings: Mapping[str, Any], *, resume: bool, present: PresentForm = dict
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]] | None]:
     """Keep ``folder`` for the unfinished run of ``settings``, and give its checkpoint, ``None`` at the beginning.
 
@@ -127,6 +135,7 @@ def begun_run(
         folder: the run's own; made if it is not there.
         settings: as JSON gives them back.
         resume: accept a folder with a checkpoint.
+        present: brings settings that an older version stored into the form of this one.
 
     Raises:
         ValueError: there is a checkpoint and ``resume`` is not set, or it is of other settings, or another process
@@ -141,7 +150,7 @@ def begun_run(
             checkpoint = load_checkpoint(path) if path.exists() else None
             if checkpoint is not None:
                 # It may have been carried over without its settings.json.
-                changes = differing(checkpoint[1].get("settings", settings), settings)
+                changes = differing(present(checkpoint[1].get("settings", settings)), settings)
                 require(not changes, "settings", f"those of the checkpoint in {folder}", "; ".join(changes))
             write_text_atomically(folder / "settings.json", json.dumps(dict(settings), indent=2) + "\n")
             return checkpoint

@@ -11,6 +11,7 @@ from examples.te_vqgan.reports.hypotheses.plan import (
     LEAST_CLASSIFIER,
     RULES,
     STATEMENTS,
+    TASKS,
     Comparison,
     Group,
     planned_groups,
@@ -88,9 +89,11 @@ def outcomes(results: Mapping[str, Any], rule: str, task: str) -> Outcomes:
     for group, seeds in planned_groups().items():
         for run in results["runs"]:
             rules = run.get("stage2", {}).get(str(group.images), {}).get("rules", {})
-            if run["arm"] != group.arm or run["seed"] not in seeds or rule not in rules:
+            # A rule may have been measured in one task only.
+            held_out = rules.get(rule, {}).get("held_out", {})
+            if run["arm"] != group.arm or run["seed"] not in seeds or task not in held_out:
                 continue
-            cases = rules[rule]["held_out"][task]["cases"]
+            cases = held_out[task]["cases"]
             digits.setdefault(tuple(cases[case]["digits"] for case in _CASES), _name(group, run["seed"]))
             values.setdefault(group, {})[run["seed"]] = quadrants(rules[rule], task)
     require(
@@ -100,12 +103,12 @@ def outcomes(results: Mapping[str, Any], rule: str, task: str) -> Outcomes:
 
 
 def missing_runs(results: Mapping[str, Any]) -> list[str]:
-    """Name each planned run that is not there, or not measured under a rule."""
-    found = {rule: outcomes(results, rule, "text_to_image").values for rule in RULES}
+    """Name each planned run that is not there, or not measured under a rule in both tasks."""
+    found = {rule: [outcomes(results, rule, task).values for task in TASKS] for rule in RULES}
     missing = []
     for group, seeds in planned_groups().items():
         for seed in seeds:
-            rules = [rule for rule in RULES if seed not in found[rule].get(group, {})]
+            rules = [rule for rule in RULES if any(seed not in one.get(group, {}) for one in found[rule])]
             if rules:
                 missing.append(f"{_name(group, seed)} (rule {' and '.join(rules)})")
     return missing

@@ -26,13 +26,16 @@ from examples.te_vqgan.reports.hypotheses.plan import (
     FULL,
     RULES,
     STATEMENTS,
+    TASKS,
     Comparison,
     Group,
     planned_groups,
 )
+from examples.te_vqgan.reports.results import read_results
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from examples.te_vqgan.stage1.presets import ARMS
+from examples.te_vqgan.stage2.rules import rule_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,9 +44,6 @@ __all__ = ["interim", "label", "write_hypotheses"]
 
 CANDIDATES = ("2", "16", "38", "all")
 """Rules that keep a fixed number of logits, in the order of the figure."""
-
-_TASKS = {"text_to_image": "text to image", "image_to_text": "image to text"}
-_RULES = {"paper": "the paper's code", "2": "two candidates"}
 
 
 def write_hypotheses(folder: Path, into: Path, *, command: str) -> None:
@@ -85,7 +85,7 @@ def interim(folder: Path) -> str:
         for one in COMPARISONS:
             differences = outcomes(results, rule, one.task).differences(one)
             average = _signed(statistics.fmean(differences.values())) if differences else "–"
-            rows.append([one.hypothesis, label(one), _TASKS[one.task], average, _by_seed(differences)])
+            rows.append([one.hypothesis, label(one), TASKS[one.task], average, _by_seed(differences)])
         blocks.append(Table(header, rows))
     return to_markdown(blocks)
 
@@ -107,7 +107,7 @@ def _name(group: Group) -> str:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     require(path.is_file(), "results", "a folder with results.json", str(folder))
-    return read_json_object(path)
+    return read_results(path)
 
 
 def _blocks(results: Mapping[str, Any], found: Mapping[str, Sequence[Result]]) -> list[Block]:
@@ -141,7 +141,7 @@ def _blocks(results: Mapping[str, Any], found: Mapping[str, Sequence[Result]]) -
                     f"{comparison.hypothesis}: {STATEMENTS[comparison.hypothesis]}",
                     label(comparison),
                     "> 0" if comparison.sign > 0 else "< 0",
-                    _TASKS[comparison.task],
+                    TASKS[comparison.task],
                     _signed(test.mean),
                     f"{_signed(low)} to {_signed(high)}",
                     _probability(test.p),
@@ -151,7 +151,7 @@ def _blocks(results: Mapping[str, Any], found: Mapping[str, Sequence[Result]]) -
                 ]
             )
         blocks += [
-            Paragraph(f"Rule `{rule}`: {_RULES[rule]} ({RULES[rule]} family)."),
+            Paragraph(f"Rule `{rule}` ({rule_title(rule)}), {RULES[rule]} family:"),
             Table(header, rows),
             Paragraph("Outcomes, mean (standard deviation between seeds):"),
             _outcome_table(results, rule),
@@ -160,12 +160,12 @@ def _blocks(results: Mapping[str, Any], found: Mapping[str, Sequence[Result]]) -
 
 
 def _outcome_table(results: Mapping[str, Any], rule: str) -> Table:
-    by_task: dict[str, Outcomes] = {task: outcomes(results, rule, task) for task in _TASKS}
+    by_task: dict[str, Outcomes] = {task: outcomes(results, rule, task) for task in TASKS}
     rows = []
     for group, planned in planned_groups().items():
         values = [list(one.values.get(group, {}).values()) for one in by_task.values()]
         rows.append([_name(group), f"{len(values[0])} of {len(planned)}", *map(mean, values)])
-    return Table(["tokenizer", "seeds", *_TASKS.values()], rows)
+    return Table(["tokenizer", "seeds", *TASKS.values()], rows)
 
 
 def _effects(found: Mapping[str, Sequence[Result]]) -> dict[str, list[tuple[str, Result, str]]]:
@@ -173,9 +173,9 @@ def _effects(found: Mapping[str, Sequence[Result]]) -> dict[str, list[tuple[str,
     panels = {}
     for rule, results in found.items():
         judged = verdicts(results)
-        panels[f"rule {rule} ({RULES[rule]}): {_RULES[rule]}"] = [
+        panels[f"{RULES[rule]} rule: {rule_title(rule)}"] = [
             (
-                f"{one.comparison.hypothesis}  {label(one.comparison)}\n{_TASKS[one.comparison.task]}",
+                f"{one.comparison.hypothesis}  {label(one.comparison)}\n{TASKS[one.comparison.task]}",
                 one,
                 judged[one.comparison.hypothesis],
             )
@@ -187,7 +187,7 @@ def _effects(found: Mapping[str, Sequence[Result]]) -> dict[str, list[tuple[str,
 def _curves(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[float]]]]:
     """By task, then tokenizer, then number of candidates: the outcomes of its seeds."""
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for task, words in _TASKS.items():
+    for task, words in TASKS.items():
         arms: dict[str, dict[str, list[float]]] = {}
         for rule in CANDIDATES:
             for group, values in outcomes(results, rule, task).values.items():
@@ -227,7 +227,7 @@ def _plain(results: Mapping[str, Any], found: Mapping[str, Sequence[Result]], co
                     "task": task,
                     "by_seed": {str(seed): value for seed, value in values.items()},
                 }
-                for task in _TASKS
+                for task in TASKS
                 for group, values in outcomes(results, rule, task).values.items()
             ],
         }

@@ -14,6 +14,7 @@ __all__ = [
     "LEAST_CLASSIFIER",
     "RULES",
     "STATEMENTS",
+    "TASKS",
     "THIRD",
     "Comparison",
     "Group",
@@ -28,6 +29,9 @@ LEAST_CLASSIFIER = 0.995
 
 RULES: Mapping[str, str] = {"paper": "primary", "2": "secondary"}
 """Decoding rules, each with its own correction."""
+
+TASKS: Mapping[str, str] = {"text_to_image": "text to image", "image_to_text": "image to text"}
+"""Names of the tasks in results and in text."""
 
 _FIVE, _THREE = (2, 3, 4, 5, 6), (2, 3, 4)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.te_vqgan.reports.generation.paper import CLASSIFIER, TABLE1, TABLE2, TABLE3
-from examples.te_vqgan.reports.generation.tables import full_size, read_right
+from examples.te_vqgan.reports.generation.tables import full_size, read_right, share
 from examples.te_vqgan.reports.numbers.values import Json, Place, Sample, Spread, Value, of_json
-from examples.te_vqgan.reports.results import METRICS
+from examples.te_vqgan.reports.results import METRICS, read_results
 from examples.te_vqgan.runs.checks import require_choice
 from examples.te_vqgan.runs.files import read_json_object
 
@@ -130,17 +130,14 @@ class _Task(Place):
         for seed, run in self.runs.items():
             found = self._measured(run)
             if found is not None:
-                counts = [found[case] for case in cases]
-                values[seed] = sum(one["digits_right"] for one in counts) / sum(one["digits"] for one in counts)
+                values[seed] = share(found[case] for case in cases)
         return Sample(values)
 
     def _measured(self, run: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        part = run.get("stage2", {}).get(str(self.options["images"]), {})
-        rule = str(self.options["rule"])
-        # Results of before decoding had rules hold the tenth apart, and each number of candidates by its file.
-        older = {**part.get("sampling", {}), "generation-tenth": part.get("generation")}
-        generation = part.get("rules", {}).get(rule, older.get(f"generation-{rule}"))
-        return None if generation is None else generation[self.options["split"]][self.task]["cases"]
+        rules = run.get("stage2", {}).get(str(self.options["images"]), {}).get("rules", {})
+        split = rules.get(str(self.options["rule"]), {}).get(self.options["split"], {})
+        cases: Mapping[str, Any] | None = split.get(self.task, {}).get("cases")
+        return cases
 
 
 class _Tree(Place):
@@ -233,13 +230,18 @@ def _cells(content: Mapping[str, Any]) -> Place:
 
 
 @functools.cache
+def _results(name: str) -> Place:
+    return Results(read_results(ROOT / "examples" / "te_vqgan" / "results" / name / "results.json"))
+
+
+@functools.cache
 def _read(path: str, place: Callable[[Mapping[str, Any]], Place] = Json) -> Place:
     return place(read_json_object(ROOT / path))
 
 
 DATA: Mapping[str, Callable[[], Place]] = {
-    "small": lambda: _read("examples/te_vqgan/results/small/results.json", Results),
-    "fine": lambda: _read("examples/te_vqgan/results/small-fine/results.json", Results),
+    "small": lambda: _results("small"),
+    "fine": lambda: _results("small-fine"),
     "family": lambda: _read("examples/te_vqgan/results/family/results.json", _family),
     "paper": functools.cache(_paper),
     "bench": lambda: _read("benchmarks/results/cpu/results.json", _Benchmarks),
