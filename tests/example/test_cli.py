@@ -443,7 +443,7 @@ def _numbers(value: Any) -> Any:
     """All but when, where and by which words it was computed."""
     if not isinstance(value, dict):
         return value
-    facts = ("provenance", "command", "commit", "versions")
+    facts = ("provenance", "command", "commit", "versions", "spent")
     return {name: _numbers(part) for name, part in value.items() if name not in facts}
 
 

@@ -22,6 +22,8 @@ from te_quant import EquivarianceReport
 __all__ = ["regimes", "write_regimes"]
 
 _SHOWN = {"text_to_image": ("paper", "tenth", "2"), "image_to_text": ("paper", "tenth")}
+# Columns before those of the rules.
+_MEASURED = 6
 _HEADER = [
     "what differs",
     "tokenizer",
@@ -29,8 +31,8 @@ _HEADER = [
     "codes used",
     "below a token: κ",
     "read in reconstructions",
-    *(f"text to image, {rule_title(rule)}" for rule in _SHOWN["text_to_image"]),
-    *(f"image to text, {rule_title(rule)}" for rule in _SHOWN["image_to_text"]),
+    *(f"text to image, {rule_title(rule, 'text_to_image')}" for rule in _SHOWN["text_to_image"]),
+    *(f"image to text, {rule_title(rule, 'image_to_text')}" for rule in _SHOWN["image_to_text"]),
 ]
 
 
@@ -47,7 +49,10 @@ def write_regimes(folders: Sequence[Path], path: Path) -> None:
 
 
 def regimes(results: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for VQGAN and one for TE-VQGAN in each of the results; means over seeds, deviations in brackets."""
+    """A row for VQGAN and one for TE-VQGAN in each of the results; means over seeds, deviations in brackets.
+
+    Rules of decoding that no result has take no column.
+    """
     rows: list[list[str]] = []
     for one in results:
         images = full_size(one)
@@ -57,7 +62,8 @@ def regimes(results: Sequence[Mapping[str, Any]]) -> Table:
             runs = [run for run in one["runs"] if run["arm"] == arm]
             if runs:
                 rows.append([_what_differs(results[0], one, arm), *_cells(arm, runs, str(images))])
-    return Table(_HEADER, rows)
+    kept = [n for n in range(len(_HEADER)) if n < _MEASURED or any(row[n] != mean([]) for row in rows)]
+    return Table([_HEADER[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
 def _cells(arm: str, runs: Sequence[Mapping[str, Any]], images: str) -> list[str]:

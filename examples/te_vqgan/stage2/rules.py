@@ -69,11 +69,12 @@ def rule_named(name: str, num_codes: int, vocabulary: int) -> Rule:
     return Rule(name, min(max(1, images), num_codes), min(captions, vocabulary))
 
 
-def rule_title(name: str) -> str:
-    """Return what a table calls a rule."""
+def rule_title(name: str, task: str | None = None) -> str:
+    """Return what a table calls a rule, in one of the two tasks or in both."""
+    tenth = {"text_to_image": "a tenth of K", "image_to_text": "greedy"}
     titles = {
         "paper": "the released code's",
-        "tenth": "a tenth of K; captions greedy",
+        "tenth": tenth.get(task or "", "a tenth of K for images, greedy for captions"),
         "greedy": "greedy",
         "all": "all",
     }

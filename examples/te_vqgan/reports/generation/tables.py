@@ -152,7 +152,7 @@ def rules_table(results: Mapping[str, Any], task: str, cases: Sequence[str] = _C
             for name in names
         ]
         rows.append([f"{ARMS[arm].title}{counted(runs)}", *cells])
-    return Table(["tokenizer", *map(rule_title, names)], rows)
+    return Table(["tokenizer", *(rule_title(name, task) for name in names)], rows)
 
 
 def _place(rule: str) -> tuple[int, int]:
