@@ -305,7 +305,7 @@ def test_the_command_shows_and_corrects(tmp_path: Path, capsys: pytest.CaptureFi
 
 def _marked(page: Path) -> list[Marked]:
     # A source distribution has no results.
-    for name in ("small", "small-fine"):
+    for name in ("small", "small-fine", "family"):
         published(f"{name}/results.json")
     return marked_numbers(page.read_text(encoding="utf-8"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from examples.te_vqgan.reports.generation.tables import quadrants
@@ -86,19 +86,13 @@ def outcomes(results: Mapping[str, Any], rule: str, task: str) -> Outcomes:
     """
     values: dict[Group, dict[int, float]] = {}
     digits: dict[tuple[int, ...], str] = {}
-    for group, seeds in planned_groups().items():
-        for run in results["runs"]:
-            rules = run.get("stage2", {}).get(str(group.images), {}).get("rules", {})
-            # A rule may have been measured in one task only.
-            held_out = rules.get(rule, {}).get("held_out", {})
-            if run["arm"] != group.arm or run["seed"] not in seeds or task not in held_out:
-                continue
-            cases = held_out[task]["cases"]
-            digits.setdefault(tuple(cases[case]["digits"] for case in _CASES), _name(group, run["seed"]))
-            values.setdefault(group, {})[run["seed"]] = quadrants(rules[rule], task)
-    require(
-        len(digits) < 2, "digits", "the same for every run", " and ".join(f"{n} in {r}" for n, r in digits.items())
-    )
+    for group, seed, measured in _measured(results, rule):
+        # A rule may have been measured in one task only.
+        if task in measured["held_out"]:
+            cases = measured["held_out"][task]["cases"]
+            digits.setdefault(tuple(cases[case]["digits"] for case in _CASES), _name(group, seed))
+            values.setdefault(group, {})[seed] = quadrants(measured, task)
+    _require_one("digits", digits)
     return Outcomes(values)
 
 
@@ -106,11 +100,13 @@ def missing_runs(results: Mapping[str, Any]) -> list[str]:
     """Name each planned run that is not there, or not measured under a rule in both tasks."""
     found = {rule: [outcomes(results, rule, task).values for task in TASKS] for rule in RULES}
     missing = []
-    for group, seeds in planned_groups().items():
-        for seed in seeds:
+    for group, planned in planned_groups().items():
+        seeds: dict[str, list[int]] = {}
+        for seed in planned:
             rules = [rule for rule in RULES if any(seed not in one.get(group, {}) for one in found[rule])]
             if rules:
-                missing.append(f"{_name(group, seed)} (rule {' and '.join(rules)})")
+                seeds.setdefault(" and ".join(rules), []).append(seed)
+        missing += [f"{_name(group, *some)} (rule {rules})" for rules, some in seeds.items()]
     return missing
 
 
@@ -118,7 +114,7 @@ def compared(results: Mapping[str, Any], rule: str) -> list[Result]:
     """Test every comparison under ``rule`` and correct the p values for their number.
 
     Raises:
-        ValueError: a planned run is missing, or the classifier reads too few digits.
+        ValueError: a planned run is missing, the classifier reads too few digits, or there were several.
     """
     missing = missing_runs(results)
     require(not missing, "results", "those of every planned run", f"none of {'; '.join(missing)}")
@@ -129,6 +125,13 @@ def compared(results: Mapping[str, Any], rule: str) -> list[Result]:
         f"one that reads at least {100 * LEAST_CLASSIFIER:g} % of the test digits",
         "none" if read is None else f"{100 * read:.2f} %",
     )
+    # By the hash of its weights, where an evaluation has recorded it.
+    runs = (
+        (group, seed, measured.get("classifier"))
+        for one in RULES
+        for group, seed, measured in _measured(results, one)
+    )
+    _require_one("classifier", {hashed: _name(group, seed) for group, seed, hashed in runs})
     differences = [outcomes(results, rule, one.task).differences(one) for one in COMPARISONS]
     tests = [paired_t(list(one.values())) for one in differences]
     corrected = holm([test.p for test in tests])
@@ -158,5 +161,20 @@ def classifier_accuracy(results: Mapping[str, Any]) -> float | None:
     return None if evaluation is None else float(evaluation["test"]["digit_accuracy"])
 
 
-def _name(group: Group, seed: int) -> str:
-    return f"{group.arm} seed {seed} with {group.images:,} images"
+def _measured(results: Mapping[str, Any], rule: str) -> Iterator[tuple[Group, int, Mapping[str, Any]]]:
+    """Give what was measured of each planned run under ``rule``, if it was."""
+    for group, seeds in planned_groups().items():
+        for run in results["runs"]:
+            rules = run.get("stage2", {}).get(str(group.images), {}).get("rules", {})
+            if run["arm"] == group.arm and run["seed"] in seeds and rule in rules:
+                yield group, run["seed"], rules[rule]
+
+
+def _require_one(name: str, found: Mapping[Any, str]) -> None:
+    different = " and ".join(f"{value} in {run}" for value, run in found.items())
+    require(len(found) < 2, name, "the same for every run", different)
+
+
+def _name(group: Group, *seeds: int) -> str:
+    numbers = ", ".join(map(str, seeds))
+    return f"{group.arm} seed{'s' if len(seeds) > 1 else ''} {numbers} with {group.images:,} images"
