@@ -14,7 +14,7 @@ from examples.te_vqgan.reports.results import METRICS, read_results
 from examples.te_vqgan.runs.checks import require_choice
 from examples.te_vqgan.runs.files import read_json_object
 
-__all__ = ["DATA", "ROOT", "Results"]
+__all__ = ["DATA", "ROOT", "Results", "confirmatory"]
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -225,6 +225,21 @@ def _family(content: Mapping[str, Any]) -> Results:
     )
 
 
+def confirmatory(content: Mapping[str, Any]) -> Place:
+    """Return the tests of ``hypotheses.json``: ``primary.H3[1].p_holm`` is of the second comparison of H3.
+
+    Args:
+        content: of the file.
+    """
+    families: dict[str, Value] = {}
+    for rule in content["rules"].values():
+        tests: dict[str, list[Any]] = {}
+        for comparison in rule["comparisons"]:
+            tests.setdefault(comparison["hypothesis"], []).append(comparison)
+        families[rule["family"]] = Json(tests)
+    return _Tree(families)
+
+
 def _cells(content: Mapping[str, Any]) -> Place:
     return _Tree({"cells": _Cells(content["cells"])})
 
@@ -242,6 +257,8 @@ def _read(path: str, place: Callable[[Mapping[str, Any]], Place] = Json) -> Plac
 DATA: Mapping[str, Callable[[], Place]] = {
     "small": lambda: _results("small"),
     "fine": lambda: _results("small-fine"),
+    # Not there before the confirmatory runs are.
+    "tests": lambda: _read("examples/te_vqgan/results/small-fine/hypotheses.json", confirmatory),
     "family": lambda: _read("examples/te_vqgan/results/family/results.json", _family),
     "paper": functools.cache(_paper),
     "bench": lambda: _read("benchmarks/results/cpu/results.json", _Benchmarks),
