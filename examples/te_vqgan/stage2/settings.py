@@ -58,8 +58,7 @@ class Stage2Settings:
         directions: names out of :data:`DIRECTIONS`, trained in turn.
         updates_per_batch: 1; or the number of directions, which then take one step each on the same pairs, at the
             same rate. ``steps`` and ``warmup_steps`` count single steps all the same, and are multiples of it.
-        first_alone: for so many steps the first direction alone is trained. With both in turn from the start a
-            small network takes several times as long to learn to bind digits to places.
+        first_alone: for so many steps only the first direction is trained.
         target_weight: of the loss of the second segment, where the first has weight 1; the sum is divided by
             ``target_weight`` + 1.
         optimizer: ``"adam"``, or ``"muon"`` for the matrices within the blocks (and Adam for the rest).
@@ -79,7 +78,7 @@ class Stage2Settings:
         ValueError: a setting is out of range.
 
     Source: Shin et al. 2021, arXiv:2112.00384, section 4, and its published Stage 2: width 256, depth 8, 8 heads,
-        both orders in turn, loss (other + 7 target) / 8, Adam at 1e-3, clip 1. All of it is in the preset
+        both orders for each batch, loss (other + 7 target) / 8, Adam at 1e-3, clip 1. All of it is in the preset
         ``paper``.
     """
 
@@ -264,8 +263,7 @@ STAGE2: dict[str, Stage2Settings | None] = {
 }
 """By preset; ``None`` where it ends with Stage 1."""
 STAGE2 |= {"small-long": STAGE2["small"], "small-fine": STAGE2["small"]}
-# The authors' transformer at half the width and depth, on one CPU core. So small a budget needs Muon, and one
-# direction first, as in `small`.
+# The authors' transformer at half the width and depth, on one CPU core; Muon and one direction first, as in `small`.
 STAGE2["narrow"] = Stage2Settings(
     architecture="dalle",
     width=128,
