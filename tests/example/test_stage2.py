@@ -250,6 +250,13 @@ def test_the_papers_rate_restarts_five_times() -> None:
     assert once.rate_factor(2 * (1500 + 4750)) == pytest.approx(math.cos(math.pi / 12) ** 2)
 
 
+def test_the_authors_transformer_needs_a_start_token() -> None:
+    """Captions of another style are refused."""
+    message = r"tokenizer must be of captions in the style 'numerals', got one without a start token\."
+    with pytest.raises(ValueError, match=message):
+        _trainer(**DALLE)
+
+
 def test_muon_has_the_matrices_of_the_blocks_and_adam_the_rest() -> None:
     """Every weight is in one optimiser; with Adam alone it has all of them."""
     trainer = _trainer(optimizer="muon")

@@ -36,8 +36,15 @@ def gpt_config(
         tokenizer: of the captions.
         num_codes: of the image tokenizer.
         grid: h, w of its tokens.
+
+    Raises:
+        ValueError: the authors' transformer is to read captions without a start token.
     """
-    if settings.architecture == "dalle" and tokenizer.start_token is not None:
+    if settings.architecture == "dalle":
+        if tokenizer.start_token is None:
+            raise ValueError(
+                "tokenizer must be of captions in the style 'numerals', got one without a start token."
+            )
         return DalleConfig(
             vocab_size=tokenizer.vocab_size,
             text_length=tokenizer.length,
