@@ -147,6 +147,32 @@ def test_the_papers_preset_is_a_resnet_18() -> None:
     assert sum(module.kernel_size == (3, 3) for module in convolutions) == 17
 
 
+def test_a_margin_is_not_looked_at() -> None:
+    """The answers are those about the inner crop, 28 pixels of 32 in the preset of the paper."""
+    assert CLASSIFIERS["paper"].margin == CLASSIFIERS["narrow"].margin == 2
+    plain = _classifier(widths=(4, 8), blocks=1)
+    model = CellClassifier(widths=(4, 8), blocks=1, margin=2).double().eval()
+    model.load_state_dict(plain.state_dict())
+    cells = _images(3, 32)
+    inner = plain(cells[:, :, 2:30, 2:30])
+    changed = cells.clone()
+    changed[:, :, :2], changed[:, :, 30:] = 0.3, 0.3
+    changed[:, :, :, :2], changed[:, :, :, 30:] = 0.3, 0.3
+    for found in (model(cells), model(changed)):
+        assert all(torch.equal(one, two) for one, two in zip(found, inner, strict=True))
+    assert not torch.equal(plain(changed).digit_logits, plain(cells).digit_logits)
+    assert model.config["margin"] == 2
+    assert "margin" not in plain.config
+    with pytest.raises(ValueError, match="cells must be wider than 4 pixels"):
+        model(_images(1, 4))
+
+
+def test_a_saved_margin_is_loaded(tmp_path: Path) -> None:
+    """A classifier reads cells as it did when it was trained."""
+    save_classifier(CellClassifier(widths=(8,), blocks=1, margin=3), tmp_path)
+    assert load_classifier(tmp_path).margin == 3
+
+
 def test_the_stem_sees_no_border_of_a_cell() -> None:
     """Its padding looks like ground; grey, whose value the padding lacks, is the negative control."""
     model = _classifier(widths=(4,))

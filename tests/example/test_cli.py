@@ -469,7 +469,8 @@ def test_help_names_every_command() -> None:
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     shown = re.findall(r"^    (\w+)\s+\w", text, re.MULTILINE)
     steps = ["prepare", "stage1", "classifier", "stage2", "evaluate", "publish", "exactness"]
-    assert shown == [*steps, "report", "compare", "regimes", "family", "audit", "run"]
+    reports = ["report", "compare", "regimes", "family", "hypotheses", "numbers", "audit"]
+    assert shown == [*steps, *reports, "run"]
 
 
 def test_paper_is_compiled_and_the_others_if_asked() -> None:

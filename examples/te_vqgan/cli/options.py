@@ -59,7 +59,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "data-dir": {"type": Path, "help": "folder of the IDX files (default: $TE_QUANT_DATA, else downloaded)"},
     "seed": {"type": int, "help": "seed of weights and images (default: the preset's, 0)"},
     "steps": {"type": int, "help": "optimiser steps, instead of the preset's"},
-    "perceptual": {"choices": ("none", "lpips"), "help": "perceptual distance in the loss (default: none)"},
+    "perceptual": {
+        "choices": ("none", "lpips"),
+        "help": "perceptual distance in the loss (default: the preset's)",
+    },
     "bf16": {"action": argparse.BooleanOptionalAction, "help": "train the networks in bfloat16"},
     "max-reduction": {
         "type": int,
@@ -100,8 +103,8 @@ def stage1_settings(options: argparse.Namespace, arm: str) -> Stage1Settings:
     data = options.data or PRESETS[options.preset].data
     if is_pictures(data):
         changes["data"] = find_pictures(folder_of(data)).data
-    if changes["perceptual"] not in (None, "none"):
-        changes["perceptual_weight"] = 1.0
+    if changes["perceptual"] is not None:
+        changes["perceptual_weight"] = 0.0 if changes["perceptual"] == "none" else 1.0
     return settings_for(options.preset, arm, changes)
 
 
