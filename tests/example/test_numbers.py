@@ -362,9 +362,9 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "docs/reference/results/paper-sampling.md": {},
     "docs/reference/results/tokenizers.md": {},
     "docs/reference/results/family.md": {},
-    "docs/reference/results/photographs.md": {
-        number: "the version of a licence" for number in ("1.0", "2.0", "3.0", "4.0")
-    },
+    "docs/reference/results/photographs.md": dict.fromkeys(
+        ("1.0", "2.0", "3.0", "4.0"), "the version of a licence"
+    ),
     "docs/reference/results/benchmarks.md": {
         "0.99": "the decay of a peer's moving average, a setting",
         "1.05": "the aim of the comparison of two versions",

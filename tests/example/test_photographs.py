@@ -166,3 +166,27 @@ def test_published_results_are_small_and_of_one_commit() -> None:
     runs = _results()["runs"]
     assert [run["arm"] for run in runs] == ["vqgan", "te_vqgan", "stride_exact", "integer_exact"]
     assert len({run["provenance"]["commit"] for run in runs}) == 1
+
+
+def test_published_exact_encoders_keep_their_promise_on_photographs() -> None:
+    """After circular shifts: both at whole tokens, only the polyphase encoder below a token, VQGAN at neither."""
+    kappas = {
+        run["arm"]: [
+            run["evaluation"]["equivariance_circular"][kind]["kappa"] for kind in ("aligned", "sub_stride")
+        ]
+        for run in _results()["runs"]
+    }
+    assert kappas["stride_exact"][0] > 0.999
+    assert min(kappas["integer_exact"]) > 0.999
+    assert kappas["stride_exact"][1] < 0.9
+    assert max(kappas["vqgan"]) < 0.9
+
+
+def test_the_published_table_of_pictures_is_that_of_the_manifest() -> None:
+    """Sizes and splits, so that the page says on what was trained and what was tested."""
+    rows = published("photos/pictures.md").read_text(encoding="utf-8")
+    files = {one.sha256: one.file for one in CATALOGUE}
+    for picture in _results()["pictures"]:
+        size = f"{picture['width']}x{picture['height']}"
+        assert f"| {files[picture['sha256']]} | {size} | {picture['reduced_by']} |" in rows
+        assert f"| {picture['split']} | {picture['sha256'][:12]} |" in rows

@@ -320,6 +320,8 @@ def _pictures_table(pictures: Sequence[Mapping[str, Any]]) -> Table:
             cells += [_NONE] * 3
         elif photograph is not None:
             package = PACKAGES[photograph.package]
+            # The folder's name repeats the package.
+            cells[0] = photograph.file
             cells += [f"{package.name} {package.version}", photograph.author, photograph.licence]
         rows.append(cells)
     return Table([*header, *(["package", "by", "licence"] if with_source else [])], rows)
