@@ -82,8 +82,14 @@ def _gpt(pairs: CaptionedImages, **changes: Any) -> GPT:
     return Stage2Trainer(settings, gpt_config(settings, pairs.tokenizer, CODES, GRID), CPU).model.eval()
 
 
+# Of an image tokenizer that chooses no phase, as far as it is read.
+PLAIN = {"channel_multipliers": (1,), "downsample": "none"}
+
+
 class _Codes:
     """Decodes a token into its number, everywhere in its cell."""
+
+    config = SimpleNamespace(**PLAIN)
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """(B, h, w) to (B, 1, h, w)."""
@@ -103,12 +109,12 @@ def test_a_learnt_pair_is_drawn_and_told_as_it_was(pairs: CaptionedImages) -> No
     drawn = draw_images(gpt, _Codes(), text, GREEDY, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     assert torch.equal(drawn[:, 0].long(), tokens)
     assert not torch.equal(drawn[:, 0].long(), tokens.flip(2))
-    assert write_captions(gpt, pairs, tokens, GREEDY, torch.Generator()) == captions
+    assert write_captions(gpt, pairs, tokens.flatten(1), GREEDY, torch.Generator()) == captions
     # The negative control: a GPT that has learnt nothing.
     fresh = _gpt(pairs)
     drawn = draw_images(fresh, _Codes(), text, GREEDY, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     assert not torch.equal(drawn[:, 0].long(), tokens)
-    assert write_captions(fresh, pairs, tokens, GREEDY, torch.Generator()) != captions
+    assert write_captions(fresh, pairs, tokens.flatten(1), GREEDY, torch.Generator()) != captions
 
 
 def test_chance_comes_from_the_generator_alone(pairs: CaptionedImages) -> None:
@@ -133,7 +139,7 @@ def test_chance_comes_from_the_generator_alone(pairs: CaptionedImages) -> None:
 def test_captions_are_drawn_from_their_generator_alone(pairs: CaptionedImages) -> None:
     """As images; and of one candidate there is nothing to choose."""
     gpt, free = _gpt(pairs), Rule("all", 1, pairs.tokenizer.vocab_size)
-    tokens = torch.randint(CODES, (5, *GRID))
+    tokens = torch.randint(CODES, (5, GRID[0] * GRID[1]))
 
     def write(seed: int, rule: Rule = free) -> list[str]:
         return write_captions(gpt, pairs, tokens, rule, torch.Generator().manual_seed(seed))
@@ -163,15 +169,15 @@ def test_captions_end_at_the_end_token(pairs: CaptionedImages) -> None:
     for row, (words, other) in enumerate(zip(answer, answer.roll(1, 0), strict=True)):
         end = int((words == tokenizer.end_token).nonzero()[0, 0])
         answer[row, end + 1 :] = other[: len(words) - end - 1]
-    told = _Told(None, answer)
-    tokens = torch.randint(CODES, (3, *GRID))
+    told = _Told(_gpt(pairs).config, answer)
+    tokens = torch.randint(CODES, (3, GRID[0] * GRID[1]))
     rule, generator = Rule("some", 3, 5), torch.Generator()
     assert write_captions(told, pairs, tokens, rule, generator) == captions  # type: ignore[arg-type]
-    assert torch.equal(told.asked["prompt"], tokens.flatten(1))
+    assert torch.equal(told.asked["prompt"], tokens)
     assert told.asked["order"] == ("image", "text")
     assert (told.asked["top_k"], told.asked["generator"]) == (5, generator)
     assert told.asked["stop_token"] == tokenizer.end_token
-    endless = _Told(None, answer.masked_fill(answer == tokenizer.end_token, answer[0, 0]))
+    endless = _Told(told.config, answer.masked_fill(answer == tokenizer.end_token, answer[0, 0]))
     assert write_captions(endless, pairs, tokens, rule, generator) != captions  # type: ignore[arg-type]
 
 
@@ -249,7 +255,7 @@ class _World:
     """A tokenizer and a GPT that know the pairs: an image's tokens are its number, a caption's image is drawn."""
 
     def __init__(self, pairs: CaptionedImages, shift: int = 0) -> None:
-        self.config = _gpt(pairs).config
+        self.config = SimpleNamespace(segments=_gpt(pairs).config.segments, **PLAIN)
         self.images = pairs.dataset.fixed(0, len(pairs))
         captions = pairs.first_captions(0, len(pairs))
         self.text = pairs.tokenizer.encode(captions).roll(-shift, 0)

@@ -1,6 +1,6 @@
 """The paper's two tasks on a finished GPT: captions to images, images to captions; and what limits both.
 
-Shape letters: B images, P = 5 places, h w token grid, T caption tokens.
+Shape letters: B images, P = 5 places, M tokens of an image, h w token grid, T caption tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from examples.te_vqgan.classifier.model import CellClassifier, crop_places, feat
 from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.stage1.losses import Perceptual
+from examples.te_vqgan.stage2.image_tokens import decode_images, encode_images, sequence_order
 from examples.te_vqgan.stage2.rules import Rule
 from examples.te_vqgan.stage2.scores import Scores
 from examples.te_vqgan.stage2.settings import DIRECTIONS
@@ -47,12 +48,12 @@ def draw_images(
     """
     tokens = gpt.generate(
         text,
-        order=DIRECTIONS["text_to_image"],
+        order=sequence_order("text_to_image", gpt.config.segments),
         top_k=rule.images,
         generator=generator,
     )[:, text.shape[1] :]
     image = next(segment for segment in gpt.config.segments if segment.name == "image")
-    return autoencoder.decode_indices(tokens.reshape(len(tokens), *image.shape))
+    return decode_images(autoencoder, tokens, image.shape)
 
 
 @torch.inference_mode()
@@ -69,17 +70,16 @@ def write_captions(
         generator: on the GPT's device; the only source of chance.
 
     Shape:
-        tokens: (B, h, w) int64.
+        tokens: (B, M) int64.
     """
-    flat = tokens.flatten(1)
     written = gpt.generate(
-        flat,
-        order=DIRECTIONS["image_to_text"],
+        tokens,
+        order=sequence_order("image_to_text", gpt.config.segments),
         top_k=rule.captions,
         generator=generator,
         stop_token=pairs.tokenizer.end_token,
     )
-    return pairs.tokenizer.decode(written[:, flat.shape[1] :].cpu())
+    return pairs.tokenizer.decode(written[:, tokens.shape[1] :].cpu())
 
 
 @torch.inference_mode()
@@ -178,7 +178,7 @@ def evaluate_pairs(
         truth = pairs.classes_colors(rows)
         captions = pairs.captions(rows, 0)
         images = pairs.dataset.fixed(start, start + len(rows))
-        tokens = autoencoder.encode_to_indices(images.to(device))
+        tokens = encode_images(autoencoder, images.to(device))
         text = pairs.tokenizer.encode(captions).to(device)
         generated = draw_images(gpt, autoencoder, text, rule, drawing)
         written = write_captions(gpt, pairs, tokens, rule, writing)

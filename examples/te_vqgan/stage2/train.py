@@ -28,6 +28,7 @@ from examples.te_vqgan.runs.running import (
     run_steps,
 )
 from examples.te_vqgan.stage1.presets import Stage1Settings, read_settings
+from examples.te_vqgan.stage2.image_tokens import num_phases
 from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings, present_form
 from examples.te_vqgan.stage2.token_cache import cached_tokens, encode_dataset
 from examples.te_vqgan.stage2.trainer import Stage2Trainer, gpt_config
@@ -116,7 +117,9 @@ def train_stage2(
         clock = Clock(None if checkpoint is None else checkpoint[1]["spent"])
         train = _pairs(settings, stage1, source, "train", settings.train_images, settings.seed)
         side = stage1.canvas_size // stage1.model.stride
-        config = gpt_config(settings, train.tokenizer, stage1.model.num_codes, (side, side))
+        config = gpt_config(
+            settings, train.tokenizer, stage1.model.num_codes, (side, side), num_phases(stage1.model)
+        )
         held = _pairs(settings, stage1, source, "validation", _VALIDATION_IMAGES, _VALIDATION_SEED)
 
         def encode() -> tuple[Tensor, Tensor]:
