@@ -117,9 +117,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     seed = PRESETS[options.preset].seed if options.seed is None else options.seed
     tokenizer, classifier = _tokenizer_folder(options, seed), classifier_folder(out_folder(options))
     where, command = execution(options), command_line(options.words)
-    perceptual = options.perceptual or "none"
     measured = evaluate_tokenizer(
-        tokenizer, classifier, source, execution=where, perceptual=perceptual, command=command
+        tokenizer, classifier, source, execution=where, perceptual=options.perceptual, command=command
     )
     if not options.tokenizer_alone:
         changes = {"seed": seed, "steps": options.stage2_steps, "train_images": options.train_images}

@@ -23,6 +23,7 @@ from examples.te_vqgan.runs.provenance import Execution
 from examples.te_vqgan.runs.running import Clock, begun_run, finished_run, provenance, run_steps
 from examples.te_vqgan.stage1.evaluation import dataset, quality
 from examples.te_vqgan.stage1.joint import joint_indices, num_combinations
+from examples.te_vqgan.stage1.perceptual import require_perceptual
 from examples.te_vqgan.stage1.presets import Stage1Settings, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from te_quant import AutoencoderConfig, Quantizer, VectorQuantizer, VQAutoencoder, measure_equivariance
@@ -111,6 +112,7 @@ def train_family(
     Raises:
         ValueError: a folder holds a run of other settings, or several processes were started for this.
         Interrupted: Ctrl-C or SIGTERM ended a training early; the next call goes on from there.
+        ImportError: the package of the perceptual distance is not installed, or does not work here.
         FloatingPointError: a loss is no longer finite.
     """
     require(not distributed.launched(), "family", "run in one process", "several of a launcher")
@@ -163,6 +165,8 @@ def _train(
     folder, plain, settings = _folder(out, name, base), _plain(base, name), member_settings(base, name)
     if finished_run(folder, plain):
         return False
+    # Before the folder is taken, or it would hold settings that never ran.
+    require_perceptual(settings.perceptual)
     with begun_run(folder, plain, resume=True) as checkpoint:
         trainer = Stage1Trainer(
             settings,

@@ -18,6 +18,7 @@ from te_quant import AutoencoderConfig
 __all__ = [
     "ARMS",
     "DEFAULT_ARMS",
+    "PERCEPTUAL",
     "PRESETS",
     "Arm",
     "Stage1Settings",
@@ -26,6 +27,9 @@ __all__ = [
     "settings_for",
     "to_dict",
 ]
+
+PERCEPTUAL = ("none", "lpips", "st-lpips")
+"""Names of the perceptual distances that a loss may have; "none" is none of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Stage1Settings:
         clip_norm: the gradient is scaled down to at most this norm; 0 leaves it alone.
         l1_weight: of the mean absolute reconstruction error.
         l2_weight: of the mean squared reconstruction error.
-        perceptual: name of the perceptual distance, ``"none"`` or ``"lpips"``.
+        perceptual: name of the perceptual distance, out of :data:`PERCEPTUAL`.
         perceptual_weight: its weight; above 0 exactly if there is one.
         adversarial_weight: of the patch discriminator's verdict; 0 trains none.
         adversarial_start: the first step with a discriminator.
@@ -104,7 +108,7 @@ class Stage1Settings:
         for name in ("l1_weight", "l2_weight", "adversarial_weight"):
             require_number(name, getattr(self, name), 0.0)
         require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
-        require_choice("perceptual", self.perceptual, ("none", "lpips"))
+        require_choice("perceptual", self.perceptual, PERCEPTUAL)
         require_choice("codebook_init", self.codebook_init, ("uniform", "kmeans"))
         require(
             self.l1_weight + self.l2_weight + self.perceptual_weight > 0,
@@ -244,7 +248,8 @@ def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None
     Args:
         preset: a key of :data:`PRESETS`.
         arm: a key of :data:`ARMS`.
-        changes: overrides, the same for every arm; ``None`` values are ignored.
+        changes: overrides, the same for every arm; ``None`` values are ignored. A perceptual distance without a
+            weight has that of the preset, 1 if the preset has none; "none" has weight 0.
 
     Raises:
         ValueError: a name is unknown or a setting out of range.
@@ -253,6 +258,9 @@ def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None
     require_choice("arm", arm, tuple(ARMS))
     base = PRESETS[preset]
     given = {name: value for name, value in (changes or {}).items() if value is not None}
+    if "perceptual" in given:
+        weight = 0.0 if given["perceptual"] == "none" else base.perceptual_weight or 1.0
+        given = {"perceptual_weight": weight, **given}
     model = dataclasses.replace(base.model, **ARMS[arm].model)
     return dataclasses.replace(base, **{"model": model, **ARMS[arm].settings, **given})
 

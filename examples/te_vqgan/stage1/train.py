@@ -29,6 +29,7 @@ from examples.te_vqgan.runs.running import (
 )
 from examples.te_vqgan.stage1.evaluation import dataset, evaluate, quality
 from examples.te_vqgan.stage1.joint import vector_quantizer
+from examples.te_vqgan.stage1.perceptual import require_perceptual
 from examples.te_vqgan.stage1.presets import Stage1Settings, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from te_quant.functional import orthogonality
@@ -76,10 +77,13 @@ def train_stage1(
     Raises:
         ValueError: the folder holds a run of other settings, or an unfinished one and ``resume`` is not set.
         Interrupted: ``stop``, Ctrl-C or SIGTERM ended the training early.
+        ImportError: the package of the perceptual distance is not installed, or does not work here.
         FloatingPointError: the loss is no longer finite.
     """
     if is_finished(folder, settings):
         return False
+    # Before the folder is taken, or it would hold settings that never ran.
+    require_perceptual(settings.perceptual)
     plain = to_dict(settings)
     with begun_run(folder, plain, resume=resume) as checkpoint:
         where = execution or Execution()
