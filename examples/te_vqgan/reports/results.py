@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ __all__ = [
     "mean_and_deviation",
     "merged",
     "run_folder",
+    "to_text",
     "values_of",
 ]
 
@@ -153,6 +155,20 @@ def _parts(folder: Path, *names: str) -> dict[str, Any]:
     """Read those of the JSON files in ``folder`` that are there, by name."""
     paths = {name: folder / f"{name}.json" for name in names}
     return {name: read_json_object(path) for name, path in paths.items() if path.exists()}
+
+
+def to_text(results: Mapping[str, Any]) -> str:
+    """Write results as compact JSON, with a line for each run so that a difference shows which of them changed."""
+    lines = []
+    for name, value in results.items():
+        runs = ",\n".join(map(_compact, value)) if name == "runs" else ""
+        text = f"[\n{runs}\n]" if name == "runs" else _compact(value)
+        lines.append(f"{json.dumps(name)}:{text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def commands(results: Mapping[str, Any]) -> list[str]:
