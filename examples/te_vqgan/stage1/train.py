@@ -16,10 +16,11 @@ from torch import Tensor
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checkpoint import save_checkpoint
-from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.runs.files import sha256, write_text_atomically
 from examples.te_vqgan.runs.provenance import Execution
 from examples.te_vqgan.runs.running import (
     CHECKPOINT,
+    WEIGHTS,
     Clock,
     Interrupted,
     begun_run,
@@ -122,9 +123,10 @@ def train_stage1(
 
         def finish() -> None:
             trainer.model.save_pretrained(folder / "model")
+            hashes = {"weights": sha256(folder / WEIGHTS)}
             numbers, samples = evaluate(trainer.model, settings, source, trainer.device)
             save_checkpoint(folder / "samples.safetensors", samples, {})
-            facts = provenance(command, where, trained, clock.spent(), processes=processes)
+            facts = provenance(command, where, trained, clock.spent(), processes=processes, hashes=hashes)
             write_text_atomically(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
             write_text_atomically(folder / "evaluation.json", json.dumps(numbers, indent=2) + "\n")
 

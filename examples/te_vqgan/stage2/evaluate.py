@@ -22,11 +22,12 @@ from examples.te_vqgan.runs.checkpoint import save_checkpoint
 from examples.te_vqgan.runs.checks import require, require_int
 from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
 from examples.te_vqgan.runs.provenance import Execution, git_commit, versions
+from examples.te_vqgan.runs.running import Clock
 from examples.te_vqgan.stage1.evaluation import dataset
 from examples.te_vqgan.stage1.perceptual import load_perceptual, measured_distances
 from examples.te_vqgan.stage2.generation import evaluate_pairs, read_tokenizer
 from examples.te_vqgan.stage2.settings import Stage2Settings
-from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, stage2_folder
+from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, require_tokenizer_of, stage2_folder
 from te_quant import GPT
 
 __all__ = ["GENERATION", "READING", "evaluate_gpt", "evaluate_tokenizer", "is_read"]
@@ -73,6 +74,7 @@ def evaluate_tokenizer(
     """
     if is_read(tokenizer, perceptual):
         return False
+    clock = Clock()
     device = (execution or Execution()).apply()
     autoencoder, settings = load_tokenizer(tokenizer, device)
     names = dict.fromkeys([settings.perceptual if perceptual is None else perceptual, *_measured(tokenizer)])
@@ -85,6 +87,7 @@ def evaluate_tokenizer(
         device=device,
         perceptual={name: distance for name, distance in distances.items() if distance is not None},
     )
+    numbers["spent"] = clock.spent()
     _write(tokenizer / READING, numbers, command)
     return True
 
@@ -128,6 +131,7 @@ def evaluate_gpt(
     device = (execution or Execution()).apply()
     autoencoder, stage1 = load_tokenizer(tokenizer, device)
     require(is_finished(folder, settings, stage1), "out", "a folder with a finished stage2 run", str(folder))
+    require_tokenizer_of(folder, tokenizer)
     sampling = settings if candidates is None else _sampling(settings, candidates, stage1.model.num_codes)
     gpt = GPT.from_pretrained(folder / "model").to(device)
     reader: CellClassifier = load_classifier(classifier).to(device)
