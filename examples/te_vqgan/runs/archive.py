@@ -116,7 +116,7 @@ def _weights(checkpoint: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def _compressed(file: IO[bytes], target: Path) -> Iterator[IO[bytes]]:
+def _compressed(file: IO[bytes], target: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     if not target.name.endswith(".gz"):
         yield file
         return
