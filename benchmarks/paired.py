@@ -38,6 +38,9 @@ __all__ = ["Timer", "Worker", "compare", "interval", "main"]
 
 _ROOT = Path(__file__).parent.parent
 _RESAMPLES = 10_000
+# Otherwise glibc keeps freed memory or returns it, depending on what a process did before, and page faults take up
+# to a quarter of a call, in one process and not in the next.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 # Seconds that a sample should take at least.
 _SAMPLE = 0.1
 
@@ -69,7 +72,7 @@ class Worker:
         paths = [str(source), str(_ROOT)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.paired", "--worker", "--threads", str(threads)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, **_KEEP_MEMORY, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -75,7 +75,7 @@ def test_run_writes_everything(out: Path) -> None:
             assert len((inner / "log.jsonl").read_text().splitlines()) == 6
             facts = json.loads((inner / "provenance.json").read_text())
             assert f"stage2 --preset smoke --data digits --out {out} --arm {arm}" in facts["command"]
-            measured = json.loads((inner / "generation.json").read_text())
+            measured = json.loads((inner / "rule-paper.json").read_text())
             assert f"evaluate --preset smoke --data digits --out {out} --arm {arm}" in measured["command"]
     for name in PICTURES:
         content = (out / "report" / f"{name}.png").read_bytes()
@@ -120,7 +120,7 @@ def test_report_has_the_papers_tables(out: Path) -> None:
     for name in TABLES:
         assert (out / "report" / f"{name}.md").read_text(encoding="utf-8").strip() in text
     for arm, title in (("vqgan", "VQGAN"), ("te_vqgan", "TE-VQGAN (λ = 10)")):
-        measured = json.loads((run_folder(out, arm, 0) / "stage2-32" / "generation.json").read_text())
+        measured = json.loads((run_folder(out, arm, 0) / "stage2-32" / "rule-paper.json").read_text())
         for task in ("text_to_image", "image_to_text"):
             accuracy = measured["held_out"][task]["cases"]["quad1"]["digit_accuracy"]
             assert f"| {title}, 1 seed | {accuracy:.3f} / " in text

@@ -17,7 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.te_vqgan.__main__ import main
 from examples.te_vqgan.classifier.model import CellClassifier, crop_places, feature_distance, load_classifier
+from examples.te_vqgan.data import sources
 from examples.te_vqgan.data.caption_parser import parse
 from examples.te_vqgan.data.heldout import allowed
 from examples.te_vqgan.data.pairs import CaptionedImages
@@ -25,6 +27,7 @@ from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.data.recipes import EMPTY, LAYOUTS
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
+from examples.te_vqgan.runs.files import sha256
 from examples.te_vqgan.runs.running import Interrupted
 from examples.te_vqgan.stage1.evaluation import dataset
 from examples.te_vqgan.stage2 import evaluate, generation
@@ -37,6 +40,7 @@ from examples.te_vqgan.stage2.generation import (
     read_tokenizer,
     write_captions,
 )
+from examples.te_vqgan.stage2.rules import Rule, rule_named
 from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings, stage2_settings_for
 from examples.te_vqgan.stage2.train import load_tokenizer, stage2_folder, train_stage2
 from examples.te_vqgan.stage2.trainer import Stage2Trainer, gpt_config
@@ -45,6 +49,7 @@ from tests.example.tiny_runs import NAMES, PerfectReader, finished_classifier, f
 from tests.helpers import numpy_generator
 
 CPU = torch.device("cpu")
+GREEDY = Rule("greedy", 1, 1)
 CANVAS, CODES, GRID = 32, 16, (3, 4)
 TASKS = tuple(DIRECTIONS)
 
@@ -94,25 +99,24 @@ def test_a_learnt_pair_is_drawn_and_told_as_it_was(pairs: CaptionedImages) -> No
     for _ in range(80):
         trainer.train_step(text, tokens)
     gpt = trainer.model.eval()
-    # The top tenth of 16 codes is the likeliest alone.
-    drawn = draw_images(gpt, _Codes(), text, settings, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    drawn = draw_images(gpt, _Codes(), text, GREEDY, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     assert torch.equal(drawn[:, 0].long(), tokens)
     assert not torch.equal(drawn[:, 0].long(), tokens.flip(2))
-    assert write_captions(gpt, pairs, tokens) == captions
+    assert write_captions(gpt, pairs, tokens, GREEDY, torch.Generator()) == captions
     # The negative control: a GPT that has learnt nothing.
     fresh = _gpt(pairs)
-    drawn = draw_images(fresh, _Codes(), text, settings, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    drawn = draw_images(fresh, _Codes(), text, GREEDY, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     assert not torch.equal(drawn[:, 0].long(), tokens)
-    assert write_captions(fresh, pairs, tokens) != captions
+    assert write_captions(fresh, pairs, tokens, GREEDY, torch.Generator()) != captions
 
 
 def test_chance_comes_from_the_generator_alone(pairs: CaptionedImages) -> None:
     """The same seed draws the same images whatever torch's own generator holds; another draws others."""
-    gpt, settings = _gpt(pairs), _settings(top_fraction=1.0)
+    gpt, free = _gpt(pairs), Rule("all", CODES, 1)
     text = pairs.tokenizer.encode(pairs.first_captions(0, 5))
 
-    def draw(seed: int, settings: Stage2Settings = settings) -> Tensor:
-        return draw_images(gpt, _Codes(), text, settings, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    def draw(seed: int, rule: Rule = free) -> Tensor:
+        return draw_images(gpt, _Codes(), text, rule, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
 
     state = torch.get_rng_state()
     first = draw(3)
@@ -121,9 +125,20 @@ def test_chance_comes_from_the_generator_alone(pairs: CaptionedImages) -> None:
     assert torch.equal(first, draw(3))
     assert not torch.equal(first, draw(4))
     assert first.shape == (5, 1, *GRID)
-    # Of the likeliest code alone there is nothing to choose, nor at temperature 0.
-    for greedy in (_settings(top_fraction=0.1), _settings(top_fraction=1.0, temperature=0.0)):
-        assert torch.equal(draw(3, greedy), draw(4, greedy))
+    # Of the likeliest code alone there is nothing to choose.
+    assert torch.equal(draw(3, GREEDY), draw(4, GREEDY))
+
+
+def test_captions_are_drawn_from_their_generator_alone(pairs: CaptionedImages) -> None:
+    """As images; and of one candidate there is nothing to choose."""
+    gpt, free = _gpt(pairs), Rule("all", 1, pairs.tokenizer.vocab_size)
+    tokens = torch.randint(CODES, (5, *GRID))
+
+    def write(seed: int, rule: Rule = free) -> list[str]:
+        return write_captions(gpt, pairs, tokens, rule, torch.Generator().manual_seed(seed))
+
+    assert write(3) == write(3) != write(4)
+    assert write(3, GREEDY) == write(4, GREEDY)
 
 
 class _Told:
@@ -140,7 +155,7 @@ class _Told:
 
 
 def test_captions_end_at_the_end_token(pairs: CaptionedImages) -> None:
-    """What comes after it is not told; without it everything is; decoding is greedy and told where to stop."""
+    """What comes after it is not told; without it everything is; decoding is told the rule and where to stop."""
     tokenizer = pairs.tokenizer
     captions = pairs.first_captions(0, 3)
     answer = tokenizer.encode(captions)
@@ -149,32 +164,27 @@ def test_captions_end_at_the_end_token(pairs: CaptionedImages) -> None:
         answer[row, end + 1 :] = other[: len(words) - end - 1]
     told = _Told(None, answer)
     tokens = torch.randint(CODES, (3, *GRID))
-    assert write_captions(told, pairs, tokens) == captions  # type: ignore[arg-type]
+    rule, generator = Rule("some", 3, 5), torch.Generator()
+    assert write_captions(told, pairs, tokens, rule, generator) == captions  # type: ignore[arg-type]
     assert torch.equal(told.asked["prompt"], tokens.flatten(1))
     assert told.asked["order"] == ("image", "text")
-    assert told.asked["temperature"] == 0.0
+    assert (told.asked["top_k"], told.asked["generator"]) == (5, generator)
     assert told.asked["stop_token"] == tokenizer.end_token
     endless = _Told(None, answer.masked_fill(answer == tokenizer.end_token, answer[0, 0]))
-    assert write_captions(endless, pairs, tokens) != captions  # type: ignore[arg-type]
+    assert write_captions(endless, pairs, tokens, rule, generator) != captions  # type: ignore[arg-type]
 
 
-def test_images_are_asked_for_as_the_settings_say(pairs: CaptionedImages) -> None:
-    """The caption is the prompt; share and temperature are those of the settings."""
+def test_images_are_asked_for_as_the_rule_says(pairs: CaptionedImages) -> None:
+    """The caption is the prompt; the number of codes is that of the rule."""
     answer = torch.randint(CODES, (2, GRID[0] * GRID[1]))
     told = _Told(_gpt(pairs).config, answer)
     text = pairs.tokenizer.encode(pairs.first_captions(0, 2))
     generator = torch.Generator()
-    settings = _settings(top_fraction=0.3, temperature=0.7)
-    drawn = draw_images(told, _Codes(), text, settings, generator)  # type: ignore[arg-type]
+    drawn = draw_images(told, _Codes(), text, Rule("some", 3, 5), generator)  # type: ignore[arg-type]
     assert torch.equal(drawn[:, 0].long(), answer.reshape(2, *GRID))
     prompt = told.asked.pop("prompt")
     assert torch.equal(prompt, text)
-    assert told.asked == {
-        "order": ("text", "image"),
-        "temperature": 0.7,
-        "top_fraction": 0.3,
-        "generator": generator,
-    }
+    assert told.asked == {"order": ("text", "image"), "top_k": 3, "generator": generator}
 
 
 def test_digits_are_read_where_they_were_drawn(source: DigitSource, reader: PerfectReader) -> None:
@@ -267,7 +277,7 @@ class _World:
 
 def _measure(world: _World, pairs: CaptionedImages, reader: CellClassifier, told: list[int]) -> Any:
     models: Any = (world, world, reader)
-    return evaluate_pairs(*models, pairs, _settings(), device=CPU, progress=told.append)
+    return evaluate_pairs(*models, pairs, GREEDY, seed=0, device=CPU, progress=told.append)
 
 
 def test_who_knows_the_pairs_makes_no_mistake(
@@ -312,36 +322,101 @@ def chain(source: DigitSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 GPT_SETTINGS = dataclasses.replace(stage2_settings_for("smoke"), steps=2, train_images=8, eval_images=7)
 
 
-def test_candidates_are_a_measurement_of_their_own(
+def test_rules_are_measurements_of_their_own(
     chain: tuple[Path, Path], source: DigitSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as the settings' share gives its numbers again; another number is another share, in its own file."""
+    """Each draws from as many as it says and has a file; only that of the tables has pictures and seen pairs."""
     tokenizer, classifier = chain
-    settings = dataclasses.replace(GPT_SETTINGS, train_images=9, top_fraction=0.5)
+    settings = dataclasses.replace(GPT_SETTINGS, train_images=9)
     folder = stage2_folder(tokenizer, settings)
     train_stage2(settings, tokenizer, source, progress=False)
     num_codes = load_tokenizer(tokenizer, torch.device("cpu"))[1].model.num_codes
-    shares = []
+    asked = []
 
-    def spy(*models: Any, **options: Any) -> Any:
-        shares.append(models[-1].top_fraction)
-        return evaluate_pairs(*models, **options)
+    def spy(*arguments: Any, **options: Any) -> Any:
+        asked.append(arguments[-1])
+        return evaluate_pairs(*arguments, **options)
 
     monkeypatch.setattr(evaluate, "evaluate_pairs", spy)
-    for candidates in (None, num_codes // 2, 1):
-        assert evaluate_gpt(settings, tokenizer, classifier, source, candidates=candidates, progress=False)
-        assert not evaluate_gpt(settings, tokenizer, classifier, source, candidates=candidates, progress=False)
-    assert shares == [0.5, 0.5, 0.5, 0.5, 1 / num_codes, 1 / num_codes]
-    names = ("generation", f"generation-{num_codes // 2}", "generation-1")
-    usual, equal, single = (json.loads((folder / f"{name}.json").read_text()) for name in names)
-    assert usual["held_out"] == equal["held_out"]
-    assert usual["held_out"]["image_to_text"] == single["held_out"]["image_to_text"]
-    for wrong, message in (
-        (0, "candidates must be an int >= 1, got 0"),
-        (num_codes + 1, "candidates must be at most"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            evaluate_gpt(settings, tokenizer, classifier, source, candidates=wrong, progress=False)
+    numbers = {}
+    for rule in ("all", str(num_codes), "greedy", "1", "paper"):
+        assert evaluate_gpt(settings, tokenizer, classifier, source, rule=rule, progress=False)
+        assert not evaluate_gpt(settings, tokenizer, classifier, source, rule=rule, progress=False)
+        numbers[rule] = json.loads((folder / f"rule-{rule}.json").read_text())
+        assert numbers[rule]["rule"] == asked[-1]._asdict()
+        assert (folder / evaluate.PICTURES).exists() == (rule == "paper")
+    assert [rule.images for rule in asked] == [num_codes, num_codes, 1, 1, *[int(0.1 * (128 + num_codes))] * 2]
+    assert numbers["greedy"]["held_out"] == numbers["1"]["held_out"]
+    image = [numbers[rule]["held_out"]["text_to_image"] for rule in ("all", str(num_codes))]
+    assert image[0] == image[1]
+    assert ["seen" in numbers[rule] for rule in numbers] == [False, False, False, False, True]
+    assert numbers["paper"]["spent"].keys() == {"wall_seconds", "cpu_seconds"}
+    assert numbers["paper"]["classifier"] == sha256(classifier / "model" / "model.safetensors")
+
+
+def test_every_finished_run_is_measured_at_once(
+    chain: tuple[Path, Path],
+    source: DigitSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the settings in its folder, under all rules; without an arm there is no seed to choose."""
+    tokenizer, _ = chain
+    settings = dataclasses.replace(GPT_SETTINGS, steps=3, train_images=9)
+    train_stage2(settings, tokenizer, source, progress=False)
+    other = finished_tokenizer(tmp_path / "te_vqgan-seed1", seed=1)
+    (tmp_path / "mb-seed0").mkdir()
+    monkeypatch.setattr(sources, "load_digits", lambda *_: source)
+    words = ["evaluate", "--preset", "smoke", "--out", str(tmp_path), "--rules", "2", "greedy"]
+    assert main([*words, "--seed", "1"]) == 1
+    assert "error: seed must be unset without an arm, got 1." in capsys.readouterr().err
+    assert main(words) == 0
+    assert f"{tokenizer}: finished." in capsys.readouterr().out
+    folder = stage2_folder(tokenizer, settings)
+    assert sorted(path.name for path in folder.glob("rule-*")) == ["rule-2.json", "rule-greedy.json"]
+    assert "--rules 2 greedy" in json.loads((folder / "rule-2.json").read_text())["command"]
+    assert all((path / evaluate.READING).exists() for path in (tokenizer, other))
+    assert main(words) == 0
+    assert f"{tokenizer}: was finished before, nothing to do." in capsys.readouterr().out
+    assert main([*words[:4], str(tmp_path / "mb-seed0")]) == 1
+    assert "out must be a folder with finished runs, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "kept"),
+    [
+        ("paper", (256, 70), (38, 38)),
+        ("paper", (16, 70), (14, 14)),
+        ("paper", (256, 21), (38, 21)),
+        ("paper", (4, 21), (4, 13)),
+        ("tenth", (256, 21), (25, 1)),
+        ("tenth", (16, 21), (1, 1)),
+        ("tenth", (70, 21), (7, 1)),
+        ("greedy", (256, 21), (1, 1)),
+        ("2", (256, 21), (2, 2)),
+        ("38", (16, 21), (16, 21)),
+        ("all", (256, 21), (256, 21)),
+    ],
+)
+def test_rules_keep_what_they_say(name: str, sizes: tuple[int, int], kept: tuple[int, int]) -> None:
+    """Of a codebook and a vocabulary; never more than there are."""
+    assert rule_named(name, *sizes) == (name, *kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("0", "rule must be a name or a number above 0, got 0"),
+        ("half", "rule must be one of 'paper', 'tenth', 'greedy', 'all', got 'half'"),
+        ("-2", "rule must be one of"),
+        ("²", "rule must be one of"),
+    ],
+)
+def test_other_rules_are_refused(name: str, message: str) -> None:
+    """By what there is."""
+    with pytest.raises(ValueError, match=message):
+        rule_named(name, 16, 21)
 
 
 def test_lpips_is_measured_where_it_is_installed(
@@ -422,19 +497,22 @@ def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSourc
     folder = stage2_folder(tokenizer, GPT_SETTINGS)
     train_stage2(GPT_SETTINGS, tokenizer, source, progress=False)
     assert evaluate_tokenizer(tokenizer, classifier, source, command="as typed")
-    assert evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, progress=False, command="as typed")
-    paths = [tokenizer / "reading.json", folder / "generation.json", folder / "generation.safetensors"]
+    assert evaluate_gpt(
+        GPT_SETTINGS, tokenizer, classifier, source, rule="paper", progress=False, command="as typed"
+    )
+    paths = [tokenizer / "reading.json", folder / "rule-paper.json", folder / "rule-paper.safetensors"]
     before = [path.stat().st_mtime_ns for path in paths]
     assert not evaluate_tokenizer(tokenizer, classifier, source)
-    assert not evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, progress=False)
+    assert not evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, rule="paper", progress=False)
     assert [path.stat().st_mtime_ns for path in paths] == before
 
     reading, numbers = (json.loads(path.read_text()) for path in paths[:2])
     facts = {"command", "commit", "versions"}
     assert {"original", "reconstruction", "feature_distance", "spent", *facts} == reading.keys()
-    assert reading["spent"].keys() == {"wall_seconds", "cpu_seconds"}
-    assert min(reading["spent"].values()) > 0
-    assert {"held_out", "seen", "command", "commit", "versions"} == numbers.keys()
+    assert {"held_out", "seen", "rule", "classifier", "spent", *facts} == numbers.keys()
+    for measured in (reading, numbers):
+        assert measured["spent"].keys() == {"wall_seconds", "cpu_seconds"}
+        assert min(measured["spent"].values()) > 0
     assert reading["command"] == numbers["command"] == "as typed"
     tensors, texts = load_checkpoint(paths[2])
     for split, size, table in (("held_out", 7, None), ("seen", 3, allowed("train"))):
@@ -461,11 +539,13 @@ def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSourc
     for path in paths[:2]:
         path.unlink()
     assert evaluate_tokenizer(tokenizer, classifier, source, command="as typed")
-    assert evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, progress=False, command="as typed")
+    assert evaluate_gpt(
+        GPT_SETTINGS, tokenizer, classifier, source, rule="paper", progress=False, command="as typed"
+    )
     again = [json.loads(path.read_text()) for path in paths[:2]]
     # All but how long it took.
-    reading["spent"] = again[0]["spent"]
-    assert again == [reading, numbers]
+    for found, before_it in zip(again, (reading, numbers), strict=True):
+        assert found == {**before_it, "spent": found["spent"]}
 
 
 def test_unfinished_runs_are_not_measured(chain: tuple[Path, Path], source: DigitSource, tmp_path: Path) -> None:
@@ -476,7 +556,7 @@ def test_unfinished_runs_are_not_measured(chain: tuple[Path, Path], source: Digi
     folder = stage2_folder(tokenizer, GPT_SETTINGS)
 
     def measure(settings: Stage2Settings = GPT_SETTINGS, classifier: Path = classifier) -> None:
-        evaluate_gpt(settings, tokenizer, classifier, source, progress=False)
+        evaluate_gpt(settings, tokenizer, classifier, source, rule="paper", progress=False)
 
     with pytest.raises(ValueError, match=r"out must be a folder with a finished stage2 run, got .*stage2-8"):
         measure()
@@ -495,4 +575,4 @@ def test_unfinished_runs_are_not_measured(chain: tuple[Path, Path], source: Digi
         ):
             call()
     assert not (tokenizer / evaluate.READING).exists()
-    assert not (folder / evaluate.GENERATION).exists()
+    assert not (folder / evaluate.rule_file("paper")).exists()

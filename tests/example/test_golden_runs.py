@@ -23,7 +23,7 @@ from examples.te_vqgan.stage1.evaluation import evaluate
 from examples.te_vqgan.stage1.presets import from_dict
 from examples.te_vqgan.stage1.train import train_stage1
 from examples.te_vqgan.stage2.evaluate import evaluate_gpt, evaluate_tokenizer
-from examples.te_vqgan.stage2.settings import Stage2Settings
+from examples.te_vqgan.stage2.settings import from_dict as stage2_from_dict
 from te_quant import VQAutoencoder
 from tests.golden_files import differing, differing_numbers, unpacked
 
@@ -80,11 +80,14 @@ def test_a_finished_run_is_skipped(
 ) -> None:
     """The settings of then are those of the preset now, so ``run`` starts no training and touches no run."""
     monkeypatch.setattr(report, "render", lambda folder: None)
-    monkeypatch.setattr(run_command, "run_jobs", lambda *_, **__: pytest.fail("a training was started"))
+    jobs: list[str] = []
+    monkeypatch.setattr(run_command, "run_jobs", lambda found, **_: jobs.extend(job.arguments[0] for job in found))
     before = _contents(smoke / "classifier", smoke / "te_vqgan-seed0")
     assert main(["run", *_SMOKE, "--out", str(smoke), "--arms", "te_vqgan"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("was finished before, skipped") == 2
+    # Under the rules of decoding of now it was not measured yet.
+    assert jobs == ["evaluate"]
     assert _contents(smoke / "classifier", smoke / "te_vqgan-seed0") == before
 
 
@@ -136,16 +139,12 @@ def test_a_gpt_is_measured_as_it_was(tiny: Path, source: DigitSource) -> None:
     """What it draws and writes for the captions and images of the test set, with the draws of then."""
     folder = tiny / "finished"
     inner = folder / "stage2-32"
-    plain = _read(inner / "settings.json")
-    plain.pop("stage1")
-    expected = _read(inner / "generation.json")
-    (inner / "generation.json").unlink()
-    where = Execution(threads=1)
-    measured = evaluate_gpt(
-        Stage2Settings(**plain), folder, tiny / "classifier", source, execution=where, progress=False
-    )
-    assert measured
-    assert list(differing_numbers(_read(inner / "generation.json"), expected)) == []
+    settings = stage2_from_dict(_read(inner / "settings.json"))
+    expected = _read(inner / "generation.json")["held_out"]
+    models = folder, tiny / "classifier", source
+    # The rule of then had no name yet.
+    assert evaluate_gpt(settings, *models, rule="tenth", execution=Execution(threads=1), progress=False)
+    assert list(differing_numbers(_read(inner / "rule-tenth.json")["held_out"], expected)) == []
 
 
 @pytest.mark.slow

@@ -29,12 +29,15 @@ from examples.te_vqgan.reports.generation.tables import (
     accuracies,
     full_size,
     generations,
-    sampling_table,
+    rules_table,
+    shown_rule,
     table1,
     table2,
     table3,
 )
+from examples.te_vqgan.reports.results import read_results
 from examples.te_vqgan.stage1.presets import ARMS
+from examples.te_vqgan.stage2.rules import rule_title
 from te_quant import EquivarianceReport
 from tests.helpers import numpy_generator
 from tests.published import published
@@ -81,7 +84,7 @@ def _run(arm: str, seed: int, sizes: tuple[int, ...] = (LARGE,), **changes: Any)
             "reconstruction": {"cases": _cases(rng)},
             "feature_distance": float(rng.uniform(0, 4)),
         },
-        "stage2": {str(size): {"generation": _generation(rng, **accuracy)} for size in sizes},
+        "stage2": {str(size): {"rules": {"paper": _generation(rng, **accuracy)}} for size in sizes},
     }
 
 
@@ -134,7 +137,7 @@ def test_cells_of_table_1_are_means_and_deviations_beside_the_papers(task: str) 
         row = _row(table, ARMS[arm].title)
 
         def values(case: str, split: str, own: list[dict[str, Any]] = own) -> list[float]:
-            measured = [run["stage2"][str(LARGE)]["generation"][split][task]["cases"][case] for run in own]
+            measured = [run["stage2"][str(LARGE)]["rules"]["paper"][split][task]["cases"][case] for run in own]
             return [case["digit_accuracy"] for case in measured]
 
         for number in range(4):
@@ -178,14 +181,15 @@ def test_a_case_without_digits_and_a_run_without_a_reading_are_dashes() -> None:
 def test_runs_without_a_measured_gpt_stay_out() -> None:
     """Trained alone, of another size, or a tokenizer alone; with none at all there is no table."""
     trained = _run("mb", 0)
-    del trained["stage2"][str(LARGE)]["generation"]
+    del trained["stage2"][str(LARGE)]["rules"]["paper"]
     alone = _run("mp", 0)
     del alone["stage2"]
     results = {"runs": [trained, alone, _run("cb", 0, (SMALL,)), _run("vqgan", 0)]}
     assert full_size(results) == LARGE
-    assert list(generations(results, LARGE)) == ["vqgan"]
-    assert list(generations(results, SMALL)) == ["cb"]
-    assert len(accuracies([results["runs"][3]], LARGE, TASKS[0], "quad1")) == 1
+    assert list(generations(results, LARGE, "paper")) == ["vqgan"]
+    assert generations(results, LARGE, "tenth") == {}
+    assert list(generations(results, SMALL, "paper")) == ["cb"]
+    assert len(accuracies([results["runs"][3]], LARGE, "paper", TASKS[0], "quad1")) == 1
     nothing = {"runs": [trained, alone]}
     assert full_size(nothing) is None
     assert generation_findings(nothing) == generation_blocks(nothing) == []
@@ -202,7 +206,7 @@ def test_table_2_compares_the_two_sizes() -> None:
         for seed in range(2):
             run = _run(arm, seed, (LARGE, SMALL))
             for size, accuracy in zip((LARGE, SMALL), sizes, strict=True):
-                run["stage2"][str(size)]["generation"] = _generation(numpy_generator(), quad1=accuracy[seed])
+                run["stage2"][str(size)]["rules"]["paper"] = _generation(numpy_generator(), quad1=accuracy[seed])
             runs.append(run)
     table = table2({"runs": [*runs, _run("mb", 0, (LARGE, SMALL))]})
     assert table is not None
@@ -334,48 +338,64 @@ def test_figures_show_what_they_are_given() -> None:
     assert [line.get_xydata().tolist() for line in right.lines] == [[[20.0, 0.9], [30.0, 0.5]], [[5.0, 0.1]]]
 
 
-def test_sampling_is_compared_over_all_quadrant_digits() -> None:
-    """Pooled over the four cases, the centre left out; no table without a number of candidates of its own."""
+def test_rules_are_compared_over_all_quadrant_digits() -> None:
+    """Pooled over the four cases, the centre left out; in order; no table of a single rule."""
     runs = [_run("vqgan", 0), _run("k16", 0), _run("k16", 1), _run("te_vqgan", 0)]
-    assert sampling_table({"runs": runs}) is None
+    assert rules_table({"runs": runs}, "text_to_image") is None
     rng = numpy_generator()
     for run in runs[:3]:
-        part = run["stage2"][str(LARGE)]
-        part["sampling"] = {"generation-2": _generation(rng), "generation-16": _generation(rng)}
-    for run in runs:
-        run["stage2"][str(LARGE)]["settings"] = {"top_fraction": 0.1}
-    del runs[0]["stage2"][str(LARGE)]["sampling"]["generation-16"]
-    table = sampling_table({"runs": runs})
+        run["stage2"][str(LARGE)]["rules"] |= {rule: _generation(rng) for rule in ("all", "16", "2", "tenth")}
+    del runs[0]["stage2"][str(LARGE)]["rules"]["16"]
+    # As results of before captions could be drawn.
+    for run in runs[:3]:
+        del run["stage2"][str(LARGE)]["rules"]["2"]["held_out"]["image_to_text"]
+
+    def pooled(rules: dict[str, Any], rule: str, task: str, numbers: tuple[int, ...] = (1, 2, 3, 4)) -> float:
+        cases = rules[rule]["held_out"][task]["cases"]
+        chosen = [cases[f"quad{number}"] for number in numbers]
+        return sum(c["digits_right"] for c in chosen) / sum(c["digits"] for c in chosen)
+
+    for task in TASKS:
+        titles = {rule: rule_title(rule, task) for rule in ("paper", "tenth", "2", "16", "all")}
+        table = rules_table({"runs": runs}, task)
+        assert table is not None
+        columns = [title for rule, title in titles.items() if (rule, task) != ("2", "image_to_text")]
+        assert table.header == ["tokenizer", *columns]
+        row = _row(table, f"{ARMS['k16'].title}, 2 seeds")
+        parts = [run["stage2"][str(LARGE)]["rules"] for run in runs[1:3]]
+        for rule, title in titles.items():
+            if title in columns:
+                assert row[title] == _text([pooled(part, rule, task) for part in parts])
+        assert _row(table, f"{ARMS['vqgan'].title}, 1 seed")[titles["16"]] == "–"
+        assert _row(table, f"{ARMS['te_vqgan'].title}, 1 seed")[titles["tenth"]] == "–"
+    table = rules_table({"runs": runs}, "text_to_image", ("quad1",))
     assert table is not None
-    columns = [f"{number} codes{case}" for number in (2, 16) for case in ("", ", Quad1")]
-    assert table.header == ["tokenizer", "top 10 % of its codes", *columns]
-    assert [row[0] for row in table.rows] == [ARMS["vqgan"].title, ARMS["k16"].title]
+    expected = _text([pooled(part, "all", "text_to_image", (1,)) for part in parts])
+    assert _row(table, f"{ARMS['k16'].title}, 2 seeds")["all"] == expected
 
-    def pooled(generation: dict[str, Any]) -> float:
-        cases = generation["held_out"]["text_to_image"]["cases"]
-        quadrants = [cases[f"quad{number}"] for number in (1, 2, 3, 4)]
-        return sum(c["digits_right"] for c in quadrants) / sum(c["digits"] for c in quadrants)
 
-    parts = [run["stage2"][str(LARGE)] for run in runs[1:3]]
-    row = _row(table, ARMS["k16"].title)
-    assert row["top 10 % of its codes"] == _text([pooled(part["generation"]) for part in parts])
-    assert row["16 codes"] == _text([pooled(part["sampling"]["generation-16"]) for part in parts])
-    single = [part["sampling"]["generation-16"]["held_out"]["text_to_image"]["cases"]["quad1"] for part in parts]
-    assert row["16 codes, Quad1"] == _text([case["digit_accuracy"] for case in single])
-    assert _row(table, ARMS["vqgan"].title)["16 codes"] == "–"
+def test_tables_show_the_rule_of_most_runs() -> None:
+    """Of two that are equally common the first in order."""
+    runs = [_run("vqgan", 0), _run("k16", 0)]
+    assert shown_rule({"runs": runs}) == "paper"
+    rules = [run["stage2"][str(LARGE)]["rules"] for run in runs]
+    rules[0]["tenth"] = rules[0].pop("paper")
+    assert shown_rule({"runs": runs}) == "paper"
+    rules[1]["tenth"] = rules[1]["paper"]
+    assert shown_rule({"runs": runs}) == "tenth"
 
 
 def test_regimes_are_told_by_what_differs_from_the_first(tmp_path: Path) -> None:
     """From the published results: the table of two copies, one of them trained for longer and measured worse."""
-    base = json.loads(published("small/results.json").read_text(encoding="utf-8"))
+    base = read_results(published("small/results.json"))
     base["runs"] = [run for run in base["runs"] if run["arm"] in ("vqgan", "te_vqgan") and run["seed"] == 0]
     longer = copy.deepcopy(base)
     images = str(full_size(base))
     for run in longer["runs"]:
         run["settings"]["steps"] *= 3
-        for case in run["stage2"][images]["generation"]["held_out"]["text_to_image"]["cases"].values():
+        for case in run["stage2"][images]["rules"]["tenth"]["held_out"]["text_to_image"]["cases"].values():
             case["digits_right"] = 0
-        del run["stage2"][images]["sampling"]
+        del run["stage2"][images]["rules"]["2"]
     # A tokenizer whose GPT is not trained yet.
     alone = copy.deepcopy(longer["runs"][0])
     del alone["stage2"]
@@ -409,9 +429,9 @@ def test_regimes_are_told_by_what_differs_from_the_first(tmp_path: Path) -> None
             str(test["used_codes"]),
             f"{EquivarianceReport.from_dict(run['evaluation']['equivariance']).sub_stride.kappa:.3f}",
             share(run["reading"]["reconstruction"]["cases"].values()),
-            in_quadrants(part["generation"], "text_to_image"),
-            in_quadrants(part["sampling"]["generation-2"], "text_to_image"),
-            in_quadrants(part["generation"], "image_to_text"),
+            in_quadrants(part["rules"]["tenth"], "text_to_image"),
+            in_quadrants(part["rules"]["2"], "text_to_image"),
+            in_quadrants(part["rules"]["tenth"], "image_to_text"),
         ]
     assert [row[6:8] for row in table[4:6]] == [["0.000", "–"]] * 2
 

@@ -145,7 +145,8 @@ def _finish(options: argparse.Namespace, job: Job) -> None:
     read = _read(job)
     job.folder.mkdir(parents=True, exist_ok=True)
     if job.arguments[0] == "evaluate":
-        (job.folder / ("reading.json" if read.tokenizer_alone else "generation.json")).write_text("{}")
+        for name in ("reading",) if read.tokenizer_alone else [f"rule-{rule}" for rule in read.rules]:
+            (job.folder / f"{name}.json").write_text("{}")
         return
     if job.arguments[0] != "classifier":
         first = dataclasses.replace(stage1_settings(options, read.arm), data=read.data, seed=read.seed)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from examples.te_vqgan.reports import report
-from examples.te_vqgan.reports.results import collect, commands, merged, to_text
+from examples.te_vqgan.reports.results import collect, commands, merged, read_results, to_text
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.stage1.presets import ARMS
 
@@ -40,10 +40,11 @@ def _finish(
     for size in sizes:
         inner = folder / f"stage2-{size}"
         second = {"seed": seed, "train_images": size, "steps": 9, "stage1": _settings(seed, data)}
-        _write(inner, settings=second, evaluation={}, provenance={}, generation={"held_out": [arm, seed, size]})
+        _write(inner, settings=second, evaluation={}, provenance={})
+        _write(inner, **{"rule-paper": {"held_out": [arm, seed, size]}})
         (inner / "log.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
         texts = {split: {"captions": [f"{split} caption"], "written": ["x"]} for split in ("held_out", "seen")}
-        save_checkpoint(inner / "generation.safetensors", {"is": torch.tensor([seed, size])}, texts)
+        save_checkpoint(inner / "rule-paper.safetensors", {"is": torch.tensor([seed, size])}, texts)
 
 
 def _runs(results: dict[str, Any]) -> list[tuple[str, int]]:
@@ -58,7 +59,7 @@ def test_everything_finished_is_gathered(tmp_path: Path) -> None:
     _finish(tmp_path, "stride_exact_te", 0)
     (tmp_path / "stride_exact_te-seed0" / "evaluation.json").unlink()
     (tmp_path / "vqgan-seed9" / "stage2-16" / "evaluation.json").unlink()
-    (tmp_path / "vqgan-seed9" / "stage2-32" / "generation.json").unlink()
+    (tmp_path / "vqgan-seed9" / "stage2-32" / "rule-paper.json").unlink()
     _write(tmp_path / "classifier", evaluation={"test": 1}, settings={"a": 1})
     _finish(tmp_path / "fashion-mnist", "vqgan", 9, sizes=(), data="fashion-mnist")
     _write(tmp_path / "fashion-mnist" / "classifier", evaluation={"test": 2})
@@ -75,9 +76,9 @@ def test_everything_finished_is_gathered(tmp_path: Path) -> None:
     assert first["title"] == "VQGAN"
     assert first["folder"] == "vqgan-seed9"
     assert list(first["stage2"]) == ["32"]
-    assert "generation" not in first["stage2"]["32"]
+    assert first["stage2"]["32"]["rules"] == {}
     assert set(second["stage2"]) == {"32", "16"}
-    assert second["stage2"]["16"]["generation"] == {"held_out": ["te_vqgan", 9, 16]}
+    assert second["stage2"]["16"]["rules"]["paper"] == {"held_out": ["te_vqgan", 9, 16]}
     assert second["stage2"]["16"]["log"] == [{"step": 9, "loss": 1.0}]
     assert [line["step"] for line in second["log"]] == [1, 2, 3, 4, 5, 6]
     assert second["reading"] == {"of": "te_vqgan"}
@@ -123,12 +124,12 @@ def test_the_same_run_is_replaced_and_keeps_what_was_not_trained_again(tmp_path:
     """Other sizes of Stage 2 stay if the tokenizer's settings do; else they would stand on another tokenizer."""
     before = _collected(tmp_path / "a", ("vqgan", 0), ("mb", 0), l1=1.0)
     after = _collected(tmp_path / "b", ("vqgan", 0), sizes=(32,), l1=2.0)
-    after["runs"][0]["stage2"]["32"]["generation"] = "new"
+    after["runs"][0]["stage2"]["32"]["rules"] = "new"
     result = merged(before, after)
     run, other = result["runs"]
     assert run["evaluation"]["test"] == {"l1": 2.0}
     assert other["evaluation"]["test"] == {"l1": 1.0}
-    assert run["stage2"]["32"]["generation"] == "new"
+    assert run["stage2"]["32"]["rules"] == "new"
     assert run["stage2"]["16"] == before["runs"][0]["stage2"]["16"]
 
     longer = copy.deepcopy(after)
@@ -295,7 +296,7 @@ def test_a_smaller_training_set_does_not_replace_the_pictures(tmp_path: Path) ->
     assert "generated" not in json.loads((tmp_path / "alone" / "report" / "results.json").read_text())
 
 
-def test_results_are_written_compactly_and_read_back(tmp_path: Path) -> None:
+def test_results_are_written_compactly_and_read_back() -> None:
     """The same value, numbers that JSON lacks included; a line for each run."""
     runs = [{"arm": arm, "title": "λ = 10", "log": [{"loss": 0.1 + 0.2}]} for arm in ("vqgan", "te_vqgan")]
     results = {"commands": ["typed"], "wall_seconds": None, "runs": runs, "other": {"runs": [1.5, float("inf")]}}
@@ -304,3 +305,26 @@ def test_results_are_written_compactly_and_read_back(tmp_path: Path) -> None:
     assert len(text) < len(json.dumps(results, indent=1))
     assert [line for line in text.splitlines() if line.startswith('{"arm":"vqgan"')]
     assert len(text.splitlines()) == 9
+
+
+def test_results_of_the_first_version_have_rules(tmp_path: Path) -> None:
+    """What it measured alone is the rule of then; what it drew from other numbers of codes had greedy captions."""
+    case = {"quad1": {"digits": 1}}
+    usual = {split: {"text_to_image": case, "image_to_text": case} for split in ("held_out", "seen")}
+    part = {"settings": {"steps": 9, "top_fraction": 0.1, "temperature": 1.0, "stage1": _settings(0)}}
+    part |= {"generation": usual, "sampling": {"generation-2": usual}}
+    run = {"arm": "vqgan", "seed": 0, "settings": _settings(0), "stage2": {"32": part}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"runs": [run], "other": {"fashion-mnist": {"runs": [run]}}}))
+    results = read_results(path)
+    for found in (results["runs"][0], results["other"]["fashion-mnist"]["runs"][0]):
+        second = found["stage2"]["32"]
+        assert second.keys() == {"settings", "rules"}
+        assert second["rules"] == {"tenth": usual, "2": {"held_out": {"text_to_image": case}}}
+        assert not {"top_fraction", "temperature"} & second["settings"].keys()
+        assert second["settings"]["steps"] == 9
+        assert second["settings"]["clip_norm"] == 1.0
+        assert second["settings"]["stage1"]["l2_weight"] == found["settings"]["l2_weight"] == 4.0
+        # Read again, it stays as it is.
+    path.write_text(json.dumps(results))
+    assert read_results(path) == results

@@ -206,12 +206,12 @@ def test_a_gpt_is_measured_and_published_only_with_its_tokenizer(tmp_path: Path,
     _retrained(tokenizer)
     message = r"tokenizer must be the one that the run in .*stage2-8 was trained with, got other weights"
     with pytest.raises(ValueError, match=message):
-        evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, progress=False)
+        evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, rule="2", progress=False)
     with pytest.raises(ValueError, match=message):
         publish(GPT_SETTINGS, tokenizer, classifier, tmp_path / "published")
     shutil.rmtree(tokenizer / "model")
     kept.rename(tokenizer / "model")
-    assert evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, progress=False)
+    assert evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, rule="2", progress=False)
     assert publish(GPT_SETTINGS, tokenizer, classifier, tmp_path / "published") > 0
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "feature_distance",
     "load_classifier",
     "save_classifier",
+    "weights_path",
 ]
 
 _CONFIG, _WEIGHTS, _MODEL = "config.json", "model.safetensors", "model"
@@ -213,6 +214,12 @@ def save_classifier(classifier: CellClassifier, folder: Path) -> None:
     write_text_atomically(folder / _CONFIG, json.dumps(classifier.config, indent=2) + "\n")
 
 
+def weights_path(folder: Path) -> Path:
+    """Return the file with the weights of the classifier in ``folder``, as :func:`load_classifier` takes it."""
+    inner = folder / _MODEL
+    return (inner if inner.is_dir() else folder) / _WEIGHTS
+
+
 def load_classifier(folder: Path) -> CellClassifier:
     """Return a trained classifier on the CPU, in evaluation mode.
 
@@ -222,8 +229,7 @@ def load_classifier(folder: Path) -> CellClassifier:
     Raises:
         ValueError: it holds no classifier.
     """
-    inner = folder / _MODEL
-    where = inner if inner.is_dir() else folder
+    where = weights_path(folder).parent
     require((where / _CONFIG).exists(), "folder", "one with a trained classifier", folder)
     config = read_json_object(where / _CONFIG)
     classifier = CellClassifier(**{**config, "widths": tuple(config["widths"])})

@@ -21,6 +21,7 @@ from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.pipeline import Job, run_jobs
 from examples.te_vqgan.stage1.presets import Stage1Settings
+from examples.te_vqgan.stage2.rules import DEFAULT_RULES
 from examples.te_vqgan.stage2.settings import STAGE2, Stage2Settings, stage2_settings_for
 
 __all__ = ["other_data_folder", "plan_jobs", "run_plan"]
@@ -186,13 +187,14 @@ def _stage2_jobs(
 def _evaluate_jobs(
     options: argparse.Namespace, out: Path, arm: str, first: Stage1Settings, second: Stage2Settings | None
 ) -> Iterator[Job]:
-    from examples.te_vqgan.stage2.evaluate import GENERATION, READING, is_read
+    from examples.te_vqgan.stage2.evaluate import READING, is_read, rule_file
     from examples.te_vqgan.stage2.train import stage2_folder
 
     tokenizer = run_folder(out, arm, first.seed)
     folder = tokenizer if second is None else stage2_folder(tokenizer, second)
+    files = [READING] if second is None else [rule_file(rule) for rule in DEFAULT_RULES]
     read = first.perceptual == "none" or is_read(tokenizer, first.perceptual)
-    if read and (folder / (READING if second is None else GENERATION)).exists():
+    if read and all((folder / name).exists() for name in files):
         return
     given = {"data": first.data, "out": out, "arm": arm, "seed": first.seed, "perceptual": options.perceptual}
     if second is not None:

@@ -7,9 +7,15 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from examples.te_vqgan.cli.options import WHERE, execution, out_folder
 from examples.te_vqgan.stage1.presets import ARMS, PRESETS
+from examples.te_vqgan.stage2.rules import DEFAULT_RULES, RULES
+
+if TYPE_CHECKING:
+    from examples.te_vqgan.data.sources import DigitSource
+    from examples.te_vqgan.stage2.settings import Stage2Settings
 
 __all__ = ["add_stage2_commands", "classifier_folder"]
 
@@ -31,12 +37,12 @@ def add_stage2_commands(add: Add) -> None:
     stage2.set_defaults(together=True)
     _add_arm(stage2)
     _add_run_options(stage2)
-    measured = "measure a tokenizer and the GPT on its tokens"
+    measured = "measure tokenizers and the GPTs on their tokens, under one or several rules of decoding"
     evaluate = add("evaluate", _evaluate, measured, *_MEASURE, "seed", "bf16", "perceptual")
-    _add_arm(evaluate)
+    _add_arm(evaluate, "which tokenizer (default: every finished run, of every seed)")
     evaluate.add_argument("--stage2-steps", type=int, help="optimiser steps of the GPT, if not the preset's")
     evaluate.add_argument(
-        "--candidates", type=int, help="number of codes to sample from, instead of the preset's share"
+        "--rules", nargs="+", default=DEFAULT_RULES, metavar="RULE", help=f"{', '.join(RULES)} or other numbers"
     )
     evaluate.add_argument("--tokenizer-alone", action="store_true", help="measure only reconstructions")
     evaluate.add_argument("--parent", type=int, help=argparse.SUPPRESS)
@@ -50,8 +56,8 @@ def classifier_folder(out: Path) -> Path:
     return out / "classifier"
 
 
-def _add_arm(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arm", choices=tuple(ARMS), required=True, help="which tokenizer")
+def _add_arm(parser: argparse.ArgumentParser, optional: str | None = None) -> None:
+    parser.add_argument("--arm", choices=tuple(ARMS), required=not optional, help=optional or "which tokenizer")
     parser.add_argument("--train-images", type=int, help="size of the GPT's training set (default: the preset's)")
 
 
@@ -109,32 +115,67 @@ def _stage2(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from examples.te_vqgan.data.sources import load_digits
-    from examples.te_vqgan.runs.provenance import command_line
-    from examples.te_vqgan.stage2.evaluate import evaluate_gpt, evaluate_tokenizer
+    from examples.te_vqgan.runs.checks import require
     from examples.te_vqgan.stage2.settings import stage2_settings_for
 
     source = load_digits(_data(options), options.data_dir)
+    if options.arm is None:
+        for name in ("seed", "stage2_steps", "train_images"):
+            require(getattr(options, name) is None, name, "unset without an arm", getattr(options, name))
+        _evaluate_all(options, source)
+        return
     seed = PRESETS[options.preset].seed if options.seed is None else options.seed
-    tokenizer, classifier = _tokenizer_folder(options, seed), classifier_folder(out_folder(options))
+    changes = {"seed": seed, "steps": options.stage2_steps, "train_images": options.train_images}
+    alone = options.tokenizer_alone
+    settings = None if alone else stage2_settings_for(options.preset, changes | {"bf16": options.bf16})
+    tokenizer = _tokenizer_folder(options, seed)
+    _tell(tokenizer, _evaluate_one(options, source, tokenizer, settings))
+
+
+def _evaluate_all(options: argparse.Namespace, source: DigitSource) -> None:
+    """Measure every run in the folder of results that is finished, a seed after the other."""
+    from examples.te_vqgan.reports.results import finished_runs
+    from examples.te_vqgan.runs.checks import require
+    from examples.te_vqgan.runs.files import read_json_object
+    from examples.te_vqgan.stage2.settings import from_dict
+
+    folders = finished_runs(out_folder(options))
+    require(bool(folders), "out", "a folder with finished runs", str(out_folder(options)))
+    for tokenizer in folders:
+        trained = [] if options.tokenizer_alone else sorted(tokenizer.glob("stage2-*/evaluation.json"))
+        chosen: list[Stage2Settings | None] = [
+            from_dict(read_json_object(path.with_name("settings.json"))) for path in trained
+        ]
+        measured = [_evaluate_one(options, source, tokenizer, settings) for settings in chosen or [None]]
+        _tell(tokenizer, any(measured))
+
+
+def _evaluate_one(
+    options: argparse.Namespace, source: DigitSource, tokenizer: Path, settings: Stage2Settings | None
+) -> bool:
+    """Measure a tokenizer and, if there are ``settings`` of one, the GPT on its tokens under every rule."""
+    from examples.te_vqgan.runs.provenance import command_line
+    from examples.te_vqgan.stage2.evaluate import evaluate_gpt, evaluate_tokenizer
+
     where, command = execution(options), command_line(options.words)
+    reader = classifier_folder(out_folder(options))
     measured = evaluate_tokenizer(
-        tokenizer, classifier, source, execution=where, perceptual=options.perceptual, command=command
+        tokenizer, reader, source, execution=where, perceptual=options.perceptual, command=command
     )
-    if not options.tokenizer_alone:
-        changes = {"seed": seed, "steps": options.stage2_steps, "train_images": options.train_images}
-        settings = stage2_settings_for(options.preset, changes | {"bf16": options.bf16})
-        progress = options.parent is None
+    if settings is None:
+        return measured
+    for rule in options.rules:
         measured |= evaluate_gpt(
             settings,
             tokenizer,
-            classifier,
+            reader,
             source,
+            rule=rule,
             execution=where,
-            candidates=options.candidates,
-            progress=progress,
+            progress=options.parent is None,
             command=command,
         )
-    _tell(tokenizer, measured)
+    return measured
 
 
 def _publish(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from examples.te_vqgan.runs.running import Clock, begun_run, finished_run, prove
 from examples.te_vqgan.stage1.evaluation import dataset, quality
 from examples.te_vqgan.stage1.joint import joint_indices, num_combinations
 from examples.te_vqgan.stage1.perceptual import require_perceptual
-from examples.te_vqgan.stage1.presets import Stage1Settings, to_dict
+from examples.te_vqgan.stage1.presets import Stage1Settings, present_form, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from te_quant import AutoencoderConfig, Quantizer, VectorQuantizer, VQAutoencoder, measure_equivariance
 from te_quant.quantizers import QUANTIZERS
@@ -133,7 +133,7 @@ def collect_family(settings: Stage1Settings, out: Path, *, seeds: Sequence[int],
         for seed in seeds:
             seeded = dataclasses.replace(settings, seed=seed)
             folder = _folder(out, name, seeded)
-            if not finished_run(folder, _plain(seeded, name)):
+            if not finished_run(folder, _plain(seeded, name), present_form):
                 continue
             parts = {
                 part: read_json_object(folder / f"{part}.json")
@@ -163,11 +163,11 @@ def _train(
     command: str | None,
 ) -> bool:
     folder, plain, settings = _folder(out, name, base), _plain(base, name), member_settings(base, name)
-    if finished_run(folder, plain):
+    if finished_run(folder, plain, present_form):
         return False
     # Before the folder is taken, or it would hold settings that never ran.
     require_perceptual(settings.perceptual)
-    with begun_run(folder, plain, resume=True) as checkpoint:
+    with begun_run(folder, plain, resume=True, present=present_form) as checkpoint:
         trainer = Stage1Trainer(
             settings,
             where.apply(),

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named
+from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named, read_results
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
 from te_quant.equivariance import Agreement, comparison_table
 from te_quant.tables import Table
@@ -57,7 +57,7 @@ def write_comparison(folder: Path) -> None:
     """
     path = folder / "results.json"
     require(path.is_file(), "results", "a folder with results.json", str(folder))
-    runs = read_json_object(path)["runs"]
+    runs = read_results(path)["runs"]
     write_text_atomically(folder / "comparison.md", comparison(runs))
     reports = {_name(run, runs): _report(run) for run in runs}
     write_text_atomically(folder / "metrics.md", comparison_table(reports).to_markdown())

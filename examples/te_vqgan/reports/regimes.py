@@ -11,14 +11,19 @@ from typing import Any
 
 from examples.te_vqgan.reports.document import Table, to_markdown
 from examples.te_vqgan.reports.generation.tables import counted, full_size, mean, quadrants, read_right
+from examples.te_vqgan.reports.results import read_results
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.differences import differing
-from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
+from examples.te_vqgan.runs.files import write_text_atomically
 from examples.te_vqgan.stage1.presets import ARMS, DEFAULT_ARMS
+from examples.te_vqgan.stage2.rules import rule_title
 from te_quant import EquivarianceReport
 
 __all__ = ["regimes", "write_regimes"]
 
+_SHOWN = {"text_to_image": ("paper", "tenth", "2"), "image_to_text": ("paper", "tenth")}
+# Columns before those of the rules.
+_MEASURED = 6
 _HEADER = [
     "what differs",
     "tokenizer",
@@ -26,9 +31,8 @@ _HEADER = [
     "codes used",
     "below a token: κ",
     "read in reconstructions",
-    "text to image, top 10 %",
-    "text to image, 2 codes",
-    "image to text",
+    *(f"text to image, {rule_title(rule, 'text_to_image')}" for rule in _SHOWN["text_to_image"]),
+    *(f"image to text, {rule_title(rule, 'image_to_text')}" for rule in _SHOWN["image_to_text"]),
 ]
 
 
@@ -40,12 +44,15 @@ def write_regimes(folders: Sequence[Path], path: Path) -> None:
     """
     for folder in folders:
         require((folder / "results.json").is_file(), "results", "folders with results.json", str(folder))
-    results = [read_json_object(folder / "results.json") for folder in folders]
+    results = [read_results(folder / "results.json") for folder in folders]
     write_text_atomically(path, to_markdown([regimes(results)]))
 
 
 def regimes(results: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for VQGAN and one for TE-VQGAN in each of the results; means over seeds, deviations in brackets."""
+    """A row for VQGAN and one for TE-VQGAN in each of the results; means over seeds, deviations in brackets.
+
+    Rules of decoding that no result has take no column.
+    """
     rows: list[list[str]] = []
     for one in results:
         images = full_size(one)
@@ -55,16 +62,15 @@ def regimes(results: Sequence[Mapping[str, Any]]) -> Table:
             runs = [run for run in one["runs"] if run["arm"] == arm]
             if runs:
                 rows.append([_what_differs(results[0], one, arm), *_cells(arm, runs, str(images))])
-    return Table(_HEADER, rows)
+    kept = [n for n in range(len(_HEADER)) if n < _MEASURED or any(row[n] != mean([]) for row in rows)]
+    return Table([_HEADER[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
 def _cells(arm: str, runs: Sequence[Mapping[str, Any]], images: str) -> list[str]:
     # A tokenizer may stand here before its GPT is trained.
     measured = [run["stage2"][images] for run in runs if images in run.get("stage2", {})]
-    parts = [part for part in measured if "generation" in part]
     reports = [EquivarianceReport.from_dict(run["evaluation"]["equivariance"]) for run in runs]
     kappas = [report.sub_stride.kappa for report in reports if report.sub_stride is not None]
-    two = [part["sampling"]["generation-2"] for part in parts if "generation-2" in part.get("sampling", {})]
     test = [run["evaluation"]["test"] for run in runs]
     return [
         f"{ARMS[arm].title}{counted(runs)}",
@@ -72,9 +78,11 @@ def _cells(arm: str, runs: Sequence[Mapping[str, Any]], images: str) -> list[str
         mean([one["used_codes"] for one in test], ".0f"),
         mean(kappas),
         mean([read_right(run, "reconstruction") for run in runs if "reading" in run]),
-        mean([quadrants(part["generation"], "text_to_image") for part in parts]),
-        mean([quadrants(generation, "text_to_image") for generation in two]),
-        mean([quadrants(part["generation"], "image_to_text") for part in parts]),
+        *(
+            mean([quadrants(part["rules"][rule], task) for part in measured if rule in part.get("rules", {})])
+            for task, rules in _SHOWN.items()
+            for rule in rules
+        ),
     ]
 
 

@@ -28,12 +28,22 @@ from examples.te_vqgan.reports.document import (
 from examples.te_vqgan.reports.figures import draw_curves, draw_placements, draw_reconstructions, draw_shifts
 from examples.te_vqgan.reports.findings import findings
 from examples.te_vqgan.reports.generation.report import generation_blocks, generation_figures, generation_tables
-from examples.te_vqgan.reports.generation.tables import full_size, generations
-from examples.te_vqgan.reports.results import METRICS, by_arm, cell, collect, commands, merged, to_text
+from examples.te_vqgan.reports.generation.tables import full_size, generations, shown_rule
+from examples.te_vqgan.reports.results import (
+    METRICS,
+    by_arm,
+    cell,
+    collect,
+    commands,
+    merged,
+    read_results,
+    to_text,
+)
 from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.stage2.rules import HEADLINE
 from te_quant import EquivarianceReport
 from te_quant.equivariance import plot_reports
 
@@ -47,6 +57,7 @@ _PHOTOGRAPHS = ("reconstructions.png", "generated.png", "captions.png")
 # Arms that a title names.
 _FEW_ARMS = 4
 _RESULTS = "results.json"
+_PICTURES = {HEADLINE: "rule-paper.safetensors", "tenth": "generation.safetensors"}
 _CAPTIONS = {
     "token_grids.png": "One test digit at the centre and in the four quadrants, and the index of the code at "
     "every token. Equal numbers and colours within an arm are equal codes; outlined is the block of tokens that "
@@ -82,7 +93,7 @@ def write_report(out: Path, *, command: str, wall_seconds: float | None = None, 
     path = folder / _RESULTS
     results = collected
     if into is not None and path.is_file():
-        results = merged(read_json_object(path), collected)
+        results = merged(read_results(path), collected)
     results["samples"] = _copied_samples(results, collected, out, folder)
     _add_generated(results, collected, out, folder)
     write_text_atomically(path, to_text(results))
@@ -98,7 +109,7 @@ def render(folder: Path) -> None:
     """
     path = folder / _RESULTS
     require(path.is_file(), "results", "a folder with results.json", str(folder))
-    results = read_json_object(path)
+    results = read_results(path)
     samples = {title: _samples(folder / name) for title, name in results["samples"].items()}
     generated = {arm: _samples(folder / name) for arm, name in results.get("generated", {}).items()}
     figures = _figures(results, samples) | generation_figures(results, generated)
@@ -132,12 +143,15 @@ def _add_generated(results: dict[str, Any], collected: Mapping[str, Any], out: P
     images = full_size(results)
     if images is None:
         return
-    here = {(arm, run["seed"]) for arm, runs in generations(collected, images).items() for run in runs}
+    rule = shown_rule(results)
+    here = {(arm, run["seed"]) for arm, runs in generations(collected, images, rule).items() for run in runs}
     names = {}
-    for arm, (first, *_) in generations(results, images).items():
+    for arm, (first, *_) in generations(results, images, rule).items():
         names[arm] = f"samples/{arm}-generated.safetensors"
         if (arm, first["seed"]) in here:
-            source = out / first["folder"] / f"stage2-{images}" / "generation.safetensors"
+            inner = out / first["folder"] / f"stage2-{images}"
+            # Runs that the first version measured have its pictures.
+            source = inner / _PICTURES[rule]
             write_bytes_atomically(folder / names[arm], source.read_bytes())
             _, texts = load_checkpoint(source)
             results["captions"] = {split: part["captions"] for split, part in texts.items()}

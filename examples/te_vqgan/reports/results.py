@@ -14,6 +14,8 @@ from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.files import read_json_object
 from examples.te_vqgan.runs.logs import read_log
 from examples.te_vqgan.stage1.presets import ARMS
+from examples.te_vqgan.stage1.presets import present_form as stage1_form
+from examples.te_vqgan.stage2.settings import present_form as stage2_form
 from te_quant import EquivarianceReport
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "cell",
     "collect",
     "commands",
+    "finished_runs",
     "mean_and_deviation",
     "merged",
+    "read_results",
     "run_folder",
     "to_text",
     "values_of",
@@ -125,30 +129,66 @@ def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> di
     return results
 
 
+def finished_runs(out: Path) -> list[Path]:
+    """Return the folders of the finished runs in ``out``, in the order of the arms and of their seeds."""
+    return [
+        folder
+        for arm in ARMS
+        for folder in sorted(out.glob(f"{arm}-seed*"), key=lambda folder: int(folder.name.rpartition("seed")[2]))
+        if folder.name.rpartition("-seed")[0] == arm and (folder / "evaluation.json").exists()
+    ]
+
+
 def _runs_in(out: Path) -> list[dict[str, Any]]:
     runs = []
-    for arm in ARMS:
-        folders = sorted(out.glob(f"{arm}-seed*"), key=lambda folder: int(folder.name.rpartition("seed")[2]))
-        for folder in folders:
-            if folder.name.rpartition("-seed")[0] != arm or not (folder / "evaluation.json").exists():
-                continue
-            run: dict[str, Any] = {"arm": arm, "title": ARMS[arm].title, "folder": folder.name}
-            run |= _parts(folder, "settings", "evaluation", "provenance", "exactness", "reading")
-            run["seed"] = run["settings"]["seed"]
-            run["log"] = _thinned(read_log(folder / "log.jsonl"))
-            second = {}
-            for inner in sorted(folder.glob("stage2-*")):
-                if (inner / "evaluation.json").exists():
-                    part = _parts(inner, "settings", "evaluation", "provenance", "generation")
-                    controls = [path.stem for path in inner.glob("generation-*.json")]
-                    part |= {"sampling": _parts(inner, *controls)} if controls else {}
-                    second[inner.name.removeprefix("stage2-")] = part | {
-                        "log": _thinned(read_log(inner / "log.jsonl"))
-                    }
-            if second:
-                run["stage2"] = second
-            runs.append(run)
+    for folder in finished_runs(out):
+        arm = folder.name.rpartition("-seed")[0]
+        run: dict[str, Any] = {"arm": arm, "title": ARMS[arm].title, "folder": folder.name}
+        run |= _parts(folder, "settings", "evaluation", "provenance", "exactness", "reading")
+        run["seed"] = run["settings"]["seed"]
+        run["log"] = _thinned(read_log(folder / "log.jsonl"))
+        second = {}
+        for inner in sorted(folder.glob("stage2-*")):
+            if (inner / "evaluation.json").exists():
+                # Files that the first version wrote, before there were rules.
+                older = [path.stem for path in inner.glob("generation*.json")]
+                part = _parts(inner, "settings", "evaluation", "provenance", *older)
+                rules = _parts(inner, *(path.stem for path in inner.glob("rule-*.json")))
+                part["rules"] = {name.removeprefix("rule-"): numbers for name, numbers in rules.items()}
+                part["log"] = _thinned(read_log(inner / "log.jsonl"))
+                second[inner.name.removeprefix("stage2-")] = part
+        if second:
+            run["stage2"] = second
+        runs.append(_present(run))
     return runs
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return what a report stored, of older versions too, in the form of :func:`collect`."""
+    results = read_json_object(path)
+    parts = [results, *results.get("other", {}).values()]
+    for part in parts:
+        part["runs"] = [_present(run) for run in part["runs"]]
+    return results
+
+
+def _present(run: dict[str, Any]) -> dict[str, Any]:
+    """Bring a run that an older version stored into the present form."""
+    run["settings"] = stage1_form(run["settings"])
+    for part in run.get("stage2", {}).values():
+        part["settings"] = stage2_form(part["settings"])
+        rules = part.setdefault("rules", {})
+        # What decoded like a rule of now. Under other numbers of codes captions were written greedily.
+        older = {name: part.pop(name) for name in [*part] if name.startswith("generation")}
+        older |= part.pop("sampling", {})
+        for name, numbers in older.items():
+            number = name.removeprefix("generation").removeprefix("-")
+            if number:
+                held_out = {"text_to_image": numbers["held_out"]["text_to_image"]}
+                numbers = {**numbers, "held_out": held_out}
+                numbers.pop("seen", None)
+            rules.setdefault(number or "tenth", numbers)
+    return run
 
 
 def _parts(folder: Path, *names: str) -> dict[str, Any]:

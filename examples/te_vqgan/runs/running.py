@@ -32,6 +32,7 @@ __all__ = [
     "WEIGHTS",
     "Clock",
     "Interrupted",
+    "PresentForm",
     "RunSettings",
     "RunTrainer",
     "begun_run",
@@ -47,6 +48,8 @@ CHECKPOINT = "checkpoint.safetensors"
 # As ``save_pretrained`` calls them.
 WEIGHTS = "model/model.safetensors"
 _LOCK_SECONDS = 30.0
+
+PresentForm = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 class Interrupted(Exception):  # noqa: N818  (an outcome, not an error)
@@ -103,8 +106,13 @@ class Clock:
         }
 
 
-def finished_run(folder: Path, settings: Mapping[str, Any]) -> bool:
+def finished_run(folder: Path, settings: Mapping[str, Any], present: PresentForm = dict) -> bool:
     """Say whether ``folder`` holds the finished run of ``settings``, which are as JSON gives them back.
+
+    Args:
+        folder: of the run.
+        settings: that it should have.
+        present: brings settings that an older version stored into the form of this one.
 
     Raises:
         ValueError: it holds a run of other settings.
@@ -114,7 +122,7 @@ def finished_run(folder: Path, settings: Mapping[str, Any]) -> bool:
         path = folder / "settings.json"
         if not path.exists():
             return False
-        changes = differing(read_json_object(path), settings)
+        changes = differing(present(read_json_object(path)), settings)
         require(not changes, "settings", f"those of the run in {folder}", "; ".join(changes))
         return (folder / "evaluation.json").exists()
 
@@ -123,7 +131,12 @@ def finished_run(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def begun_run(
-    folder: Path, settings: Mapping[str, Any], *, resume: bool, inputs: Mapping[str, str] | None = None
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool,
+    present: PresentForm = dict,
+    inputs: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]] | None]:
     """Keep ``folder`` for the unfinished run of ``settings``, and give its checkpoint, ``None`` at the beginning.
 
@@ -131,6 +144,7 @@ def begun_run(
         folder: the run's own; made if it is not there.
         settings: as JSON gives them back.
         resume: accept a folder with a checkpoint.
+        present: brings settings that an older version stored into the form of this one.
         inputs: hashes of the files that the run stands on, by name; as :func:`run_steps` has them.
 
     Raises:
@@ -145,7 +159,7 @@ def begun_run(
             kept.enter_context(only_process_in(folder))
             checkpoint = load_checkpoint(path) if path.exists() else None
             if checkpoint is not None:
-                _require_own(checkpoint[1], folder, settings, inputs or {})
+                _require_own(checkpoint[1], folder, settings, present, inputs or {})
             write_text_atomically(folder / "settings.json", json.dumps(dict(settings), indent=2) + "\n")
             return checkpoint
 
@@ -153,11 +167,15 @@ def begun_run(
 
 
 def _require_own(
-    facts: Mapping[str, Any], folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]
+    facts: Mapping[str, Any],
+    folder: Path,
+    settings: Mapping[str, Any],
+    present: PresentForm,
+    inputs: Mapping[str, str],
 ) -> None:
     """Refuse the checkpoint of another run, which may lie in ``folder`` next to the right settings.json."""
     require("settings" in facts, CHECKPOINT, "the checkpoint of a training", f"one without settings in {folder}")
-    changes = differing(facts["settings"], settings)
+    changes = differing(present(facts["settings"]), settings)
     require(not changes, "settings", f"those of the checkpoint in {folder}", "; ".join(changes))
     # Older checkpoints do not say what they stand on.
     for name, known in facts.get("inputs", {}).items():

@@ -23,6 +23,7 @@ __all__ = [
     "Arm",
     "Stage1Settings",
     "from_dict",
+    "present_form",
     "read_settings",
     "settings_for",
     "to_dict",
@@ -271,8 +272,18 @@ def to_dict(settings: Stage1Settings) -> dict[str, Any]:
     return {**others, "model": settings.model.to_dict()}
 
 
+def present_form(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that an older version wrote as this one writes them.
+
+    What it did not have yet takes its default, under which a training is what it was.
+    """
+    default = to_dict(Stage1Settings(AutoencoderConfig()))
+    return {**default, **stored, "model": {**default["model"], **stored["model"]}}
+
+
 def from_dict(plain: Mapping[str, Any]) -> Stage1Settings:
-    """Undo :func:`to_dict`."""
+    """Undo :func:`to_dict`, of older versions too."""
+    plain = present_form(plain)
     return Stage1Settings(**{**plain, "model": AutoencoderConfig.from_dict(plain["model"])})
 
 

@@ -31,7 +31,7 @@ from examples.te_vqgan.runs.running import (
 from examples.te_vqgan.stage1.evaluation import dataset, evaluate, quality
 from examples.te_vqgan.stage1.joint import vector_quantizer
 from examples.te_vqgan.stage1.perceptual import require_perceptual
-from examples.te_vqgan.stage1.presets import Stage1Settings, to_dict
+from examples.te_vqgan.stage1.presets import Stage1Settings, present_form, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from te_quant.functional import orthogonality
 
@@ -46,7 +46,7 @@ def is_finished(folder: Path, settings: Stage1Settings) -> bool:
     Raises:
         ValueError: it holds a run of other settings.
     """
-    return finished_run(folder, to_dict(settings))
+    return finished_run(folder, to_dict(settings), present_form)
 
 
 def train_stage1(
@@ -86,7 +86,7 @@ def train_stage1(
     # Before the folder is taken, or it would hold settings that never ran.
     require_perceptual(settings.perceptual)
     plain = to_dict(settings)
-    with begun_run(folder, plain, resume=resume) as checkpoint:
+    with begun_run(folder, plain, resume=resume, present=present_form) as checkpoint:
         where = execution or Execution()
         device = where.apply()
         trainer = Stage1Trainer(settings, device, channels_last=where.channels_last, compiled=where.compiled)

@@ -1,12 +1,11 @@
 """The step ``evaluate``: what a finished tokenizer, and the GPT on its tokens, is worth on held-out combinations.
 
-Writes ``reading.json`` into the folder of the Stage 1 run, and ``generation.json`` and ``generation.safetensors``
-(pictures) into that of the Stage 2 run. What is there is not measured again.
+Writes ``reading.json`` into the folder of the Stage 1 run, and for each rule ``rule-NAME.json`` into that of the
+Stage 2 run, with pictures in ``rule-paper.safetensors``. What is there is not measured again.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,26 +13,27 @@ from typing import Any
 
 import torch
 
-from examples.te_vqgan.classifier.model import CellClassifier, load_classifier
+from examples.te_vqgan.classifier.model import CellClassifier, load_classifier, weights_path
 from examples.te_vqgan.data.heldout import allowed
 from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.runs.checkpoint import save_checkpoint
-from examples.te_vqgan.runs.checks import require, require_int
-from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
+from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.files import read_json_object, sha256, write_text_atomically
 from examples.te_vqgan.runs.provenance import Execution, git_commit, versions
 from examples.te_vqgan.runs.running import Clock
 from examples.te_vqgan.stage1.evaluation import dataset
 from examples.te_vqgan.stage1.perceptual import load_perceptual, measured_distances
 from examples.te_vqgan.stage2.generation import evaluate_pairs, read_tokenizer
+from examples.te_vqgan.stage2.rules import HEADLINE, rule_named
 from examples.te_vqgan.stage2.settings import Stage2Settings
 from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, require_tokenizer_of, stage2_folder
 from te_quant import GPT
 
-__all__ = ["GENERATION", "READING", "evaluate_gpt", "evaluate_tokenizer", "is_read"]
+__all__ = ["PICTURES", "READING", "evaluate_gpt", "evaluate_tokenizer", "is_read", "rule_file"]
 
-READING, GENERATION = "reading.json", "generation.json"
-_PICTURES = "generation.safetensors"
+READING = "reading.json"
+PICTURES = "rule-paper.safetensors"
 # Every seed and every arm is measured on the same pairs.
 _EVALUATION_SEED = 0
 
@@ -98,23 +98,23 @@ def evaluate_gpt(
     classifier: Path,
     source: DigitSource,
     *,
+    rule: str,
     execution: Execution | None = None,
-    candidates: int | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> bool:
-    """Measure both tasks on held-out combinations, and on half as many pairs of combinations that training saw.
+    """Measure both tasks on held-out combinations.
 
-    The digits are those of the test split in either case.
+    Under the rule that tables show also on half as many pairs of combinations that training saw. The digits are
+    those of the test split in either case.
 
     Args:
         settings: of the Stage 2 run.
         tokenizer: folder of the finished Stage 1 run that it stands on.
         classifier: folder of the finished classifier.
         source: the digits.
+        rule: how to draw, a name that :func:`~.stage2.rules.rule_named` knows.
         execution: where to compute.
-        candidates: sample from so many codes, the likeliest, instead of the settings' share of all, to compare
-            codebooks of different size. The numbers go to a file of their own, without pictures.
         progress: show progress bars.
         command: what was typed, for the record.
 
@@ -122,24 +122,26 @@ def evaluate_gpt(
         False if that had been done before.
 
     Raises:
-        ValueError: a run is not finished, or ``candidates`` is not in [1, K].
+        ValueError: a run is not finished, or there is no such rule.
     """
     folder = stage2_folder(tokenizer, settings)
-    path = folder / (GENERATION if candidates is None else f"generation-{candidates}.json")
+    path = folder / rule_file(rule)
     if path.exists():
         return False
     device = (execution or Execution()).apply()
     autoencoder, stage1 = load_tokenizer(tokenizer, device)
     require(is_finished(folder, settings, stage1), "out", "a folder with a finished stage2 run", str(folder))
     require_tokenizer_of(folder, tokenizer)
-    sampling = settings if candidates is None else _sampling(settings, candidates, stage1.model.num_codes)
+    clock = Clock()
     gpt = GPT.from_pretrained(folder / "model").to(device)
     reader: CellClassifier = load_classifier(classifier).to(device)
-    seen = allowed("train", len(source.class_names))
     numbers: dict[str, Any] = {}
     pictures: dict[str, torch.Tensor] = {}
     texts: dict[str, Any] = {}
-    for name, size, table in (("held_out", settings.eval_images, None), ("seen", settings.eval_images // 2, seen)):
+    splits: dict[str, tuple[int, Any]] = {"held_out": (settings.eval_images, None)}
+    if rule == HEADLINE:
+        splits["seen"] = (settings.eval_images // 2, allowed("train", len(source.class_names)))
+    for name, (size, table) in splits.items():
         pairs = CaptionedImages(
             source,
             "test",
@@ -149,26 +151,28 @@ def evaluate_gpt(
             style=settings.caption_style,
             allowed=table,
         )
+        decoding = rule_named(rule, stage1.model.num_codes, pairs.tokenizer.vocab_size)
+        bar = _bar(progress, f"{folder.parent.name}, {name}, {rule}", size)
         numbers[name], shown = evaluate_pairs(
-            gpt, autoencoder, reader, pairs, sampling, device=device, progress=_bar(progress, name, size)
+            gpt, autoencoder, reader, pairs, decoding, seed=settings.seed, device=device, progress=bar
         )
         pictures |= {f"{name}.{key}": shown[key] for key in ("images", "generated")}
         texts[name] = {key: shown[key] for key in ("captions", "written")}
-    if candidates is None:
-        save_checkpoint(folder / _PICTURES, pictures, texts)
+    if rule == HEADLINE:
+        save_checkpoint(folder / PICTURES, pictures, texts)
+    numbers |= {"rule": decoding._asdict(), "classifier": sha256(weights_path(classifier)), "spent": clock.spent()}
     _write(path, numbers, command)
     return True
+
+
+def rule_file(rule: str) -> str:
+    """Return the name of the file with the numbers of a rule."""
+    return f"rule-{rule}.json"
 
 
 def _measured(tokenizer: Path) -> dict[str, float]:
     path = tokenizer / READING
     return measured_distances(read_json_object(path)) if path.exists() else {}
-
-
-def _sampling(settings: Stage2Settings, candidates: int, num_codes: int) -> Stage2Settings:
-    require_int("candidates", candidates, 1)
-    require(candidates <= num_codes, "candidates", f"at most the {num_codes} codes", candidates)
-    return dataclasses.replace(settings, top_fraction=candidates / num_codes)
 
 
 def _write(path: Path, numbers: dict[str, Any], command: str | None) -> None:

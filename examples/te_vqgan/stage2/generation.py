@@ -18,8 +18,9 @@ from examples.te_vqgan.data.caption_parser import parse
 from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.stage1.losses import Perceptual
+from examples.te_vqgan.stage2.rules import Rule
 from examples.te_vqgan.stage2.scores import Scores
-from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings
+from examples.te_vqgan.stage2.settings import DIRECTIONS
 from te_quant import GPT, VQAutoencoder
 
 __all__ = ["draw_images", "evaluate_pairs", "read_places", "read_tokenizer", "write_captions"]
@@ -30,7 +31,7 @@ _PICTURES = 16
 
 @torch.inference_mode()
 def draw_images(
-    gpt: GPT, autoencoder: VQAutoencoder, text: Tensor, settings: Stage2Settings, generator: torch.Generator
+    gpt: GPT, autoencoder: VQAutoencoder, text: Tensor, rule: Rule, generator: torch.Generator
 ) -> Tensor:
     """Sample the image of each caption.
 
@@ -38,7 +39,7 @@ def draw_images(
         gpt: in evaluation mode.
         autoencoder: decodes the tokens.
         text: caption tokens.
-        settings: temperature and share of the logits that may be drawn.
+        rule: from how many codes to draw.
         generator: on the GPT's device; the only source of chance.
 
     Shape:
@@ -47,8 +48,7 @@ def draw_images(
     tokens = gpt.generate(
         text,
         order=DIRECTIONS["text_to_image"],
-        temperature=settings.temperature,
-        top_fraction=settings.top_fraction,
+        top_k=rule.images,
         generator=generator,
     )[:, text.shape[1] :]
     image = next(segment for segment in gpt.config.segments if segment.name == "image")
@@ -56,15 +56,28 @@ def draw_images(
 
 
 @torch.inference_mode()
-def write_captions(gpt: GPT, pairs: CaptionedImages, tokens: Tensor) -> list[str]:
-    """Write the likeliest caption of each image, token by token.
+def write_captions(
+    gpt: GPT, pairs: CaptionedImages, tokens: Tensor, rule: Rule, generator: torch.Generator
+) -> list[str]:
+    """Write a caption of each image, token by token.
+
+    Args:
+        gpt: in evaluation mode.
+        pairs: how captions are written in tokens.
+        tokens: of the images.
+        rule: from how many words to draw.
+        generator: on the GPT's device; the only source of chance.
 
     Shape:
         tokens: (B, h, w) int64.
     """
     flat = tokens.flatten(1)
     written = gpt.generate(
-        flat, order=DIRECTIONS["image_to_text"], temperature=0.0, stop_token=pairs.tokenizer.end_token
+        flat,
+        order=DIRECTIONS["image_to_text"],
+        top_k=rule.captions,
+        generator=generator,
+        stop_token=pairs.tokenizer.end_token,
     )
     return pairs.tokenizer.decode(written[:, flat.shape[1] :].cpu())
 
@@ -135,8 +148,9 @@ def evaluate_pairs(
     autoencoder: VQAutoencoder,
     classifier: CellClassifier,
     pairs: CaptionedImages,
-    settings: Stage2Settings,
+    rule: Rule,
     *,
+    seed: int,
     device: torch.device,
     progress: Callable[[int], object] = lambda _: None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -147,7 +161,9 @@ def evaluate_pairs(
         autoencoder: the tokenizer.
         classifier: reads the images.
         pairs: the data.
-        settings: how to sample; the generator is seeded with ``settings.seed``.
+        rule: how to draw.
+        seed: of what is drawn. Images and captions have a generator each, so that one rule's images do not depend
+            on its captions.
         device: of all models.
         progress: told the number of pairs after each batch.
 
@@ -157,7 +173,7 @@ def evaluate_pairs(
         ``written`` lists of texts.
     """
     tasks = {name: Scores(len(pairs.grammar.class_names)) for name in DIRECTIONS}
-    generator = torch.Generator(device).manual_seed(settings.seed)
+    drawing, writing = (torch.Generator(device).manual_seed(seed) for _ in range(2))
     shown: dict[str, Any] = {}
     for start in range(0, len(pairs), _BATCH):
         rows = np.arange(start, min(start + _BATCH, len(pairs)))
@@ -166,8 +182,8 @@ def evaluate_pairs(
         images = pairs.dataset.fixed(start, start + len(rows))
         tokens = autoencoder.encode_to_indices(images.to(device))
         text = pairs.tokenizer.encode(captions).to(device)
-        generated = draw_images(gpt, autoencoder, text, settings, generator)
-        written = write_captions(gpt, pairs, tokens)
+        generated = draw_images(gpt, autoencoder, text, rule, drawing)
+        written = write_captions(gpt, pairs, tokens, rule, writing)
         tasks["text_to_image"].update(truth, read_places(classifier, generated))
         tasks["image_to_text"].update(truth, parse(written, pairs.grammar.class_names))
         if start == 0:

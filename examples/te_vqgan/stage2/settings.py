@@ -1,4 +1,4 @@
-"""What decides the numbers of Stage 2: the GPT over captions and image tokens, and how it is trained and sampled.
+"""What decides the numbers of Stage 2: the GPT over captions and image tokens, and how it is trained.
 
 Everything here is data, as in :mod:`~.stage1.presets`: a preset is a few changes to the defaults.
 """
@@ -11,8 +11,17 @@ from typing import Any
 
 from examples.te_vqgan.data.captions import STYLES
 from examples.te_vqgan.runs.checks import require, require_choice, require_int, require_number
+from examples.te_vqgan.stage1.presets import present_form as stage1_form
 
-__all__ = ["DIRECTIONS", "OPTIMIZERS", "STAGE2", "Stage2Settings", "stage2_settings_for"]
+__all__ = [
+    "DIRECTIONS",
+    "OPTIMIZERS",
+    "STAGE2",
+    "Stage2Settings",
+    "from_dict",
+    "present_form",
+    "stage2_settings_for",
+]
 
 DIRECTIONS: Mapping[str, tuple[str, str]] = {
     "text_to_image": ("text", "image"),
@@ -21,6 +30,8 @@ DIRECTIONS: Mapping[str, tuple[str, str]] = {
 """The order of the two segments by direction; what comes second is the target."""
 
 OPTIMIZERS = ("adam", "muon")
+
+_DECODING = ("top_fraction", "temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +60,6 @@ class Stage2Settings:
         warmup_steps: both rates rise linearly for so many steps.
         final_lr_share: ...and then fall on half a cosine to this share of their peak, in [0, 1].
         clip_norm: the gradient is scaled down to at most this norm; 0 leaves it alone.
-        top_fraction: sampling of image tokens keeps this share of the logits, in (0, 1].
-        temperature: of the sampling of image tokens; captions are decoded greedily.
         bf16: compute the transformer in bfloat16 while training.
         log_every: a line in the log after so many steps.
         validate_every: validation numbers in that line after so many steps; a multiple of ``log_every``.
@@ -60,7 +69,7 @@ class Stage2Settings:
         ValueError: a setting is out of range.
 
     Source: Shin et al. 2021, arXiv:2112.00384, section 4, and its published Stage 2: width 256, depth 8, 8 heads,
-        both orders in turn, loss (other + 7 target) / 8, Adam at 1e-3, clip 1, the top 10 % of the logits.
+        both orders in turn, loss (other + 7 target) / 8, Adam at 1e-3, clip 1.
     """
 
     width: int = 256
@@ -82,8 +91,6 @@ class Stage2Settings:
     warmup_steps: int = 500
     final_lr_share: float = 0.0
     clip_norm: float = 1.0
-    top_fraction: float = 0.1
-    temperature: float = 1.0
     bf16: bool = False
     log_every: int = 10
     validate_every: int = 500
@@ -105,14 +112,12 @@ class Stage2Settings:
             require_choice("directions entry", name, tuple(DIRECTIONS))
         require_choice("caption_style", self.caption_style, STYLES)
         require_choice("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("learning_rate", "muon_learning_rate", "clip_norm", "target_weight", "temperature"):
+        for name in ("learning_rate", "muon_learning_rate", "clip_norm", "target_weight"):
             require_number(name, getattr(self, name), 0.0)
         require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
         require(self.width % self.num_heads == 0, "num_heads", f"a divisor of width={self.width}", self.num_heads)
         require_number("dropout", self.dropout, 0.0, 1.0)
         require(self.dropout < 1, "dropout", "below 1", self.dropout)
-        require_number("top_fraction", self.top_fraction, 0.0, 1.0)
-        require(self.top_fraction > 0, "top_fraction", "above 0", self.top_fraction)
         alone = 0 if len(self.directions) == 1 else self.first_alone
         require(alone < self.steps, "steps", f"above first_alone={alone}, or directions a single one", self.steps)
         require(
@@ -129,6 +134,28 @@ class Stage2Settings:
     def to_dict(self) -> dict[str, Any]:
         """All settings in the form in which JSON gives them back."""
         return {**dataclasses.asdict(self), "directions": list(self.directions)}
+
+
+def present_form(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that an older version wrote as this one writes them.
+
+    What it did not have yet takes its default, under which a training is what it was. How an evaluation decodes is
+    no longer among them.
+
+    Args:
+        stored: settings, with those of the tokenizer as ``stage1`` or without.
+    """
+    kept = {name: value for name, value in stored.items() if name not in _DECODING}
+    if "stage1" in kept:
+        kept["stage1"] = stage1_form(kept["stage1"])
+    return {**Stage2Settings().to_dict(), **kept}
+
+
+def from_dict(plain: Mapping[str, Any]) -> Stage2Settings:
+    """Return the settings in a run's ``settings.json``, of older versions too."""
+    known = present_form(plain)
+    known.pop("stage1", None)
+    return Stage2Settings(**known)
 
 
 STAGE2: dict[str, Stage2Settings | None] = {

@@ -31,7 +31,7 @@ from examples.te_vqgan.runs.running import (
     run_steps,
 )
 from examples.te_vqgan.stage1.presets import Stage1Settings, read_settings
-from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings
+from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings, present_form
 from examples.te_vqgan.stage2.token_cache import cached_tokens, encode_dataset
 from examples.te_vqgan.stage2.trainer import Stage2Trainer, gpt_config
 from te_quant import VQAutoencoder
@@ -69,7 +69,7 @@ def is_finished(folder: Path, settings: Stage2Settings, tokenizer: Stage1Setting
     Raises:
         ValueError: it holds a run of other settings.
     """
-    return finished_run(folder, plain_settings(settings, tokenizer))
+    return finished_run(folder, plain_settings(settings, tokenizer), present_form)
 
 
 def load_tokenizer(folder: Path, device: torch.device) -> tuple[VQAutoencoder, Stage1Settings]:
@@ -136,11 +136,11 @@ def train_stage2(
     require(source.name == stage1.data, "data", f"that of the tokenizer, {stage1.data!r}", repr(source.name))
     folder = stage2_folder(tokenizer, settings)
     plain = plain_settings(settings, stage1)
-    if finished_run(folder, plain):
+    if finished_run(folder, plain, present_form):
         return False
     # A tokenizer that was trained again, on another machine say, has other tokens under the same settings.
     inputs = distributed.from_main(lambda: {"tokenizer": sha256(tokenizer / WEIGHTS)})
-    with begun_run(folder, plain, resume=resume, inputs=inputs) as checkpoint:
+    with begun_run(folder, plain, resume=resume, present=present_form, inputs=inputs) as checkpoint:
         clock = Clock(None if checkpoint is None else checkpoint[1]["spent"])
         train = _pairs(settings, stage1, source, "train", settings.train_images, settings.seed)
         side = stage1.canvas_size // stage1.model.stride

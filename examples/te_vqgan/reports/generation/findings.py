@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from examples.te_vqgan.reports.generation.paper import TABLE1
-from examples.te_vqgan.reports.generation.tables import accuracies, full_size, generations
+from examples.te_vqgan.reports.generation.tables import accuracies, full_size, generations, shown_rule
 from examples.te_vqgan.stage1.presets import ARMS
 
 __all__ = ["generation_findings"]
@@ -28,21 +28,24 @@ def generation_findings(results: Mapping[str, Any]) -> list[str]:
     if images is None:
         return []
     # A tiny test set may have no single digit.
-    every = generations(results, images)
-    arms = {arm: runs for arm, runs in every.items() if accuracies(runs, images, "text_to_image", "quad1")}
+    rule = shown_rule(results)
+    every = generations(results, images, rule)
+    arms = {arm: runs for arm, runs in every.items() if accuracies(runs, images, rule, "text_to_image", "quad1")}
     if not arms:
         return []
     sentences = []
     for task, words in _TASKS.items():
         if _BASE not in arms:
             break
-        base = accuracies(arms[_BASE], images, task, "quad1")
+        base = accuracies(arms[_BASE], images, rule, task, "quad1")
         for arm, question in _QUESTIONS.items():
             if arm in arms:
-                sentences.append(_against(words, question, accuracies(arms[arm], images, task, "quad1"), base))
+                sentences.append(
+                    _against(words, question, accuracies(arms[arm], images, rule, task, "quad1"), base)
+                )
     for task, words in _TASKS.items():
-        best = max(arms, key=lambda arm: statistics.fmean(accuracies(arms[arm], images, task, "quad1")))
-        value = statistics.fmean(accuracies(arms[best], images, task, "quad1"))
+        best = max(arms, key=lambda arm: statistics.fmean(accuracies(arms[arm], images, rule, task, "quad1")))
+        value = statistics.fmean(accuracies(arms[best], images, rule, task, "quad1"))
         goal = TABLE1["te_vqgan"][task][0].mean
         relation = "above" if value > goal else "not above"
         sentences.append(

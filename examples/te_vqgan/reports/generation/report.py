@@ -22,7 +22,8 @@ from examples.te_vqgan.reports.generation.tables import (
     accuracies,
     full_size,
     generations,
-    sampling_table,
+    rules_table,
+    shown_rule,
     table1,
     table2,
     table3,
@@ -30,12 +31,20 @@ from examples.te_vqgan.reports.generation.tables import (
 from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.stage1.perceptual import TITLES
 from examples.te_vqgan.stage1.presets import ARMS
+from examples.te_vqgan.stage2.rules import rule_title
 from te_quant import EquivarianceReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["generation_blocks", "generation_figures", "generation_tables"]
+
+_QUADRANTS = ("quad1", "quad2", "quad3", "quad4")
+_RULES_TABLES = {
+    "rules-text-to-image": "Text to image by rule of decoding, all digits in quadrants",
+    "rules-text-to-image-quad1": "Text to image by rule of decoding, Quad1",
+    "rules-image-to-text": "Image to text by rule of decoding, all digits in quadrants",
+}
 
 Samples = Mapping[str, Mapping[str, NDArray[Any]]]
 
@@ -57,9 +66,14 @@ def generation_tables(results: Mapping[str, Any]) -> dict[str, Table]:
     if second is not None:
         tables["table2"] = second
     tables["table3"] = table3(results)
-    control = sampling_table(results)
-    if control is not None:
-        tables["sampling"] = control
+    for name, task, cases in (
+        ("rules-text-to-image", "text_to_image", _QUADRANTS),
+        ("rules-text-to-image-quad1", "text_to_image", _QUADRANTS[:1]),
+        ("rules-image-to-text", "image_to_text", _QUADRANTS),
+    ):
+        table = rules_table(results, task, cases)
+        if table is not None:
+            tables[name] = table
     return tables
 
 
@@ -69,17 +83,18 @@ def generation_blocks(results: Mapping[str, Any]) -> list[Block]:
     if images is None:
         return []
     tables = generation_tables(results)
-    arms = generations(results, images)
+    rule = shown_rule(results)
+    arms = generations(results, images, rule)
     first = next(iter(arms.values()))[0]["stage2"][str(images)]
     settings = first["settings"]
-    counts = first["generation"]["held_out"]["text_to_image"]["cases"]
+    counts = first["rules"][rule]["held_out"]["text_to_image"]["cases"]
     digits = ", ".join(f"{case['digits']:,} ({name})" for name, case in counts.items())
     trained = [part for runs in arms.values() for run in runs for part in (run, run["stage2"][str(images)])]
     trial = trial_size(part["settings"] for part in trained)
     blocks: list[Block] = [
         Heading(2, "Text to image, image to text"),
         _no_findings(trial) if trial else Bullets(generation_findings(results)),
-        Paragraph(_conditions(results, settings, images, digits)),
+        Paragraph(_conditions(results, settings, images, digits, rule)),
         Heading(3, "Table 1, text to image"),
         tables["table1-text-to-image"],
         Heading(3, "Table 1, image to text"),
@@ -87,12 +102,9 @@ def generation_blocks(results: Mapping[str, Any]) -> list[Block]:
     ]
     if "table2" in tables:
         blocks += [Heading(3, "Table 2: Quad1 of text to image, by size of the training set"), tables["table2"]]
-    if "sampling" in tables:
-        blocks += [
-            Heading(3, "Control: how many codes sampling chooses from"),
-            tables["sampling"],
-            Paragraph("Text to image, held-out combinations, all digits in quadrants."),
-        ]
+    for name, title in _RULES_TABLES.items():
+        if name in tables:
+            blocks += [Heading(3, title), tables[name]]
     blocks += [
         Heading(3, "Table 3: code usage and reconstruction"),
         tables["table3"],
@@ -112,21 +124,22 @@ def generation_figures(results: Mapping[str, Any], samples: Samples) -> dict[str
     images = full_size(results)
     if images is None:
         return {}
-    arms = generations(results, images)
+    rule = shown_rule(results)
+    arms = generations(results, images, rule)
     texts: dict[str, Sequence[str]] = results["captions"]
     originals = next(iter(samples.values()))["held_out.images"]
     generated = {ARMS[arm].title: samples[arm]["held_out.generated"] for arm in arms if arm in samples}
     points, counts = [], {}
     for arm, runs in arms.items():
         tables = [
-            run["stage2"][str(images)]["generation"]["held_out"]["text_to_image"]["confusion"] for run in runs
+            run["stage2"][str(images)]["rules"][rule]["held_out"]["text_to_image"]["confusion"] for run in runs
         ]
         counts[ARMS[arm].title] = np.sum([np.array(table) for table in tables], axis=0)
         for run in runs:
             report = EquivarianceReport.from_dict(run["evaluation"]["equivariance"])
             kappa, perplexity = report.agreements()["sub_stride"].kappa, run["evaluation"]["test"]["perplexity"]
             # None if a tiny test set has no single digit.
-            found = accuracies([run], images, "text_to_image", "quad1")
+            found = accuracies([run], images, rule, "text_to_image", "quad1")
             points += [Point(ARMS[arm].title, kappa, perplexity, accuracy) for accuracy in found]
     return {
         "captions.png": draw_captions(originals[:8], texts["held_out"][:8]),
@@ -155,13 +168,16 @@ def _no_findings(size: str) -> Paragraph:
     return Paragraph(f"No findings are drawn from a trial of {size}; the numbers of this section mean nothing.")
 
 
-def _conditions(results: Mapping[str, Any], settings: Mapping[str, Any], images: int, digits: str) -> str:
+def _conditions(
+    results: Mapping[str, Any], settings: Mapping[str, Any], images: int, digits: str, rule: str
+) -> str:
     return (
         f"A GPT of width {settings['width']} and depth {settings['depth']} on captions (style "
         f"`{settings['caption_style']}`) and tokens of {images:,} training images, {settings['steps']:,} steps of "
         f"{settings['batch_size']} pairs with `{settings['optimizer']}`, directions in turn: "
         f"{', '.join(settings['directions'])}. Digit accuracy over held-out combinations of digit, quadrant and "
-        f"colour; digits counted: {digits}. {_classifier(results)} Every cell: ours / the paper's, mean (standard "
+        f"colour; digits counted: {digits}. Rule of decoding in tables that show one: {rule_title(rule)}. "
+        f"{_classifier(results)} Every cell: ours / the paper's, mean (standard "
         "deviation between seeds). “Seen” are combinations that training had, on test digits. “Read in "
         "reconstructions” is what the classifier reads in test images decoded from their own tokens, a "
         "measure of what the tokens can show. It is no bound: images that are more typical than test images are "

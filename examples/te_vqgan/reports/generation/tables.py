@@ -13,6 +13,7 @@ from examples.te_vqgan.reports.document import Table
 from examples.te_vqgan.reports.generation.paper import TABLE1, TABLE2, TABLE3, Printed
 from examples.te_vqgan.stage1.perceptual import TITLES, measured_distances
 from examples.te_vqgan.stage1.presets import ARMS
+from examples.te_vqgan.stage2.rules import RULES, rule_title
 
 __all__ = [
     "accuracies",
@@ -22,7 +23,9 @@ __all__ = [
     "mean",
     "quadrants",
     "read_right",
-    "sampling_table",
+    "rules_table",
+    "share",
+    "shown_rule",
     "table1",
     "table2",
     "table3",
@@ -36,23 +39,33 @@ _ORDER = ("mb", "mp", "cb", "vqgan", "te_vqgan", *(arm for arm in ARMS if arm no
 _DASH = "–"
 
 
-def generations(results: Mapping[str, Any], images: int) -> dict[str, list[Run]]:
-    """Return the runs of each arm, in the tables' order, whose GPT of that training size was measured."""
+def shown_rule(results: Mapping[str, Any]) -> str:
+    """Return the rule of decoding of tables that show one: that of most runs, of several the first in order."""
+    images = _full(results)
+    parts = [run["stage2"][str(images)] for run in results["runs"] if str(images) in run.get("stage2", {})]
+    return max(RULES, key=lambda rule: sum(rule in part.get("rules", {}) for part in parts))
+
+
+def generations(results: Mapping[str, Any], images: int, rule: str) -> dict[str, list[Run]]:
+    """Return the runs of each arm, in the tables' order, whose GPT of that training size was measured so."""
     found = {
         arm: [
             run
             for run in results["runs"]
-            if run["arm"] == arm and "generation" in run.get("stage2", {}).get(str(images), {})
+            if run["arm"] == arm and rule in run.get("stage2", {}).get(str(images), {}).get("rules", {})
         ]
         for arm in _ORDER
     }
     return {arm: runs for arm, runs in found.items() if runs}
 
 
-def accuracies(runs: Iterable[Run], images: int, task: str, case: str, split: str = "held_out") -> list[float]:
-    """Return the digit accuracy of one case, a value a seed."""
-    parts = (run["stage2"][str(images)]["generation"][split][task]["cases"][case] for run in runs)
-    return [part["digit_accuracy"] for part in parts if part["digit_accuracy"] is not None]
+def accuracies(
+    runs: Iterable[Run], images: int, rule: str, task: str, case: str, split: str = "held_out"
+) -> list[float]:
+    """Return the digit accuracy of one case, a value a seed; none where the split or the task was not measured."""
+    parts = (run["stage2"][str(images)]["rules"][rule].get(split, {}).get(task) for run in runs)
+    rates = (part["cases"][case]["digit_accuracy"] for part in parts if part is not None)
+    return [rate for rate in rates if rate is not None]
 
 
 def full_size(results: Mapping[str, Any]) -> int | None:
@@ -67,19 +80,19 @@ def table1(results: Mapping[str, Any], task: str) -> Table:
         results: as ``collect`` gives them, with a Stage 2.
         task: ``"text_to_image"`` or ``"image_to_text"``.
     """
-    images = _full(results)
+    images, rule = _full(results), shown_rule(results)
     header = ["tokenizer", *(f"Quad{number}" for number in range(1, 5)), "centre", "seen, Quad1", "seen, Quad4"]
     if task == "text_to_image":
         header.append("read in reconstructions")
     rows = []
-    for arm, runs in generations(results, images).items():
+    for arm, runs in generations(results, images, rule).items():
         printed = TABLE1.get(arm, {}).get(task)
         cells = [
-            _beside(accuracies(runs, images, task, case), None if printed is None else printed[number])
+            _beside(accuracies(runs, images, rule, task, case), None if printed is None else printed[number])
             for number, case in enumerate(_CASES)
         ]
-        cells.append(mean(accuracies(runs, images, task, "centre")))
-        cells += [mean(accuracies(runs, images, task, case, "seen")) for case in ("quad1", "quad4")]
+        cells.append(mean(accuracies(runs, images, rule, task, "centre")))
+        cells += [mean(accuracies(runs, images, rule, task, case, "seen")) for case in ("quad1", "quad4")]
         if task == "text_to_image":
             cells.append(mean([read_right(run, "reconstruction") for run in runs if "reading" in run]))
         rows.append([f"{ARMS[arm].title}{counted(runs)}", *cells])
@@ -88,10 +101,12 @@ def table1(results: Mapping[str, Any], task: str) -> Table:
 
 def table2(results: Mapping[str, Any]) -> Table | None:
     """Quad1 of text to image, largest and smallest training set; ``None`` if only one size was measured."""
-    sizes = sorted(_sizes(results), reverse=True)
+    sizes, rule = sorted(_sizes(results), reverse=True), shown_rule(results)
     arms = ("vqgan", "te_vqgan")
     values = {
-        (size, arm): accuracies(generations(results, size).get(arm, []), size, "text_to_image", "quad1")
+        (size, arm): accuracies(
+            generations(results, size, rule).get(arm, []), size, rule, "text_to_image", "quad1"
+        )
         for size in sizes
         for arm in arms
     }
@@ -112,47 +127,52 @@ def table2(results: Mapping[str, Any]) -> Table | None:
     return Table(["training images", *(ARMS[arm].title for arm in arms)], [*rows, ["difference", *differences]])
 
 
-def sampling_table(results: Mapping[str, Any]) -> Table | None:
-    """Digit accuracy of text to image by the codes that sampling chooses from: over all quadrants, and Quad1.
+def rules_table(results: Mapping[str, Any], task: str, cases: Sequence[str] = _CASES) -> Table | None:
+    """Digit accuracy by rule of decoding, over all held-out digits of ``cases``, by default all in quadrants.
 
-    ``None`` if no number but the settings' own was measured.
+    ``None`` if there are not two rules under which the task was measured.
     """
     images = _full(results)
-    arms = {
-        arm: [run["stage2"][str(images)] for run in runs] for arm, runs in generations(results, images).items()
-    }
-    names = {name for parts in arms.values() for part in parts for name in part.get("sampling", {})}
-    if not names:
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for arm in _ORDER:
+        parts = [run.get("stage2", {}).get(str(images), {}) for run in results["runs"] if run["arm"] == arm]
+        measured = [part["rules"] for part in parts if part.get("rules")]
+        if measured:
+            arms[arm] = measured
+    found = {name for runs in arms.values() for rules in runs for name in rules if task in rules[name]["held_out"]}
+    if len(found) < 2:
         return None
-    numbers = sorted(int(name.removeprefix("generation-")) for name in names)
+    names = sorted(found, key=_place)
     rows = []
-    for arm, parts in arms.items():
-        if not any("sampling" in part for part in parts):
-            continue
-        cells = [mean([quadrants(part["generation"], "text_to_image") for part in parts])]
-        for number in numbers:
-            found = [part["sampling"].get(f"generation-{number}") for part in parts if "sampling" in part]
-            chosen = [generation for generation in found if generation is not None]
-            cells.append(mean([quadrants(generation, "text_to_image") for generation in chosen]))
-            single = [generation["held_out"]["text_to_image"]["cases"]["quad1"] for generation in chosen]
-            cells.append(mean([case["digit_accuracy"] for case in single if case["digit_accuracy"] is not None]))
-        rows.append([ARMS[arm].title, *cells])
-    share = next(iter(arms.values()))[0]["settings"]["top_fraction"]
-    columns = [name for n in numbers for name in (f"{n} codes", f"{n} codes, Quad1")]
-    return Table(["tokenizer", f"top {100 * share:g} % of its codes", *columns], rows)
+    for arm, runs in arms.items():
+        held = {name: [rules[name]["held_out"] for rules in runs if name in rules] for name in names}
+        cells = [
+            mean([share(part[task]["cases"][case] for case in cases) for part in held[name] if task in part])
+            for name in names
+        ]
+        rows.append([f"{ARMS[arm].title}{counted(runs)}", *cells])
+    return Table(["tokenizer", *(rule_title(name, task) for name in names)], rows)
+
+
+def _place(rule: str) -> tuple[int, int]:
+    """Named rules in their order, numbers in theirs, all of the codes last."""
+    if rule.isdigit():
+        return 1, int(rule)
+    return (2, 0) if rule == "all" else (0, RULES.index(rule))
 
 
 def quadrants(generation: Mapping[str, Any], task: str) -> float:
     """Return the share of the held-out digits in quadrants that are right."""
-    return _share(generation["held_out"][task]["cases"][case] for case in _CASES)
+    return share(generation["held_out"][task]["cases"][case] for case in _CASES)
 
 
 def read_right(run: Run, what: str) -> float:
     """Return the share of the digits in all test images, or reconstructions, that the classifier reads right."""
-    return _share(run["reading"][what]["cases"].values())
+    return share(run["reading"][what]["cases"].values())
 
 
-def _share(cases: Iterable[Mapping[str, Any]]) -> float:
+def share(cases: Iterable[Mapping[str, Any]]) -> float:
+    """Return the share of all digits of several cases that are right."""
     counts = [(int(case["digits_right"]), int(case["digits"])) for case in cases]
     return sum(right for right, _ in counts) / sum(digits for _, digits in counts)
 
@@ -199,7 +219,7 @@ def _perceived(runs: Sequence[Run], name: str) -> list[float]:
 
 def _sizes(results: Mapping[str, Any]) -> set[int]:
     parts = (item for run in results["runs"] for item in run.get("stage2", {}).items())
-    return {int(size) for size, part in parts if "generation" in part}
+    return {int(size) for size, part in parts if part.get("rules")}
 
 
 def _full(results: Mapping[str, Any]) -> int:
