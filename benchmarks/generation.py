@@ -45,7 +45,7 @@ class Setting:
         depth: blocks.
         num_heads: heads.
         vocab_size: V.
-        top_k: logits kept; a tenth of V in the paper.
+        top_k: logits kept.
         whole: also generate everything without a cache.
     """
 

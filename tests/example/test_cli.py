@@ -444,7 +444,7 @@ def _numbers(value: Any) -> Any:
     """All but when, where and by which words it was computed."""
     if not isinstance(value, dict):
         return value
-    facts = ("provenance", "command", "commit", "versions")
+    facts = ("provenance", "command", "commit", "versions", "spent")
     return {name: _numbers(part) for name, part in value.items() if name not in facts}
 
 
@@ -470,7 +470,8 @@ def test_help_names_every_command() -> None:
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     shown = re.findall(r"^    (\w+)\s+\w", text, re.MULTILINE)
     steps = ["prepare", "stage1", "classifier", "stage2", "evaluate", "publish", "exactness"]
-    assert shown == [*steps, "report", "compare", "regimes", "family", "pack", "audit", "run"]
+    reports = ["report", "compare", "regimes", "family", "pack", "hypotheses", "numbers", "audit"]
+    assert shown == [*steps, *reports, "run"]
 
 
 def test_paper_is_compiled_and_the_others_if_asked() -> None:

@@ -83,6 +83,17 @@ def test_description_has_no_relative_links(sdist: Sdist) -> None:
     assert "](https://arxiv.org/abs/2112.00384)" in description
 
 
+def test_comments_leave_no_gap_in_the_description() -> None:
+    """One on lines of its own goes with its line, one behind a number leaves the words around it."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    text = "<!-- table: a\ncolumns: b -->\n| 1 |\n\n"
+    text += "It is 0.5<!-- small: vqgan.l1 -->\nand 0.25<!-- small:\nk16.l1 -->.\n"
+    for step in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(step["pattern"], step["replacement"], text)
+    assert text == "| 1 |\n\nIt is 0.5\nand 0.25.\n"
+
+
 def test_extra_testing_installs_hypothesis_only(sdist: Sdist) -> None:
     """It is what the strategies of te_quant.testing name where hypothesis is missing."""
     needed = [line for line in sdist.metadata.get_all("Requires-Dist", []) if "extra == 'testing'" in line]

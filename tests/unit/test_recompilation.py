@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -105,3 +106,21 @@ def test_the_temperature_of_a_function_is_an_input() -> None:
         with torch.compiler.set_stance("fail_on_recompile" if number > 1 else "default"):
             found = drawn(latents, codebook, 1e-9 * (1 + number))
         assert torch.equal(found, nearest_code(latents, codebook))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_weights_that_change_at_different_steps_compile_nothing_under_dynamic(dynamic: bool | None) -> None:
+    """Without it, the first change of each compiles another graph."""
+    make, weights = CASES["all-of-vq"]
+    quantizer = make()
+    compiled = torch.compile(quantizer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    latents = torch.randn(32, 6)
+    step(compiled, latents)
+    expected = nullcontext() if dynamic else pytest.raises(RuntimeError, match="recompil")
+    for name in weights:
+        before = getattr(quantizer, name)
+        setattr(quantizer, name, 0.5 * before)
+        with torch.compiler.set_stance("fail_on_recompile"), expected:
+            step(compiled, latents)
+        setattr(quantizer, name, before)

@@ -107,11 +107,13 @@ def exactness(runs: Sequence[Mapping[str, Any]]) -> str:
     header = ["tokenizer", "shifts", "precision", "indices compared", "differing", *_DISTINCT.values()]
     lines = []
     for run in runs:
+        # One seed of each is counted, so the row says which.
+        name = f"{run['title']}, seed {run['seed']}"
         for precision, count in run["exactness"]["counts"].items():
             numbers = [f"{count['compared']:,}", f"{count['differing']:,}"]
             # Counts of before comparisons were kept distinct do not say.
             numbers += [f"{count[name]:,}" if name in count else "not recorded" for name in _DISTINCT]
-            lines.append([_name(run, runs), run["exactness"]["shifts"], precision, *numbers])
+            lines.append([name, run["exactness"]["shifts"], precision, *numbers])
     return Table(header, lines, "lll" + "r" * (len(header) - 3)).to_markdown()
 
 

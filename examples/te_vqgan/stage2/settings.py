@@ -50,8 +50,7 @@ class Stage2Settings:
         steps: optimiser steps, at least 1.
         batch_size: pairs a step.
         directions: names out of :data:`DIRECTIONS`, trained in turn.
-        first_alone: for so many steps the first direction alone is trained. With both in turn from the start a
-            small network takes several times as long to learn to bind digits to places.
+        first_alone: for so many steps only the first direction is trained.
         target_weight: of the loss of the second segment, where the first has weight 1; the sum is divided by
             ``target_weight`` + 1.
         optimizer: ``"adam"``, or ``"muon"`` for the matrices within the blocks (and Adam for the rest).
@@ -69,7 +68,7 @@ class Stage2Settings:
         ValueError: a setting is out of range.
 
     Source: Shin et al. 2021, arXiv:2112.00384, section 4, and its published Stage 2: width 256, depth 8, 8 heads,
-        both orders in turn, loss (other + 7 target) / 8, Adam at 1e-3, clip 1.
+        both orders for each batch, loss (other + 7 target) / 8, Adam at 1e-3, clip 1.
     """
 
     width: int = 256

@@ -243,7 +243,7 @@ class GPT(nn.Module):
             temperature: what logits are divided by, >= 0; 0 takes the likeliest token.
             top_k: keep the k largest logits, or all of a smaller vocabulary.
             top_fraction: keep this share of the segment's vocabulary, in (0, 1]: the ⌊share·V⌋ largest logits, at
-                least one. The paper has 0.1. Not with ``top_k``.
+                least one. Not with ``top_k``.
             top_p: of what is kept so far, keep the fewest tokens whose probabilities add up to this, in (0, 1].
             generator: all randomness; the global one if ``None``.
             stop_token: the token that ends a row; the rest of it is the segment's ``pad_token``, else the stop
@@ -258,7 +258,8 @@ class GPT(nn.Module):
                 dropout is at work, or logits have NaN or +inf; an accelerator looks at them once, at the end.
             TypeError: the prompt or its lengths are not integers, or an option has the wrong type.
 
-        Source: Shin et al. 2021, arXiv:2112.00384, whose code keeps the largest tenth of the logits.
+        Source: the published code of Shin et al. 2021, arXiv:2112.00384, keeps a tenth of the logits of all
+            segments together: ``top_k=int(0.1 * (text vocabulary + text length + K))``.
         """
         sampler = Sampler(temperature, top_k, top_fraction, top_p, generator)
         self._require_no_dropout()

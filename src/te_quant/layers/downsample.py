@@ -143,9 +143,9 @@ class MaxBlurPool(nn.Module):
     Raises:
         ValueError: padding_mode is unknown, or a side is odd.
 
-    Source: MB of the paper; Zhang 2019, arXiv:1904.11486. Differs: both pool without padding, so that the last
-        row and column of pixels meet fewer windows and no shift is exact; and the paper's blur pads by replication
-        whatever the convolutions do, where this one uses ``padding_mode``.
+    Source: Zhang 2019, arXiv:1904.11486, and the layer MB of the paper. Differs from both: they pool without
+        padding, so that the last row and column of pixels meet fewer windows and no shift is exact; and the blur
+        of the paper's code pads by replication whatever the convolutions do, where this one uses ``padding_mode``.
 
     Example:
         >>> MaxBlurPool(padding_mode="circular").reach  # the maximum of 2 pixels, then 5 taps
@@ -308,9 +308,10 @@ def build_downsample(downsample: Downsample | str, channels: int, *, padding_mod
     """Build a layer that halves both sides.
 
     Args:
-        downsample: ``strided_conv`` (SC in the paper), ``max_pool`` (MP), ``max_blur_pool`` (MB),
-            ``conv_blur_pool`` (CB), ``polyphase``, ``fourier``, or a name added to :data:`DOWNSAMPLERS`. The
-            forward of an adaptive layer such as ``polyphase`` returns a pair, the pixels and the phase.
+        downsample: ``strided_conv`` (SC in the paper), ``max_pool`` (MP), ``max_blur_pool`` (MB, but with
+            a padded pool), ``conv_blur_pool`` (CB), ``polyphase``, ``fourier``, or a name added to
+            :data:`DOWNSAMPLERS`. The forward of an adaptive layer such as ``polyphase`` returns a pair, the pixels
+            and the phase.
         channels: C, at least 1.
         padding_mode: see :func:`te_quant.filters.pad2d`.
 

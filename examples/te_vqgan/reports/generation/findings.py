@@ -50,7 +50,7 @@ def generation_findings(results: Mapping[str, Any]) -> list[str]:
         relation = "above" if value > goal else "not above"
         sentences.append(
             f"Best arm at Quad1, {words}: {ARMS[best].title} with {value:.3f}, {relation} the paper's {goal:.3f} "
-            "(another canvas and training, see below)."
+            "(another canvas, training and decoding, see below)."
         )
     fewest = min(len(runs) for runs in arms.values())
     if fewest == 1:

@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["TABLE1", "TABLE2", "TABLE3", "Printed", "Printed3"]
+__all__ = ["CLASSIFIER", "TABLE1", "TABLE2", "TABLE3", "Printed", "Printed3"]
+
+
+CLASSIFIER = 0.995
+"""Share of digits that its classifier reads (section 4.1)."""
 
 
 class Printed(NamedTuple):

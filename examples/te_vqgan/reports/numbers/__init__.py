@@ -1,0 +1,1 @@
+"""Numbers in prose, each tied to the data by a marker behind it."""
