@@ -508,7 +508,7 @@ def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSourc
 
     reading, numbers = (json.loads(path.read_text()) for path in paths[:2])
     facts = {"command", "commit", "versions"}
-    assert {"original", "reconstruction", "feature_distance", "spent", *facts} == reading.keys()
+    assert {"original", "reconstruction", "feature_distance", "classifier", "spent", *facts} == reading.keys()
     assert {"held_out", "seen", "rule", "classifier", "spent", *facts} == numbers.keys()
     for measured in (reading, numbers):
         assert measured["spent"].keys() == {"wall_seconds", "cpu_seconds"}

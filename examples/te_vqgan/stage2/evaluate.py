@@ -87,7 +87,7 @@ def evaluate_tokenizer(
         device=device,
         perceptual={name: distance for name, distance in distances.items() if distance is not None},
     )
-    numbers["spent"] = clock.spent()
+    numbers |= {"classifier": sha256(weights_path(classifier)), "spent": clock.spent()}
     _write(tokenizer / READING, numbers, command)
     return True
 
