@@ -92,11 +92,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def one() -> dict[str, Any]:
     """What one process ends with."""
     with worker.in_float64():
-        return {name: worker.train_stage1(name) for name in worker.STAGE1} | {"stage2": worker.train_stage2()}
+        found = {name: worker.train_stage1(name) for name in worker.STAGE1}
+        return found | {name: worker.train_stage2(name) for name in worker.GPTS}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*worker.STAGE1, "stage2"])
+@pytest.mark.parametrize("name", [*worker.STAGE1, *worker.GPTS])
 def test_two_processes_train_the_model_of_one(name: str, ranks: list[Any], one: dict[str, Any]) -> None:
     """Same bits on both ranks; weights, moments, codebook and logged numbers of one process on whole batches.
 

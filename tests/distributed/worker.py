@@ -26,6 +26,7 @@ from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.stage1 import trainer as stage1
 from examples.te_vqgan.stage1.presets import PRESETS
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
+from examples.te_vqgan.stage2.dalle import DalleConfig
 from examples.te_vqgan.stage2.settings import STAGE2, Stage2Settings
 from examples.te_vqgan.stage2.trainer import Stage2Trainer
 from te_quant import GPTConfig, Segment
@@ -53,6 +54,19 @@ _GPT = GPTConfig(
     depth=1,
     num_heads=2,
 )
+_DALLE = DalleConfig(
+    vocab_size=8,
+    text_length=6,
+    pad_token=PAD,
+    start_token=0,
+    num_codes=16,
+    grid=(2, 2),
+    width=16,
+    depth=2,
+    num_heads=2,
+    head_width=4,
+)
+GPTS = {"stage2": _GPT, "dalle": _DALLE}
 assert STAGE2["smoke"] is not None
 # Not Muon, which computes in bfloat16 whatever the weights are.
 STAGE2_SETTINGS: Stage2Settings = dataclasses.replace(STAGE2["smoke"], optimizer="adam", batch_size=8)
@@ -100,9 +114,9 @@ def train_stage1(name: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]
     return start | _state(trainer), numbers
 
 
-def train_stage2() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """The same for the GPT."""
-    trainer = Stage2Trainer(STAGE2_SETTINGS, _GPT, CPU)
+def train_stage2(name: str = "stage2") -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The same for a GPT."""
+    trainer = Stage2Trainer(STAGE2_SETTINGS, GPTS[name], CPU)
     trainer.model.double()
     trainer.initialize()
     numbers = []
@@ -177,7 +191,8 @@ def trainers(folder: Path) -> int:
     """Train in float64 with and without averaged gradients, and write what every process ends with."""
     distributed.start()
     with in_float64():
-        result: dict[str, Any] = {name: train_stage1(name) for name in STAGE1} | {"stage2": train_stage2()}
+        result: dict[str, Any] = {name: train_stage1(name) for name in STAGE1}
+        result |= {name: train_stage2(name) for name in GPTS}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(distributed, "average_gradients", lambda _: None)
             result |= {"apart-ema": train_stage1("ema"), "apart-stage2": train_stage2()}

@@ -24,6 +24,8 @@ from tests.helpers import numpy_generator
 DIGITS = tuple("0123456789")
 GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 CASES = list(product((DIGITS, GARMENTS), STYLES))
+# Whose vocabulary and length follow from the grammar.
+OWN_SIZES = [case for case in CASES if case[1] != "numerals"]
 GRAMMARS = {case: Grammar(*case) for case in CASES}
 TOKENIZERS = {case: CaptionTokenizer(grammar) for case, grammar in GRAMMARS.items()}
 SEEDS = st.integers(0, 2**63)
@@ -31,6 +33,7 @@ UL, UR, LL, LR, CENTRE = range(5)
 WHITE, RED, GREEN, BLUE = range(4)
 
 cases = pytest.mark.parametrize("case", CASES, ids=[f"{names[0]}-{style}" for names, style in CASES])
+own_sizes = pytest.mark.parametrize("case", OWN_SIZES, ids=[f"{names[0]}-{style}" for names, style in OWN_SIZES])
 
 
 def scenes(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,9 +50,11 @@ def scene(**digits: tuple[int, int]) -> tuple[list[int], list[int]]:
     return classes, colors
 
 
-def read(caption: str, names: tuple[str, ...] = DIGITS) -> tuple[list[int], list[int]]:
+def read(
+    caption: str, names: tuple[str, ...] = DIGITS, default_place: int | None = None
+) -> tuple[list[int], list[int]]:
     """What the parser reads in one caption."""
-    classes, colors = parse([caption], names)
+    classes, colors = parse([caption], names, default_place=default_place)
     return classes[0].tolist(), colors[0].tolist()
 
 
@@ -82,17 +87,18 @@ def test_every_clause_says_its_digit(case: tuple) -> None:
     """All templates, synonyms and spellings, for all combinations, are read back as what they were written for."""
     names, style = case
     grammar = GRAMMARS[case]
-    assert len(set(grammar.templates)) == len(grammar.templates) >= {"full": 6, "terse": 3}[style]
+    assert len(set(grammar.templates)) == len(grammar.templates) >= {"terse": 3}.get(style, 6)
     texts, expected = [], []
     for label, place, color in product(range(10), range(len(PLACES)), range(len(COLORS))):
         clauses = grammar.clauses(label, place, color)
         distinct = len(set(clauses))
-        synonyms = 2 * (2 if names == DIGITS else 1)
+        synonyms = 2 * (2 if names == DIGITS and style != "numerals" else 1)
         per_template = [synonyms * (2 if "{at}" in template else 1) for template in grammar.templates]
-        assert distinct == sum(per_template)
+        wordless = place == grammar.default_place
+        assert distinct == (len(clauses) if wordless else sum(per_template)) >= len(grammar.templates)
         texts += clauses
         expected += [(label, place, color)] * len(clauses)
-    classes, colors = parse(texts, names)
+    classes, colors = parse(texts, names, default_place=grammar.default_place)
     label, place, color = np.array(expected).T
     image = np.arange(len(texts))
     assert (classes[image, place] == label).all()
@@ -100,7 +106,8 @@ def test_every_clause_says_its_digit(case: tuple) -> None:
     assert ((classes != EMPTY).sum(axis=1) == 1).all()
     assert ((colors != EMPTY).sum(axis=1) == 1).all()
     # A negative control: with the names in another order no class is read as itself.
-    assert (parse(texts, names[1:] + names[:1])[0][image, place] != label).all()
+    wrong = parse(texts, names[1:] + names[:1], default_place=grammar.default_place)[0]
+    assert (wrong[image, place] != label).all()
 
 
 @cases
@@ -113,7 +120,8 @@ def test_written_captions_are_read_back(case: tuple, seed: int) -> None:
     captions = GRAMMARS[case].write(classes, colors, np.random.default_rng(seed))
     tokenizer = TOKENIZERS[case]
     assert tokenizer.decode(tokenizer.encode(captions)) == captions
-    read_classes, read_colors = parse(captions, names)
+    default_place = GRAMMARS[case].default_place
+    read_classes, read_colors = parse(captions, names, default_place=default_place)
     assert read_classes.dtype == np.int64
     assert read_colors.dtype == np.int8
     assert (read_classes == classes).all()
@@ -121,7 +129,8 @@ def test_written_captions_are_read_back(case: tuple, seed: int) -> None:
 
     moved = classes[:, [1, 2, 3, 0, 4]]
     differ = (moved != classes).any(axis=1) & ((moved == EMPTY) == (classes == EMPTY)).all(axis=1)
-    wrong = parse(GRAMMARS[case].write(moved[differ], colors[differ], np.random.default_rng(seed)), names)[0]
+    written = GRAMMARS[case].write(moved[differ], colors[differ], np.random.default_rng(seed))
+    wrong = parse(written, names, default_place=default_place)[0]
     assert (wrong != classes[differ]).any(axis=1).all()
 
 
@@ -265,15 +274,15 @@ def test_writing_refuses(changes: dict, message: str) -> None:
 
 
 def test_an_unknown_style_is_refused() -> None:
-    """There are two styles."""
-    with pytest.raises(ValueError, match="style must be one of 'full', 'terse', got 'verbose'"):
+    """With the list of those there are."""
+    with pytest.raises(ValueError, match="style must be one of 'full', 'terse', 'numerals', got 'verbose'"):
         Grammar(DIGITS, "verbose")
 
 
 # tokens ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "length"), list(zip(CASES, (44, 20, 48, 24), strict=True)))
+@pytest.mark.parametrize(("case", "length"), list(zip(OWN_SIZES, (44, 20, 48, 24), strict=True)))
 def test_the_longest_caption_fills_the_tokens(case: tuple, length: int) -> None:
     """No caption is longer, and the longest is reached, in a caption that the grammar does write."""
     grammar, tokenizer, nine = GRAMMARS[case], TOKENIZERS[case], (9, BLUE)
@@ -311,7 +320,7 @@ def test_terse_clauses_are_at_most_five_tokens(case: tuple) -> None:
     assert (np.array(longest) - extra <= 5).all() == (style == "terse")
 
 
-@cases
+@own_sizes
 def test_the_vocabulary_is_what_the_grammar_writes(case: tuple) -> None:
     """Every word occurs in some caption, every caption's words are there, and special tokens cannot be written."""
     tokenizer = TOKENIZERS[case]
@@ -339,7 +348,7 @@ def test_tokens_are_words_then_end_then_padding() -> None:
     assert set(words[0][7:]) == {"<pad>"}
 
 
-@cases
+@own_sizes
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), width=st.integers(0, 60))
 def test_any_tokens_have_a_text_that_can_be_read(case: tuple, data: st.DataObject, width: int) -> None:
@@ -452,9 +461,90 @@ def test_a_caption_is_read_clause_by_clause(case: tuple, seed: int) -> None:
     captions = GRAMMARS[case].write(classes, colors, np.random.default_rng(seed))
     for caption, labels, hues in zip(captions, classes.tolist(), colors.tolist(), strict=True):
         clauses = caption.rstrip(".").replace(", and ", " and ").replace(", ", " and ").split(" and ")
-        assert read(", ".join(reversed(clauses)), names) == (labels, hues)
+        place = GRAMMARS[case].default_place
+        assert read(", ".join(reversed(clauses)), names, place) == (labels, hues)
         worse = [clauses[0].replace(COLORS[hue], "pink") for hue in set(hues)]
         for clause in worse:
             if "pink" in clause:
-                _, seen = read(" and ".join([clause, *clauses[1:]]), names)
+                _, seen = read(" and ".join([clause, *clauses[1:]]), names, place)
                 assert sum(a != b for a, b in zip(seen, hues, strict=True)) == 1
+
+
+# numerals --------------------------------------------------------------------------------------------------
+
+NUMERALS = DIGITS, "numerals"
+# Of the tokenizer in the authors' Stage 2, besides special tokens and pieces of words.
+AUTHORS_WORDS = {
+    *DIGITS,
+    *(",", ".", "the", "this", "is", "on", "to", "and", "number"),
+    *("upper", "lower", "top", "bottom", "left", "right", *COLORS),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("names", [DIGITS, GARMENTS], ids=["digits", "garments"])
+def test_numerals_of_every_layout_come_back_through_tokens(layout: str, names: tuple[str, ...]) -> None:
+    """Grammar, tokens, text, parser; without the default place a digit at the centre is not read."""
+    grammar, tokenizer = GRAMMARS[names, "numerals"], TOKENIZERS[names, "numerals"]
+    recipe = sample_recipes(np.arange(10), 300, numpy_generator(), layouts=(layout,))
+    classes, colors = recipe.digits.astype(np.int64), recipe.colors
+    tokens = tokenizer.encode(grammar.write(classes, colors, numpy_generator()))
+    texts = tokenizer.decode(tokens)
+    found = parse(texts, names, default_place=grammar.default_place)
+    assert (found[0] == classes).all()
+    assert (found[1] == colors).all()
+    bare = parse(texts, names)[0]
+    assert (bare == (EMPTY if layout == "centre" else classes)).all()
+
+
+def test_numerals_have_the_authors_words_and_sizes() -> None:
+    """Every word of theirs and no other, one token each; 78 tokens, 50 of them in a caption, a start in front."""
+    grammar, tokenizer = GRAMMARS[NUMERALS], TOKENIZERS[NUMERALS]
+    assert set(grammar.words) == AUTHORS_WORDS
+    assert (tokenizer.vocab_size, len(tokenizer.vocab), tokenizer.length) == (78, 78, 50)
+    assert tokenizer.vocab[:3] == ("<pad>", "<end>", "<start>")
+    assert (tokenizer.pad_token, tokenizer.end_token, tokenizer.start_token) == (0, 1, 2)
+    assert grammar.max_words == 43
+    rows = [[tokenizer.vocab[token] for token in row] for row in tokenizer.encode(["this is red 2.", ""]).tolist()]
+    assert rows[0][:8] == ["<start>", "this", "is", "red", "2", ".", "<end>", "<pad>"]
+    assert rows[1] == ["<start>", "<end>"] + ["<pad>"] * 48
+    assert TOKENIZERS[DIGITS, "full"].start_token is None
+    joiners = {joiner.strip(" ") for joiner in grammar.joiners}
+    assert all(joiner.startswith(",") for joiner in joiners)
+
+
+def test_numerals_refuse_what_does_not_fit() -> None:
+    """More names than the vocabulary has room for, longer ones than the length, and longer captions."""
+    names = tuple(f"name{number}" for number in range(60))
+    with pytest.raises(ValueError, match="grammar must be names for at most 75 words in all, got 79 words"):
+        CaptionTokenizer(Grammar(names, "numerals"))
+    with pytest.raises(ValueError, match="grammar must be one with at most 48 words per caption, got 55"):
+        CaptionTokenizer(Grammar(("a b c d",), "numerals"))
+    with pytest.raises(ValueError, match=r"captions\[0\] must be at most 48 words, got 49"):
+        TOKENIZERS[NUMERALS].encode([" ".join(["red"] * 49)])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 77), max_size=60))
+def test_any_tokens_of_the_authors_vocabulary_have_a_text(row: list[int]) -> None:
+    """Start and padding are left out, and what is not used says nothing."""
+    (text,) = TOKENIZERS[NUMERALS].decode(torch.tensor([row], dtype=torch.int64).reshape(1, len(row)))
+    kept = row[: row.index(1)] if 1 in row else row
+    assert split_words(text) == [TOKENIZERS[NUMERALS].vocab[token] for token in kept if token not in (0, 2)]
+    parse([text], DIGITS, default_place=CENTRE)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("this is the red number 4", scene(CENTRE=(4, RED))),
+        ("the white 2 is on the left", scene(CENTRE=(2, WHITE))),
+        ("the upper left is red 3, and this is blue 4", scene(UL=(3, RED), CENTRE=(4, BLUE))),
+        ("this, the red one. 5", scene(CENTRE=(1, RED))),
+        (",,. and and . the", scene()),
+        ("the upper left is 2", scene(UL=(2, EMPTY))),
+    ],
+)
+def test_a_clause_without_a_place_is_about_the_default_place(caption: str, expected: tuple) -> None:
+    """One that says nothing takes nothing away from a later one."""
+    assert read(caption, DIGITS, CENTRE) == expected

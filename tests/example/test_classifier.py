@@ -150,6 +150,32 @@ def test_the_papers_preset_is_a_resnet_18() -> None:
     assert sum(module.kernel_size == (3, 3) for module in convolutions) == 17
 
 
+def test_a_margin_is_not_looked_at() -> None:
+    """The answers are those about the inner crop, 28 pixels of 32 in the preset of the paper."""
+    assert CLASSIFIERS["paper"].margin == CLASSIFIERS["narrow"].margin == 2
+    plain = _classifier(widths=(4, 8), blocks=1)
+    model = CellClassifier(widths=(4, 8), blocks=1, margin=2).double().eval()
+    model.load_state_dict(plain.state_dict())
+    cells = _images(3, 32)
+    inner = plain(cells[:, :, 2:30, 2:30])
+    changed = cells.clone()
+    changed[:, :, :2], changed[:, :, 30:] = 0.3, 0.3
+    changed[:, :, :, :2], changed[:, :, :, 30:] = 0.3, 0.3
+    for found in (model(cells), model(changed)):
+        assert all(torch.equal(one, two) for one, two in zip(found, inner, strict=True))
+    assert not torch.equal(plain(changed).digit_logits, plain(cells).digit_logits)
+    assert model.config["margin"] == 2
+    assert "margin" not in plain.config
+    with pytest.raises(ValueError, match="cells must be wider than 4 pixels"):
+        model(_images(1, 4))
+
+
+def test_a_saved_margin_is_loaded(tmp_path: Path) -> None:
+    """A classifier reads cells as it did when it was trained."""
+    save_classifier(CellClassifier(widths=(8,), blocks=1, margin=3), tmp_path)
+    assert load_classifier(tmp_path).margin == 3
+
+
 def test_the_stem_sees_no_border_of_a_cell() -> None:
     """Its padding looks like ground; grey, whose value the padding lacks, is the negative control."""
     model = _classifier(widths=(4,))
@@ -543,6 +569,20 @@ def test_the_reader_of_published_reports_has_a_name() -> None:
     stored = json.loads(published("small/results.json").read_text())["classifier"]["settings"]
     known = [dataclasses.replace(options, data=stored["data"]) for options in CLASSIFIERS.values()]
     assert ClassifierSettings.from_dict(stored) in known
+
+
+def test_a_folder_of_before_is_found_finished_and_loads(tmp_path: Path, source: DigitSource) -> None:
+    """Its settings lack what came later; other settings are still refused."""
+    assert _train(SMOKE, tmp_path, source)
+    path = tmp_path / "settings.json"
+    stored = json.loads(path.read_text())
+    for name in ("margin", "flaws"):
+        del stored[name]
+    path.write_text(json.dumps(stored))
+    assert not _train(dataclasses.replace(SMOKE, flaws=ClassifierSettings().flaws), tmp_path, source)
+    with pytest.raises(ValueError, match=r"flaws was 0.2, now 0.5"):
+        _train(dataclasses.replace(SMOKE, flaws=0.5), tmp_path, source)
+    load_classifier(tmp_path)
 
 
 def test_settings_are_chosen_by_name(

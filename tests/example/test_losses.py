@@ -22,6 +22,7 @@ from examples.te_vqgan.stage1.losses import (
     generator_loss,
     reconstruction_loss,
 )
+from examples.te_vqgan.stage1.presets import settings_for
 
 
 def _pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,13 +99,14 @@ def test_hinge_loss_is_zero_behind_the_margin_and_knows_which_side_is_real() -> 
     assert discriminator_loss(fake, real).item() == 2.5
 
 
-def test_adaptive_weight_is_the_ratio_of_the_gradient_norms() -> None:
+@pytest.mark.parametrize("delta", [1e-6, 1e-4, 1.0])
+def test_adaptive_weight_is_the_ratio_of_the_gradient_norms(delta: float) -> None:
     """Both losses are linear or quadratic in the weight, so their gradients are known."""
     weight = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
     direction = torch.randn(4, 3, dtype=torch.float64)
     reconstruction, adversarial = 3.0 * weight.square().sum(), (direction * weight).sum()
-    expected = np.linalg.norm(6.0 * weight.detach().numpy()) / (np.linalg.norm(direction.numpy()) + 1e-6)
-    result = adaptive_weight(reconstruction, adversarial, weight)
+    expected = np.linalg.norm(6.0 * weight.detach().numpy()) / (np.linalg.norm(direction.numpy()) + delta)
+    result = adaptive_weight(reconstruction, adversarial, weight, delta=delta)
     assert result.item() == pytest.approx(expected, rel=1e-12)
     assert not result.requires_grad
 
@@ -128,6 +130,29 @@ def test_discriminator_judges_patches_one_by_one() -> None:
     again = judge(changed)
     assert torch.equal(again[1], logits[1])
     assert not torch.equal(again[0, 0, 0, 0], logits[0, 0, 0, 0])
+
+
+def test_the_papers_discriminator() -> None:
+    """Counted by hand: kernels of 4x4, 64 to 512 channels, biases only at both ends, and batch normalisation."""
+    torch.manual_seed(0)
+    settings = settings_for("paper", "vqgan")
+    judge = PatchDiscriminator(
+        3, settings.discriminator_channels, settings.discriminator_layers, norm=settings.discriminator_norm
+    )
+    kernels = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512)
+    assert sum(parameter.numel() for parameter in judge.parameters()) == kernels + 64 + 1 + 2 * (128 + 256 + 512)
+    norms = [layer for layer in judge.layers if isinstance(layer, nn.BatchNorm2d)]
+    assert [norm.num_features for norm in norms] == [128, 256, 512]
+    assert not any(isinstance(layer, nn.GroupNorm) for layer in judge.layers)
+    for layer in judge.layers:
+        if isinstance(layer, nn.Conv2d):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    scales = torch.cat([norm.weight for norm in norms])
+    assert scales.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert scales.std().item() == pytest.approx(0.02, rel=0.2)
+    assert judge(torch.rand(2, 3, 64, 64)).shape == (2, 1, 6, 6)
+    with pytest.raises(ValueError, match="norm must be one of 'group', 'batch', got 'layer'"):
+        PatchDiscriminator(norm="layer")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +198,25 @@ def test_rate_rises_linearly_then_falls_on_a_cosine(warmup: int, after: int, fin
         expected = final + (1 - final) * math.cos(math.pi / 2 * (t - warmup) / after) ** 2
         assert rates[t] == pytest.approx(expected, abs=1e-12)
     assert rates[-1] == pytest.approx(final, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 30), st.integers(1, 40), st.integers(1, 7), st.floats(0.0, 1.0))
+def test_rate_restarts_as_often_as_it_is_told(warmup: int, length: int, cycles: int, final: float) -> None:
+    """Every cycle is the one of a run that has it alone, bit for bit at its start."""
+    steps = warmup + cycles * length
+    rates = [
+        rate_factor(t, steps=steps, warmup_steps=warmup, final_share=final, cycles=cycles) for t in range(steps)
+    ]
+    single = [
+        rate_factor(t, steps=warmup + length, warmup_steps=warmup, final_share=final)
+        for t in range(warmup + length)
+    ]
+    assert rates == pytest.approx(single + (cycles - 1) * single[warmup:])
+    assert [rates[warmup + cycle * length] for cycle in range(cycles)] == [1.0] * cycles
+    assert rate_factor(steps, steps=steps, warmup_steps=warmup, final_share=final, cycles=cycles) == pytest.approx(
+        final, abs=1e-12
+    )
 
 
 def test_rate_stays_at_its_end_behind_the_run() -> None:

@@ -160,7 +160,7 @@ def test_splits_share_their_tokens_and_nothing_else(source: DigitSource) -> None
     ("options", "message"),
     [
         ({"captions_per_image": 0}, "captions_per_image must be an int >= 1, got 0"),
-        ({"style": "long"}, "style must be one of 'full', 'terse', got 'long'"),
+        ({"style": "long"}, "style must be one of 'full', 'terse', 'numerals', got 'long'"),
         ({"split": "all"}, "split must be one of 'train', 'validation', 'test', got 'all'"),
         ({"size": 0}, "size must be an int >= 1, got 0"),
     ],

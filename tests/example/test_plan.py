@@ -273,6 +273,16 @@ def test_the_other_data_set_is_looked_for_first(tmp_path: Path, monkeypatch: pyt
         run_plan(options, perform=lambda words: None)
 
 
+def test_the_narrow_plan_is_three_arms_and_two_seeds(tmp_path: Path) -> None:
+    """Both stages of each, and nothing else."""
+    assert _commands(_jobs(tmp_path, preset="narrow")) == {
+        "classifier": 1,
+        "stage1": 6,
+        "stage2": 6,
+        "evaluate": 6,
+    }
+
+
 def test_plans_name_arms_that_exist() -> None:
     """And every preset has one."""
     assert PLANS.keys() == STAGE2.keys()

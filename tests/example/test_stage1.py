@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from examples.te_vqgan.data.sources import DigitSource, DigitSplit
 from examples.te_vqgan.runs import running
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
 from examples.te_vqgan.runs.differences import differing
+from examples.te_vqgan.runs.schedule import rate_factor
 from examples.te_vqgan.stage1.exactness import finished_settings
 from examples.te_vqgan.stage1.presets import (
     ARMS,
@@ -34,7 +36,10 @@ from examples.te_vqgan.stage1.presets import (
 )
 from examples.te_vqgan.stage1.train import CHECKPOINT, Interrupted, train_stage1
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
-from te_quant import VQAutoencoder
+from examples.te_vqgan.stage1.unpadded_pool import UNPADDED_MAX_BLUR_POOL
+from te_quant import AutoencoderConfig, VQAutoencoder
+from te_quant.layers import DOWNSAMPLERS, build_downsample
+from te_quant.testing import check_downsample
 from tests.helpers import numpy_generator
 
 SMOKE = PRESETS["smoke"]
@@ -359,9 +364,78 @@ def test_settings_survive_json_and_name_their_differences() -> None:
     assert differing(first, second) == ["model.orthogonal_reg was 0.0, now 10.0"]
 
 
+def test_the_papers_settings_are_those_of_its_authors() -> None:
+    """What the authors' code has, number by number."""
+    paper = settings_for("paper", "vqgan")
+    model = paper.model
+    assert (model.base_channels, model.channel_multipliers, model.num_res_blocks) == (128, (1, 2, 2), 1)
+    assert (model.encoder_padding, model.decoder_padding) == ("replicate", "zeros")
+    assert (model.norm_groups, model.attention_levels, model.dropout) == (32, (2,), 0.0)
+    assert paper.canvas_size // 2 ** model.attention_levels[0] == 16
+    assert (model.num_codes, model.code_dim, model.commitment_weight) == (256, 256, 0.25)
+    assert (model.codebook_update, paper.codebook_init, paper.codebook_lr_factor) == ("gradient", "uniform", 1.0)
+    assert (paper.batch_size, paper.steps * paper.batch_size) == (192, 40 * 300_000)
+    assert paper.learning_rate == pytest.approx(1.536e-3)
+    schedule = {"steps": paper.steps, "warmup_steps": paper.warmup_steps, "final_share": paper.final_lr_share}
+    assert [rate_factor(step, **schedule) for step in (0, 1, 40_000, 62_499)] == [1.0] * 4
+    assert (paper.clip_norm, paper.bf16) == (0.0, False)
+    assert (paper.l1_weight, paper.l2_weight, paper.perceptual, paper.perceptual_weight) == (
+        1.0,
+        0.0,
+        "lpips",
+        1.0,
+    )
+    assert (paper.adversarial_weight, paper.adversarial_start, paper.adversarial_delta) == (0.8, 30_001, 1e-4)
+    assert (paper.discriminator_channels, paper.discriminator_layers) == (64, 3)
+    assert paper.discriminator_norm == "batch"
+    assert settings_for("paper", "te_vqgan").model.orthogonal_reg == 10.0
+    trainer = Stage1Trainer(_settings(), torch.device("cpu"))
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.5, 0.9)}
+    assert {group["betas"] for group in trainer.judge_optimizer.param_groups} == {(0.5, 0.9)}
+
+
+def test_the_authors_pooling_is_that_of_their_presets_only() -> None:
+    """Other presets keep the library's layer, whose numbers are published."""
+    kinds = {preset: settings_for(preset, "mb").model.downsample for preset in PRESETS}
+    assert {preset for preset, kind in kinds.items() if kind == UNPADDED_MAX_BLUR_POOL} == {"paper", "narrow"}
+    assert {kind for kind in kinds.values() if kind != UNPADDED_MAX_BLUR_POOL} == {"max_blur_pool"}
+    assert settings_for("paper", "vqgan").model.downsample == "strided_conv"
+
+
+def test_the_authors_pooling_pools_without_padding() -> None:
+    """Against loops in float64: the largest of each 2x2 window inside, then 1-4-6-4-1 with the edges repeated."""
+    images = torch.randn(1, 2, 8, 6, dtype=torch.float64)
+    layer = build_downsample(UNPADDED_MAX_BLUR_POOL, 2, padding_mode="zeros")
+    found = layer(images)
+    assert found.shape == (1, 2, 4, 3)
+    taps = [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16]
+    for channel, row, column in product(range(2), range(4), range(3)):
+        total = 0.0
+        for (i, a), (j, b) in product(enumerate(taps), enumerate(taps)):
+            top, left = min(max(2 * row + i - 2, 0), 6), min(max(2 * column + j - 2, 0), 4)
+            total += a * b * images[0, channel, top : top + 2, left : left + 2].max().item()
+        assert found[0, channel, row, column].item() == pytest.approx(total, abs=1e-12)
+    # The library's layer has one more window per axis.
+    assert not torch.allclose(found, build_downsample("max_blur_pool", 2, padding_mode="replicate")(images))
+    with pytest.raises(ValueError, match=r"images sides must be divisible by 2, got shape \(1, 2, 7, 6\)"):
+        layer(images[:, :, :7])
+
+
+def test_the_authors_pooling_holds_what_it_states() -> None:
+    """As every downsampling layer of the library, in an encoder."""
+    check_downsample(DOWNSAMPLERS[UNPADDED_MAX_BLUR_POOL])
+    config = AutoencoderConfig(base_channels=8, code_dim=4, downsample=UNPADDED_MAX_BLUR_POOL, attention=False)
+    assert AutoencoderConfig.from_dict(config.to_dict()) == config
+    assert VQAutoencoder(config).encode(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"adversarial_delta": 0.0}, "adversarial_delta must be above 0, got 0.0"),
+        ({"discriminator_channels": 6}, "discriminator_channels must be a multiple of 4, got 6"),
+        ({"discriminator_layers": 0}, "discriminator_layers must be an int >= 1, got 0"),
+        ({"discriminator_norm": "layer"}, "discriminator_norm must be one of 'group', 'batch', got 'layer'"),
         ({"steps": 0}, "steps must be an int >= 1, got 0"),
         ({"steps": True}, "steps must be an int >= 1, got True"),
         ({"seed": -1}, "seed must be an int >= 0, got -1"),

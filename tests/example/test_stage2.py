@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import shutil
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from examples.te_vqgan.stage2.settings import DIRECTIONS, STAGE2, Stage2Settings
 from examples.te_vqgan.stage2.token_cache import cached_tokens, encode_dataset
 from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, stage2_folder, train_stage2
 from examples.te_vqgan.stage2.trainer import Stage2Trainer, gpt_config
+from examples.te_vqgan.stage2.transformers import load_transformer
 from te_quant import GPT, VQAutoencoder
 from tests.example.tiny_runs import NAMES, finished_tokenizer, random_source, stage1_settings
 from tests.helpers import numpy_generator
@@ -38,6 +41,16 @@ CPU = torch.device("cpu")
 SMOKE = stage2_settings_for("smoke")
 TEXT = CaptionTokenizer(Grammar(NAMES, "terse"))
 CODES, SIDE = 16, 3
+# As the preset `paper` trains, in small.
+DALLE = {
+    "architecture": "dalle",
+    "caption_style": "numerals",
+    "head_width": 4,
+    "optimizer": "adam",
+    "directions": ("image_to_text", "text_to_image"),
+    "updates_per_batch": 2,
+    "cosine_cycles": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +205,58 @@ def test_directions_take_turns_as_the_settings_say(changes: dict[str, Any], expe
         assert [name for name in numbers if name.endswith("_loss")] == [f"{direction}_loss"]
 
 
+def test_both_directions_train_on_the_pairs_of_each_batch(
+    tokenizer: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two updates have the same captions and images, the next two others; the negative control has others each."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    step = Stage2Trainer.train_step
+
+    def watched(self: Stage2Trainer, text: Tensor, image: Tensor) -> dict[str, Tensor]:
+        seen.append((text, image))
+        return step(self, text, image)
+
+    monkeypatch.setattr(Stage2Trainer, "train_step", watched)
+    for train_images, count in ((20, 2), (21, 1)):
+        seen.clear()
+        settings = _settings(**{**DALLE, "train_images": train_images, "updates_per_batch": count})
+        _train(settings, tokenizer, source)
+        alike = [all(torch.equal(a, b) for a, b in zip(one, two, strict=True)) for one, two in pairwise(seen)]
+        assert alike == [count == 2, False, count == 2, False, count == 2]
+        log = (stage2_folder(tokenizer, settings) / "log.jsonl").read_text().splitlines()
+        turns = [next(name for name in json.loads(line) if name.endswith("_loss")) for line in log]
+        assert turns == ["image_to_text_loss", "text_to_image_loss"] * 3
+
+
+def test_the_papers_rate_restarts_five_times() -> None:
+    """By hand: 30,000 batches, the first 1,500 warm up, then six cycles of 4,750; two updates share a rate."""
+    settings = stage2_settings_for("paper")
+    by_batch = {0: 1 / 1500, 749: 0.5, 1499: 1.0, 1500: 1.0}
+    for cycle in range(6):
+        start = 1500 + cycle * 4750
+        # cos(pi/4)² and cos(pi/2 * 4749/4750)² of half-cosines.
+        by_batch |= {start: 1.0, start + 2375: 0.5, start + 4749: math.sin(math.pi / 9500) ** 2}
+    for batch, expected in by_batch.items():
+        for update in (2 * batch, 2 * batch + 1):
+            assert settings.rate_factor(update) == pytest.approx(expected, rel=1e-9), batch
+            assert settings.batch(update) == batch
+    assert settings.rate_factor(59_999) < 2e-7
+    assert [settings.direction(update) for update in range(3)] == [
+        "image_to_text",
+        "text_to_image",
+        "image_to_text",
+    ]
+    once = dataclasses.replace(settings, cosine_cycles=1)
+    assert once.rate_factor(2 * (1500 + 4750)) == pytest.approx(math.cos(math.pi / 12) ** 2)
+
+
+def test_the_authors_transformer_needs_a_start_token() -> None:
+    """Captions of another style are refused."""
+    message = r"tokenizer must be of captions in the style 'numerals', got one without a start token\."
+    with pytest.raises(ValueError, match=message):
+        _trainer(**DALLE)
+
+
 def test_muon_has_the_matrices_of_the_blocks_and_adam_the_rest() -> None:
     """Every weight is in one optimiser; with Adam alone it has all of them."""
     trainer = _trainer(optimizer="muon")
@@ -264,7 +329,7 @@ def _assert_same_run(first: Path, second: Path) -> None:
         assert torch.equal(tensor, two[name]), name
     for name in ("log.jsonl", "evaluation.json", "settings.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    models = [GPT.from_pretrained(folder / "model").state_dict() for folder in (first, second)]
+    models = [load_transformer(folder / "model").state_dict() for folder in (first, second)]
     for name, tensor in models[0].items():
         assert torch.equal(tensor, models[1][name]), name
         assert torch.equal(tensor, one[f"model.{name}"]), name
@@ -277,8 +342,10 @@ def _assert_same_run(first: Path, second: Path) -> None:
         # 3 lies between two checkpoints. Dropout draws from torch's generator, whose state must be kept too.
         ({"optimizer": "muon", "dropout": 0.2}, (1, 3)),
         ({"optimizer": "muon", "bf16": True, "first_alone": 3}, (4, 5)),
+        # 1 and 3 lie between the two updates of a batch.
+        (DALLE, (1, 3)),
     ],
-    ids=["adam", "muon-dropout", "bf16-first-alone"],
+    ids=["adam", "muon-dropout", "bf16-first-alone", "dalle-pairs-of-updates"],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
     tokenizer: Path, tmp_path: Path, source: DigitSource, changes: dict[str, Any], stops: tuple[int, ...]
@@ -516,7 +583,7 @@ def test_settings_survive_json_and_presets_end_where_they_say() -> None:
     """What is written is what was; None changes nothing; the demo has no Stage 2."""
     for preset, base in STAGE2.items():
         if base is None:
-            known = "'smoke', 'small', 'paper', 'small-long', 'small-fine'"
+            known = "'smoke', 'small', 'paper', 'small-long', 'small-fine', 'narrow'"
             with pytest.raises(ValueError, match=f"preset must be one of {known}, got '{preset}'"):
                 stage2_settings_for(preset)
             continue
@@ -527,6 +594,9 @@ def test_settings_survive_json_and_presets_end_where_they_say() -> None:
     paper = stage2_settings_for("paper")
     assert (paper.width, paper.depth, paper.num_heads, paper.target_weight) == (256, 8, 8, 7.0)
     assert (paper.learning_rate, paper.clip_norm, paper.batch_size) == (1e-3, 1.0, 200)
+    assert (paper.architecture, paper.head_width, paper.caption_style) == ("dalle", 64, "numerals")
+    assert (paper.optimizer, paper.adam_beta2, paper.bf16) == ("adam", 0.999, False)
+    assert paper.steps == 20 * 1_500 * paper.updates_per_batch == 60_000
 
 
 @pytest.mark.parametrize(
@@ -540,7 +610,20 @@ def test_settings_survive_json_and_presets_end_where_they_say() -> None:
         ({"num_heads": 3}, "num_heads must be a divisor of width=16, got 3"),
         ({"dropout": 1.0}, r"dropout must be below 1, got 1\.0"),
         ({"dropout": -0.1}, "dropout must be a finite number >= 0 and <= 1, got -0.1"),
-        ({"caption_style": "long"}, "caption_style must be one of 'full', 'terse', got 'long'"),
+        ({"caption_style": "long"}, "caption_style must be one of 'full', 'terse', 'numerals', got 'long'"),
+        ({"architecture": "rnn"}, "architecture must be one of 'te_quant', 'dalle', got 'rnn'"),
+        ({"architecture": "dalle"}, "caption_style must be 'numerals' for architecture='dalle', got 'terse'"),
+        (
+            {"architecture": "dalle", "caption_style": "numerals", "dropout": 0.1},
+            "dropout must be 0 for architecture='dalle', got 0.1",
+        ),
+        ({"head_width": 64}, "head_width must be None for architecture='te_quant', got 64"),
+        ({"adam_beta2": 1.0}, r"adam_beta2 must be below 1, got 1\.0"),
+        ({"cosine_cycles": 0}, "cosine_cycles must be an int >= 1, got 0"),
+        ({"updates_per_batch": 3}, "updates_per_batch must be 1 or 2, the number of directions, got 3"),
+        ({"updates_per_batch": 2, "steps": 7}, "steps must be a multiple of updates_per_batch=2, got 7"),
+        ({"updates_per_batch": 2, "warmup_steps": 1}, "warmup_steps must be a multiple of updates_per_batch=2"),
+        ({"updates_per_batch": 2, "first_alone": 2}, "first_alone must be 0 for updates_per_batch=2, got 2"),
         ({"optimizer": "sgd"}, "optimizer must be one of 'adam', 'muon', got 'sgd'"),
         ({"directions": ()}, "directions must be at least one name, got none"),
         ({"directions": ("up",)}, "directions entry must be one of 'text_to_image', 'image_to_text', got 'up'"),

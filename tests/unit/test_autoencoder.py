@@ -9,6 +9,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ from te_quant.autoencoder import (
 from te_quant.filters import PADDING_MODES
 from te_quant.layers import (
     ACTIVATIONS,
-    DOWNSAMPLERS,
     UPSAMPLERS,
+    Downsample,
     PaddedConv2d,
     PolyphaseUpsample2d,
     ResidualBlock,
@@ -234,7 +235,7 @@ def test_no_error_blames_an_option_that_was_not_given(count: int) -> None:
     assert [names for names in refused if blamed(names) not in names] == []
 
 
-@pytest.mark.parametrize("kind", DOWNSAMPLERS)
+@pytest.mark.parametrize("kind", get_args(Downsample))
 def test_padding_modes_reach_every_layer_of_their_half(kind: str) -> None:
     """No convolution, blur or pool keeps a mode of its own."""
     model = VQAutoencoder(small(encoder_padding="circular", decoder_padding="reflect", downsample=kind))
@@ -246,7 +247,7 @@ def test_padding_modes_reach_every_layer_of_their_half(kind: str) -> None:
         assert {m.pool_mode for m in half.modules() if isinstance(m, MaxBlurPool)} <= {mode}
 
 
-@pytest.mark.parametrize("kind", DOWNSAMPLERS)
+@pytest.mark.parametrize("kind", get_args(Downsample))
 def test_circular_encoder_commutes_with_stride_multiples(kind: str) -> None:
     """Latents move with the image, attention and GroupNorm included; so do the tokens."""
     model = VQAutoencoder(small(encoder_padding="circular", downsample=kind)).double().eval()
@@ -533,7 +534,7 @@ def test_images_that_do_not_fit_are_refused(
         getattr(VQAutoencoder(SMALL), method)(images)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DOWNSAMPLERS if kind != "fourier"])
+@pytest.mark.parametrize("kind", [kind for kind in get_args(Downsample) if kind != "fourier"])
 @pytest.mark.parametrize("levels", [(1,), (1, 1), (1, 1, 2)])
 @pytest.mark.parametrize("strides", [(1, 3), (2, 1)])
 def test_images_too_small_to_reflect_are_refused_by_the_encoder(

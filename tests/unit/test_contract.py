@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from te_quant.layers import (
     NORMS,
     UPSAMPLERS,
     ConvPolyphaseDownsample,
+    Downsample,
     PolyphaseDownsample2d,
     PolyphaseUpsampleConv,
 )
@@ -31,7 +33,7 @@ from tests.unit.grid_oracles import fresh, roll
 TOLERANCE = 1e-9
 BROKEN = 1e-4
 AXES = {
-    "downsample": tuple(DOWNSAMPLERS),
+    "downsample": get_args(Downsample),
     "encoder_padding": PADDING_MODES,
     "norm": NORMS,
     "attention_levels": ((), (1,)),
@@ -265,7 +267,7 @@ def test_no_contract_means_that_none_holds(combination: dict) -> None:
     pytest.fail("40 pairs of images were followed, although nothing was promised")
 
 
-@pytest.mark.parametrize("kind", [k for k in DOWNSAMPLERS if k != "fourier"])
+@pytest.mark.parametrize("kind", [k for k in get_args(Downsample) if k != "fourier"])
 @pytest.mark.parametrize("levels", [(2,), (1, 1), (1, 1, 2)])
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_receptive_field_is_what_the_gradient_says(kind: str, levels: tuple[int, ...], blocks: int) -> None:
@@ -351,7 +353,7 @@ INTEGER = {"downsample": "polyphase", **CIRCULAR}
 STRIDE = {"downsample": "strided_conv", **CIRCULAR}
 
 
-@pytest.mark.parametrize("kind", DOWNSAMPLERS)
+@pytest.mark.parametrize("kind", get_args(Downsample))
 @pytest.mark.parametrize("mode", ["zeros", "replicate", "reflect"])
 def test_other_padding_does_not_pass_for_circular(kind: str, mode: str) -> None:
     """Negative control: held to multiples of the stride over the whole grid, no other padding holds."""
@@ -389,7 +391,7 @@ def test_a_phase_that_does_not_follow_the_content_breaks_the_contract(monkeypatc
     assert error_at_best(encoder, images, (1, 3)) > BROKEN
 
 
-@pytest.mark.parametrize("kind", DOWNSAMPLERS)
+@pytest.mark.parametrize("kind", get_args(Downsample))
 @pytest.mark.parametrize("sides", [(6, 8), (8, 6), (7, 8)])
 @pytest.mark.parametrize("method", ["forward", "with_phases"])
 def test_sides_that_the_divisor_does_not_divide_are_refused(
@@ -493,7 +495,7 @@ def test_a_layer_of_another_stride_is_refused(monkeypatch: pytest.MonkeyPatch) -
         build_encoder(config_of({"downsample": "own", **LOCAL}))
 
 
-@pytest.mark.parametrize("name", DOWNSAMPLERS)
+@pytest.mark.parametrize("name", get_args(Downsample))
 def test_every_layer_passes_the_check_for_strangers(name: str) -> None:
     """Each padding mode that the layer takes."""
     check_downsample(DOWNSAMPLERS[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from te_quant import AutoencoderConfig, VQAutoencoder
 from te_quant.layers import (
     ACTIVATIONS,
-    DOWNSAMPLERS,
     NORMS,
     PADDING_MODES,
     UPSAMPLERS,
     BlurPool2d,
     BlurUpsample2d,
+    Downsample,
     FourierUpsample2d,
     PolyphaseUpsample2d,
     ResidualBlock,
@@ -39,7 +39,7 @@ def _fits(name: str, padding: str) -> bool:
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     **{
         f"{name}-{padding}": lambda name=name, padding=padding: build_downsample(name, 8, padding_mode=padding)
-        for name in DOWNSAMPLERS
+        for name in get_args(Downsample)
         for padding in PADDING_MODES
         if _fits(name, padding)
     },
@@ -96,7 +96,7 @@ def test_gradient_does_not_depend_on_the_memory_format(name: str) -> None:
 
 CIRCULAR = {"encoder_padding": "circular", "decoder_padding": "circular"}
 OPTIONS: dict[str, dict[str, Any]] = {
-    **{f"down-{name}": {"downsample": name, **CIRCULAR} for name in DOWNSAMPLERS if name != "polyphase"},
+    **{f"down-{name}": {"downsample": name, **CIRCULAR} for name in get_args(Downsample) if name != "polyphase"},
     **{f"up-{name}": {"upsample": name, **CIRCULAR} for name in UPSAMPLERS if name != "polyphase"},
     "polyphase": {"downsample": "polyphase", "upsample": "polyphase", **CIRCULAR},
     **{f"activation-{name}": {"activation": name, **CIRCULAR} for name in ACTIVATIONS},

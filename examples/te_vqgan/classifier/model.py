@@ -57,6 +57,8 @@ class CellClassifier(nn.Module):
         blocks: residual blocks of two 3x3 convolutions a stage, at least 1.
         stem_stride: stride of the first convolution, whose kernel is 2 x stride + 1 wide. 1 suits the
             32-pixel cells for which others made the network; 2 makes everything four times as cheap.
+        margin: pixels at each border of a cell that are cut off first, at least 0. 2 of a 32-pixel cell leave the
+            28-pixel crop that the paper's authors classify.
 
     Shape:
         cells: (B, 3, c, c) in [-1, 1], ground -1. digit_logits: (B, L). color_logits: (B, Q).
@@ -77,11 +79,13 @@ class CellClassifier(nn.Module):
         widths: tuple[int, ...] = (16, 32, 64),
         blocks: int = 2,
         stem_stride: int = 1,
+        margin: int = 0,
     ) -> None:
         super().__init__()
         for name, value in {"num_classes": num_classes, "num_colors": num_colors, "blocks": blocks}.items():
             require_int(name, value, 1)
         require_int("stem_stride", stem_stride, 1)
+        require_int("margin", margin, 0)
         check_widths(widths)
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
@@ -90,6 +94,9 @@ class CellClassifier(nn.Module):
             "blocks": blocks,
             "stem_stride": stem_stride,
         }
+        if margin:
+            self.config["margin"] = margin
+        self.margin = margin
         self.stem = nn.Sequential(
             nn.Conv2d(4, widths[0], 2 * stem_stride + 1, stem_stride, stem_stride, bias=False),
             nn.BatchNorm2d(widths[0]),
@@ -110,6 +117,10 @@ class CellClassifier(nn.Module):
 
     def forward(self, cells: Tensor) -> ClassifierOutput:
         """Return the logits of digit and colour."""
+        if self.margin:
+            side = cells.shape[-1]
+            require(side > 2 * self.margin, "cells", f"wider than {2 * self.margin} pixels", tuple(cells.shape))
+            cells = cells[..., self.margin : side - self.margin, self.margin : side - self.margin]
         pooled = self.features(cells)[-1].mean(dim=(2, 3))
         return ClassifierOutput(self.digit_head(pooled), self.color_head(pooled))
 

@@ -29,7 +29,8 @@ class ClassifierSettings:
         label_smoothing: of the digit's cross entropy, in [0, 1].
         widths: channels of the stages, as :class:`~examples.te_vqgan.classifier.model.CellClassifier` takes them.
         blocks: residual blocks a stage.
-        stem_stride: as :class:`~examples.te_vqgan.classifier.model.CellClassifier` takes it.
+        stem_stride: stride of its first convolution, at least 1.
+        margin: pixels at each border of a cell that it does not look at, at least 0.
         shift: as all below, a field of :class:`~examples.te_vqgan.classifier.cells.Distortion`.
         rotation: see there.
         scale: see there.
@@ -55,6 +56,7 @@ class ClassifierSettings:
     widths: tuple[int, ...] = (32, 64, 128)
     blocks: int = 1
     stem_stride: int = 2
+    margin: int = 0
     shift: float = 0.0625
     rotation: float = 10.0
     scale: float = 0.1
@@ -71,7 +73,7 @@ class ClassifierSettings:
             require_int(name, getattr(self, name), 1)
         for name in ("log_every", "validate_every", "checkpoint_every"):
             require_int(name, getattr(self, name), 1)
-        for name in ("seed", "warmup_steps"):
+        for name in ("seed", "warmup_steps", "margin"):
             require_int(name, getattr(self, name), 0)
         for name in ("learning_rate", "weight_decay"):
             require_number(name, getattr(self, name), 0.0)
@@ -98,8 +100,13 @@ class ClassifierSettings:
         return {**plain, "widths": list(self.widths)}
 
     @classmethod
+    def present_form(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings that an older version wrote as this one writes them: what it lacked has its default."""
+        return {**cls().to_dict(), **stored}
+
+    @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ClassifierSettings:
-        """Undo :meth:`to_dict`."""
+        """Undo :meth:`to_dict`, of older versions too."""
         return cls(**{**plain, "widths": tuple(plain["widths"])})
 
 

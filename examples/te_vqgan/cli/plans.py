@@ -47,5 +47,6 @@ PLANS: dict[str, Plan] = {
     "small": Plan(_ALL, (0, 1, 2), smaller_images=13_333, other_data="fashion-mnist"),
     "small-long": Plan(),
     "small-fine": Plan(),
+    "narrow": Plan(("vqgan", "te_vqgan", "k16"), (0, 1)),
     "paper": Plan(_ALL, (0, 1, 2), smaller_images=100_000, other_data="fashion-mnist"),
 }

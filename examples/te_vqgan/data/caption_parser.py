@@ -27,17 +27,20 @@ _CENTRE = frozenset(("centre", "middle"))
 _Names = Mapping[tuple[str, ...], int]
 
 
-def parse(captions: Sequence[str], class_names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+def parse(
+    captions: Sequence[str], class_names: Sequence[str], *, default_place: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
     """Read what captions say of each place.
 
     A clause ends at a comma, a full stop or "and". In each clause the first place, the first colour and the first
-    class count, in whatever order they come. A clause without a place is not read; one with a place but without a
-    colour, or without a class, leaves that one ``EMPTY``, so that a right class counts even where no colour is
-    named. If several clauses tell something of a place, the first of them counts.
+    class count, in whatever order they come. A clause without a place is about ``default_place``, or not read if
+    there is none. One without a colour, or without a class, leaves that one ``EMPTY``, so that a right class still
+    counts where no colour is named. If several clauses tell something of a place, the first of them counts.
 
     Args:
         captions: any texts at all; what cannot be read is ``EMPTY``. Case does not matter.
         class_names: of classes 0, 1, ...; numerals are also read as words.
+        default_place: index into ``PLACES``, as :class:`~examples.te_vqgan.data.captions.Grammar` states it.
 
     Shape:
         captions: N of them. result: classes (N, P) int64 and colours (N, P) int8, columns as in ``PLACES``.
@@ -56,6 +59,7 @@ def parse(captions: Sequence[str], class_names: Sequence[str]) -> tuple[NDArray[
     for row, caption in enumerate(captions):
         for clause in _split_clauses(caption):
             place, color, label = _find_place(clause), _find_color(clause), _find_class(clause, names)
+            place = default_place if place is None else place
             if place is not None and classes[row, place] == colors[row, place] == EMPTY:
                 classes[row, place], colors[row, place] = label, color
     return classes, colors

@@ -1,5 +1,7 @@
 """Captions as tokens: one for each word, comma and full stop, then an end token, then padding.
 
+In the style ``numerals`` a start token stands in front, and the sizes are those of the authors' tokenizer.
+
 Shape letters: N captions, T tokens.
 """
 
@@ -18,6 +20,10 @@ from examples.te_vqgan.runs.checks import require
 __all__ = ["CaptionTokenizer"]
 
 _SPECIAL = ("<pad>", "<end>")
+_START = "<start>"
+# The authors' tokenizer has pieces of words too, which no caption is made of.
+_UNUSED = "<unused>"
+_PAPER_VOCAB, _PAPER_LENGTH = 78, 50
 _BEFORE_PUNCTUATION = re.compile(r" (?=[,.])")
 
 
@@ -25,28 +31,47 @@ class CaptionTokenizer:
     """Turns the captions of a grammar into tokens of one length, and any tokens into text.
 
     Args:
-        grammar: its words are the vocabulary, its longest caption and the end token fill ``length``.
+        grammar: its words are the vocabulary, its longest caption and the end token fill ``length``. Its style
+            ``numerals`` adds a start token, and ``vocab_size`` is 78 and ``length`` 50 as in the authors' Stage 2.
 
     Attributes:
-        vocab: what each token stands for: padding, the end, then the words in alphabetical order.
+        vocab: what each token stands for: padding, the end, the start if there is one, the words in alphabetical
+            order, then what is not used.
         vocab_size: number of tokens.
         pad_token, end_token: 0 and 1.
+        start_token: 2, or ``None`` where captions begin with their first word.
         length: T, the tokens of every encoded caption.
+
+    Raises:
+        ValueError: the style is ``numerals``, and the words or the longest caption do not fit.
     """
 
     vocab: tuple[str, ...]
     vocab_size: int
     pad_token: int
     end_token: int
+    start_token: int | None
     length: int
 
     def __init__(self, grammar: Grammar) -> None:
         words = grammar.words
-        self.vocab = (*_SPECIAL, *words)
-        self.vocab_size = len(self.vocab)
+        special: tuple[str, ...] = _SPECIAL
         self.pad_token, self.end_token = range(len(_SPECIAL))
+        self.start_token = None
         self.length = grammar.max_words + 1
-        self._tokens = {word: token for token, word in enumerate(words, start=len(_SPECIAL))}
+        unused = 0
+        if grammar.style == "numerals":
+            special = (*_SPECIAL, _START)
+            self.start_token = len(_SPECIAL)
+            unused = _PAPER_VOCAB - len(special) - len(words)
+            expected = f"names for at most {_PAPER_VOCAB - len(special)} words in all"
+            require(unused >= 0, "grammar", expected, f"{len(words)} words")
+            expected = f"one with at most {_PAPER_LENGTH - 2} words per caption"
+            require(grammar.max_words <= _PAPER_LENGTH - 2, "grammar", expected, grammar.max_words)
+            self.length = _PAPER_LENGTH
+        self.vocab = (*special, *words, *[_UNUSED] * unused)
+        self.vocab_size = len(self.vocab)
+        self._tokens = {word: token for token, word in enumerate(words, start=len(special))}
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """The tokens of each caption.
@@ -59,21 +84,25 @@ class CaptionTokenizer:
         """
         require(not isinstance(captions, str), "captions", "a sequence of texts", repr(captions))
         tokens = np.full((len(captions), self.length), self.pad_token, np.int64)
+        first = 0
+        if self.start_token is not None:
+            tokens[:, 0] = self.start_token
+            first = 1
         for row, caption in enumerate(captions):
             words = split_words(caption)
-            if len(words) >= self.length:
-                limit = self.length - 1
+            limit = self.length - first - 1
+            if len(words) > limit:
                 raise ValueError(f"captions[{row}] must be at most {limit} words, got {len(words)}: {caption!r}.")
             try:
-                tokens[row, : len(words)] = [self._tokens[word] for word in words]
+                tokens[row, first : first + len(words)] = [self._tokens[word] for word in words]
             except KeyError as error:
                 expected = "made of the vocabulary's words"
                 raise ValueError(f"captions[{row}] must be {expected}, got {error} in {caption!r}.") from None
-            tokens[row, len(words)] = self.end_token
+            tokens[row, first + len(words)] = self.end_token
         return torch.from_numpy(tokens)
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """The text of each row up to its end token, or all of it if there is none; padding is left out.
+        """The text of each row up to its end token, or all of it if there is none; padding and start are left out.
 
         Whatever a model emits has a text: ``decode(encode(captions)) == captions`` for what the grammar writes.
 
@@ -94,5 +123,5 @@ class CaptionTokenizer:
     def _text(self, tokens: list[int]) -> str:
         if self.end_token in tokens:
             tokens = tokens[: tokens.index(self.end_token)]
-        text = " ".join(self.vocab[token] for token in tokens if token != self.pad_token)
+        text = " ".join(self.vocab[token] for token in tokens if token not in (self.pad_token, self.start_token))
         return _BEFORE_PUNCTUATION.sub("", text)

@@ -21,8 +21,9 @@ from examples.te_vqgan.runs.checks import require, require_choice
 
 __all__ = ["STYLES", "Grammar", "class_spellings", "split_words"]
 
-STYLES = ("full", "terse")
-"""The paper's kind of sentences, and a telegram of at most five tokens a digit for small budgets."""
+STYLES = ("full", "terse", "numerals")
+"""The paper's kind of sentences; a telegram of at most five tokens per digit for small budgets; and sentences with
+only the words of the authors' tokenizer: digits as numerals, and no word for the centre."""
 
 _TEMPLATES = {
     "full": (
@@ -42,8 +43,21 @@ _TEMPLATES = {
         "{place} {name} {color}",
     ),
 }
-_JOINERS = {"full": (", ", " and ", ", and "), "terse": (", ",)}
-_ENDINGS = {"full": ("", "."), "terse": ("",)}
+_TEMPLATES["numerals"] = _TEMPLATES["full"]
+# A clause that names no place is about the centre.
+_CENTRE_TEMPLATES = (
+    "this is {color} {name}",
+    "this is the {color} {name}",
+    "this is the {color} {noun} {name}",
+    "this {color} {noun} is {name}",
+    "this {noun} is {color} {name}",
+    "the {noun} is {color} {name}",
+    "the {noun} {name} is {color}",
+    "this {noun} {name} is {color}",
+)
+# The authors' parser separates clauses at commas only.
+_JOINERS = {"full": (", ", " and ", ", and "), "terse": (", ",), "numerals": (", ", ", and ")}
+_ENDINGS = {"full": ("", "."), "terse": ("",), "numerals": ("", ".")}
 _PLACE_NAMES = (
     ("upper left", "top left"),
     ("upper right", "top right"),
@@ -103,18 +117,23 @@ class Grammar:
     uniform.
 
     Args:
-        class_names: of classes 0, 1, ...; numerals are also written as words.
+        class_names: of classes 0, 1, ...; numerals are also written as words, except in the style ``numerals``.
         style: one of :data:`STYLES`.
+
+    Attributes:
+        default_place: index into ``PLACES`` of the place that a clause without a place is about, or ``None``.
 
     Raises:
         ValueError: an unknown style, or names that :func:`class_spellings` refuses.
 
     Source: Shin et al. 2021, Section 4, of which the templates 1 and 2 are the examples. The other templates
-        are ours, over about the same words.
+        are ours, over about the same words. The style ``numerals`` has only words of the tokenizer in the authors'
+        Stage 2.
     """
 
     class_names: tuple[str, ...]
     style: str
+    default_place: int | None
     joiners: tuple[str, ...]
     endings: tuple[str, ...]
 
@@ -122,6 +141,9 @@ class Grammar:
         require_choice("style", style, STYLES)
         spellings = class_spellings(class_names)
         self.class_names, self.style = tuple(class_names), style
+        self.default_place = _CENTRE if style == "numerals" else None
+        if style == "numerals":
+            spellings = tuple(names[:1] for names in spellings)
         self.joiners, self.endings = _JOINERS[style], _ENDINGS[style]
         noun = _NOUNS[0] if set(class_names) <= _NUMBERS.keys() else _NOUNS[1]
         self._clauses = [
@@ -131,7 +153,7 @@ class Grammar:
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """The forms of a clause."""
+        """The forms of a clause that names a place."""
         return _TEMPLATES[self.style]
 
     @property
@@ -215,6 +237,11 @@ class Grammar:
         return caption + self.endings[number % len(self.endings)]
 
     def _all_clauses(self, names: tuple[str, ...], place: int, color: str, noun: str) -> tuple[str, ...]:
+        if place == self.default_place:
+            return tuple(
+                template.format(name=name, color=color, noun=noun)
+                for template, name in product(_CENTRE_TEMPLATES, names)
+            )
         slots = product(self.templates, _PLACE_NAMES[place], _PREPOSITIONS[place], names)
         return tuple(
             template.format(place=where, at=at, name=name, color=color, noun=noun)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from examples.te_vqgan.data import heldout
+from examples.te_vqgan.data.caption_parser import parse
 from examples.te_vqgan.data.caption_tokens import CaptionTokenizer
 from examples.te_vqgan.data.captions import Grammar
 from examples.te_vqgan.data.quadrants import QuadrantDataset
@@ -142,6 +143,14 @@ class CaptionedImages:
         _require_indices("numbers", numbers, self.captions_per_image)
         classes, colors = self.classes_colors(rows)
         return self.grammar.write_numbered(classes, colors, self._numbers[rows, numbers])
+
+    def parse(self, captions: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+        """What ``captions``, any texts, say of each place, read as those of the grammar are meant.
+
+        Shape:
+            captions: N of them. result: classes (N, P) int64 and colours (N, P) int8, ``EMPTY`` where nothing is.
+        """
+        return parse(captions, self.grammar.class_names, default_place=self.grammar.default_place)
 
     def classes_colors(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
         """What ``rows`` show: classes (B, P) int64 and colours (B, P) int8, ``EMPTY`` where nothing is.

@@ -225,7 +225,7 @@ def _blocks(results: Mapping[str, Any]) -> list[Block]:
         Paragraph(_provenance(first["provenance"]) + f" Seeds: {', '.join(map(str, seeds))}."),
         Paragraph("Settings of each arm that differ from the first arm's:"),
         Bullets(_differences(groups)),
-        Paragraph("All settings of the first arm: `" + json.dumps(settings, sort_keys=True) + "`"),
+        Paragraph("All settings of the first arm: `" + json.dumps(_of_effect(settings), sort_keys=True) + "`"),
     ]
 
 
@@ -276,6 +276,14 @@ def _differences(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     model = {f"model.{name}": value for name, value in settings["model"].items()}
     return {**{name: value for name, value in settings.items() if name not in ("model", "seed")}, **model}
+
+
+def _of_effect(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what the discriminator would be like where none is trained."""
+    if settings["adversarial_weight"] > 0:
+        return dict(settings)
+    details = ("adversarial_delta", *(name for name in settings if name.startswith("discriminator_")))
+    return {name: value for name, value in settings.items() if name not in details}
 
 
 def _title(results: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.te_vqgan.classifier.settings import ClassifierSettings
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.files import read_json_object
@@ -262,7 +263,7 @@ def _merged_runs(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[st
 
 def _require_one_reader(whose: str, *results: Mapping[str, Any]) -> None:
     read = [one["classifier"]["settings"] for one in results if "settings" in one.get("classifier", {})]
-    _require_alike(f"the classifiers of {whose}", read)
+    _require_alike(f"the classifiers of {whose}", [ClassifierSettings.present_form(stored) for stored in read])
 
 
 def _require_alike(whose: str, settings: Sequence[Mapping[str, Any]]) -> None:

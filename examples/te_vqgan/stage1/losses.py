@@ -85,7 +85,7 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(
-    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, maximum: float = 1e4
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, delta: float = 1e-6, maximum: float = 1e4
 ) -> Tensor:
     """Return the factor that gives the adversarial term a gradient as large as the reconstruction's.
 
@@ -95,12 +95,13 @@ def adaptive_weight(
         reconstruction: the reconstruction loss, ().
         adversarial: the generator's loss, ().
         last_layer: the decoder's last weight, on which both gradients are taken.
+        delta: δ, which keeps the factor finite, above 0; 1e-6 in the equation, 1e-4 in its authors' code.
         maximum: where the factor is cut off.
 
-    Source: Esser et al. 2021, Eq. 7: λ = ‖∇ rec‖ / (‖∇ adv‖ + δ), δ = 1e-6.
+    Source: Esser et al. 2021, Eq. 7: λ = ‖∇ rec‖ / (‖∇ adv‖ + δ).
     """
     rec = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0]
     adv = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0]
     distributed.average([rec, adv])
-    ratio: Tensor = rec.norm() / (adv.norm() + 1e-6)
+    ratio: Tensor = rec.norm() / (adv.norm() + delta)
     return ratio.clamp(0.0, maximum).detach()

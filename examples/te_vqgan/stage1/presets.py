@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from examples.te_vqgan.runs.checks import require, require_choice, require_int, require_number
 from examples.te_vqgan.runs.files import read_json_object
+from examples.te_vqgan.stage1.discriminator import DISCRIMINATOR_NORMS
+from examples.te_vqgan.stage1.unpadded_pool import UNPADDED_MAX_BLUR_POOL
 from te_quant import AutoencoderConfig
 
 __all__ = [
@@ -60,6 +62,10 @@ class Stage1Settings:
         adversarial_weight: of the patch discriminator's verdict; 0 trains none.
         adversarial_start: the first step with a discriminator.
         adversarial_adaptive: scale that weight by the ratio of the two gradients at the last layer.
+        adversarial_delta: added to the denominator of that ratio, above 0.
+        discriminator_channels: width of its first layer, a multiple of 4.
+        discriminator_layers: how many of its layers halve the sides, at least 1.
+        discriminator_norm: ``"group"`` or ``"batch"``.
         codebook_init: ``"uniform"`` (the paper's) or ``"kmeans"``, on the latents of the first batches.
         bf16: compute encoder and decoder in bfloat16 (quantizer and losses stay in float32).
         log_every: a line in the log after so many steps.
@@ -89,6 +95,10 @@ class Stage1Settings:
     adversarial_weight: float = 0.0
     adversarial_start: int = 0
     adversarial_adaptive: bool = True
+    adversarial_delta: float = 1e-6
+    discriminator_channels: int = 32
+    discriminator_layers: int = 2
+    discriminator_norm: str = "group"
     codebook_init: str = "uniform"
     bf16: bool = False
     log_every: int = 5
@@ -106,8 +116,18 @@ class Stage1Settings:
             require_int(name, getattr(self, name), 0)
         for name in ("learning_rate", "codebook_lr_factor", "clip_norm", "perceptual_weight"):
             require_number(name, getattr(self, name), 0.0)
-        for name in ("l1_weight", "l2_weight", "adversarial_weight"):
+        for name in ("l1_weight", "l2_weight", "adversarial_weight", "adversarial_delta"):
             require_number(name, getattr(self, name), 0.0)
+        require(self.adversarial_delta > 0, "adversarial_delta", "above 0", self.adversarial_delta)
+        require_int("discriminator_channels", self.discriminator_channels, 4)
+        require(
+            self.discriminator_channels % 4 == 0,
+            "discriminator_channels",
+            "a multiple of 4",
+            self.discriminator_channels,
+        )
+        require_int("discriminator_layers", self.discriminator_layers, 1)
+        require_choice("discriminator_norm", self.discriminator_norm, DISCRIMINATOR_NORMS)
         require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
         require_choice("perceptual", self.perceptual, PERCEPTUAL)
         require_choice("codebook_init", self.codebook_init, ("uniform", "kmeans"))
@@ -206,7 +226,8 @@ PRESETS: dict[str, Stage1Settings] = {
         checkpoint_every=250,
         eval_images=1_500,
     ),
-    # As its authors ran it: 40 epochs in batches of 192, Adam at 8e-6 times the batch, no schedule, no clipping.
+    # As its authors ran it: 40 epochs in batches of 192, Adam at 8e-6 times the batch, no schedule, no clipping;
+    # the discriminator joins at step 30,001, counted from 0.
     "paper": Stage1Settings(
         AutoencoderConfig(),
         data="mnist",
@@ -214,7 +235,7 @@ PRESETS: dict[str, Stage1Settings] = {
         held_out=True,
         steps=62_500,
         batch_size=192,
-        learning_rate=1.5e-3,
+        learning_rate=8e-6 * 192,
         codebook_lr_factor=1.0,
         warmup_steps=0,
         final_lr_share=1.0,
@@ -223,9 +244,12 @@ PRESETS: dict[str, Stage1Settings] = {
         perceptual="lpips",
         perceptual_weight=1.0,
         adversarial_weight=0.8,
-        adversarial_start=30_000,
+        adversarial_start=30_001,
         adversarial_adaptive=True,
-        bf16=True,
+        adversarial_delta=1e-4,
+        discriminator_channels=64,
+        discriminator_layers=3,
+        discriminator_norm="batch",
         log_every=50,
         validate_every=500,
         checkpoint_every=500,
@@ -234,6 +258,28 @@ PRESETS: dict[str, Stage1Settings] = {
     ),
 }
 
+# The paper's geometry and recipe at an eighth of its width, on one CPU core; without a discriminator, which would
+# cost more than the autoencoder.
+PRESETS["narrow"] = dataclasses.replace(
+    PRESETS["paper"],
+    model=_SMALL_MODEL,
+    steps=2_000,
+    batch_size=16,
+    learning_rate=1e-3,
+    warmup_steps=50,
+    # Without a perceptual distance L1 stays at the ground's colour for long; the squared error leads out.
+    perceptual="none",
+    perceptual_weight=0.0,
+    l2_weight=4.0,
+    adversarial_weight=0.0,
+    bf16=True,
+    log_every=5,
+    validate_every=100,
+    checkpoint_every=250,
+    eval_images=1_500,
+    eval_sprites=128,
+)
+
 # What differs between `small` and the paper, one thing at a time.
 PRESETS["small-long"] = dataclasses.replace(PRESETS["small"], steps=3 * PRESETS["small"].steps)
 # A token spans a seventh of a digit's side, as in the paper, not two.
@@ -241,6 +287,10 @@ PRESETS["small-fine"] = dataclasses.replace(
     PRESETS["small"],
     model=dataclasses.replace(_SMALL_MODEL, channel_multipliers=(1, 2), attention_levels=(1,)),
 )
+
+# Where a preset is to be what the authors ran, an arm has their layer.
+_AUTHORS_LAYERS: dict[str, dict[str, Any]] = {"mb": {"downsample": UNPADDED_MAX_BLUR_POOL}}
+_AUTHORS_PRESETS = ("paper", "narrow")
 
 
 def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None) -> Stage1Settings:
@@ -262,7 +312,8 @@ def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None
     if "perceptual" in given:
         weight = 0.0 if given["perceptual"] == "none" else base.perceptual_weight or 1.0
         given = {"perceptual_weight": weight, **given}
-    model = dataclasses.replace(base.model, **ARMS[arm].model)
+    layers = _AUTHORS_LAYERS.get(arm, {}) if preset in _AUTHORS_PRESETS else {}
+    model = dataclasses.replace(base.model, **{**ARMS[arm].model, **layers})
     return dataclasses.replace(base, **{"model": model, **ARMS[arm].settings, **given})
 
 

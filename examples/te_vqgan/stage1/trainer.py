@@ -74,7 +74,12 @@ class Stage1Trainer:
             # Once more, so that encoders start alike whatever a quantizer draws.
             torch.manual_seed(settings.seed)
             self.model = VQAutoencoder(settings.model, quantizer=given).to(device)
-            self.discriminator = PatchDiscriminator(settings.model.image_channels).to(device)
+            self.discriminator = PatchDiscriminator(
+                settings.model.image_channels,
+                settings.discriminator_channels,
+                settings.discriminator_layers,
+                norm=settings.discriminator_norm,
+            ).to(device)
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         for module in (self.model, self.discriminator):
             module.to(memory_format=self._layout)  # type: ignore[call-overload]
@@ -192,7 +197,7 @@ class Stage1Trainer:
         loss = generator_loss(self.discriminator(reconstruction))
         if self.settings.adversarial_adaptive:
             last = [parameter for parameter in self.model.decoder.parameters() if parameter.ndim == 4][-1]
-            weight = weight * adaptive_weight(rebuilt, loss, last)
+            weight = weight * adaptive_weight(rebuilt, loss, last, delta=self.settings.adversarial_delta)
         return weight * loss
 
     def _descend(self, optimizer: torch.optim.Adam, loss: Tensor, module: nn.Module, factor: float) -> Tensor:

@@ -28,7 +28,7 @@ from examples.te_vqgan.stage2.generation import evaluate_pairs, read_tokenizer
 from examples.te_vqgan.stage2.rules import HEADLINE, rule_named
 from examples.te_vqgan.stage2.settings import Stage2Settings
 from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, require_tokenizer_of, stage2_folder
-from te_quant import GPT
+from examples.te_vqgan.stage2.transformers import load_transformer
 
 __all__ = ["PICTURES", "READING", "evaluate_gpt", "evaluate_tokenizer", "is_read", "rule_file"]
 
@@ -133,7 +133,7 @@ def evaluate_gpt(
     require(is_finished(folder, settings, stage1), "out", "a folder with a finished stage2 run", str(folder))
     require_tokenizer_of(folder, tokenizer)
     clock = Clock()
-    gpt = GPT.from_pretrained(folder / "model").to(device)
+    gpt = load_transformer(folder / "model").to(device)
     reader: CellClassifier = load_classifier(classifier).to(device)
     numbers: dict[str, Any] = {}
     pictures: dict[str, torch.Tensor] = {}

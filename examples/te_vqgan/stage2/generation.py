@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from examples.te_vqgan.classifier.model import CellClassifier, crop_places, feature_distance
-from examples.te_vqgan.data.caption_parser import parse
 from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.stage1.losses import Perceptual
 from examples.te_vqgan.stage2.rules import Rule
 from examples.te_vqgan.stage2.scores import Scores
 from examples.te_vqgan.stage2.settings import DIRECTIONS
-from te_quant import GPT, VQAutoencoder
+from examples.te_vqgan.stage2.transformers import Transformer
+from te_quant import VQAutoencoder
 
 __all__ = ["draw_images", "evaluate_pairs", "read_places", "read_tokenizer", "write_captions"]
 
@@ -31,7 +31,7 @@ _PICTURES = 16
 
 @torch.inference_mode()
 def draw_images(
-    gpt: GPT, autoencoder: VQAutoencoder, text: Tensor, rule: Rule, generator: torch.Generator
+    gpt: Transformer, autoencoder: VQAutoencoder, text: Tensor, rule: Rule, generator: torch.Generator
 ) -> Tensor:
     """Sample the image of each caption.
 
@@ -57,7 +57,7 @@ def draw_images(
 
 @torch.inference_mode()
 def write_captions(
-    gpt: GPT, pairs: CaptionedImages, tokens: Tensor, rule: Rule, generator: torch.Generator
+    gpt: Transformer, pairs: CaptionedImages, tokens: Tensor, rule: Rule, generator: torch.Generator
 ) -> list[str]:
     """Write a caption of each image, token by token.
 
@@ -144,7 +144,7 @@ def read_tokenizer(
 
 @torch.inference_mode()
 def evaluate_pairs(
-    gpt: GPT,
+    gpt: Transformer,
     autoencoder: VQAutoencoder,
     classifier: CellClassifier,
     pairs: CaptionedImages,
@@ -185,7 +185,7 @@ def evaluate_pairs(
         generated = draw_images(gpt, autoencoder, text, rule, drawing)
         written = write_captions(gpt, pairs, tokens, rule, writing)
         tasks["text_to_image"].update(truth, read_places(classifier, generated))
-        tasks["image_to_text"].update(truth, parse(written, pairs.grammar.class_names))
+        tasks["image_to_text"].update(truth, pairs.parse(written))
         if start == 0:
             shown = {"images": _bytes(images[:_PICTURES]), "generated": _bytes(generated[:_PICTURES])}
             shown |= {"captions": captions[:_PICTURES], "written": written[:_PICTURES]}

@@ -1,7 +1,7 @@
 """The step ``publish``: the weights of one arm, small enough to lie beside the results, for the notebook.
 
-Writes ``tokenizer/`` and ``gpt/`` (for ``from_pretrained``), ``classifier/`` (for ``load_classifier``) and
-``about.json``.
+Writes ``tokenizer/`` (for ``from_pretrained``), ``gpt/`` (for ``load_transformer``), ``classifier/`` (for
+``load_classifier``) and ``about.json``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
 from examples.te_vqgan.stage2.settings import Stage2Settings
 from examples.te_vqgan.stage2.train import load_tokenizer, require_tokenizer_of, stage2_folder
-from te_quant import GPT
+from examples.te_vqgan.stage2.transformers import load_transformer
 
 __all__ = ["publish"]
 
@@ -48,7 +48,7 @@ def publish(
     require_tokenizer_of(folder, tokenizer)
     # Half of the bytes; the values are far from the range of float16. Whoever loads them computes in float32.
     autoencoder.half().save_pretrained(target / "tokenizer")
-    GPT.from_pretrained(folder / "model").half().save_pretrained(target / "gpt")
+    load_transformer(folder / "model").half().save_pretrained(target / "gpt")
     save_classifier(load_classifier(classifier).half(), target / "classifier")
     about: dict[str, Any] = {
         "command": command,

@@ -1,7 +1,7 @@
 """Stage 2: train one GPT over captions and the tokens of one finished Stage 1 run; stops anywhere and goes on.
 
 The folder of a run lies in that of its tokenizer and holds what :mod:`~.runs.running` says, ``model/``
-(for ``GPT.from_pretrained``) and ``tokens.safetensors``, the encoded training images.
+(for :func:`~.stage2.transformers.load_transformer`) and ``tokens.safetensors``, the encoded training images.
 """
 
 from __future__ import annotations
@@ -163,8 +163,9 @@ def train_stage2(
             trainer.load(*checkpoint)
 
         def advance() -> dict[str, Tensor]:
-            rows = train.rows(trainer.step, settings.batch_size)
-            text = distributed.share(train.caption_tokens(rows, trainer.step))
+            batch = settings.batch(trainer.step)
+            rows = train.rows(batch, settings.batch_size)
+            text = distributed.share(train.caption_tokens(rows, batch))
             return trainer.train_step(text, tokens[torch.from_numpy(distributed.share(rows))].long())
 
         run_steps(

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from examples.te_vqgan.data.caption_tokens import CaptionTokenizer
 from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checkpoint import adam_state, load_adam_state, under
-from examples.te_vqgan.runs.schedule import rate_factor
+from examples.te_vqgan.stage2.dalle import DalleConfig
 from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings
-from te_quant import GPT, GPTConfig, Segment
+from examples.te_vqgan.stage2.transformers import Transformer, TransformerConfig, build_transformer
+from te_quant import GPTConfig, Segment
 from te_quant.gpt import with_present_names
 
 __all__ = ["Stage2Trainer", "gpt_config"]
 
 _IGNORED = -100
-# As usual for transformers: 0.999 would forget the first steps too slowly for short runs.
-_BETAS = (0.9, 0.98)
+_BETA1 = 0.9
 
 
 def gpt_config(
     settings: Stage2Settings, tokenizer: CaptionTokenizer, num_codes: int, grid: tuple[int, int]
-) -> GPTConfig:
+) -> TransformerConfig:
     """Return the transformer of a run: learned text positions, fixed 2-D sinusoidal image positions.
 
     Args:
@@ -36,7 +36,27 @@ def gpt_config(
         tokenizer: of the captions.
         num_codes: of the image tokenizer.
         grid: h, w of its tokens.
+
+    Raises:
+        ValueError: the authors' transformer is to read captions without a start token.
     """
+    if settings.architecture == "dalle":
+        if tokenizer.start_token is None:
+            raise ValueError(
+                "tokenizer must be of captions in the style 'numerals', got one without a start token."
+            )
+        return DalleConfig(
+            vocab_size=tokenizer.vocab_size,
+            text_length=tokenizer.length,
+            pad_token=tokenizer.pad_token,
+            start_token=tokenizer.start_token,
+            num_codes=num_codes,
+            grid=grid,
+            width=settings.width,
+            depth=settings.depth,
+            num_heads=settings.num_heads,
+            head_width=settings.head_width or settings.width // settings.num_heads,
+        )
     text = Segment("text", tokenizer.vocab_size, (tokenizer.length,), "learned", pad_token=tokenizer.pad_token)
     image = Segment("image", num_codes, grid, "sinusoidal")
     return GPTConfig(
@@ -49,11 +69,11 @@ def gpt_config(
 
 
 class Stage2Trainer:
-    """A GPT with what trains it.
+    """A transformer with what trains it.
 
     Args:
         settings: decide, with the pairs, every number.
-        config: of the GPT, as :func:`gpt_config` makes it.
+        config: of the transformer, as :func:`gpt_config` makes it.
         device: where to train.
         compiled: run what :func:`torch.compile` makes of the losses.
 
@@ -62,14 +82,14 @@ class Stage2Trainer:
     """
 
     def __init__(
-        self, settings: Stage2Settings, config: GPTConfig, device: torch.device, *, compiled: bool = False
+        self, settings: Stage2Settings, config: TransformerConfig, device: torch.device, *, compiled: bool = False
     ) -> None:
         self.settings = settings
         self.device = device
         self.step = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.model = GPT(config).to(device)
+            self.model = build_transformer(config).to(device)
         self._losses = torch.compile(self.model.losses) if compiled else self.model.losses
         text = config.segments[0]
         # None pads nothing, and no token is -1.
@@ -81,7 +101,7 @@ class Stage2Trainer:
         torch.manual_seed(self.settings.seed)
 
     def losses(self, text: Tensor, image: Tensor, direction: str) -> dict[str, Tensor]:
-        """Return the mean cross entropy of each segment in nats a token; padding does not count.
+        """Return the mean cross entropy of each segment in nats per token; padding does not count.
 
         Shape:
             text: (B, L). image: (B, h, w). Both int64.
@@ -108,6 +128,8 @@ class Stage2Trainer:
         if distributed.size() > 1:
             # Captions differ in length: not the mean of the processes' means, but that over all their tokens.
             tokens = (text != self._pad).sum().cpu()
+            if isinstance(self.model.config, DalleConfig) and DIRECTIONS[direction][0] == "text":
+                tokens -= len(text)  # It does not predict the first token of a sequence.
             share = tokens * distributed.size() / distributed.total(tokens.clone())
             losses["text"] = losses["text"] * share.item()
         condition, target = (losses[name] for name in DIRECTIONS[direction])
@@ -117,12 +139,7 @@ class Stage2Trainer:
         torch.autograd.backward(loss)
         distributed.average_gradients(self.model.parameters())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or float("inf"))
-        factor = rate_factor(
-            self.step,
-            steps=settings.steps,
-            warmup_steps=settings.warmup_steps,
-            final_share=settings.final_lr_share,
-        )
+        factor = settings.rate_factor(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -155,7 +172,7 @@ class Stage2Trainer:
         self.step = facts["step"]
 
 
-def _optimizers(settings: Stage2Settings, model: GPT) -> list[torch.optim.Optimizer]:
+def _optimizers(settings: Stage2Settings, model: Transformer) -> list[torch.optim.Optimizer]:
     """Adam for everything, or Muon for the blocks' matrices and Adam for embeddings, norms and biases."""
     parameters = dict(model.named_parameters())
     matrices: list[nn.Parameter] = []
@@ -165,7 +182,7 @@ def _optimizers(settings: Stage2Settings, model: GPT) -> list[torch.optim.Optimi
     others = [parameter for parameter in parameters.values() if id(parameter) not in held]
     rate = settings.learning_rate
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Adam([{"params": others, "peak": rate}], rate, betas=_BETAS, fused=True)
+        torch.optim.Adam([{"params": others, "peak": rate}], rate, betas=(_BETA1, settings.adam_beta2), fused=True)
     ]
     if matrices:
         rate = settings.muon_learning_rate
