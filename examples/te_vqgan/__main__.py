@@ -25,6 +25,7 @@ from examples.te_vqgan.cli.options import (
     out_folder,
     stage1_settings,
 )
+from examples.te_vqgan.cli.pack import add_pack_command
 from examples.te_vqgan.cli.published import add_published_commands
 from examples.te_vqgan.cli.stage2 import add_stage2_commands
 from examples.te_vqgan.runs import distributed
@@ -248,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     several.add_argument("--into", type=Path, required=True, help="Markdown file to write")
     add_family_command(add)
+    add_pack_command(add)
     add_published_commands(add)
     audit = add("audit", _audit, "find the modules of some networks that lose equivariance")
     audit.add_argument("--out", type=Path, default=Path("runs/te_vqgan/audits"), help="folder of the results")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -427,14 +426,13 @@ def test_other_rules_are_refused(name: str, message: str) -> None:
 
 
 def test_lpips_is_measured_where_it_is_installed(
-    chain: tuple[Path, Path], source: DigitSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: tuple[Path, Path], source: DigitSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over all test images, by a stand-in whose distance is known; without the package nothing is written."""
-    tokenizer = tmp_path / "tokenizer"
-    shutil.copytree(chain[0], tokenizer, ignore=shutil.ignore_patterns("reading.json", "stage2-*"))
+    tokenizer, classifier = chain
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ImportError, match="pip install lpips"):
-        evaluate_tokenizer(tokenizer, chain[1], source, perceptual="lpips")
+    with pytest.raises(ImportError, match="--perceptual lpips needs"):
+        evaluate_tokenizer(tokenizer, classifier, source, perceptual="lpips")
     assert not (tokenizer / "reading.json").exists()
 
     class Squares(torch.nn.Module):
@@ -447,15 +445,56 @@ def test_lpips_is_measured_where_it_is_installed(
 
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Squares))
     monkeypatch.setattr(generation, "_BATCH", 3)
-    assert evaluate_tokenizer(tokenizer, chain[1], source, perceptual="lpips")
+    assert evaluate_tokenizer(tokenizer, classifier, source, perceptual="lpips")
     reading = json.loads((tokenizer / "reading.json").read_text())
     model, settings = load_tokenizer(tokenizer, torch.device("cpu"))
     images = dataset(settings, source, "test").fixed(0, settings.eval_images)
     with torch.no_grad():
         rebuilt = model(images).reconstruction.clamp(-1, 1)
-    assert reading["perceptual"] == "lpips"
     expected = (rebuilt - images).double().square().mean().item()
-    assert reading["perceptual_distance"] == pytest.approx(expected, rel=1e-5)
+    assert reading["perceptual_distances"] == {"lpips": pytest.approx(expected, rel=1e-5)}
+
+
+def _constant(value: float) -> Any:
+    return lambda first, second: torch.full((len(first),), value)
+
+
+def test_a_distance_is_added_to_a_reading(
+    chain: tuple[Path, Path], source: DigitSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for later it is measured, with those that were there; what is there is not measured again."""
+    tokenizer, classifier = chain
+    known = {"none": None, "lpips": _constant(0.5), "st-lpips": _constant(0.25)}
+    monkeypatch.setattr(evaluate, "load_perceptual", lambda name, device: known[name])
+
+    def measured(perceptual: str | None) -> bool:
+        return evaluate_tokenizer(tokenizer, classifier, source, perceptual=perceptual)
+
+    def distances() -> Any:
+        return json.loads((tokenizer / "reading.json").read_text()).get("perceptual_distances")
+
+    assert measured(None)
+    assert distances() is None
+    assert not measured("none")
+    assert measured("st-lpips")
+    assert distances() == {"st-lpips": 0.25}
+    assert [measured(name) for name in (None, "none", "st-lpips")] == [False, False, False]
+    assert measured("lpips")
+    assert distances() == {"lpips": 0.5, "st-lpips": 0.25}
+
+
+def test_a_distance_in_the_loss_is_measured_by_default(
+    source: DigitSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is declined."""
+    classifier = finished_classifier(tmp_path / "classifier")
+    monkeypatch.setattr(evaluate, "load_perceptual", lambda name, device: {"st-lpips": _constant(0.25)}.get(name))
+    for perceptual, expected in ((None, {"st-lpips": 0.25}), ("none", None)):
+        tokenizer = tmp_path / str(perceptual)
+        finished_tokenizer(tokenizer, perceptual="st-lpips", perceptual_weight=1.0)
+        assert evaluate_tokenizer(tokenizer, classifier, source, perceptual=perceptual)
+        reading = json.loads((tokenizer / "reading.json").read_text())
+        assert reading.get("perceptual_distances") == expected
 
 
 def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSource, tmp_path: Path) -> None:
@@ -474,9 +513,12 @@ def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSourc
     assert [path.stat().st_mtime_ns for path in paths] == before
 
     reading, numbers = (json.loads(path.read_text()) for path in paths[:2])
-    assert {"original", "reconstruction", "feature_distance", "command", "commit", "versions"} == reading.keys()
-    measured = {"held_out", "seen", "rule", "classifier", "spent"}
-    assert {*measured, "command", "commit", "versions"} == numbers.keys()
+    facts = {"command", "commit", "versions"}
+    assert {"original", "reconstruction", "feature_distance", "classifier", "spent", *facts} == reading.keys()
+    assert {"held_out", "seen", "rule", "classifier", "spent", *facts} == numbers.keys()
+    for measured in (reading, numbers):
+        assert measured["spent"].keys() == {"wall_seconds", "cpu_seconds"}
+        assert min(measured["spent"].values()) > 0
     assert reading["command"] == numbers["command"] == "as typed"
     tensors, texts = load_checkpoint(paths[2])
     for split, size, table in (("held_out", 7, None), ("seen", 3, allowed("train"))):
@@ -507,7 +549,9 @@ def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSourc
         GPT_SETTINGS, tokenizer, classifier, source, rule="paper", progress=False, command="as typed"
     )
     again = [json.loads(path.read_text()) for path in paths[:2]]
-    assert again == [reading, {**numbers, "spent": again[1]["spent"]}]
+    # All but how long it took.
+    for found, before_it in zip(again, (reading, numbers), strict=True):
+        assert found == {**before_it, "spent": found["spent"]}
 
 
 def test_unfinished_runs_are_not_measured(chain: tuple[Path, Path], source: DigitSource, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from examples.te_vqgan.data.sources import SOURCES
 from examples.te_vqgan.runs.provenance import Execution
-from examples.te_vqgan.stage1.presets import PRESETS, Stage1Settings, settings_for
+from examples.te_vqgan.stage1.presets import PERCEPTUAL, PRESETS, Stage1Settings, settings_for
 
 __all__ = ["COMPUTE", "SETTINGS", "WHERE", "add_options", "announce", "execution", "out_folder", "stage1_settings"]
 
@@ -36,8 +36,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "help": "seed of weights and images (default: the preset's, 0)"},
     "steps": {"type": int, "help": "optimiser steps, instead of the preset's"},
     "perceptual": {
-        "choices": ("none", "lpips"),
-        "help": "perceptual distance in the loss (default: the preset's)",
+        "choices": PERCEPTUAL,
+        "help": "perceptual distance, in the loss and measured (default: the preset's; evaluate: the tokenizer's)",
     },
     "bf16": {"action": argparse.BooleanOptionalAction, "help": "train the networks in bfloat16"},
     "device": {"default": "cpu", "help": "torch device (default: cpu)"},
@@ -68,8 +68,6 @@ def out_folder(options: argparse.Namespace) -> Path:
 def stage1_settings(options: argparse.Namespace, arm: str) -> Stage1Settings:
     """Return the settings of ``arm`` under the options; a command that does not train has only some of these."""
     changes = {name: getattr(options, name, None) for name in ("data", *SETTINGS)}
-    if changes["perceptual"] is not None:
-        changes["perceptual_weight"] = 0.0 if changes["perceptual"] == "none" else 1.0
     return settings_for(options.preset, arm, changes)
 
 

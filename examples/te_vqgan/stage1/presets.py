@@ -20,6 +20,7 @@ from te_quant import AutoencoderConfig
 __all__ = [
     "ARMS",
     "DEFAULT_ARMS",
+    "PERCEPTUAL",
     "PRESETS",
     "Arm",
     "Stage1Settings",
@@ -29,6 +30,9 @@ __all__ = [
     "settings_for",
     "to_dict",
 ]
+
+PERCEPTUAL = ("none", "lpips", "st-lpips")
+"""Names of the perceptual distances that a loss may have; "none" is none of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Stage1Settings:
         clip_norm: the gradient is scaled down to at most this norm; 0 leaves it alone.
         l1_weight: of the mean absolute reconstruction error.
         l2_weight: of the mean squared reconstruction error.
-        perceptual: name of the perceptual distance, ``"none"`` or ``"lpips"``.
+        perceptual: name of the perceptual distance, out of :data:`PERCEPTUAL`.
         perceptual_weight: its weight; above 0 exactly if there is one.
         adversarial_weight: of the patch discriminator's verdict; 0 trains none.
         adversarial_start: the first step with a discriminator.
@@ -125,7 +129,7 @@ class Stage1Settings:
         require_int("discriminator_layers", self.discriminator_layers, 1)
         require_choice("discriminator_norm", self.discriminator_norm, DISCRIMINATOR_NORMS)
         require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
-        require_choice("perceptual", self.perceptual, ("none", "lpips"))
+        require_choice("perceptual", self.perceptual, PERCEPTUAL)
         require_choice("codebook_init", self.codebook_init, ("uniform", "kmeans"))
         require(
             self.l1_weight + self.l2_weight + self.perceptual_weight > 0,
@@ -277,7 +281,8 @@ def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None
     Args:
         preset: a key of :data:`PRESETS`.
         arm: a key of :data:`ARMS`.
-        changes: overrides, the same for every arm; ``None`` values are ignored.
+        changes: overrides, the same for every arm; ``None`` values are ignored. A perceptual distance without a
+            weight has that of the preset, 1 if the preset has none; "none" has weight 0.
 
     Raises:
         ValueError: a name is unknown or a setting out of range.
@@ -286,6 +291,9 @@ def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None
     require_choice("arm", arm, tuple(ARMS))
     base = PRESETS[preset]
     given = {name: value for name, value in (changes or {}).items() if value is not None}
+    if "perceptual" in given:
+        weight = 0.0 if given["perceptual"] == "none" else base.perceptual_weight or 1.0
+        given = {"perceptual_weight": weight, **given}
     layers = _AUTHORS_LAYERS.get(arm, {}) if preset in _AUTHORS_PRESETS else {}
     model = dataclasses.replace(base.model, **{**ARMS[arm].model, **layers})
     return dataclasses.replace(base, **{"model": model, **ARMS[arm].settings, **given})

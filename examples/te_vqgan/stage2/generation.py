@@ -5,7 +5,7 @@ Shape letters: B images, P = 5 places, M tokens of an image, h w token grid, T c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ def read_tokenizer(
     num_classes: int,
     *,
     device: torch.device,
-    perceptual: Perceptual | None = None,
+    perceptual: Mapping[str, Perceptual] | None = None,
 ) -> dict[str, Any]:
     """Say what survives the tokenizer: digits read in images, and in what is decoded from their tokens.
 
@@ -116,15 +116,15 @@ def read_tokenizer(
         images: the data.
         num_classes: L.
         device: of both models.
-        perceptual: a distance to measure too.
+        perceptual: distances to measure too, by name.
 
     Returns:
         Numbers for JSON: ``original`` and ``reconstruction``, from :meth:`~.stage2.scores.Scores.to_dict`, and
         ``feature_distance``, the mean distance of an image and its reconstruction in the classifier's features,
-        which is not LPIPS; ``perceptual_distance``, their mean distance by ``perceptual``, if there is one.
+        which is not LPIPS; ``perceptual_distances``, their mean by each of ``perceptual``, if there are any.
     """
     tasks = {name: Scores(num_classes) for name in ("original", "reconstruction")}
-    distance, perceived = 0.0, 0.0
+    distance, perceived = 0.0, dict.fromkeys(perceptual or {}, 0.0)
     for start in range(0, len(images), _BATCH):
         recipe = images.recipes[start : start + _BATCH]
         truth = (images.classes(recipe), recipe.colors)
@@ -133,11 +133,13 @@ def read_tokenizer(
         for name, pictures in (("original", originals), ("reconstruction", rebuilt)):
             tasks[name].update(truth, read_places(classifier, pictures))
         distance += float(feature_distance(classifier, rebuilt, originals).double().sum())
-        if perceptual is not None:
-            perceived += float(perceptual(rebuilt, originals).double().mean()) * len(originals)
+        for name, measure in (perceptual or {}).items():
+            perceived[name] += float(measure(rebuilt, originals).double().mean()) * len(originals)
     numbers: dict[str, Any] = {name: scores.to_dict() for name, scores in tasks.items()}
     numbers["feature_distance"] = distance / len(images)
-    return numbers if perceptual is None else numbers | {"perceptual_distance": perceived / len(images)}
+    if perceived:
+        numbers["perceptual_distances"] = {name: value / len(images) for name, value in perceived.items()}
+    return numbers
 
 
 @torch.inference_mode()
