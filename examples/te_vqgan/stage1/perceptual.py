@@ -18,8 +18,8 @@ from examples.te_vqgan.stage1.presets import PERCEPTUAL
 __all__ = ["TITLES", "load_perceptual", "measured_distances", "require_perceptual"]
 
 _CURE = (
-    "`pip install --constraint constraints.txt lpips` keeps the pinned torch; a CPU build of torch also needs "
-    "`--extra-index-url https://download.pytorch.org/whl/cpu`. --perceptual st-lpips needs no torchvision, "
+    "`pip install --constraint constraints.txt lpips` keeps the pinned torch; a CPU build of torch needs a "
+    "torchvision from the same index, named with `--extra-index-url`. --perceptual st-lpips needs no torchvision, "
     "--perceptual none no package."
 )
 

@@ -260,7 +260,9 @@ PRESETS: dict[str, Stage1Settings] = {
 
 # The paper's geometry on one CPU core: `small` on the whole canvas. A discriminator would cost more than the
 # autoencoder.
-PRESETS["narrow"] = dataclasses.replace(PRESETS["small"], canvas_size=64, steps=2_000)
+PRESETS["narrow"] = dataclasses.replace(
+    PRESETS["small"], canvas_size=64, steps=2_000, perceptual="st-lpips", perceptual_weight=1.0
+)
 
 # What differs between `small` and the paper, one thing at a time.
 PRESETS["small-long"] = dataclasses.replace(PRESETS["small"], steps=3 * PRESETS["small"].steps)
