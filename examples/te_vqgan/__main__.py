@@ -22,14 +22,17 @@ from examples.te_vqgan.cli.options import (
     add_options,
     announce,
     execution,
+    image_source,
     out_folder,
     stage1_settings,
 )
 from examples.te_vqgan.cli.pack import add_pack_command
+from examples.te_vqgan.cli.photographs import add_photographs_command
 from examples.te_vqgan.cli.published import add_published_commands
 from examples.te_vqgan.cli.stage2 import add_stage2_commands
+from examples.te_vqgan.data.sources import is_pictures
 from examples.te_vqgan.runs import distributed
-from examples.te_vqgan.stage1.presets import ARMS
+from examples.te_vqgan.stage1.presets import ARMS, Stage1Settings
 
 __all__ = ["main"]
 
@@ -95,6 +98,9 @@ def _prepare(options: argparse.Namespace) -> None:
     from examples.te_vqgan.data.recipes import LAYOUTS
 
     settings = stage1_settings(options, next(iter(ARMS)))
+    if is_pictures(settings.data):
+        _prepare_pictures(options, settings)
+        return
     sizes = {"train": settings.train_images, "validation": settings.eval_images, "test": settings.eval_images}
     folder = out_folder(options)
     summary = prepare(
@@ -110,8 +116,24 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"Data {summary.data}: {counts} digits. A picture of them: {folder / 'data' / 'samples.png'}")
 
 
+def _prepare_pictures(options: argparse.Namespace, settings: Stage1Settings) -> None:
+    from examples.te_vqgan.data.pictures import PictureSource, find_pictures, folder_of
+    from examples.te_vqgan.data.prepare import prepare_pictures
+    from examples.te_vqgan.data.sources import SPLITS
+    from examples.te_vqgan.stage1.pictures import crops
+
+    folder = out_folder(options) / "data"
+    left_out = find_pictures(folder_of(options.data)).left_out
+    source = image_source(options, settings)
+    assert isinstance(source, PictureSource)
+    prepare_pictures(source, {split: crops(settings, source, split) for split in SPLITS}, left_out, folder)
+    counts = ", ".join(f"{len(source.pixels[split])} {split}" for split in SPLITS)
+    print(f"Data {source.name}: {counts} pictures. Crops of them: {folder / 'samples.png'}")
+    if left_out:
+        print(f"Left out, by their suffix or as copies: {', '.join(left_out)}")
+
+
 def _stage1(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.data.sources import load_digits
     from examples.te_vqgan.reports.results import run_folder
     from examples.te_vqgan.runs.provenance import command_line
     from examples.te_vqgan.stage1.train import train_stage1
@@ -122,7 +144,7 @@ def _stage1(options: argparse.Namespace) -> None:
     trained = train_stage1(
         settings,
         folder,
-        load_digits(settings.data, options.data_dir),
+        image_source(options, settings),
         execution=execution(options),
         resume=options.resume,
         stop=orphaned,
@@ -160,11 +182,11 @@ def _exactness(options: argparse.Namespace) -> None:
 
     folder = run_folder(out_folder(options), options.arm, stage1_settings(options, options.arm).seed)
     settings = finished_settings(folder)
+    source = load_digits(settings.data, options.data_dir)
     require(options.data in (None, settings.data), "data", f"{settings.data!r} as in {folder}", options.data)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = VQAutoencoder.from_pretrained(folder / "model")
-    source = load_digits(settings.data, options.data_dir)
     with tqdm(total=options.tokens, unit="token", unit_scale=True, desc=options.arm) as bar:
         found = numerical_check(
             model,
@@ -250,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--into", type=Path, required=True, help="Markdown file to write")
     add_family_command(add)
     add_pack_command(add)
+    add_photographs_command(add)
     add_published_commands(add)
     audit = add("audit", _audit, "find the modules of some networks that lose equivariance")
     audit.add_argument("--out", type=Path, default=Path("runs/te_vqgan/audits"), help="folder of the results")

@@ -56,6 +56,22 @@ def finished_tokenizer(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def save_picture(path: Path, red: int, *, height: int = 97, width: int = 150) -> None:
+    """Write a picture whose red tells which it is, green the row and blue the column, up to 255."""
+    from PIL import Image
+
+    rows, columns = np.minimum(np.arange(height), 255), np.minimum(np.arange(width), 255)
+    pixels = np.stack(np.broadcast_arrays(np.array([[red]]), rows[:, None], columns), -1).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, "png")
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """Write so many pictures of :func:`save_picture` into ``folder``."""
+    for number in range(count):
+        save_picture(folder / f"{number}.png", 20 * number)
+
+
 def finished_classifier(folder: Path) -> Path:
     """Write an untrained classifier as a finished run holds it."""
     save_classifier(CellClassifier(widths=(8,), blocks=1), folder / "model")

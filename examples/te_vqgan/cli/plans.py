@@ -49,5 +49,6 @@ PLANS: dict[str, Plan] = {
     # There the phase is a token more.
     "small-fine": Plan(without_stage2=()),
     "narrow": Plan(("vqgan", "te_vqgan", "k16"), (0, 1)),
+    "photos": Plan(("vqgan", "te_vqgan", "stride_exact", "integer_exact")),
     "paper": Plan(_ALL, (0, 1, 2), smaller_images=100_000, other_data="fashion-mnist"),
 }

@@ -16,6 +16,7 @@ from typing import Any
 from examples.te_vqgan.cli.options import announce, out_folder, stage1_settings
 from examples.te_vqgan.cli.plans import PLANS, Plan
 from examples.te_vqgan.cli.stage2 import classifier_folder
+from examples.te_vqgan.data.sources import is_pictures
 from examples.te_vqgan.reports.results import run_folder
 from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checks import require
@@ -101,6 +102,8 @@ def plan_jobs(options: argparse.Namespace) -> Iterator[Job]:
     out = out_folder(options)
     settings = stage1_settings(options, plan.arms[0])
     has_stage2 = STAGE2[options.preset] is not None
+    expected = "a data set of digits for a preset with a Stage 2; 'photos' and 'quick' take pictures"
+    require(not (has_stage2 and is_pictures(settings.data)), "data", expected, options.data)
     if has_stage2:
         yield from _classifier_job(options, out, settings.data)
     for seed in plan.seeds:
@@ -162,8 +165,10 @@ def _stage1_jobs(options: argparse.Namespace, out: Path, arm: str, settings: Sta
     if is_finished(folder, settings):
         print(f"{folder}: was finished before, skipped.")
         return
-    given = {"data": settings.data, "out": out, "arm": arm, "seed": settings.seed}
-    given |= {"steps": options.steps, "perceptual": options.perceptual}
+    # The settings name pictures by their contents, the command line by their folder.
+    data = options.data if is_pictures(settings.data) else settings.data
+    given = {"data": data, "out": out, "arm": arm, "seed": settings.seed}
+    given |= {"steps": options.steps, "perceptual": options.perceptual, "max-reduction": options.max_reduction}
     words = ["stage1", *_words(options, given), *_flags(options, "bf16", "channels_last", "compile"), "--resume"]
     yield Job(_name(folder), words, folder, settings.steps)
 

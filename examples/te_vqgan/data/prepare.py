@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from examples.te_vqgan.data.crops import CropDataset
+from examples.te_vqgan.data.pictures import PictureSource
 from examples.te_vqgan.data.quadrants import PAPER_SIZES, QuadrantDataset
 from examples.te_vqgan.data.recipes import QUADRANT_LAYOUTS
+from examples.te_vqgan.data.rows import ImageRows
 from examples.te_vqgan.data.sources import SPLITS, load_digits
 from examples.te_vqgan.runs.checks import require_choice
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
@@ -21,7 +24,7 @@ from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atom
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DataSummary", "SplitSummary", "build_datasets", "contact_sheet", "prepare"]
+__all__ = ["DataSummary", "SplitSummary", "build_datasets", "contact_sheet", "prepare", "prepare_pictures"]
 
 SUMMARY_FILE = "data.json"
 PICTURE_FILE = "samples.png"
@@ -132,16 +135,47 @@ def prepare(
         seed=seed,
         layouts=layouts,
     )
-    picture = BytesIO()
-    contact_sheet(datasets).savefig(picture, format="png")
-    write_bytes_atomically(Path(out_dir) / PICTURE_FILE, picture.getvalue())
-    # Last, since it is what tells a later step that this one is done.
-    write_text_atomically(Path(out_dir) / SUMMARY_FILE, summary.to_json())
+    drawn = {name: f"{len(dataset.labels):,} pictures" for name, dataset in datasets.items()}
+    _write(Path(out_dir), contact_sheet(datasets, drawn), summary.to_json())
     return summary
 
 
-def contact_sheet(datasets: Mapping[str, QuadrantDataset]) -> Figure:
-    """A figure of the first images of each data set, one block each."""
+def prepare_pictures(
+    source: PictureSource, datasets: Mapping[str, CropDataset], left_out: Sequence[str], out_dir: Path
+) -> None:
+    """Write ``data.json``, which names every picture with its hash and split, and ``samples.png``.
+
+    Args:
+        source: the pictures.
+        datasets: crops of them, by split.
+        left_out: names of files that do not count as pictures.
+        out_dir: made if it is not there; both files are replaced whole or not at all.
+    """
+    facts = {"format": _FORMAT, "data": source.name, "pictures": source.manifest, "left_out": left_out}
+    drawn = {name: _counted(len(source.pixels[name])) for name in datasets}
+    _write(out_dir, contact_sheet(datasets, drawn), json.dumps(facts, indent=2) + "\n")
+
+
+def _counted(pictures: int) -> str:
+    """Write "1 picture" or "3 pictures"."""
+    return f"{pictures:,} picture{'' if pictures == 1 else 's'}"
+
+
+def _write(out_dir: Path, sheet: Figure, summary: str) -> None:
+    picture = BytesIO()
+    sheet.savefig(picture, format="png")
+    write_bytes_atomically(out_dir / PICTURE_FILE, picture.getvalue())
+    # Last, since it is what tells a later step that this one is done.
+    write_text_atomically(out_dir / SUMMARY_FILE, summary)
+
+
+def contact_sheet(datasets: Mapping[str, ImageRows], drawn: Mapping[str, str]) -> Figure:
+    """A figure of the first images of each data set, one block each.
+
+    Args:
+        datasets: by split.
+        drawn: from how many pictures those of each split are drawn, in words.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -150,16 +184,17 @@ def contact_sheet(datasets: Mapping[str, QuadrantDataset]) -> Figure:
     rows = figure.subplots(len(datasets), 1, squeeze=False)[:, 0]
     for axes, (name, dataset) in zip(rows, datasets.items(), strict=True):
         axes.imshow(_mosaic(dataset), interpolation="nearest")
-        counts = f"the first of {len(dataset):,} images, drawn from {len(dataset.labels):,} pictures"
+        counts = f"the first of {len(dataset):,} images, drawn from {drawn[name]}"
         axes.set_title(f"{name}: {counts}", fontsize=9, loc="left")
         axes.set_axis_off()
     return figure
 
 
-def _mosaic(dataset: QuadrantDataset) -> NDArray[np.float32]:
+def _mosaic(dataset: ImageRows) -> NDArray[np.float32]:
     """The first images on a grey sheet, so that black canvases show their borders; (height, width, 3)."""
     images = dataset.fixed(0, _ROWS * _COLUMNS).numpy() / 2 + 0.5
-    side, gap = dataset.images.canvas_size, max(1, dataset.images.canvas_size // 32)
+    side = images.shape[-1]
+    gap = max(1, side // 32)
     pitch = side + gap
     sheet = np.full((_ROWS * pitch + gap, _COLUMNS * pitch + gap, 3), 0.6, np.float32)
     for index, image in enumerate(images):

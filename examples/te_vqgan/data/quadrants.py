@@ -24,6 +24,7 @@ from examples.te_vqgan.data.recipes import (
     QuadrantRecipe,
     sample_recipes,
 )
+from examples.te_vqgan.data.rows import EpochOrder
 from examples.te_vqgan.data.sources import SPLITS, DigitSource
 from examples.te_vqgan.runs.checks import require, require_choice, require_int
 
@@ -150,7 +151,7 @@ class QuadrantDataset:
             layouts=layouts,
             allowed=allowed,
         )
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._order = EpochOrder(size, lambda epoch: self._rng(_ORDER, epoch).permutation(size))
 
     def __len__(self) -> int:
         return self.size
@@ -165,19 +166,15 @@ class QuadrantDataset:
         Shape:
             result: (B,).
         """
-        require_int("step", step, 0)
-        require_int("batch_size", batch_size, 1)
-        positions = step * batch_size + np.arange(batch_size)
-        epochs, within = np.divmod(positions, self.size)
-        rows = np.empty(batch_size, np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            chosen = epochs == epoch
-            rows[chosen] = self._permutation(epoch)[within[chosen]]
-        return rows
+        return self._order.batch(step, batch_size)
 
     def recipe_batch(self, step: int, batch_size: int) -> QuadrantRecipe:
         """The recipes of :meth:`row_batch`."""
         return self.recipes[self.row_batch(step, batch_size)]
+
+    def render(self, rows: NDArray[np.int64]) -> Tensor:
+        """The images of ``rows``, (B,): (B, 3, S, S) float32 in [-1, 1], ground -1."""
+        return self.images.render(self.recipes[rows])
 
     def batch(self, step: int, batch_size: int) -> Tensor:
         """The images of batch ``step``: (batch_size, 3, S, S) float32 in [-1, 1], ground -1."""
@@ -217,11 +214,6 @@ class QuadrantDataset:
             recipe = QuadrantRecipe(recipe.digits, colors)
         centre = slice(self.images.cell_size // 2, self.images.cell_size // 2 + self.images.cell_size)
         return self.images.render(recipe)[:, :, centre, centre].contiguous()
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._rng(_ORDER, epoch).permutation(self.size))
-        return self._order[1]
 
     def _rng(self, *purpose: int, seed: int | None = None) -> np.random.Generator:
         # The purpose is part of the key: two uses of one seed must not share their random numbers.

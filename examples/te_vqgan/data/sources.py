@@ -24,11 +24,23 @@ from examples.te_vqgan.data.archives import (
     idx_path,
 )
 from examples.te_vqgan.data.idx import read_idx
-from examples.te_vqgan.runs.checks import require_choice
+from examples.te_vqgan.runs.checks import require, require_choice
 
-__all__ = ["CLASS_NAMES", "SOURCES", "SPLITS", "DigitSource", "DigitSplit", "load_digits"]
+__all__ = [
+    "CLASS_NAMES",
+    "PICTURES",
+    "SOURCES",
+    "SPLITS",
+    "DigitSource",
+    "DigitSplit",
+    "is_pictures",
+    "load_digits",
+]
 
 SOURCES = ("mnist", "fashion-mnist", "digits")
+PICTURES = "images:"
+"""How the name of a data set begins that consists of pictures in a folder; see :mod:`~.data.pictures`."""
+
 SPLITS = ("train", "validation", "test")
 
 _NUM_VALIDATION = 5_000
@@ -123,6 +135,11 @@ class DigitSource:
         return digest.hexdigest()
 
 
+def is_pictures(data: str) -> bool:
+    """Say whether ``data``, from the command line or from settings, names pictures of a folder."""
+    return data.startswith(PICTURES)
+
+
 def load_digits(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> DigitSource:
     """Load a data set, from local files if there are any.
 
@@ -142,6 +159,9 @@ def load_digits(name: str, data_dir: str | Path | None = None, cache_dir: str | 
         ValueError: an unknown name, ``data_dir`` with "digits", or a file that is not what it should be.
         FileNotFoundError: the files are not there and cannot be downloaded.
     """
+    digits = ", ".join(map(repr, SOURCES))
+    expected = f"one of {digits} for this step; prepare, stage1, run and report take pictures of a folder too"
+    require(not is_pictures(name), "data", expected, repr(name))
     require_choice("name", name, SOURCES)
     if name == "digits":
         if data_dir is not None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from examples.te_vqgan.data.sources import is_pictures
 from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named, read_results
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
@@ -58,6 +59,9 @@ def write_comparison(folder: Path) -> None:
     path = folder / "results.json"
     require(path.is_file(), "results", "a folder with results.json", str(folder))
     runs = read_results(path)["runs"]
+    data = runs[0].get("settings", {}).get("data", "")
+    expected = "a folder with results of digits; the report of pictures holds its comparison"
+    require(not is_pictures(data), "results", expected, f"{data!r} in {path}")
     write_text_atomically(folder / "comparison.md", comparison(runs))
     reports = {_name(run, runs): _report(run) for run in runs}
     write_text_atomically(folder / "metrics.md", comparison_table(reports).to_markdown())

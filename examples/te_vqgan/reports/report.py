@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from examples.te_vqgan.data.sources import is_pictures
 from examples.te_vqgan.reports.document import (
     Block,
     Bullets,
@@ -29,6 +30,7 @@ from examples.te_vqgan.reports.figures import draw_curves, draw_placements, draw
 from examples.te_vqgan.reports.findings import findings
 from examples.te_vqgan.reports.generation.report import generation_blocks, generation_figures, generation_tables
 from examples.te_vqgan.reports.generation.tables import full_size, generations, shown_rule
+from examples.te_vqgan.reports.pictures import add_pictures, render_pictures
 from examples.te_vqgan.reports.results import (
     METRICS,
     by_arm,
@@ -94,8 +96,11 @@ def write_report(out: Path, *, command: str, wall_seconds: float | None = None, 
     results = collected
     if into is not None and path.is_file():
         results = merged(read_results(path), collected)
-    results["samples"] = _copied_samples(results, collected, out, folder)
-    _add_generated(results, collected, out, folder)
+    if _of_pictures(results):
+        add_pictures(results, collected, out, folder)
+    else:
+        results["samples"] = _copied_samples(results, collected, out, folder)
+        _add_generated(results, collected, out, folder)
     write_text_atomically(path, to_text(results))
     render(folder)
     return folder
@@ -110,6 +115,9 @@ def render(folder: Path) -> None:
     path = folder / _RESULTS
     require(path.is_file(), "results", "a folder with results.json", str(folder))
     results = read_results(path)
+    if _of_pictures(results):
+        render_pictures(results, folder)
+        return
     samples = {title: _samples(folder / name) for title, name in results["samples"].items()}
     generated = {arm: _samples(folder / name) for arm, name in results.get("generated", {}).items()}
     figures = _figures(results, samples) | generation_figures(results, generated)
@@ -122,6 +130,10 @@ def render(folder: Path) -> None:
     if full_size(results) is not None:
         for name, table in generation_tables(results).items():
             write_text_atomically(folder / f"{name}.md", to_markdown([table]))
+
+
+def _of_pictures(results: Mapping[str, Any]) -> bool:
+    return is_pictures(results["runs"][0]["settings"]["data"])
 
 
 def _copied_samples(
@@ -279,11 +291,11 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_effect(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what the discriminator would be like where none is trained."""
-    if settings["adversarial_weight"] > 0:
-        return dict(settings)
-    details = ("adversarial_delta", *(name for name in settings if name.startswith("discriminator_")))
-    return {name: value for name, value in settings.items() if name not in details}
+    """Leave out what digits do not have, and what the discriminator would be like where none is trained."""
+    without = ["max_reduction"]
+    if settings["adversarial_weight"] == 0:
+        without += ["adversarial_delta", *(name for name in settings if name.startswith("discriminator_"))]
+    return {name: value for name, value in settings.items() if name not in without}
 
 
 def _title(results: Mapping[str, Any]) -> str:

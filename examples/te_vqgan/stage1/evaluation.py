@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from examples.te_vqgan.data.heldout import allowed
 from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.data.recipes import LAYOUTS
+from examples.te_vqgan.data.rows import ImageRows
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.stage1.joint import joint_indices, num_combinations, vector_quantizer
 from examples.te_vqgan.stage1.presets import Stage1Settings
@@ -23,12 +24,12 @@ from te_quant.equivariance import place_sprites
 from te_quant.functional import orthogonality
 from te_quant.shifts import place
 
-__all__ = ["dataset", "evaluate", "psnr", "quality"]
+__all__ = ["EVALUATION_SEED", "codebook_numbers", "dataset", "eight_bits", "evaluate", "psnr", "quality"]
 
 _BATCH = 128
 _PICTURES = 8
-# Every seed is measured on the same images.
-_EVALUATION_SEED = 0
+EVALUATION_SEED = 0
+"""Every seed is measured on the same images."""
 # Chosen by eye among the first ten: a digit that even 8x8 pixels show well.
 _PICTURE_SEED = 5
 
@@ -41,7 +42,7 @@ def dataset(settings: Stage1Settings, source: DigitSource, split: str) -> Quadra
         split,
         canvas_size=settings.canvas_size,
         size=settings.train_images if training else settings.eval_images,
-        seed=settings.seed if training else _EVALUATION_SEED,
+        seed=settings.seed if training else EVALUATION_SEED,
         layouts=LAYOUTS,
         allowed=allowed(split, len(source.class_names)) if settings.held_out else None,
     )
@@ -53,7 +54,7 @@ def psnr(mean_squared_error: float) -> float:
 
 
 @torch.no_grad()
-def quality(model: VQAutoencoder, images: QuadrantDataset, count: int, device: torch.device) -> dict[str, Any]:
+def quality(model: VQAutoencoder, images: ImageRows, count: int, device: torch.device) -> dict[str, Any]:
     """Measure reconstruction and code use over the first ``count`` images, in float32 and evaluation mode.
 
     Returns:
@@ -102,7 +103,7 @@ def evaluate(
     model.eval()
     test = dataset(settings, source, "test")
     validation = dataset(settings, source, "validation")
-    sprites = test.sprites(settings.eval_sprites, seed=_EVALUATION_SEED).to(device)
+    sprites = test.sprites(settings.eval_sprites, seed=EVALUATION_SEED).to(device)
     report = measure_equivariance(
         model.encode_to_indices,
         sprites,
@@ -116,14 +117,14 @@ def evaluate(
     numbers = {
         "validation": quality(model, validation, settings.eval_images, device),
         "test": quality(model, test, settings.eval_images, device),
-        "codebook": _codebook(model, test, settings, device),
+        "codebook": codebook_numbers(model, test, settings, device),
         "equivariance": report.to_dict(),
     }
     return numbers, _samples(model, test, settings, device)
 
 
-def _codebook(
-    model: VQAutoencoder, images: QuadrantDataset, settings: Stage1Settings, device: torch.device
+def codebook_numbers(
+    model: VQAutoencoder, images: ImageRows, settings: Stage1Settings, device: torch.device
 ) -> dict[str, float]:
     """Say how far from orthogonal the codes are: Eq. 5 without λ, and the mean |cosine| of two codes."""
     codebook = vector_quantizer(model).codebook.detach().double()
@@ -169,14 +170,15 @@ def _samples(
         [place(sprite, (corner, corner + d), size=(side, side), fill=-1.0) for d in range(stride + 1)]
     )
     return {
-        "images": _bytes(originals),
-        "reconstructions": _bytes(model(originals).reconstruction),
-        "placed_images": _bytes(placed),
+        "images": eight_bits(originals),
+        "reconstructions": eight_bits(model(originals).reconstruction),
+        "placed_images": eight_bits(placed),
         "placed_tokens": model.encode_to_indices(placed).cpu(),
-        "shifted_images": _bytes(shifted),
+        "shifted_images": eight_bits(shifted),
         "shifted_tokens": model.encode_to_indices(shifted).cpu(),
     }
 
 
-def _bytes(images: Tensor) -> Tensor:
+def eight_bits(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 on the CPU; values beyond are clipped."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.te_vqgan.data.sources import PICTURES, is_pictures
 from examples.te_vqgan.runs.checks import require, require_choice, require_int, require_number
 from examples.te_vqgan.runs.files import read_json_object
 from examples.te_vqgan.stage1.discriminator import DISCRIMINATOR_NORMS
@@ -43,7 +44,8 @@ class Stage1Settings:
 
     Args:
         model: the autoencoder, codebook included.
-        data: name of the digits, as ``prepare`` takes it.
+        data: name of the digits, as ``prepare`` takes it; ``images:DIGEST`` for pictures of a folder, where DIGEST
+            follows from their contents.
         canvas_size: side of the square images, pixels.
         held_out: keep the combinations of :mod:`~.data.heldout` out of training; validate and test only on them.
         train_images: size of the training set; 300,000 in the paper.
@@ -72,7 +74,8 @@ class Stage1Settings:
         validate_every: validation numbers in that line after so many steps; a multiple of ``log_every``.
         checkpoint_every: a checkpoint after so many steps.
         eval_images: images of validation and of test on which the finished model is measured.
-        eval_sprites: test digits for the equivariance report.
+        eval_sprites: test digits, or windows of test pictures, for the equivariance report.
+        max_reduction: crops come from the picture reduced 1, 2, 4, ... times, up to this; 1 for digits.
     """
 
     model: AutoencoderConfig
@@ -106,6 +109,7 @@ class Stage1Settings:
     checkpoint_every: int = 100
     eval_images: int = 1024
     eval_sprites: int = 128
+    max_reduction: int = 1
 
     def __post_init__(self) -> None:
         for name in ("canvas_size", "steps", "batch_size", "log_every", "validate_every", "checkpoint_every"):
@@ -151,6 +155,22 @@ class Stage1Settings:
         )
         divisor = self.model.divisor
         require(self.canvas_size % divisor == 0, "canvas_size", f"a multiple of {divisor}", self.canvas_size)
+        self._check_pictures()
+
+    def _check_pictures(self) -> None:
+        require_int("max_reduction", self.max_reduction, 1)
+        power = self.max_reduction & (self.max_reduction - 1) == 0
+        require(power, "max_reduction", "a power of two", self.max_reduction)
+        if not is_pictures(self.data):
+            one = self.max_reduction == 1
+            expected = f"1 for the digits of {self.data!r}, as only pictures (--data images:FOLDER) are reduced"
+            require(one, "max_reduction", expected, self.max_reduction)
+            return
+        expected = "False for pictures, which have no digits to hold out; presets 'photos' and 'quick' fit them"
+        require(not self.held_out, "held_out", expected, self.held_out)
+        quarters = 4 * self.model.stride
+        fits = self.canvas_size % quarters == 0
+        require(fits, "canvas_size", f"a multiple of {quarters} for pictures", self.canvas_size)
 
 
 class Arm(NamedTuple):
@@ -257,6 +277,23 @@ PRESETS: dict[str, Stage1Settings] = {
         eval_sprites=1_000,
     ),
 }
+
+# Crops of photographs, at the resolution and with the tokens of the paper.
+PRESETS["photos"] = Stage1Settings(
+    _SMALL_MODEL,
+    data=PICTURES,
+    canvas_size=64,
+    train_images=100_000,
+    steps=1_500,
+    batch_size=8,
+    learning_rate=1e-3,
+    codebook_init="kmeans",
+    bf16=True,
+    validate_every=250,
+    eval_images=256,
+    eval_sprites=32,
+    max_reduction=4,
+)
 
 # The paper's geometry on one CPU core: `small` on the whole canvas. A discriminator would cost more than the
 # autoencoder.

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from examples.te_vqgan.data.pictures import PictureSource
+from examples.te_vqgan.data.rows import ImageRows
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checkpoint import save_checkpoint
@@ -31,6 +33,7 @@ from examples.te_vqgan.runs.running import (
 from examples.te_vqgan.stage1.evaluation import dataset, evaluate, quality
 from examples.te_vqgan.stage1.joint import vector_quantizer
 from examples.te_vqgan.stage1.perceptual import require_perceptual
+from examples.te_vqgan.stage1.pictures import crops, evaluate_pictures
 from examples.te_vqgan.stage1.presets import Stage1Settings, present_form, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from te_quant.functional import orthogonality
@@ -52,7 +55,7 @@ def is_finished(folder: Path, settings: Stage1Settings) -> bool:
 def train_stage1(
     settings: Stage1Settings,
     folder: Path,
-    source: DigitSource,
+    source: DigitSource | PictureSource,
     *,
     execution: Execution | None = None,
     resume: bool = False,
@@ -65,7 +68,7 @@ def train_stage1(
     Args:
         settings: of the run.
         folder: the run's own; made if it is not there.
-        source: the digits.
+        source: the digits or pictures.
         execution: where to compute.
         resume: go on from the checkpoint in ``folder``, if there is one.
         stop: asked after every step, given the steps done, whether to stop there.
@@ -90,8 +93,7 @@ def train_stage1(
         where = execution or Execution()
         device = where.apply()
         trainer = Stage1Trainer(settings, device, channels_last=where.channels_last, compiled=where.compiled)
-        train = dataset(settings, source, "train")
-        validation = dataset(settings, source, "validation")
+        train, validation = (_images(settings, source, split) for split in ("train", "validation"))
         if checkpoint is None:
             trainer.initialize(lambda number: train.batch(number, settings.batch_size))
         else:
@@ -99,7 +101,7 @@ def train_stage1(
 
         def advance() -> dict[str, Tensor]:
             rows = distributed.share(train.row_batch(trainer.step, settings.batch_size))
-            return trainer.train_step(train.images.render(train.recipes[rows]))
+            return trainer.train_step(train.render(rows))
 
         def validate() -> dict[str, float]:
             measured = quality(trainer.model, validation, _VALIDATION_IMAGES, trainer.device)
@@ -124,11 +126,22 @@ def train_stage1(
         def finish() -> None:
             trainer.model.save_pretrained(folder / "model")
             hashes = {"weights": sha256(folder / WEIGHTS)}
-            numbers, samples = evaluate(trainer.model, settings, source, trainer.device)
+            if isinstance(source, PictureSource):
+                numbers, samples = evaluate_pictures(trainer.model, settings, source, trainer.device)
+            else:
+                numbers, samples = evaluate(trainer.model, settings, source, trainer.device)
             save_checkpoint(folder / "samples.safetensors", samples, {})
             facts = provenance(command, where, trained, clock.spent(), processes=processes, hashes=hashes)
+            if isinstance(source, PictureSource):
+                facts["pictures"] = list(source.manifest)
             write_text_atomically(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
             write_text_atomically(folder / "evaluation.json", json.dumps(numbers, indent=2) + "\n")
 
         distributed.from_main(finish)
     return True
+
+
+def _images(settings: Stage1Settings, source: DigitSource | PictureSource, split: str) -> ImageRows:
+    if isinstance(source, PictureSource):
+        return crops(settings, source, split)
+    return dataset(settings, source, split)

@@ -230,8 +230,9 @@ STAGE2: dict[str, Stage2Settings | None] = {
         validate_every=3,
         checkpoint_every=2,
     ),
-    # The demo compares tokenizers alone.
+    # The demo, and photographs, which have no captions, compare only tokenizers.
     "quick": None,
+    "photos": None,
     "small": Stage2Settings(
         width=128,
         depth=4,

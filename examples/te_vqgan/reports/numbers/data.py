@@ -257,6 +257,7 @@ def _read(path: str, place: Callable[[Mapping[str, Any]], Place] = Json) -> Plac
 DATA: Mapping[str, Callable[[], Place]] = {
     "small": lambda: _results("small"),
     "fine": lambda: _results("small-fine"),
+    "photos": lambda: _results("photos"),
     # Not there before the confirmatory runs are.
     "tests": lambda: _read("examples/te_vqgan/results/small-fine/hypotheses.json", confirmatory),
     "family": lambda: _read("examples/te_vqgan/results/family/results.json", _family),
