@@ -26,6 +26,7 @@ from examples.te_vqgan.cli.options import (
     out_folder,
     stage1_settings,
 )
+from examples.te_vqgan.cli.pack import add_pack_command
 from examples.te_vqgan.cli.photographs import add_photographs_command
 from examples.te_vqgan.cli.published import add_published_commands
 from examples.te_vqgan.cli.stage2 import add_stage2_commands
@@ -270,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     several.add_argument("--into", type=Path, required=True, help="Markdown file to write")
     add_family_command(add)
+    add_pack_command(add)
     add_photographs_command(add)
     add_published_commands(add)
     audit = add("audit", _audit, "find the modules of some networks that lose equivariance")

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from examples.te_vqgan.__main__ import main
+from examples.te_vqgan.classifier import trainer
 from examples.te_vqgan.classifier.cells import CellDataset
 from examples.te_vqgan.classifier.model import (
     CellClassifier,
@@ -35,6 +37,7 @@ from examples.te_vqgan.runs import running
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
 from examples.te_vqgan.runs.running import CHECKPOINT, Interrupted
 from tests.helpers import numpy_generator
+from tests.published import published
 
 SMOKE = CLASSIFIERS["smoke"]
 CPU = torch.device("cpu")
@@ -559,6 +562,42 @@ def test_presets_survive_json_and_take_any_data() -> None:
             assert ClassifierSettings.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
     assert CLASSIFIERS["small"].canvas_size == 32
     assert CLASSIFIERS["paper"].canvas_size == 64
+
+
+def test_the_reader_of_published_reports_has_a_name() -> None:
+    """So that it can be trained again, whichever is the default."""
+    stored = json.loads(published("small/results.json").read_text())["classifier"]["settings"]
+    known = [dataclasses.replace(options, data=stored["data"]) for options in CLASSIFIERS.values()]
+    assert ClassifierSettings.from_dict(stored) in known
+
+
+def test_a_folder_of_before_is_found_finished_and_loads(tmp_path: Path, source: DigitSource) -> None:
+    """Its settings lack what came later; other settings are still refused."""
+    assert _train(SMOKE, tmp_path, source)
+    path = tmp_path / "settings.json"
+    stored = json.loads(path.read_text())
+    for name in ("margin", "flaws"):
+        del stored[name]
+    path.write_text(json.dumps(stored))
+    assert not _train(dataclasses.replace(SMOKE, flaws=ClassifierSettings().flaws), tmp_path, source)
+    with pytest.raises(ValueError, match=r"flaws was 0.2, now 0.5"):
+        _train(dataclasses.replace(SMOKE, flaws=0.5), tmp_path, source)
+    load_classifier(tmp_path)
+
+
+def test_settings_are_chosen_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the preset by default; an unknown name is refused with the known ones."""
+    taken: list[ClassifierSettings] = []
+    monkeypatch.setattr(trainer, "train_classifier", lambda settings, *_, **__: taken.append(settings))
+    words = ["classifier", "--preset", "small", "--data", "digits", "--out", str(tmp_path)]
+    assert main(words) == main([*words, "--settings", "small-strided", "--steps", "9"]) == 0
+    names = ("small", "small-strided")
+    expected = [dataclasses.replace(CLASSIFIERS[name], data="digits") for name in names]
+    assert taken == [expected[0], dataclasses.replace(expected[1], steps=9)]
+    assert main([*words, "--settings", "unknown"]) == 1
+    assert "settings must be one of 'smoke', 'small'," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

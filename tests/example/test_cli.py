@@ -295,6 +295,7 @@ _UNUSED = [
         [*(name for name in _TRAINING if name != "--bf16"), "--threads", "--data-dir"],
     ),
     (["report"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
+    (["pack", "--into", "unused.tar"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
     (["compare"], [*_TRAINING, "--threads", "--seed", "--data-dir"]),
     (["audit"], [*_TRAINING, "--preset", "--data", "--data-dir"]),
 ]
@@ -469,7 +470,7 @@ def test_help_names_every_command() -> None:
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     shown = re.findall(r"^    (\w+)\s+\w", text, re.MULTILINE)
     steps = ["prepare", "stage1", "classifier", "stage2", "evaluate", "publish", "exactness"]
-    reports = ["report", "compare", "regimes", "family", "photographs", "hypotheses", "numbers", "audit"]
+    reports = ["report", "compare", "regimes", "family", "pack", "photographs", "hypotheses", "numbers", "audit"]
     assert shown == [*steps, *reports, "run"]
 
 

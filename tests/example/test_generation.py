@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,8 +81,14 @@ def _gpt(pairs: CaptionedImages, **changes: Any) -> GPT:
     return Stage2Trainer(settings, gpt_config(settings, pairs.tokenizer, CODES, GRID), CPU).model.eval()
 
 
+# Of an image tokenizer that chooses no phase, as far as it is read.
+PLAIN = {"channel_multipliers": (1,), "downsample": "none"}
+
+
 class _Codes:
     """Decodes a token into its number, everywhere in its cell."""
+
+    config = SimpleNamespace(**PLAIN)
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """(B, h, w) to (B, 1, h, w)."""
@@ -103,12 +108,12 @@ def test_a_learnt_pair_is_drawn_and_told_as_it_was(pairs: CaptionedImages) -> No
     drawn = draw_images(gpt, _Codes(), text, GREEDY, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     assert torch.equal(drawn[:, 0].long(), tokens)
     assert not torch.equal(drawn[:, 0].long(), tokens.flip(2))
-    assert write_captions(gpt, pairs, tokens, GREEDY, torch.Generator()) == captions
+    assert write_captions(gpt, pairs, tokens.flatten(1), GREEDY, torch.Generator()) == captions
     # The negative control: a GPT that has learnt nothing.
     fresh = _gpt(pairs)
     drawn = draw_images(fresh, _Codes(), text, GREEDY, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     assert not torch.equal(drawn[:, 0].long(), tokens)
-    assert write_captions(fresh, pairs, tokens, GREEDY, torch.Generator()) != captions
+    assert write_captions(fresh, pairs, tokens.flatten(1), GREEDY, torch.Generator()) != captions
 
 
 def test_chance_comes_from_the_generator_alone(pairs: CaptionedImages) -> None:
@@ -133,7 +138,7 @@ def test_chance_comes_from_the_generator_alone(pairs: CaptionedImages) -> None:
 def test_captions_are_drawn_from_their_generator_alone(pairs: CaptionedImages) -> None:
     """As images; and of one candidate there is nothing to choose."""
     gpt, free = _gpt(pairs), Rule("all", 1, pairs.tokenizer.vocab_size)
-    tokens = torch.randint(CODES, (5, *GRID))
+    tokens = torch.randint(CODES, (5, GRID[0] * GRID[1]))
 
     def write(seed: int, rule: Rule = free) -> list[str]:
         return write_captions(gpt, pairs, tokens, rule, torch.Generator().manual_seed(seed))
@@ -163,15 +168,15 @@ def test_captions_end_at_the_end_token(pairs: CaptionedImages) -> None:
     for row, (words, other) in enumerate(zip(answer, answer.roll(1, 0), strict=True)):
         end = int((words == tokenizer.end_token).nonzero()[0, 0])
         answer[row, end + 1 :] = other[: len(words) - end - 1]
-    told = _Told(None, answer)
-    tokens = torch.randint(CODES, (3, *GRID))
+    told = _Told(_gpt(pairs).config, answer)
+    tokens = torch.randint(CODES, (3, GRID[0] * GRID[1]))
     rule, generator = Rule("some", 3, 5), torch.Generator()
     assert write_captions(told, pairs, tokens, rule, generator) == captions  # type: ignore[arg-type]
-    assert torch.equal(told.asked["prompt"], tokens.flatten(1))
+    assert torch.equal(told.asked["prompt"], tokens)
     assert told.asked["order"] == ("image", "text")
     assert (told.asked["top_k"], told.asked["generator"]) == (5, generator)
     assert told.asked["stop_token"] == tokenizer.end_token
-    endless = _Told(None, answer.masked_fill(answer == tokenizer.end_token, answer[0, 0]))
+    endless = _Told(told.config, answer.masked_fill(answer == tokenizer.end_token, answer[0, 0]))
     assert write_captions(endless, pairs, tokens, rule, generator) != captions  # type: ignore[arg-type]
 
 
@@ -249,7 +254,7 @@ class _World:
     """A tokenizer and a GPT that know the pairs: an image's tokens are its number, a caption's image is drawn."""
 
     def __init__(self, pairs: CaptionedImages, shift: int = 0) -> None:
-        self.config = _gpt(pairs).config
+        self.config = SimpleNamespace(segments=_gpt(pairs).config.segments, **PLAIN)
         self.images = pairs.dataset.fixed(0, len(pairs))
         captions = pairs.first_captions(0, len(pairs))
         self.text = pairs.tokenizer.encode(captions).roll(-shift, 0)
@@ -421,14 +426,13 @@ def test_other_rules_are_refused(name: str, message: str) -> None:
 
 
 def test_lpips_is_measured_where_it_is_installed(
-    chain: tuple[Path, Path], source: DigitSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: tuple[Path, Path], source: DigitSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over all test images, by a stand-in whose distance is known; without the package nothing is written."""
-    tokenizer = tmp_path / "tokenizer"
-    shutil.copytree(chain[0], tokenizer, ignore=shutil.ignore_patterns("reading.json", "stage2-*"))
+    tokenizer, classifier = chain
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ImportError, match="pip install lpips"):
-        evaluate_tokenizer(tokenizer, chain[1], source, perceptual="lpips")
+    with pytest.raises(ImportError, match="--perceptual lpips needs"):
+        evaluate_tokenizer(tokenizer, classifier, source, perceptual="lpips")
     assert not (tokenizer / "reading.json").exists()
 
     class Squares(torch.nn.Module):
@@ -441,15 +445,56 @@ def test_lpips_is_measured_where_it_is_installed(
 
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Squares))
     monkeypatch.setattr(generation, "_BATCH", 3)
-    assert evaluate_tokenizer(tokenizer, chain[1], source, perceptual="lpips")
+    assert evaluate_tokenizer(tokenizer, classifier, source, perceptual="lpips")
     reading = json.loads((tokenizer / "reading.json").read_text())
     model, settings = load_tokenizer(tokenizer, torch.device("cpu"))
     images = dataset(settings, source, "test").fixed(0, settings.eval_images)
     with torch.no_grad():
         rebuilt = model(images).reconstruction.clamp(-1, 1)
-    assert reading["perceptual"] == "lpips"
     expected = (rebuilt - images).double().square().mean().item()
-    assert reading["perceptual_distance"] == pytest.approx(expected, rel=1e-5)
+    assert reading["perceptual_distances"] == {"lpips": pytest.approx(expected, rel=1e-5)}
+
+
+def _constant(value: float) -> Any:
+    return lambda first, second: torch.full((len(first),), value)
+
+
+def test_a_distance_is_added_to_a_reading(
+    chain: tuple[Path, Path], source: DigitSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for later it is measured, with those that were there; what is there is not measured again."""
+    tokenizer, classifier = chain
+    known = {"none": None, "lpips": _constant(0.5), "st-lpips": _constant(0.25)}
+    monkeypatch.setattr(evaluate, "load_perceptual", lambda name, device: known[name])
+
+    def measured(perceptual: str | None) -> bool:
+        return evaluate_tokenizer(tokenizer, classifier, source, perceptual=perceptual)
+
+    def distances() -> Any:
+        return json.loads((tokenizer / "reading.json").read_text()).get("perceptual_distances")
+
+    assert measured(None)
+    assert distances() is None
+    assert not measured("none")
+    assert measured("st-lpips")
+    assert distances() == {"st-lpips": 0.25}
+    assert [measured(name) for name in (None, "none", "st-lpips")] == [False, False, False]
+    assert measured("lpips")
+    assert distances() == {"lpips": 0.5, "st-lpips": 0.25}
+
+
+def test_a_distance_in_the_loss_is_measured_by_default(
+    source: DigitSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is declined."""
+    classifier = finished_classifier(tmp_path / "classifier")
+    monkeypatch.setattr(evaluate, "load_perceptual", lambda name, device: {"st-lpips": _constant(0.25)}.get(name))
+    for perceptual, expected in ((None, {"st-lpips": 0.25}), ("none", None)):
+        tokenizer = tmp_path / str(perceptual)
+        finished_tokenizer(tokenizer, perceptual="st-lpips", perceptual_weight=1.0)
+        assert evaluate_tokenizer(tokenizer, classifier, source, perceptual=perceptual)
+        reading = json.loads((tokenizer / "reading.json").read_text())
+        assert reading.get("perceptual_distances") == expected
 
 
 def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSource, tmp_path: Path) -> None:
@@ -468,9 +513,12 @@ def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSourc
     assert [path.stat().st_mtime_ns for path in paths] == before
 
     reading, numbers = (json.loads(path.read_text()) for path in paths[:2])
-    assert {"original", "reconstruction", "feature_distance", "command", "commit", "versions"} == reading.keys()
-    measured = {"held_out", "seen", "rule", "classifier", "spent"}
-    assert {*measured, "command", "commit", "versions"} == numbers.keys()
+    facts = {"command", "commit", "versions"}
+    assert {"original", "reconstruction", "feature_distance", "classifier", "spent", *facts} == reading.keys()
+    assert {"held_out", "seen", "rule", "classifier", "spent", *facts} == numbers.keys()
+    for measured in (reading, numbers):
+        assert measured["spent"].keys() == {"wall_seconds", "cpu_seconds"}
+        assert min(measured["spent"].values()) > 0
     assert reading["command"] == numbers["command"] == "as typed"
     tensors, texts = load_checkpoint(paths[2])
     for split, size, table in (("held_out", 7, None), ("seen", 3, allowed("train"))):
@@ -501,7 +549,9 @@ def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSourc
         GPT_SETTINGS, tokenizer, classifier, source, rule="paper", progress=False, command="as typed"
     )
     again = [json.loads(path.read_text()) for path in paths[:2]]
-    assert again == [reading, {**numbers, "spent": again[1]["spent"]}]
+    # All but how long it took.
+    for found, before_it in zip(again, (reading, numbers), strict=True):
+        assert found == {**before_it, "spent": found["spent"]}
 
 
 def test_unfinished_runs_are_not_measured(chain: tuple[Path, Path], source: DigitSource, tmp_path: Path) -> None:

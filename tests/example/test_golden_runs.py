@@ -28,7 +28,7 @@ from te_quant import VQAutoencoder
 from tests.golden_files import differing, differing_numbers, unpacked
 
 # Who measured, when and with what.
-_FACTS = ("command", "commit", "versions")
+_FACTS = ("command", "commit", "versions", "classifier", "spent")
 _SMOKE = ("--preset", "smoke", "--data", "digits", "--threads", "1")
 
 

@@ -5,9 +5,7 @@ Shape letters: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
-import builtins
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +20,6 @@ from examples.te_vqgan.stage1.losses import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
-    load_perceptual,
     reconstruction_loss,
 )
 from examples.te_vqgan.stage1.presets import settings_for
@@ -118,23 +115,6 @@ def test_adaptive_weight_is_cut_off_where_the_adversarial_gradient_vanishes() ->
     """A dead discriminator must not blow up the loss."""
     weight = nn.Parameter(torch.ones(3))
     assert adaptive_weight(weight.sum() * 1e3, (weight * 0.0).sum(), weight).item() == 1e4
-
-
-def test_load_perceptual_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One clear error, and none for "none"."""
-    assert load_perceptual("none") is None
-    real_import = builtins.__import__
-
-    def without_lpips(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "lpips":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_lpips)
-    with pytest.raises(ImportError, match="pip install lpips"):
-        load_perceptual("lpips")
-    with pytest.raises(ValueError, match="perceptual must be one of 'none', 'lpips', got 'vgg'"):
-        load_perceptual("vgg")
 
 
 def test_discriminator_judges_patches_one_by_one() -> None:

@@ -177,6 +177,18 @@ def test_what_is_done_is_skipped(preset: str, tmp_path: Path, capsys: pytest.Cap
     assert list(plan_jobs(options)) == []
 
 
+def test_a_distance_that_was_not_measured_is_left_to_do(tmp_path: Path) -> None:
+    """Where the loss has one: the evaluations alone are left, until the readings have it."""
+    options = _options(tmp_path, "--arms", "vqgan", "integer_exact", "--perceptual", "st-lpips", preset="smoke")
+    for job in list(plan_jobs(options)):
+        _finish(options, job)
+    for distances, left in (({}, 2), ({"lpips": 0.5}, 2), ({"st-lpips": 0.5}, 0)):
+        for arm in ("vqgan", "integer_exact"):
+            reading = json.dumps({"perceptual_distances": distances})
+            (run_folder(tmp_path, arm, 0) / "reading.json").write_text(reading)
+        assert [job.arguments[0] for job in plan_jobs(options)] == ["evaluate"] * left
+
+
 def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     """Rather than skipped or overwritten, be it of Stage 1 or Stage 2."""
     options = _options(tmp_path, "--arms", "vqgan", preset="smoke")

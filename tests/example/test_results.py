@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from examples.te_vqgan.reports import report
-from examples.te_vqgan.reports.results import collect, commands, merged, read_results
+from examples.te_vqgan.reports.results import collect, commands, merged, read_results, to_text
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.stage1.presets import ARMS
 
@@ -294,6 +294,17 @@ def test_a_smaller_training_set_does_not_replace_the_pictures(tmp_path: Path) ->
     _finish(tmp_path / "alone", "mp", 0, sizes=())
     report.write_report(tmp_path / "alone", command="typed")
     assert "generated" not in json.loads((tmp_path / "alone" / "report" / "results.json").read_text())
+
+
+def test_results_are_written_compactly_and_read_back() -> None:
+    """The same value, numbers that JSON lacks included; a line for each run."""
+    runs = [{"arm": arm, "title": "λ = 10", "log": [{"loss": 0.1 + 0.2}]} for arm in ("vqgan", "te_vqgan")]
+    results = {"commands": ["typed"], "wall_seconds": None, "runs": runs, "other": {"runs": [1.5, float("inf")]}}
+    text = to_text(results)
+    assert json.loads(text) == results
+    assert len(text) < len(json.dumps(results, indent=1))
+    assert [line for line in text.splitlines() if line.startswith('{"arm":"vqgan"')]
+    assert len(text.splitlines()) == 9
 
 
 def test_results_of_the_first_version_have_rules(tmp_path: Path) -> None:

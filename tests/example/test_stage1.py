@@ -441,7 +441,7 @@ def test_the_authors_pooling_holds_what_it_states() -> None:
         ({"seed": -1}, "seed must be an int >= 0, got -1"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number >= 0, got nan"),
         ({"final_lr_share": 1.5}, "final_lr_share must be a finite number >= 0 and <= 1, got 1.5"),
-        ({"perceptual": "vgg"}, "perceptual must be one of 'none', 'lpips', got 'vgg'"),
+        ({"perceptual": "vgg"}, "perceptual must be one of 'none', 'lpips', 'st-lpips', got 'vgg'"),
         (
             {"perceptual": "lpips"},
             "perceptual_weight must be 0 without a perceptual distance and above 0 with one",

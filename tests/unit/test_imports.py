@@ -86,7 +86,7 @@ PUBLIC = {
     if not path.startswith("_")
 }
 
-# Modules that reach inside: one leaves a copy out, one hands the kernel to the benchmarks that compile and tune it.
+# Modules that reach inside: one leaves a copy out, one hands the kernel to benchmarks that compile and tune it.
 MEASURED_INSIDE = {"benchmarks.copies", "benchmarks.gpu.searches"}
 
 

@@ -100,8 +100,13 @@ class ClassifierSettings:
         return {**plain, "widths": list(self.widths)}
 
     @classmethod
+    def present_form(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings that an older version wrote as this one writes them: what it lacked has its default."""
+        return {**cls().to_dict(), **stored}
+
+    @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ClassifierSettings:
-        """Undo :meth:`to_dict`."""
+        """Undo :meth:`to_dict`, of older versions too."""
         return cls(**{**plain, "widths": tuple(plain["widths"])})
 
 

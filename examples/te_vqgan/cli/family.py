@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +35,7 @@ def _family(options: argparse.Namespace) -> None:
     from examples.te_vqgan.data.sources import load_digits
     from examples.te_vqgan.family.train import FAMILY, collect_family, train_family
     from examples.te_vqgan.reports.family import write_family
+    from examples.te_vqgan.reports.results import to_text
     from examples.te_vqgan.runs.files import write_text_atomically
     from examples.te_vqgan.runs.provenance import command_line
 
@@ -58,6 +58,6 @@ def _family(options: argparse.Namespace) -> None:
         folder = out / "report" if options.into is None else options.into
         folder.mkdir(parents=True, exist_ok=True)
         results = collect_family(settings, out, seeds=seeds, command=words)
-        write_text_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        write_text_atomically(folder / "results.json", to_text(results))
     write_family(folder)
     print((folder / "family.md").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from examples.te_vqgan.data.pictures import PictureSource, find_pictures, folder
 from examples.te_vqgan.data.sources import PICTURES, SOURCES, DigitSource, is_pictures, load_digits
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.provenance import Execution
-from examples.te_vqgan.stage1.presets import PRESETS, Stage1Settings, settings_for
+from examples.te_vqgan.stage1.presets import PERCEPTUAL, PRESETS, Stage1Settings, settings_for
 
 __all__ = [
     "COMPUTE",
@@ -60,8 +60,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "help": "seed of weights and images (default: the preset's, 0)"},
     "steps": {"type": int, "help": "optimiser steps, instead of the preset's"},
     "perceptual": {
-        "choices": ("none", "lpips"),
-        "help": "perceptual distance in the loss (default: the preset's)",
+        "choices": PERCEPTUAL,
+        "help": "perceptual distance, in the loss and measured (default: the preset's; evaluate: the tokenizer's)",
     },
     "bf16": {"action": argparse.BooleanOptionalAction, "help": "train the networks in bfloat16"},
     "max-reduction": {
@@ -103,8 +103,6 @@ def stage1_settings(options: argparse.Namespace, arm: str) -> Stage1Settings:
     data = options.data or PRESETS[options.preset].data
     if is_pictures(data):
         changes["data"] = find_pictures(folder_of(data)).data
-    if changes["perceptual"] is not None:
-        changes["perceptual_weight"] = 0.0 if changes["perceptual"] == "none" else 1.0
     return settings_for(options.preset, arm, changes)
 
 

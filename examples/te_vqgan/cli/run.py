@@ -43,6 +43,7 @@ def run_plan(options: argparse.Namespace, *, perform: Callable[[Sequence[str]], 
     Raises:
         ValueError: a folder holds a run of other settings, or ``--workers`` is given under a launcher.
         FileNotFoundError: the plan's other data set is not in ``--data-dir``.
+        ImportError: the package of the perceptual distance is not installed, or does not work here.
         JobFailed: a step ended with an error.
         KeyboardInterrupt: the user, or SIGTERM, stopped it.
     """
@@ -52,6 +53,8 @@ def run_plan(options: argparse.Namespace, *, perform: Callable[[Sequence[str]], 
     start = time.perf_counter()
     distributed.from_main(lambda: _require_other_data(options))
     jobs = distributed.from_main(lambda: list(plan_jobs(options)))
+    if jobs:
+        distributed.from_main(lambda: _require_distance(options))
     if distributed.launched():
         _run_here(jobs, perform)
     elif jobs:
@@ -70,6 +73,13 @@ def _require_other_data(options: argparse.Namespace) -> None:
     other = _plan(options).other_data
     if other is not None:
         load_digits(other, options.data_dir)
+
+
+def _require_distance(options: argparse.Namespace) -> None:
+    """Load the perceptual distance of the plan once before hours go into anything, the classifier included."""
+    from examples.te_vqgan.stage1.perceptual import require_perceptual
+
+    require_perceptual(stage1_settings(options, _plan(options).arms[0]).perceptual)
 
 
 def _run_here(jobs: Sequence[Job], perform: Callable[[Sequence[str]], None]) -> None:
@@ -182,13 +192,14 @@ def _stage2_jobs(
 def _evaluate_jobs(
     options: argparse.Namespace, out: Path, arm: str, first: Stage1Settings, second: Stage2Settings | None
 ) -> Iterator[Job]:
-    from examples.te_vqgan.stage2.evaluate import READING, rule_file
+    from examples.te_vqgan.stage2.evaluate import READING, is_read, rule_file
     from examples.te_vqgan.stage2.train import stage2_folder
 
     tokenizer = run_folder(out, arm, first.seed)
     folder = tokenizer if second is None else stage2_folder(tokenizer, second)
     files = [READING] if second is None else [rule_file(rule) for rule in DEFAULT_RULES]
-    if all((folder / name).exists() for name in files):
+    read = first.perceptual == "none" or is_read(tokenizer, first.perceptual)
+    if read and all((folder / name).exists() for name in files):
         return
     given = {"data": first.data, "out": out, "arm": arm, "seed": first.seed, "perceptual": options.perceptual}
     if second is not None:

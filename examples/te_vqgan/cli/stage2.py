@@ -31,6 +31,7 @@ def add_stage2_commands(add: Add) -> None:
     """
     reader = "train the reader of generated images"
     classifier = add("classifier", _classifier, reader, *_MEASURE, "seed", "steps", "bf16")
+    classifier.add_argument("--settings", help="settings by name (default: the preset's)")
     _add_run_options(classifier)
     gpt = "train the GPT on one arm's tokens"
     stage2 = add("stage2", _stage2, gpt, *_MEASURE, "compile", "seed", "steps", "bf16")
@@ -72,11 +73,12 @@ def _classifier(options: argparse.Namespace) -> None:
     from examples.te_vqgan.runs.checks import require_choice
     from examples.te_vqgan.runs.provenance import command_line
 
-    require_choice("preset", options.preset, tuple(CLASSIFIERS))
+    name = options.settings or options.preset
+    require_choice("settings" if options.settings else "preset", name, tuple(CLASSIFIERS))
     changes = {name: getattr(options, name) for name in ("seed", "steps", "bf16")}
     changes["data"] = options.data or PRESETS[options.preset].data
     given = {name: value for name, value in changes.items() if value is not None}
-    settings = dataclasses.replace(CLASSIFIERS[options.preset], **given)
+    settings = dataclasses.replace(CLASSIFIERS[name], **given)
     folder = classifier_folder(out_folder(options))
     trained = train_classifier(
         settings,
@@ -160,12 +162,7 @@ def _evaluate_one(
     where, command = execution(options), command_line(options.words)
     reader = classifier_folder(out_folder(options))
     measured = evaluate_tokenizer(
-        tokenizer,
-        reader,
-        source,
-        execution=where,
-        perceptual=options.perceptual or "none",
-        command=command,
+        tokenizer, reader, source, execution=where, perceptual=options.perceptual, command=command
     )
     if settings is None:
         return measured

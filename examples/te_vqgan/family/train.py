@@ -23,7 +23,8 @@ from examples.te_vqgan.runs.provenance import Execution
 from examples.te_vqgan.runs.running import Clock, begun_run, finished_run, provenance, run_steps
 from examples.te_vqgan.stage1.evaluation import dataset, quality
 from examples.te_vqgan.stage1.joint import joint_indices, num_combinations
-from examples.te_vqgan.stage1.presets import Stage1Settings, to_dict
+from examples.te_vqgan.stage1.perceptual import require_perceptual
+from examples.te_vqgan.stage1.presets import Stage1Settings, present_form, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from te_quant import AutoencoderConfig, Quantizer, VectorQuantizer, VQAutoencoder, measure_equivariance
 from te_quant.quantizers import QUANTIZERS
@@ -111,6 +112,7 @@ def train_family(
     Raises:
         ValueError: a folder holds a run of other settings, or several processes were started for this.
         Interrupted: Ctrl-C or SIGTERM ended a training early; the next call goes on from there.
+        ImportError: the package of the perceptual distance is not installed, or does not work here.
         FloatingPointError: a loss is no longer finite.
     """
     require(not distributed.launched(), "family", "run in one process", "several of a launcher")
@@ -131,7 +133,7 @@ def collect_family(settings: Stage1Settings, out: Path, *, seeds: Sequence[int],
         for seed in seeds:
             seeded = dataclasses.replace(settings, seed=seed)
             folder = _folder(out, name, seeded)
-            if not finished_run(folder, _plain(seeded, name)):
+            if not finished_run(folder, _plain(seeded, name), present_form):
                 continue
             parts = {
                 part: read_json_object(folder / f"{part}.json")
@@ -161,9 +163,11 @@ def _train(
     command: str | None,
 ) -> bool:
     folder, plain, settings = _folder(out, name, base), _plain(base, name), member_settings(base, name)
-    if finished_run(folder, plain):
+    if finished_run(folder, plain, present_form):
         return False
-    with begun_run(folder, plain, resume=True) as checkpoint:
+    # Before the folder is taken, or it would hold settings that never ran.
+    require_perceptual(settings.perceptual)
+    with begun_run(folder, plain, resume=True, present=present_form) as checkpoint:
         trainer = Stage1Trainer(
             settings,
             where.apply(),

@@ -31,7 +31,16 @@ from examples.te_vqgan.reports.findings import findings
 from examples.te_vqgan.reports.generation.report import generation_blocks, generation_figures, generation_tables
 from examples.te_vqgan.reports.generation.tables import full_size, generations, shown_rule
 from examples.te_vqgan.reports.pictures import add_pictures, render_pictures
-from examples.te_vqgan.reports.results import METRICS, by_arm, cell, collect, commands, merged, read_results
+from examples.te_vqgan.reports.results import (
+    METRICS,
+    by_arm,
+    cell,
+    collect,
+    commands,
+    merged,
+    read_results,
+    to_text,
+)
 from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
 from examples.te_vqgan.runs.checks import require
@@ -92,7 +101,7 @@ def write_report(out: Path, *, command: str, wall_seconds: float | None = None, 
     else:
         results["samples"] = _copied_samples(results, collected, out, folder)
         _add_generated(results, collected, out, folder)
-    write_text_atomically(path, json.dumps(results, indent=1) + "\n")
+    write_text_atomically(path, to_text(results))
     render(folder)
     return folder
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.te_vqgan.classifier.settings import ClassifierSettings
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.files import read_json_object
@@ -29,6 +31,7 @@ __all__ = [
     "merged",
     "read_results",
     "run_folder",
+    "to_text",
     "values_of",
 ]
 
@@ -195,6 +198,20 @@ def _parts(folder: Path, *names: str) -> dict[str, Any]:
     return {name: read_json_object(path) for name, path in paths.items() if path.exists()}
 
 
+def to_text(results: Mapping[str, Any]) -> str:
+    """Write results as compact JSON, with a line for each run so that a difference shows which of them changed."""
+    lines = []
+    for name, value in results.items():
+        runs = ",\n".join(map(_compact, value)) if name == "runs" else ""
+        text = f"[\n{runs}\n]" if name == "runs" else _compact(value)
+        lines.append(f"{json.dumps(name)}:{text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
 def commands(results: Mapping[str, Any]) -> list[str]:
     """Return what was typed, a line for each time that runs were added."""
     # Results of before runs could be added have one, under another name.
@@ -246,7 +263,7 @@ def _merged_runs(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[st
 
 def _require_one_reader(whose: str, *results: Mapping[str, Any]) -> None:
     read = [one["classifier"]["settings"] for one in results if "settings" in one.get("classifier", {})]
-    _require_alike(f"the classifiers of {whose}", read)
+    _require_alike(f"the classifiers of {whose}", [ClassifierSettings.present_form(stored) for stored in read])
 
 
 def _require_alike(whose: str, settings: Sequence[Mapping[str, Any]]) -> None:

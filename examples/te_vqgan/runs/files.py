@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["read_json_object", "sha256", "write_bytes_atomically", "write_text_atomically"]
+__all__ = ["atomic_file", "read_json_object", "sha256", "write_bytes_atomically", "write_text_atomically"]
 
 
 def sha256(path: str | Path) -> str:
@@ -33,12 +35,13 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def write_bytes_atomically(path: str | Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` in one step; folders are made, an interrupted write leaves no trace.
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file that replaces ``path`` in one step at the end of the block; folders are made.
 
     Args:
-        path: the file; what was there before stays until the new content is on disk.
-        content: the bytes to write.
+        path: the file; what was there before stays until the new content is on disk. An interrupted write leaves
+            no trace.
 
     Raises:
         OSError: the disk is full, or a limit on the size of files is lower; the message names ``path``.
@@ -50,7 +53,7 @@ def write_bytes_atomically(path: str | Path, content: bytes) -> None:
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files that others may not read; an ordinary file follows the umask.
@@ -63,8 +66,14 @@ def write_bytes_atomically(path: str | Path, content: bytes) -> None:
         raise
 
 
+def write_bytes_atomically(path: str | Path, content: bytes) -> None:
+    """Replace ``path`` by ``content`` in one step; see :func:`atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
 def write_text_atomically(path: str | Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in UTF-8, line ends untouched; see :func:`write_bytes_atomically`."""
+    """Replace ``path`` by ``text`` in UTF-8, line ends untouched; see :func:`atomic_file`."""
     write_bytes_atomically(path, text.encode("utf-8"))
 
 

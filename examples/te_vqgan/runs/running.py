@@ -29,6 +29,7 @@ from examples.te_vqgan.runs.provenance import Execution, git_commit, versions
 
 __all__ = [
     "CHECKPOINT",
+    "WEIGHTS",
     "Clock",
     "Interrupted",
     "PresentForm",
@@ -38,11 +39,14 @@ __all__ = [
     "finished_run",
     "only_process_in",
     "provenance",
+    "recorded_hash",
     "run_steps",
     "stop_signals",
 ]
 
 CHECKPOINT = "checkpoint.safetensors"
+# As ``save_pretrained`` calls them.
+WEIGHTS = "model/model.safetensors"
 _LOCK_SECONDS = 30.0
 
 PresentForm = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -127,7 +131,12 @@ def finished_run(folder: Path, settings: Mapping[str, Any], present: PresentForm
 
 @contextlib.contextmanager
 def begun_run(
-    folder: Path, settings: Mapping[str, Any], *, resume: bool, present: PresentForm = dict
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool,
+    present: PresentForm = dict,
+    inputs: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]] | None]:
     """Keep ``folder`` for the unfinished run of ``settings``, and give its checkpoint, ``None`` at the beginning.
 
@@ -136,10 +145,11 @@ def begun_run(
         settings: as JSON gives them back.
         resume: accept a folder with a checkpoint.
         present: brings settings that an older version stored into the form of this one.
+        inputs: hashes of the files that the run stands on, by name; as :func:`run_steps` has them.
 
     Raises:
-        ValueError: there is a checkpoint and ``resume`` is not set, or it is of other settings, or another process
-            works in ``folder``.
+        ValueError: there is a checkpoint and ``resume`` is not set, or it is of other settings or inputs, or
+            another process works in ``folder``.
     """
     path = folder / CHECKPOINT
     with contextlib.ExitStack() as kept:
@@ -149,13 +159,28 @@ def begun_run(
             kept.enter_context(only_process_in(folder))
             checkpoint = load_checkpoint(path) if path.exists() else None
             if checkpoint is not None:
-                # It may have been carried over without its settings.json.
-                changes = differing(present(checkpoint[1].get("settings", settings)), settings)
-                require(not changes, "settings", f"those of the checkpoint in {folder}", "; ".join(changes))
+                _require_own(checkpoint[1], folder, settings, present, inputs or {})
             write_text_atomically(folder / "settings.json", json.dumps(dict(settings), indent=2) + "\n")
             return checkpoint
 
         yield distributed.from_main(begin)
+
+
+def _require_own(
+    facts: Mapping[str, Any],
+    folder: Path,
+    settings: Mapping[str, Any],
+    present: PresentForm,
+    inputs: Mapping[str, str],
+) -> None:
+    """Refuse the checkpoint of another run, which may lie in ``folder`` next to the right settings.json."""
+    require("settings" in facts, CHECKPOINT, "the checkpoint of a training", f"one without settings in {folder}")
+    changes = differing(present(facts["settings"]), settings)
+    require(not changes, "settings", f"those of the checkpoint in {folder}", "; ".join(changes))
+    # Older checkpoints do not say what they stand on.
+    for name, known in facts.get("inputs", {}).items():
+        same = inputs.get(name, known) == known
+        require(same, name, f"the one that the checkpoint in {folder} was trained with", "other weights")
 
 
 def run_steps(
@@ -170,6 +195,7 @@ def run_steps(
     stop: Callable[[int], bool] | None = None,
     progress: bool = True,
     shown: Mapping[str, str] | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> None:
     """Take the steps that are left, with log and checkpoints, which the main process writes.
 
@@ -185,6 +211,7 @@ def run_steps(
         stop: asked after every step, given the steps done, whether to stop there; one process's answer is enough.
         progress: show a progress bar.
         shown: what the bar shows beside the loss: the name there, and that of the number.
+        inputs: hashes of the files that the run stands on, by name, for the checkpoint.
 
     Raises:
         Interrupted: ``stop``, Ctrl-C or SIGTERM ended the training early, on all processes at the same step.
@@ -215,7 +242,7 @@ def run_steps(
             wish = done < settings.steps and (signalled() or (stop is not None and stop(done)))
             interrupted = distributed.agree(wish)
             if main and (interrupted or done % settings.checkpoint_every == 0 or done == settings.steps):
-                facts = {"step": done, "settings": plain, "spent": clock.spent()}
+                facts = {"step": done, "settings": plain, "spent": clock.spent(), "inputs": dict(inputs or {})}
                 save_checkpoint(folder / CHECKPOINT, trainer.tensors(), facts)
             if interrupted:
                 raise Interrupted(
@@ -230,6 +257,7 @@ def provenance(
     all_in_all: Mapping[str, float],
     *,
     processes: int = 1,
+    hashes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``provenance.json``.
 
@@ -239,6 +267,7 @@ def provenance(
         trained: seconds of the training, as :meth:`Clock.spent` gives them for the main process.
         all_in_all: seconds with the evaluation.
         processes: that trained together.
+        hashes: of files, by name: of the weights, and of what the run stands on.
     """
     import torch
 
@@ -251,9 +280,18 @@ def provenance(
         "processes": processes,
         "threads": torch.get_num_threads(),
         "training": dict(trained),
+        "evaluation": {name: all_in_all[name] - seconds for name, seconds in trained.items()},
         "training_and_evaluation": dict(all_in_all),
+        "hashes": dict(hashes or {}),
         "versions": versions(),
     }
+
+
+def recorded_hash(folder: Path, name: str) -> str | None:
+    """Return a hash in the ``provenance.json`` of a finished run; ``None`` where an older version wrote none."""
+    path = folder / "provenance.json"
+    found: str | None = read_json_object(path).get("hashes", {}).get(name) if path.exists() else None
+    return found
 
 
 @contextlib.contextmanager

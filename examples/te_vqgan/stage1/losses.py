@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from examples.te_vqgan.runs import distributed
-from examples.te_vqgan.runs.checks import require, require_choice
+from examples.te_vqgan.runs.checks import require
 
 __all__ = [
     "Perceptual",
     "adaptive_weight",
     "discriminator_loss",
     "generator_loss",
-    "load_perceptual",
     "reconstruction_loss",
 ]
 
@@ -106,23 +105,3 @@ def adaptive_weight(
     distributed.average([rec, adv])
     ratio: Tensor = rec.norm() / (adv.norm() + delta)
     return ratio.clamp(0.0, maximum).detach()
-
-
-def load_perceptual(name: str, device: torch.device | str = "cpu") -> Perceptual | None:
-    """Return the perceptual distance called ``name``; ``"none"`` gives ``None``.
-
-    Raises:
-        ValueError: the name is unknown.
-        ImportError: the package behind it is not installed.
-    """
-    require_choice("perceptual", name, ("none", "lpips"))
-    if name == "none":
-        return None
-    try:
-        import lpips  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise ImportError(
-            "--perceptual lpips needs the package lpips (and its weights): `pip install lpips`, or train without."
-        ) from error
-    distance: Perceptual = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
-    return distance

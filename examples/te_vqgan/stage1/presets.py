@@ -21,6 +21,7 @@ from te_quant import AutoencoderConfig
 __all__ = [
     "ARMS",
     "DEFAULT_ARMS",
+    "PERCEPTUAL",
     "PRESETS",
     "Arm",
     "Stage1Settings",
@@ -30,6 +31,9 @@ __all__ = [
     "settings_for",
     "to_dict",
 ]
+
+PERCEPTUAL = ("none", "lpips", "st-lpips")
+"""Names of the perceptual distances that a loss may have; "none" is none of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Stage1Settings:
         clip_norm: the gradient is scaled down to at most this norm; 0 leaves it alone.
         l1_weight: of the mean absolute reconstruction error.
         l2_weight: of the mean squared reconstruction error.
-        perceptual: name of the perceptual distance, ``"none"`` or ``"lpips"``.
+        perceptual: name of the perceptual distance, out of :data:`PERCEPTUAL`.
         perceptual_weight: its weight; above 0 exactly if there is one.
         adversarial_weight: of the patch discriminator's verdict; 0 trains none.
         adversarial_start: the first step with a discriminator.
@@ -129,7 +133,7 @@ class Stage1Settings:
         require_int("discriminator_layers", self.discriminator_layers, 1)
         require_choice("discriminator_norm", self.discriminator_norm, DISCRIMINATOR_NORMS)
         require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
-        require_choice("perceptual", self.perceptual, ("none", "lpips"))
+        require_choice("perceptual", self.perceptual, PERCEPTUAL)
         require_choice("codebook_init", self.codebook_init, ("uniform", "kmeans"))
         require(
             self.l1_weight + self.l2_weight + self.perceptual_weight > 0,
@@ -291,26 +295,10 @@ PRESETS["photos"] = Stage1Settings(
     max_reduction=4,
 )
 
-# The paper's geometry and recipe at an eighth of its width, on one CPU core; without a discriminator, which would
-# cost more than the autoencoder.
+# The paper's geometry on one CPU core: `small` on the whole canvas. A discriminator would cost more than the
+# autoencoder.
 PRESETS["narrow"] = dataclasses.replace(
-    PRESETS["paper"],
-    model=_SMALL_MODEL,
-    steps=2_000,
-    batch_size=16,
-    learning_rate=1e-3,
-    warmup_steps=50,
-    # Without a perceptual distance L1 stays at the ground's colour for long; the squared error leads out.
-    perceptual="none",
-    perceptual_weight=0.0,
-    l2_weight=4.0,
-    adversarial_weight=0.0,
-    bf16=True,
-    log_every=5,
-    validate_every=100,
-    checkpoint_every=250,
-    eval_images=1_500,
-    eval_sprites=128,
+    PRESETS["small"], canvas_size=64, steps=2_000, perceptual="st-lpips", perceptual_weight=1.0
 )
 
 # What differs between `small` and the paper, one thing at a time.
@@ -332,7 +320,8 @@ def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None
     Args:
         preset: a key of :data:`PRESETS`.
         arm: a key of :data:`ARMS`.
-        changes: overrides, the same for every arm; ``None`` values are ignored.
+        changes: overrides, the same for every arm; ``None`` values are ignored. A perceptual distance without a
+            weight has that of the preset, 1 if the preset has none; "none" has weight 0.
 
     Raises:
         ValueError: a name is unknown or a setting out of range.
@@ -341,6 +330,9 @@ def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None
     require_choice("arm", arm, tuple(ARMS))
     base = PRESETS[preset]
     given = {name: value for name, value in (changes or {}).items() if value is not None}
+    if "perceptual" in given:
+        weight = 0.0 if given["perceptual"] == "none" else base.perceptual_weight or 1.0
+        given = {"perceptual_weight": weight, **given}
     layers = _AUTHORS_LAYERS.get(arm, {}) if preset in _AUTHORS_PRESETS else {}
     model = dataclasses.replace(base.model, **{**ARMS[arm].model, **layers})
     return dataclasses.replace(base, **{"model": model, **ARMS[arm].settings, **given})

@@ -18,10 +18,11 @@ from examples.te_vqgan.data.rows import ImageRows
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checkpoint import save_checkpoint
-from examples.te_vqgan.runs.files import write_text_atomically
+from examples.te_vqgan.runs.files import sha256, write_text_atomically
 from examples.te_vqgan.runs.provenance import Execution
 from examples.te_vqgan.runs.running import (
     CHECKPOINT,
+    WEIGHTS,
     Clock,
     Interrupted,
     begun_run,
@@ -31,6 +32,7 @@ from examples.te_vqgan.runs.running import (
 )
 from examples.te_vqgan.stage1.evaluation import dataset, evaluate, quality
 from examples.te_vqgan.stage1.joint import vector_quantizer
+from examples.te_vqgan.stage1.perceptual import require_perceptual
 from examples.te_vqgan.stage1.pictures import crops, evaluate_pictures
 from examples.te_vqgan.stage1.presets import Stage1Settings, present_form, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
@@ -79,10 +81,13 @@ def train_stage1(
     Raises:
         ValueError: the folder holds a run of other settings, or an unfinished one and ``resume`` is not set.
         Interrupted: ``stop``, Ctrl-C or SIGTERM ended the training early.
+        ImportError: the package of the perceptual distance is not installed, or does not work here.
         FloatingPointError: the loss is no longer finite.
     """
     if is_finished(folder, settings):
         return False
+    # Before the folder is taken, or it would hold settings that never ran.
+    require_perceptual(settings.perceptual)
     plain = to_dict(settings)
     with begun_run(folder, plain, resume=resume, present=present_form) as checkpoint:
         where = execution or Execution()
@@ -120,12 +125,13 @@ def train_stage1(
 
         def finish() -> None:
             trainer.model.save_pretrained(folder / "model")
+            hashes = {"weights": sha256(folder / WEIGHTS)}
             if isinstance(source, PictureSource):
                 numbers, samples = evaluate_pictures(trainer.model, settings, source, trainer.device)
             else:
                 numbers, samples = evaluate(trainer.model, settings, source, trainer.device)
             save_checkpoint(folder / "samples.safetensors", samples, {})
-            facts = provenance(command, where, trained, clock.spent(), processes=processes)
+            facts = provenance(command, where, trained, clock.spent(), processes=processes, hashes=hashes)
             if isinstance(source, PictureSource):
                 facts["pictures"] = list(source.manifest)
             write_text_atomically(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")

@@ -20,9 +20,9 @@ from examples.te_vqgan.stage1.losses import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
-    load_perceptual,
     reconstruction_loss,
 )
+from examples.te_vqgan.stage1.perceptual import load_perceptual
 from examples.te_vqgan.stage1.presets import Stage1Settings
 from te_quant import Quantizer, VQAutoencoder
 from te_quant.functional import perplexity

@@ -19,23 +19,28 @@ from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.runs.checkpoint import save_checkpoint
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.files import sha256, write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, sha256, write_text_atomically
 from examples.te_vqgan.runs.provenance import Execution, git_commit, versions
 from examples.te_vqgan.runs.running import Clock
 from examples.te_vqgan.stage1.evaluation import dataset
-from examples.te_vqgan.stage1.losses import load_perceptual
+from examples.te_vqgan.stage1.perceptual import load_perceptual, measured_distances
 from examples.te_vqgan.stage2.generation import evaluate_pairs, read_tokenizer
 from examples.te_vqgan.stage2.rules import HEADLINE, rule_named
 from examples.te_vqgan.stage2.settings import Stage2Settings
-from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, stage2_folder
+from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, require_tokenizer_of, stage2_folder
 from examples.te_vqgan.stage2.transformers import load_transformer
 
-__all__ = ["PICTURES", "READING", "evaluate_gpt", "evaluate_tokenizer", "rule_file"]
+__all__ = ["PICTURES", "READING", "evaluate_gpt", "evaluate_tokenizer", "is_read", "rule_file"]
 
 READING = "reading.json"
 PICTURES = "rule-paper.safetensors"
 # Every seed and every arm is measured on the same pairs.
 _EVALUATION_SEED = 0
+
+
+def is_read(tokenizer: Path, perceptual: str | None = None) -> bool:
+    """Say whether the folder of a tokenizer holds its reading, and in it the distance that is asked for."""
+    return (tokenizer / READING).exists() and (perceptual in (None, "none") or perceptual in _measured(tokenizer))
 
 
 def evaluate_tokenizer(
@@ -44,17 +49,20 @@ def evaluate_tokenizer(
     source: DigitSource,
     *,
     execution: Execution | None = None,
-    perceptual: str = "none",
+    perceptual: str | None = None,
     command: str | None = None,
 ) -> bool:
     """Read the digits in a tokenizer's reconstructions of the test images.
+
+    What is there is measured again only if a perceptual distance is asked for that it lacks.
 
     Args:
         tokenizer: folder of the finished Stage 1 run.
         classifier: folder of the finished classifier.
         source: the digits.
         execution: where to compute.
-        perceptual: name of a perceptual distance to measure too, as Stage 1 has them.
+        perceptual: name of a perceptual distance to measure too, out of :data:`~.stage1.presets.PERCEPTUAL`; by
+            default that of the tokenizer's loss.
         command: what was typed, for the record.
 
     Returns:
@@ -62,22 +70,24 @@ def evaluate_tokenizer(
 
     Raises:
         ValueError: a run is not finished.
-        ImportError: the package behind ``perceptual`` is not installed.
+        ImportError: the package behind ``perceptual`` is not installed, or does not work here.
     """
-    if (tokenizer / READING).exists():
+    if is_read(tokenizer, perceptual):
         return False
+    clock = Clock()
     device = (execution or Execution()).apply()
     autoencoder, settings = load_tokenizer(tokenizer, device)
+    names = dict.fromkeys([settings.perceptual if perceptual is None else perceptual, *_measured(tokenizer)])
+    distances = {name: load_perceptual(name, device) for name in names}
     numbers = read_tokenizer(
         autoencoder,
         load_classifier(classifier).to(device),
         dataset(settings, source, "test"),
         len(source.class_names),
         device=device,
-        perceptual=load_perceptual(perceptual, device),
+        perceptual={name: distance for name, distance in distances.items() if distance is not None},
     )
-    if perceptual != "none":
-        numbers["perceptual"] = perceptual
+    numbers |= {"classifier": sha256(weights_path(classifier)), "spent": clock.spent()}
     _write(tokenizer / READING, numbers, command)
     return True
 
@@ -121,6 +131,7 @@ def evaluate_gpt(
     device = (execution or Execution()).apply()
     autoencoder, stage1 = load_tokenizer(tokenizer, device)
     require(is_finished(folder, settings, stage1), "out", "a folder with a finished stage2 run", str(folder))
+    require_tokenizer_of(folder, tokenizer)
     clock = Clock()
     gpt = load_transformer(folder / "model").to(device)
     reader: CellClassifier = load_classifier(classifier).to(device)
@@ -157,6 +168,11 @@ def evaluate_gpt(
 def rule_file(rule: str) -> str:
     """Return the name of the file with the numbers of a rule."""
     return f"rule-{rule}.json"
+
+
+def _measured(tokenizer: Path) -> dict[str, float]:
+    path = tokenizer / READING
+    return measured_distances(read_json_object(path)) if path.exists() else {}
 
 
 def _write(path: Path, numbers: dict[str, Any], command: str | None) -> None:

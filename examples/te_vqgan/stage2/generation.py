@@ -1,11 +1,11 @@
 """The paper's two tasks on a finished GPT: captions to images, images to captions; and what limits both.
 
-Shape letters: B images, P = 5 places, h w token grid, T caption tokens.
+Shape letters: B images, P = 5 places, M tokens of an image, h w token grid, T caption tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from examples.te_vqgan.classifier.model import CellClassifier, crop_places, feat
 from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.stage1.losses import Perceptual
+from examples.te_vqgan.stage2.image_tokens import decode_images, encode_images, sequence_order
 from examples.te_vqgan.stage2.rules import Rule
 from examples.te_vqgan.stage2.scores import Scores
 from examples.te_vqgan.stage2.settings import DIRECTIONS
@@ -47,12 +48,12 @@ def draw_images(
     """
     tokens = gpt.generate(
         text,
-        order=DIRECTIONS["text_to_image"],
+        order=sequence_order("text_to_image", gpt.config.segments),
         top_k=rule.images,
         generator=generator,
     )[:, text.shape[1] :]
     image = next(segment for segment in gpt.config.segments if segment.name == "image")
-    return autoencoder.decode_indices(tokens.reshape(len(tokens), *image.shape))
+    return decode_images(autoencoder, tokens, image.shape)
 
 
 @torch.inference_mode()
@@ -69,17 +70,16 @@ def write_captions(
         generator: on the GPT's device; the only source of chance.
 
     Shape:
-        tokens: (B, h, w) int64.
+        tokens: (B, M) int64.
     """
-    flat = tokens.flatten(1)
     written = gpt.generate(
-        flat,
-        order=DIRECTIONS["image_to_text"],
+        tokens,
+        order=sequence_order("image_to_text", gpt.config.segments),
         top_k=rule.captions,
         generator=generator,
         stop_token=pairs.tokenizer.end_token,
     )
-    return pairs.tokenizer.decode(written[:, flat.shape[1] :].cpu())
+    return pairs.tokenizer.decode(written[:, tokens.shape[1] :].cpu())
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def read_tokenizer(
     num_classes: int,
     *,
     device: torch.device,
-    perceptual: Perceptual | None = None,
+    perceptual: Mapping[str, Perceptual] | None = None,
 ) -> dict[str, Any]:
     """Say what survives the tokenizer: digits read in images, and in what is decoded from their tokens.
 
@@ -116,15 +116,15 @@ def read_tokenizer(
         images: the data.
         num_classes: L.
         device: of both models.
-        perceptual: a distance to measure too.
+        perceptual: distances to measure too, by name.
 
     Returns:
         Numbers for JSON: ``original`` and ``reconstruction``, from :meth:`~.stage2.scores.Scores.to_dict`, and
         ``feature_distance``, the mean distance of an image and its reconstruction in the classifier's features,
-        which is not LPIPS; ``perceptual_distance``, their mean distance by ``perceptual``, if there is one.
+        which is not LPIPS; ``perceptual_distances``, their mean by each of ``perceptual``, if there are any.
     """
     tasks = {name: Scores(num_classes) for name in ("original", "reconstruction")}
-    distance, perceived = 0.0, 0.0
+    distance, perceived = 0.0, dict.fromkeys(perceptual or {}, 0.0)
     for start in range(0, len(images), _BATCH):
         recipe = images.recipes[start : start + _BATCH]
         truth = (images.classes(recipe), recipe.colors)
@@ -133,11 +133,13 @@ def read_tokenizer(
         for name, pictures in (("original", originals), ("reconstruction", rebuilt)):
             tasks[name].update(truth, read_places(classifier, pictures))
         distance += float(feature_distance(classifier, rebuilt, originals).double().sum())
-        if perceptual is not None:
-            perceived += float(perceptual(rebuilt, originals).double().mean()) * len(originals)
+        for name, measure in (perceptual or {}).items():
+            perceived[name] += float(measure(rebuilt, originals).double().mean()) * len(originals)
     numbers: dict[str, Any] = {name: scores.to_dict() for name, scores in tasks.items()}
     numbers["feature_distance"] = distance / len(images)
-    return numbers if perceptual is None else numbers | {"perceptual_distance": perceived / len(images)}
+    if perceived:
+        numbers["perceptual_distances"] = {name: value / len(images) for name, value in perceived.items()}
+    return numbers
 
 
 @torch.inference_mode()
@@ -178,7 +180,7 @@ def evaluate_pairs(
         truth = pairs.classes_colors(rows)
         captions = pairs.captions(rows, 0)
         images = pairs.dataset.fixed(start, start + len(rows))
-        tokens = autoencoder.encode_to_indices(images.to(device))
+        tokens = encode_images(autoencoder, images.to(device))
         text = pairs.tokenizer.encode(captions).to(device)
         generated = draw_images(gpt, autoencoder, text, rule, drawing)
         written = write_captions(gpt, pairs, tokens, rule, writing)

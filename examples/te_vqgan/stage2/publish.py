@@ -16,7 +16,7 @@ from examples.te_vqgan.classifier.model import load_classifier, save_classifier
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
 from examples.te_vqgan.stage2.settings import Stage2Settings
-from examples.te_vqgan.stage2.train import load_tokenizer, stage2_folder
+from examples.te_vqgan.stage2.train import load_tokenizer, require_tokenizer_of, stage2_folder
 from examples.te_vqgan.stage2.transformers import load_transformer
 
 __all__ = ["publish"]
@@ -45,6 +45,7 @@ def publish(
     folder = stage2_folder(tokenizer, settings)
     autoencoder, stage1 = load_tokenizer(tokenizer, _CPU)
     require((folder / "evaluation.json").is_file(), "out", "a folder with a finished stage2 run", str(folder))
+    require_tokenizer_of(folder, tokenizer)
     # Half of the bytes; the values are far from the range of float16. Whoever loads them computes in float32.
     autoencoder.half().save_pretrained(target / "tokenizer")
     load_transformer(folder / "model").half().save_pretrained(target / "gpt")

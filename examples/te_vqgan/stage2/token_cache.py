@@ -1,6 +1,6 @@
 """The training images of Stage 2 as tokens: each image is drawn and encoded once, its small integers are kept.
 
-Shape letters: N images, h w token grid.
+Shape letters: N images, M tokens of each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.stage2.image_tokens import encode_images
 from te_quant import VQAutoencoder
 
 __all__ = ["cached_tokens", "encode_dataset"]
@@ -31,7 +32,7 @@ def encode_dataset(
     *,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Tensor:
-    """Return the tokens of every image of ``images`` in the table's order, (N, h, w) int16 on the CPU.
+    """Return the tokens of every image of ``images`` in the table's order, (N, M) int16 on the CPU.
 
     Args:
         model: in evaluation mode, on ``device``.
@@ -47,7 +48,7 @@ def encode_dataset(
     parts = []
     for start in range(0, len(images), _BATCH):
         batch = images.fixed(start, start + _BATCH).to(device)
-        parts.append(model.encode_to_indices(batch).to("cpu", torch.int16))
+        parts.append(encode_images(model, batch).to("cpu", torch.int16))
         progress(start + len(batch))
     return torch.cat(parts)
 

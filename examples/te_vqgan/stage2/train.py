@@ -18,22 +18,33 @@ from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.files import sha256, write_text_atomically
 from examples.te_vqgan.runs.provenance import Execution
 from examples.te_vqgan.runs.running import (
+    WEIGHTS,
     Clock,
     begun_run,
     finished_run,
     provenance,
+    recorded_hash,
     run_steps,
 )
 from examples.te_vqgan.stage1.presets import Stage1Settings, read_settings
+from examples.te_vqgan.stage2.image_tokens import num_phases
 from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings, present_form
 from examples.te_vqgan.stage2.token_cache import cached_tokens, encode_dataset
 from examples.te_vqgan.stage2.trainer import Stage2Trainer, gpt_config
 from te_quant import VQAutoencoder
 
-__all__ = ["is_finished", "load_tokenizer", "plain_settings", "stage2_folder", "train_stage2"]
+__all__ = [
+    "is_finished",
+    "load_tokenizer",
+    "plain_settings",
+    "require_tokenizer_of",
+    "stage2_folder",
+    "train_stage2",
+]
 
 TOKENS = "tokens.safetensors"
 _VALIDATION_IMAGES = 256
@@ -66,10 +77,26 @@ def load_tokenizer(folder: Path, device: torch.device) -> tuple[VQAutoencoder, S
     """Return the model of a finished Stage 1 run, in evaluation mode, and the settings it was trained with.
 
     Raises:
-        ValueError: ``folder`` holds no finished run.
+        ValueError: ``folder`` holds no finished run, or the model of another one.
     """
     settings = _tokenizer_settings(folder)
-    return VQAutoencoder.from_pretrained(folder / "model").to(device), settings
+    model = VQAutoencoder.from_pretrained(folder / "model")
+    changes = differing(model.config.to_dict(), settings.model.to_dict(), "model.")
+    require(not changes, "model", f"that of the settings in {folder}", "; ".join(changes))
+    known = recorded_hash(folder, "weights")
+    same = known in (None, sha256(folder / WEIGHTS))
+    require(same, "model", f"the one that the run in {folder} ended with", "other weights")
+    return model.to(device), settings
+
+
+def require_tokenizer_of(folder: Path, tokenizer: Path) -> None:
+    """Refuse a tokenizer other than the one whose tokens the finished run in ``folder`` was trained on.
+
+    Raises:
+        ValueError: its weights are others. Runs of older versions do not say, and pass.
+    """
+    same = recorded_hash(folder, "tokenizer") in (None, sha256(tokenizer / WEIGHTS))
+    require(same, "tokenizer", f"the one that the run in {folder} was trained with", "other weights")
 
 
 def train_stage2(
@@ -99,8 +126,8 @@ def train_stage2(
         False if the run had been finished before and nothing was done.
 
     Raises:
-        ValueError: Stage 1 is not finished, the folder holds a run of other settings, or an unfinished one and
-            ``resume`` is not set.
+        ValueError: Stage 1 is not finished, the folder holds a run of other settings or on another tokenizer, or
+            an unfinished one and ``resume`` is not set.
         Interrupted: ``stop``, Ctrl-C or SIGTERM ended the training early.
         FloatingPointError: the loss is no longer finite.
     """
@@ -112,18 +139,21 @@ def train_stage2(
     plain = plain_settings(settings, stage1)
     if finished_run(folder, plain, present_form):
         return False
-    with begun_run(folder, plain, resume=resume, present=present_form) as checkpoint:
+    # A tokenizer that was trained again, on another machine say, has other tokens under the same settings.
+    inputs = distributed.from_main(lambda: {"tokenizer": sha256(tokenizer / WEIGHTS)})
+    with begun_run(folder, plain, resume=resume, present=present_form, inputs=inputs) as checkpoint:
         clock = Clock(None if checkpoint is None else checkpoint[1]["spent"])
         train = _pairs(settings, stage1, source, "train", settings.train_images, settings.seed)
         side = stage1.canvas_size // stage1.model.stride
-        config = gpt_config(settings, train.tokenizer, stage1.model.num_codes, (side, side))
+        config = gpt_config(
+            settings, train.tokenizer, stage1.model.num_codes, (side, side), num_phases(stage1.model)
+        )
         held = _pairs(settings, stage1, source, "validation", _VALIDATION_IMAGES, _VALIDATION_SEED)
 
         def encode() -> tuple[Tensor, Tensor]:
             autoencoder, _ = load_tokenizer(tokenizer, device)
             facts = {"images": settings.train_images, "seed": settings.seed, "stage1": plain["stage1"]}
-            # A tokenizer that was trained anew, on another machine say, has other tokens under the same settings.
-            facts["weights"] = sha256(tokenizer / "model" / "model.safetensors")
+            facts["weights"] = inputs["tokenizer"]
             tokens = cached_tokens(folder / TOKENS, facts, lambda: _encoded(autoencoder, train, device, progress))
             return tokens, encode_dataset(autoencoder, held.dataset, device)
 
@@ -151,13 +181,15 @@ def train_stage2(
             clock=clock,
             stop=stop,
             progress=progress,
+            inputs=inputs,
         )
         trained, processes = clock.spent(), distributed.size()
 
         def finish() -> None:
             trainer.model.save_pretrained(folder / "model")
             numbers = _validate(trainer, held, held_tokens)
-            facts = provenance(command, where, trained, clock.spent(), processes=processes)
+            hashes = {"weights": sha256(folder / WEIGHTS), **inputs}
+            facts = provenance(command, where, trained, clock.spent(), processes=processes, hashes=hashes)
             write_text_atomically(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")
             write_text_atomically(folder / "evaluation.json", json.dumps(numbers, indent=2) + "\n")
 

@@ -1,6 +1,6 @@
 """One optimiser step of Stage 2, and the state that decides the next one.
 
-Shape letters: B batch, L caption tokens, h w token grid.
+Shape letters: B batch, L caption tokens, M tokens of an image, h w token grid.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from examples.te_vqgan.data.caption_tokens import CaptionTokenizer
 from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checkpoint import adam_state, load_adam_state, under
+from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.stage2.dalle import DalleConfig
+from examples.te_vqgan.stage2.image_tokens import PHASE, sequence_order
 from examples.te_vqgan.stage2.settings import DIRECTIONS, Stage2Settings
 from examples.te_vqgan.stage2.transformers import Transformer, TransformerConfig, build_transformer
 from te_quant import GPTConfig, Segment
@@ -27,7 +29,7 @@ _BETA1 = 0.9
 
 
 def gpt_config(
-    settings: Stage2Settings, tokenizer: CaptionTokenizer, num_codes: int, grid: tuple[int, int]
+    settings: Stage2Settings, tokenizer: CaptionTokenizer, num_codes: int, grid: tuple[int, int], phases: int = 0
 ) -> TransformerConfig:
     """Return the transformer of a run: learned text positions, fixed 2-D sinusoidal image positions.
 
@@ -36,11 +38,13 @@ def gpt_config(
         tokenizer: of the captions.
         num_codes: of the image tokenizer.
         grid: h, w of its tokens.
+        phases: of which the image tokenizer chooses one for each image; 0 if it does not.
 
     Raises:
-        ValueError: the authors' transformer is to read captions without a start token.
+        ValueError: the authors' transformer is to read captions without a start token, or phases.
     """
     if settings.architecture == "dalle":
+        require(not phases, "phases", "0 for architecture='dalle'", phases)
         if tokenizer.start_token is None:
             raise ValueError(
                 "tokenizer must be of captions in the style 'numerals', got one without a start token."
@@ -59,8 +63,9 @@ def gpt_config(
         )
     text = Segment("text", tokenizer.vocab_size, (tokenizer.length,), "learned", pad_token=tokenizer.pad_token)
     image = Segment("image", num_codes, grid, "sinusoidal")
+    phase = (Segment(PHASE, phases, (1,), "learned"),) if phases else ()
     return GPTConfig(
-        segments=(text, image),
+        segments=(text, *phase, image),
         width=settings.width,
         depth=settings.depth,
         num_heads=settings.num_heads,
@@ -101,24 +106,29 @@ class Stage2Trainer:
         torch.manual_seed(self.settings.seed)
 
     def losses(self, text: Tensor, image: Tensor, direction: str) -> dict[str, Tensor]:
-        """Return the mean cross entropy of each segment in nats per token; padding does not count.
+        """Return the mean cross entropy of text and image in nats per token; padding does not count.
 
         Shape:
-            text: (B, L). image: (B, h, w). Both int64.
+            text: (B, L). image: (B, M), or (B, h, w) without a phase. Both int64.
         """
         parts = {"text": text.to(self.device), "image": image.flatten(1).to(self.device)}
-        order = DIRECTIONS[direction]
+        order: tuple[str, ...] = DIRECTIONS[direction]
         tokens = torch.cat([parts[name] for name in order], 1)
         parts["text"] = torch.where(parts["text"] == self._pad, _IGNORED, parts["text"])
         targets = torch.cat([parts[name] for name in order], 1)
+        order = sequence_order(direction, self.model.config.segments)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            return self._losses(tokens, order=order, targets=targets, ignore_index=_IGNORED)
+            losses = self._losses(tokens, order=order, targets=targets, ignore_index=_IGNORED)
+        if PHASE in losses:
+            cells = parts["image"].shape[1] - 1
+            losses["image"] = (losses.pop(PHASE) + cells * losses["image"]) / (1 + cells)
+        return losses
 
     def train_step(self, text: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Take one step and return the numbers of it, each ().
 
         Shape:
-            text: (B, L). image: (B, h, w). Both int64, this process's share of the batch.
+            text: (B, L). image: (B, M). Both int64, this process's share of the batch.
         """
         settings = self.settings
         distributed.seed_step(settings.seed, self.step)

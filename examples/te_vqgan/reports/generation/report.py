@@ -29,6 +29,7 @@ from examples.te_vqgan.reports.generation.tables import (
     table3,
 )
 from examples.te_vqgan.reports.trial import trial_size
+from examples.te_vqgan.stage1.perceptual import TITLES
 from examples.te_vqgan.stage1.presets import ARMS
 from examples.te_vqgan.stage2.rules import rule_title
 from te_quant import EquivarianceReport
@@ -107,12 +108,7 @@ def generation_blocks(results: Mapping[str, Any]) -> list[Block]:
     blocks += [
         Heading(3, "Table 3: code usage and reconstruction"),
         tables["table3"],
-        Paragraph(
-            "Codes used, reconstruction L1 and LPIPS: ours / the paper's. Our L1 is of images in [-1, 1]; the "
-            "range of the paper's is not stated. LPIPS is measured where its package and weights are installed "
-            "(`--perceptual lpips`). Feature distance is the mean distance in the features of our own "
-            "classifier; it is not LPIPS and not comparable with the paper's perceptual loss."
-        ),
+        Paragraph(_distances(tables["table3"])),
         *(Picture(name, caption) for name, caption in _PICTURES.items()),
     ]
     return blocks
@@ -151,6 +147,21 @@ def generation_figures(results: Mapping[str, Any], samples: Samples) -> dict[str
         "confusions.png": draw_confusions(counts, CLASS_NAMES[results["runs"][0]["settings"]["data"]]),
         "tradeoff.png": draw_tradeoff(points),
     }
+
+
+def _distances(table: Table) -> str:
+    text = (
+        "Codes used, reconstruction L1 and LPIPS: ours / the paper's. Our L1 is of images in [-1, 1]; the "
+        "range of the paper's is not stated. LPIPS is measured where its package and weights are installed "
+        "(`--perceptual lpips`). Feature distance is the mean distance in the features of our own "
+        "classifier; it is not LPIPS and not comparable with the paper's perceptual loss."
+    )
+    if TITLES["st-lpips"] in table.header:
+        text += (
+            " ST-LPIPS (`--perceptual st-lpips`) is shift-tolerant LPIPS with an AlexNet (Ghildyal and Liu 2022, "
+            "arXiv:2207.13686); it is not comparable with the paper's LPIPS either."
+        )
+    return text
 
 
 def _no_findings(size: str) -> Paragraph:

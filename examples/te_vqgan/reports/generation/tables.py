@@ -11,6 +11,7 @@ from typing import Any
 
 from examples.te_vqgan.reports.document import Table
 from examples.te_vqgan.reports.generation.paper import TABLE1, TABLE2, TABLE3, Printed
+from examples.te_vqgan.stage1.perceptual import TITLES, measured_distances
 from examples.te_vqgan.stage1.presets import ARMS
 from examples.te_vqgan.stage2.rules import RULES, rule_title
 
@@ -179,20 +180,20 @@ def share(cases: Iterable[Mapping[str, Any]]) -> float:
 
 
 def table3(results: Mapping[str, Any]) -> Table:
-    """Code usage, reconstruction error and distance in the classifier's features, by data set."""
-    header = [
-        "data, tokenizer",
-        "codes used",
-        "codes > 0.1 %",
-        "reconstruction L1",
-        "feature distance",
-        "LPIPS",
-    ]
+    """Code usage, reconstruction error and perceptual distances, by data set; a column for each distance.
+
+    LPIPS always has its column, for the numbers of the paper; other distances have one where they were measured.
+    """
     main = results["runs"][0]["settings"]["data"]
     groups = {main: results["runs"], **{name: part["runs"] for name, part in results.get("other", {}).items()}}
+    arms = ("vqgan", "te_vqgan")
+    shown = [run for runs in groups.values() for run in runs if run["arm"] in arms]
+    others = [name for name in TITLES if name != "lpips" and _perceived(shown, name)]
+    header = ["data, tokenizer", "codes used", "codes > 0.1 %", "reconstruction L1", "feature distance", "LPIPS"]
+    header += [TITLES[name] for name in others]
     rows = []
     for data, runs in groups.items():
-        for arm in ("vqgan", "te_vqgan"):
+        for arm in arms:
             chosen = [run for run in runs if run["arm"] == arm]
             if not chosen:
                 continue
@@ -200,16 +201,22 @@ def table3(results: Mapping[str, Any]) -> Table:
             codes, error, perceptual = printed or (_DASH, _DASH, _DASH)
             tests = [run["evaluation"]["test"] for run in chosen]
             readings = [run["reading"] for run in chosen if "reading" in run]
-            perceived = [one["perceptual_distance"] for one in readings if one.get("perceptual") == "lpips"]
             cells = [
                 f"{mean([test['used_codes'] for test in tests], '.0f')} / {codes}",
                 mean([test["frequent_codes"] for test in tests], ".0f"),
                 f"{mean([test['l1'] for test in tests], '.4f')} / {error}",
                 mean([one["feature_distance"] for one in readings], ".4f"),
-                f"{mean(perceived, '.4f')} / {perceptual}",
+                f"{mean(_perceived(chosen, 'lpips'), '.4f')} / {perceptual}",
+                *(mean(_perceived(chosen, name), ".4f") for name in others),
             ]
             rows.append([f"{data}, {ARMS[arm].title}{counted(chosen)}", *cells])
     return Table(header, rows)
+
+
+def _perceived(runs: Sequence[Run], name: str) -> list[float]:
+    """Return the perceptual distance called ``name`` of each run in which it was measured."""
+    measured = [measured_distances(run["reading"]) for run in runs if "reading" in run]
+    return [distances[name] for distances in measured if name in distances]
 
 
 def _sizes(results: Mapping[str, Any]) -> set[int]:
