@@ -46,7 +46,7 @@ PLANS: dict[str, Plan] = {
     # A third, as in the paper (100,000 of 300,000).
     "small": Plan(_ALL, (0, 1, 2), smaller_images=13_333, other_data="fashion-mnist"),
     "small-long": Plan(),
-    # There the phase is a token more.
+    # The phase is one extra token there.
     "small-fine": Plan(without_stage2=()),
     "narrow": Plan(("vqgan", "te_vqgan", "k16"), (0, 1)),
     "photos": Plan(("vqgan", "te_vqgan", "stride_exact", "integer_exact")),

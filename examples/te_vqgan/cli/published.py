@@ -27,7 +27,7 @@ def add_published_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     numbers = add("numbers", _numbers, "hold the marked numbers of pages against the published results")
     numbers.add_argument("pages", type=Path, nargs="*", help="Markdown files (default: README and documentation)")
-    numbers.add_argument("--write", action="store_true", help="write the numbers that differ anew")
+    numbers.add_argument("--write", action="store_true", help="correct the numbers that differ")
 
 
 def _hypotheses(options: argparse.Namespace) -> None:

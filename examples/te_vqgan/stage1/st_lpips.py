@@ -1,4 +1,4 @@
-"""ST-LPIPS: a perceptual distance whose weights a package ships, so that nothing has to be downloaded besides.
+"""ST-LPIPS: a perceptual distance whose weights come with a package, so nothing else is downloaded.
 
 The package itself is never imported, since it needs torchvision: only its file of weights is read.
 

@@ -1,4 +1,4 @@
-"""Find the markers in pages, hold the numbers before them against the data, and write the numbers anew.
+"""Find the markers in pages, compare the numbers before them with the data, and correct those that differ.
 
 A marker is a comment right behind a number, ``0.861<!-- small: vqgan.t2i.quad1 -->``: the name of the data, a
 colon, and an expression (:mod:`~.expressions`). Readers do not see it. ``0.861 ± 0.051`` checks a mean and the
