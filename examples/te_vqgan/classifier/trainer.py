@@ -100,8 +100,8 @@ CLASSIFIERS: dict[str, ClassifierSettings] = {
 }
 CLASSIFIERS |= {"small-long": CLASSIFIERS["small"], "small-fine": CLASSIFIERS["small"]}
 CLASSIFIERS["narrow"] = dataclasses.replace(CLASSIFIERS["small-64"], margin=2)
-"""Settings by name. "smoke" takes seconds. "small" is for digits 14 pixels wide and takes nine minutes of one
-core; "small-strided" takes three and reads 99.35 % of MNIST's test digits. "small-64" takes three, with bfloat16
+"""Settings by name. "smoke" takes seconds. "small" takes nine minutes of one core and reads 99.53 % of MNIST's
+test digits, 14 pixels wide; "small-strided" takes three and reads 99.35 %. "small-64" takes three, with bfloat16
 arithmetic, and reads 99.50 %, 28 pixels wide. "paper" has the paper's network, for an accelerator."""
 
 
