@@ -1,7 +1,7 @@
 """The step ``evaluate``: what a finished tokenizer, and the GPT on its tokens, is worth on held-out combinations.
 
 Writes ``reading.json`` into the folder of the Stage 1 run, and for each rule ``rule-NAME.json`` into that of the
-Stage 2 run, with pictures in ``rule-paper.safetensors``. What is there is not measured again.
+Stage 2 run, with pictures in ``rule-paper.safetensors``. Existing files are not measured again.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def evaluate_gpt(
 ) -> bool:
     """Measure both tasks on held-out combinations.
 
-    Under the rule that tables show also on half as many pairs of combinations that training saw. The digits are
+    Under the rule ``paper``, also measure combinations seen in training, on half as many pairs. The digits are
     those of the test split in either case.
 
     Args:

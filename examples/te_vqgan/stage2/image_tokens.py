@@ -1,10 +1,11 @@
-"""Images as sequences of tokens: the grid row by row, behind one token for the phase where the tokenizer has one.
+"""Images as sequences of tokens: the grid row by row, preceded by one phase token if the tokenizer has phases.
 
 An encoder with adaptive polyphase downsampling chooses, image by image, which pixels it keeps. Its grid alone does
 not say where in a token's cell the image lies; the phases of its L downsamplings do. They become one more token,
 in [0, 4^L).
 
-Shape letters: B images, M = h·w tokens of each, or one more, h w token grid, S side of an image, L downsamplings.
+Shape letters: B images, M tokens per image (h·w, and one more with a phase), h w token grid, S side of an image,
+L downsamplings.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def num_phases(config: AutoencoderConfig) -> int:
 
 
 def sequence_order(direction: str, segments: Sequence[Segment]) -> tuple[str, ...]:
-    """Return the names of the segments as they follow each other; the phase stands before its grid."""
+    """Return the segment names in sequence order; the phase comes directly before its grid."""
     known = {segment.name for segment in segments}
     order = (part for name in DIRECTIONS[direction] for part in ((PHASE, name) if name == "image" else (name,)))
     return tuple(name for name in order if name in known)
@@ -54,7 +55,7 @@ def encode_images(model: VQAutoencoder, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_images(model: VQAutoencoder, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-    """Undo :func:`encode_images`, as far as a tokenizer can: (B, M) to (B, 3, S, S).
+    """Decode the tokens of :func:`encode_images` into images: (B, M) to (B, 3, S, S).
 
     Args:
         model: in evaluation mode.

@@ -12,20 +12,20 @@ from examples.te_vqgan.runs.checks import require, require_choice
 __all__ = ["DEFAULT_RULES", "HEADLINE", "RULES", "Rule", "rule_named", "rule_title"]
 
 HEADLINE = "paper"
-"""The rule of tables and pictures that show one."""
+"""The rule shown by tables and pictures that show only one."""
 
 RULES = (HEADLINE, "tenth", "greedy", "2", "16", "38", "all")
-"""Names of rules; any other whole number is one too."""
+"""Names of rules; any other positive whole number is a rule too."""
 
 DEFAULT_RULES = (HEADLINE, "2")
-"""What ``run`` measures."""
+"""The rules that ``run`` evaluates."""
 
 # Text vocabulary and positions of the authors' code, whose logits count towards its tenth.
 _PAPER_TEXT = 78 + 50
 
 
 class Rule(NamedTuple):
-    """What is drawn from, at temperature 1.
+    """How many candidates a token is drawn from, at temperature 1.
 
     Attributes:
         name: as it is typed.
@@ -44,8 +44,9 @@ def rule_named(name: str, num_codes: int, vocabulary: int) -> Rule:
     Args:
         name: ``"paper"`` keeps k = ⌊0.1·(128 + K)⌋ logits in both directions, as the released code does; the text
             of the paper states no rule. ``"tenth"`` keeps ⌊0.1·K⌋ for images and writes captions greedily, which
-            is what this example did in its first version. ``"greedy"`` takes the likeliest, ``"all"`` draws from
-            everything, and a number from so many, each in both directions. No rule keeps more than there are.
+            is what this example did in its first version. ``"greedy"`` takes the likeliest token, ``"all"`` draws
+            from all tokens, and a number from that many of the likeliest; each for images and for captions. A rule
+            never keeps more tokens than the codebook or the vocabulary has.
         num_codes: K.
         vocabulary: number of caption tokens.
 
@@ -70,7 +71,7 @@ def rule_named(name: str, num_codes: int, vocabulary: int) -> Rule:
 
 
 def rule_title(name: str, task: str | None = None) -> str:
-    """Return what a table calls a rule, in one of the two tasks or in both."""
+    """Return the title of a rule in tables, for one task or, without ``task``, for both."""
     tenth = {"text_to_image": "a tenth of K", "image_to_text": "greedy"}
     titles = {
         "paper": "the released code's",

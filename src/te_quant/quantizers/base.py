@@ -64,15 +64,15 @@ class Losses(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """What :meth:`Quantizer.quantize` computed for N rows.
+    """The result of :meth:`Quantizer.quantize` for N rows.
 
     Attributes:
-        surrogate: (N, C), usually ``rows.vectors``: what the gradient of the codes passes straight through to. Its
-            values do not matter.
+        surrogate: (N, C), usually ``rows.vectors``. It receives the gradient of the codes unchanged; its values
+            are not used.
         indices: (N,) or (N, Q) int64.
         codes: (N, C), bit-equal to ``look_up(indices)``.
-        losses: the terms.
-        memo: whatever :meth:`Quantizer.record` needs besides; nobody else sees it.
+        losses: the three weighted terms.
+        memo: anything else that :meth:`Quantizer.record` needs; no other method reads it.
     """
 
     surrogate: Tensor
