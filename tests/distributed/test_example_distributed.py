@@ -230,7 +230,7 @@ def test_run_does_the_whole_plan_once(tmp_path: Path, alone: Path) -> None:
         assert facts["processes"] == processes, path
         assert facts["threads"] == (1 if processes == 2 else 2)
         assert not (path / "console.txt").exists()
-    for path in (folder / "reading.json", second / "generation.json", tmp_path / "report" / "report.html"):
+    for path in (folder / "reading.json", second / "rule-paper.json", tmp_path / "report" / "report.html"):
         assert path.is_file()
     _assert_same_log(run_folder(alone, ARM, 0), folder, 1e-4)
     # Stage 2 on the very tokens that the two processes had. Muon computes in bfloat16, which has three digits, and

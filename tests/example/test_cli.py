@@ -35,7 +35,8 @@ PICTURES = (
     *("token_grids", "token_shifts", "reconstructions", "loss_curves", "equivariance"),
     *("captions", "generated", "confusions", "tradeoff"),
 )
-TABLES = ("table1-text-to-image", "table1-image-to-text", "table2", "table3")
+RULES = ("rules-text-to-image", "rules-text-to-image-quad1", "rules-image-to-text")
+TABLES = ("table1-text-to-image", "table1-image-to-text", "table2", "table3", *RULES)
 # Seconds. Tells a process that hangs from a slow machine, no more.
 _PATIENCE = 600
 # The example as ``python -m`` runs it; Ctrl-C reaches it even where the tests themselves ignore it, as what a

@@ -72,7 +72,7 @@ def _shrink(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["paper", "narrow"])
+@pytest.mark.parametrize("preset", ["paper", pytest.param("narrow", marks=pytest.mark.long)])
 def test_every_step_of_the_preset_works(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both stages, evaluation and publication, without LPIPS; the arm has the authors' own pooling."""
     _shrink(preset, monkeypatch)

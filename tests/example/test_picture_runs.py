@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(folder: Path, out: Path, tm
     """It needs no state of a loader, as crops follow from the step."""
     settings = _settings(folder)
     source = _source(folder, settings)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         train_stage1(settings, tmp_path, source, stop=lambda step: step == 2, progress=False)
     assert train_stage1(settings, tmp_path, source, resume=True, progress=False)
     whole = run_folder(out, "vqgan", 0)
@@ -302,7 +302,7 @@ def test_data_that_do_not_fit_the_preset_are_refused(
 
 def test_an_unknown_data_set_is_refused_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     """A folder among them."""
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         main(["prepare", "--data", "imagenet"])
     error = capsys.readouterr().err
     assert "invalid choice: 'imagenet' (choose from 'mnist', 'fashion-mnist', 'digits', 'images:FOLDER')" in error

@@ -152,7 +152,7 @@ def test_swapped_checkpoints_are_refused(
 
 def test_a_file_that_is_no_checkpoint_of_a_training_is_refused(tmp_path: Path, source: DigitSource) -> None:
     """The samples of a run have the same format, and no settings."""
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         train_classifier(CLASSIFIER, tmp_path, source, progress=False, stop=lambda done: done == 2)
     tensors, _ = load_checkpoint(tmp_path / CHECKPOINT)
     save_checkpoint(tmp_path / CHECKPOINT, tensors, {"step": 2})
@@ -164,7 +164,7 @@ def test_a_file_that_is_no_checkpoint_of_a_training_is_refused(tmp_path: Path, s
 def test_a_checkpoint_of_before_goes_on(tmp_path: Path, source: DigitSource) -> None:
     """It does not say on which tokenizer it stands."""
     tokenizer = finished_tokenizer(tmp_path / "vqgan-seed0")
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         train_stage2(GPT_SETTINGS, tokenizer, source, progress=False, stop=lambda done: done == 2)
     path = stage2_folder(tokenizer, GPT_SETTINGS) / CHECKPOINT
     tensors, facts = load_checkpoint(path)
@@ -186,7 +186,7 @@ def test_a_gpt_goes_on_only_with_the_tokenizer_it_began_with(tmp_path: Path, sou
     """Equal settings are not enough: other weights have other tokens."""
     tokenizer = finished_tokenizer(tmp_path / "vqgan-seed0")
     kept = shutil.copytree(tokenizer / "model", tmp_path / "kept")
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped at step"):
         train_stage2(GPT_SETTINGS, tokenizer, source, progress=False, stop=lambda done: done == 2)
     _retrained(tokenizer)
     message = r"tokenizer must be the one that the checkpoint in .* was trained with, got other weights"
