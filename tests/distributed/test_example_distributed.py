@@ -215,7 +215,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(tmp_path: Path
     _assert_same_log(run_folder(alone, ARM, 0), folder, 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_run_does_the_whole_plan_once(tmp_path: Path, alone: Path) -> None:
     """All steps in one group of processes, one report, the losses of one process, and nothing left to do."""
     words = ["run", "--preset", "smoke", "--arms", ARM, "--out", str(tmp_path), "--threads", "2"]

@@ -395,8 +395,8 @@ def _points(folder: Path) -> list[Callable[[], bool]]:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [0, *(pytest.param(case, marks=pytest.mark.long) for case in range(1, 6))])
+@pytest.mark.long
+@pytest.mark.parametrize("case", range(6))
 def test_a_run_killed_at_random_points_ends_like_one_that_was_not(
     case: int, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -348,7 +348,7 @@ def test_initial_scales_and_logits() -> None:
     assert logits[:, : TEXT - 1].isfinite().all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.no_cover
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")
 def test_a_compiler_changes_rounding_only() -> None:

@@ -182,7 +182,7 @@ def test_runs_on_different_pictures_do_not_share_a_report(
     assert "data must be the same in both results, got images:" in _error(words, capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_arm_can_be_added_to_a_report(folder: Path, out: Path, tmp_path: Path) -> None:
     """The others stay with their samples, and what follows from results.json is written anew."""
     report = tmp_path / "report"
@@ -437,7 +437,7 @@ def test_interior_tokens_do_not_see_the_border_of_the_window() -> None:
     assert inside < 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exact_arms_agree_after_circular_shifts(tmp_path: Path) -> None:
     """Whole tokens for the stride-exact one, also below a token for the other; VQGAN (the control) for neither."""
     folder, rates = tmp_path, {}
