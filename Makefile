@@ -17,11 +17,11 @@ $(VENV)/.%.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.examples.installed
 	$(BIN)/python -m examples.te_vqgan run --preset quick --data $(DATA)
 
-# The fast suite: less than 4 minutes on two cores.
+# The fast suite: about 5 minutes on two cores.
 test: $(VENV)/.test.installed
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# With the tests marked slow, some of which need the extra integrations, a part of dev: less than 12 minutes.
+# With the tests marked slow, some of which need the extra integrations, a part of dev: about 15 minutes.
 test-all: $(VENV)/.dev.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long"
 
