@@ -34,7 +34,7 @@ class Package(NamedTuple):
     Attributes:
         name: as ``pip`` or ``apt`` calls it.
         version: in which the pictures and their licences were looked up.
-        module: Python module beside whose files they lie; ``None`` for a Debian package.
+        module: Python module next to whose files they lie; ``None`` for a Debian package.
         folder: of the pictures, within the module's folder or within the root of the file system.
         stated: the file that states the licences, in words.
     """

@@ -1,7 +1,7 @@
 """Which tokens may look at which, in each kind of attention of the authors' transformer.
 
 Every kind is causal, and lets text look at everything before it and image tokens look at all the text before them.
-The kinds differ in which earlier image tokens an image token sees.
+Each kind decides which earlier image tokens an image token sees.
 
 Shape letters: n tokens of a sequence, h w token grid.
 """

@@ -1,4 +1,4 @@
-"""The transformers of Stage 2: the library's GPT and the one of the paper's authors, built and loaded alike."""
+"""The transformers of Stage 2: the GPT of the library and that of the authors, built and loaded in one way."""
 
 from __future__ import annotations
 
