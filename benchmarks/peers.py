@@ -116,6 +116,7 @@ def _ours(codebook: Tensor, mode: str) -> Adapter:
         codebook_update="ema" if mode == "ema" else "gradient",
         commitment_weight=_BETA,
         decay=_DECAY,
+        revival_threshold=0.0,
         channel_dim=-1,
     ).to(codebook.device)
     module.codebook.data.copy_(codebook)

@@ -185,7 +185,7 @@ class PlainAutoencoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        plain = AutoencoderConfig()
+        plain = AutoencoderConfig(codebook_update="gradient")
         names = ("downsample", "upsample", "norm", "activation", "dropout", "metric", "codebook_update")
         for name in (*names, "gradient_estimator", "orthogonal_reg"):
             if getattr(config, name) != getattr(plain, name):

@@ -16,28 +16,29 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from te_quant import FSQ, LFQ, Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
+from te_quant import FSQ, LFQ, Quantizer, ResidualVectorQuantizer, SimVQ
 from te_quant.tables import Table
+from tests.helpers import plain_quantizer
 
 __all__ = ["COUNTED", "EVENTS", "collectives", "collectives_table", "group_of_two"]
 
 K, C, Q = 11, 6, 3
 # name -> quantizer
 COUNTED: dict[str, Callable[[], Quantizer]] = {
-    "VectorQuantizer, gradient": lambda: VectorQuantizer(K, C),
-    "VectorQuantizer, ema": lambda: VectorQuantizer(K, C, codebook_update="ema"),
-    "VectorQuantizer, gradient, penalty": lambda: VectorQuantizer(K, C, orthogonal_reg=10.0),
-    "VectorQuantizer, ema, penalty": lambda: VectorQuantizer(K, C, orthogonal_reg=10.0, codebook_update="ema"),
-    "VectorQuantizer, gradient, orthogonal_max_codes": lambda: VectorQuantizer(
+    "VectorQuantizer, gradient": lambda: plain_quantizer(K, C),
+    "VectorQuantizer, ema": lambda: plain_quantizer(K, C, codebook_update="ema"),
+    "VectorQuantizer, gradient, penalty": lambda: plain_quantizer(K, C, orthogonal_reg=10.0),
+    "VectorQuantizer, ema, penalty": lambda: plain_quantizer(K, C, orthogonal_reg=10.0, codebook_update="ema"),
+    "VectorQuantizer, gradient, orthogonal_max_codes": lambda: plain_quantizer(
         K, C, orthogonal_reg=10.0, orthogonal_max_codes=4
     ),
-    "VectorQuantizer, ema, orthogonal_max_codes": lambda: VectorQuantizer(
+    "VectorQuantizer, ema, orthogonal_max_codes": lambda: plain_quantizer(
         K, C, orthogonal_reg=10.0, orthogonal_max_codes=4, codebook_update="ema"
     ),
-    "VectorQuantizer, gradient, orthogonal_active_only": lambda: VectorQuantizer(
+    "VectorQuantizer, gradient, orthogonal_active_only": lambda: plain_quantizer(
         K, C, orthogonal_reg=10.0, orthogonal_active_only=True
     ),
-    "VectorQuantizer, ema, orthogonal_active_only": lambda: VectorQuantizer(
+    "VectorQuantizer, ema, orthogonal_active_only": lambda: plain_quantizer(
         K, C, orthogonal_reg=10.0, orthogonal_active_only=True, codebook_update="ema"
     ),
     "ResidualVectorQuantizer, gradient": lambda: ResidualVectorQuantizer(K, C, Q),

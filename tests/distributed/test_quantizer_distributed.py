@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from te_quant import VectorQuantizer
-from tests.helpers import exactly
+from tests.helpers import exactly, plain_quantizer
 
 WORLD = 2
 TIMEOUT = 90.0
@@ -44,7 +44,7 @@ SUBSETS: dict[str, dict[str, Any]] = {
 
 def build(options: dict[str, Any]) -> VectorQuantizer:
     """The same quantizer in every process."""
-    quantizer = VectorQuantizer(6, 4, **options, generator=torch.Generator().manual_seed(0)).double()
+    quantizer = plain_quantizer(6, 4, **options, generator=torch.Generator().manual_seed(0)).double()
     codes = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         quantizer.codebook.copy_(codes)
@@ -107,6 +107,12 @@ def work(rank: int, folder: str) -> None:
         few = batch(0, 0)[:3] if rank == 0 else batch(3, rank)
         quantizer.kmeans_init(few, generator=generator)
         result[f"kmeans-few-{update}"] = {k: v.clone() for k, v in quantizer.state_dict().items()}
+    # What replaces dead codes; the start is the largest case.
+    fresh = VectorQuantizer(9, 4, generator=torch.Generator().manual_seed(0)).double()
+    for step in range(3):
+        fresh(batch(step, rank))
+        fresh.apply_pending()
+        result[f"start-{step}"] = {k: v.clone() for k, v in fresh.state_dict().items()}
     # A group of this rank alone: nothing is shared.
     alone = [dist.new_group([r]) for r in range(WORLD)][rank]
     private = build({"codebook_update": "ema", "process_group": alone})
@@ -184,6 +190,19 @@ def test_kmeans_and_revival_are_the_same_everywhere(update: str, call: str, resu
         torch.testing.assert_close(one["codebook"][:3].sort(0).values, few.sort(0).values, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_codebooks_start_at_the_latents_of_all_ranks(step: int, results: list[Any]) -> None:
+    """The same bits everywhere, from both ranks in turns; rank 1 has nothing in the second step."""
+    one, two = (rank[f"start-{step}"] for rank in results)
+    assert identical(one, two)
+    if step == 0:
+        taken = [
+            [bool((batch(0, rank) == code).all(1).any()) for code in one["codebook"]] for rank in range(WORLD)
+        ]
+        assert all(3 <= sum(rank) <= 5 for rank in taken)
+        assert sum(map(sum, taken)) == int(one["revivals"])
+
+
 def test_kmeans_uses_the_rows_of_all_ranks(results: list[Any]) -> None:
     """The start is drawn from the union of the rows, and the centres fit the rows of both ranks."""
     start = results[0]["kmeans-start-ema"]["codebook"]
@@ -218,7 +237,7 @@ def lone_group(tmp_path: Path) -> Iterator[Any]:
 
 def test_a_live_group_is_shared_by_copies_and_never_pickled(lone_group: Any) -> None:
     """A deepcopy keeps the connection; pickle and torch.save refuse it; state_dict is free of it."""
-    quantizer = VectorQuantizer(6, 4, codebook_update="ema", process_group=lone_group)
+    quantizer = plain_quantizer(6, 4, codebook_update="ema", process_group=lone_group)
     quantizer(torch.randn(9, 4))
     twin = copy.deepcopy(quantizer)
     assert twin._group.resolve() is quantizer._group.resolve()
@@ -228,7 +247,7 @@ def test_a_live_group_is_shared_by_copies_and_never_pickled(lone_group: Any) -> 
         with pytest.raises(TypeError, match=exactly(message)):
             write(quantizer)
     assert pickle.loads(pickle.dumps(quantizer.state_dict())).keys() == quantizer.state_dict().keys()
-    assert pickle.loads(pickle.dumps(VectorQuantizer(6, 4))).num_codes == 6
+    assert pickle.loads(pickle.dumps(plain_quantizer(6, 4))).num_codes == 6
 
 
 def test_a_group_of_one_needs_no_sums(lone_group: Any) -> None:

@@ -23,8 +23,9 @@ from examples.te_vqgan.reports.family import family_scatter, family_table, write
 from examples.te_vqgan.runs.logs import read_log
 from examples.te_vqgan.stage1.joint import joint_indices, num_combinations, vector_quantizer
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
-from te_quant import FSQ, ResidualVectorQuantizer, VectorQuantizer, VQAutoencoder
+from te_quant import FSQ, ResidualVectorQuantizer, VQAutoencoder
 from tests.example.tiny_runs import random_source, stage1_settings
+from tests.helpers import plain_quantizer
 from tests.published import published
 
 SETTINGS = stage1_settings()
@@ -157,7 +158,7 @@ def test_joint_index_is_one_to_one() -> None:
     assert joint.shape == (1, 3, 3)
     assert joint.flatten().sort().values.tolist() == list(range(9))
     assert torch.equal(joint, pairs[..., 0] + 3 * pairs[..., 1])
-    plain = VectorQuantizer(5, 2)
+    plain = plain_quantizer(5, 2)
     assert num_combinations(plain) == 5
     assert joint_indices(joint, plain) is joint
     dropping = ResidualVectorQuantizer(3, 2, 2, quantizer_dropout=True)

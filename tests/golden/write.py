@@ -40,6 +40,14 @@ STEADY_LATENTS, STEADY_IMAGES, STEADY_TOKENS = 1e-2, 1e-3, 2e-5
 PERTURBATIONS = 40
 
 _TABLE = {"num_codes": 8, "code_dim": 4}
+# Defaults at that commit, or what equals it since: the table names them, as later versions have others.
+_WERE_DEFAULTS = {
+    "codebook_update": "gradient",
+    "commitment_weight": 0.25,
+    "decay": 0.99,
+    "revival_threshold": 0.0,
+}
+_CODEBOOKS = ("VectorQuantizer", "ResidualVectorQuantizer")
 QUANTIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "vq": ("VectorQuantizer", {**_TABLE}),
     "vq-penalty": ("VectorQuantizer", {**_TABLE, "orthogonal_reg": 10.0, "orthogonal_active_only": True}),
@@ -164,7 +172,11 @@ def write_quantizers(folder: Path) -> None:
         tensors |= {f"{name}/{key}": value.detach().clone().contiguous() for key, value in found.items()}
     save_file(tensors, folder / "quantizers.safetensors")
     table = {
-        name: {"class": kind, "options": options, "random": name in RANDOM}
+        name: {
+            "class": kind,
+            "options": {**_WERE_DEFAULTS, **options} if kind in _CODEBOOKS else options,
+            "random": name in RANDOM,
+        }
         for name, (kind, options) in QUANTIZERS.items()
     }
     (folder / "quantizers.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -28,12 +28,12 @@ from te_quant import (
     GPTConfig,
     Quantizer,
     Segment,
-    VectorQuantizer,
     VQAutoencoder,
     build_decoder,
     build_encoder,
     layers,
 )
+from tests.helpers import plain_quantizer
 from tests.unit.quantizer_cases import QUANTIZERS, is_random
 
 __all__ = [
@@ -157,7 +157,7 @@ def _layer(kind: type, *args: Any, inputs: Callable[[], Inputs] | None = None, *
     return ModuleCase(partial(kind, *args, **options), inputs or _images(), (kind,))
 
 
-_VQ = partial(VectorQuantizer, 11, 6)
+_VQ = partial(plain_quantizer, 11, 6)
 # What the conformance table has no need of: options that add to what is remembered.
 _MORE_QUANTIZERS: dict[str, Callable[..., Any]] = {
     "vq-subset": partial(_VQ, orthogonal_reg=10.0, orthogonal_max_codes=5),

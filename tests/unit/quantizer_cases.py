@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from te_quant import FSQ, LFQ, ResidualVectorQuantizer, SimVQ, VectorQuantizer
+from tests.helpers import plain_quantizer
 
 __all__ = [
     "QUANTIZERS",
@@ -27,7 +28,7 @@ __all__ = [
     "state_of",
 ]
 
-_vq = partial(VectorQuantizer, 11, 6)
+_vq = partial(plain_quantizer, 11, 6)
 _rvq = partial(ResidualVectorQuantizer, 11, 6, 3)
 
 
@@ -58,8 +59,9 @@ QUANTIZERS: dict[str, Callable[..., Any]] = {
     ),
     "vq-ema-cosine": partial(_vq, codebook_update="ema", metric="cosine", temperature=0.1),
     "vq-ema-cosine-penalty": partial(_vq, codebook_update="ema", metric="cosine", orthogonal_reg=3.0, decay=0.0),
-    "vq-one-code": partial(VectorQuantizer, 1, 6, orthogonal_reg=1.0),
-    "vq-one-channel": partial(VectorQuantizer, 5, 1, codebook_update="ema", orthogonal_reg=1.0),
+    "vq-revival": partial(VectorQuantizer, 11, 6),
+    "vq-one-code": partial(plain_quantizer, 1, 6, orthogonal_reg=1.0),
+    "vq-one-channel": partial(plain_quantizer, 5, 1, codebook_update="ema", orthogonal_reg=1.0),
     "rvq": _rvq,
     "rvq-shared": partial(_rvq, shared_codebook=True, orthogonal_reg=10.0),
     "rvq-dropout": partial(_rvq, quantizer_dropout=True, gradient_estimator="rotation_trick"),

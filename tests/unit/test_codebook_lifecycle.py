@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from te_quant import VectorQuantizer
-from tests.helpers import exactly
+from tests.helpers import exactly, plain_quantizer
 from tests.unit.quantizer_cases import state_of
 
 UPDATES = ("gradient", "ema")
@@ -61,7 +61,7 @@ def test_kmeans_is_lloyds_algorithm(update: str, metric: str, channel_dim: int) 
     """From the same K rows, drawn without replacement, the centres are those of a plain implementation."""
     points = torch.randn(80, 3, generator=seeded(0), dtype=torch.float64)
     options: dict[str, Any] = {"metric": metric, "codebook_update": update, "channel_dim": channel_dim}
-    quantizer = VectorQuantizer(7, 3, **options).double()
+    quantizer = plain_quantizer(7, 3, **options).double()
     latents = points.view(2, 40, 3) if channel_dim == -1 else points.view(2, 40, 3).movedim(-1, 1)
     table = points.numpy()
     if metric == "cosine":
@@ -82,7 +82,7 @@ def test_kmeans_is_lloyds_algorithm(update: str, metric: str, channel_dim: int) 
 def test_kmeans_restarts_the_statistics(update: str) -> None:
     """Usage is 1 again and, under ema, the next averages start from the centres."""
     points, _ = blobs()
-    quantizer = VectorQuantizer(5, 3, codebook_update=update).double()  # type: ignore[arg-type]
+    quantizer = plain_quantizer(5, 3, codebook_update=update).double()  # type: ignore[arg-type]
     for _ in range(5):
         quantizer(points)
     assert not torch.equal(quantizer.usage, torch.ones(5, dtype=torch.float64))
@@ -100,7 +100,7 @@ def test_kmeans_restarts_the_statistics(update: str) -> None:
 @pytest.mark.parametrize("update", UPDATES)
 def test_kmeans_with_fewer_latents_than_codes(update: str) -> None:
     """Every latent becomes a code; the other codes keep their values."""
-    quantizer = VectorQuantizer(9, 3, codebook_update=update).double()  # type: ignore[arg-type]
+    quantizer = plain_quantizer(9, 3, codebook_update=update).double()  # type: ignore[arg-type]
     before = quantizer.codebook.detach().clone()
     points = torch.randn(4, 3, dtype=torch.float64)
     quantizer.kmeans_init(points)
@@ -111,7 +111,7 @@ def test_kmeans_with_fewer_latents_than_codes(update: str) -> None:
 
 def test_kmeans_of_equal_latents_is_finite() -> None:
     """Blank images: all rows alike; empty clusters keep their centres, and the choice is the first copy."""
-    quantizer = VectorQuantizer(6, 3)
+    quantizer = plain_quantizer(6, 3)
     quantizer.kmeans_init(torch.ones(50, 3))
     assert torch.equal(quantizer.codebook, torch.ones(6, 3))
     assert (quantizer.encode(torch.randn(40, 3)) == 0).all()
@@ -123,7 +123,7 @@ def test_kmeans_follows_its_generator() -> None:
     state = torch.get_rng_state()
     results = []
     for seed in (0, 0, 1):
-        quantizer = VectorQuantizer(8, 3, generator=seeded(0))
+        quantizer = plain_quantizer(8, 3, generator=seeded(0))
         quantizer.kmeans_init(points, generator=seeded(seed))
         results.append(quantizer.codebook.detach())
     assert torch.equal(state, torch.get_rng_state())
@@ -135,7 +135,7 @@ def test_kmeans_follows_its_generator() -> None:
 def test_kmeans_refuses_negative_iterations(iterations: int) -> None:
     """The count of iterations is not negative."""
     with pytest.raises(ValueError, match=f"^iterations must be an int >= 0, got {iterations}.$"):
-        VectorQuantizer(3, 3).kmeans_init(torch.zeros(5, 3), iterations=iterations)
+        plain_quantizer(3, 3).kmeans_init(torch.zeros(5, 3), iterations=iterations)
 
 
 def test_kmeans_checks_the_size_of_its_latents() -> None:
@@ -143,13 +143,13 @@ def test_kmeans_checks_the_size_of_its_latents() -> None:
     with pytest.raises(
         ValueError, match=exactly("latents axis 1 must be code_dim=4, got 3 (latents shape (5, 3)).")
     ):
-        VectorQuantizer(3, 4).kmeans_init(torch.zeros(5, 3))
+        plain_quantizer(3, 4).kmeans_init(torch.zeros(5, 3))
 
 
 def test_revival_checks_the_values_of_its_latents() -> None:
     """As forward does."""
     with pytest.raises(ValueError, match=exactly("latents must be finite, got 1 NaN or infinite of 4 values.")):
-        VectorQuantizer(3, 4).revive_dead_codes(torch.tensor([[0.0, torch.nan, 0.0, 0.0]]))
+        plain_quantizer(3, 4).revive_dead_codes(torch.tensor([[0.0, torch.nan, 0.0, 0.0]]))
 
 
 # Revival
@@ -157,7 +157,7 @@ def test_revival_checks_the_values_of_its_latents() -> None:
 
 def half_dead(update: str, **options: Any) -> VectorQuantizer:
     """A trained quantizer, 8 codes, of which the first 4 are far from all latents and hardly used."""
-    quantizer = VectorQuantizer(8, 3, codebook_update=update, decay=0.7, **options).double()  # type: ignore[arg-type]
+    quantizer = plain_quantizer(8, 3, codebook_update=update, decay=0.7, **options).double()  # type: ignore[arg-type]
     with torch.no_grad():
         quantizer.codebook[:4] += 100
         quantizer.codebook[4:] = torch.randn(4, 3, generator=seeded(3)).double()
@@ -217,7 +217,7 @@ def test_threshold_is_relative_to_the_average(update: str) -> None:
     """A code is dead strictly below that fraction of the mean usage, whatever the batch size."""
     for scale in (1.0, 1e4):
         for threshold, dead in ((0.0, 0), (0.05, 1), (0.5, 2), (1.0, 4)):
-            quantizer = VectorQuantizer(6, 3, codebook_update=update)  # type: ignore[arg-type]
+            quantizer = plain_quantizer(6, 3, codebook_update=update)  # type: ignore[arg-type]
             # Mean 1: fractions 0.04, 0.4, 0.9, 0.96, 1.7, 2.
             quantizer.usage.copy_(scale * torch.tensor([0.04, 0.4, 0.9, 0.96, 1.7, 2.0]))
             revived = quantizer.revive_dead_codes(torch.randn(30, 3), threshold=threshold)
@@ -228,7 +228,7 @@ def test_threshold_is_relative_to_the_average(update: str) -> None:
 @pytest.mark.parametrize("update", UPDATES)
 def test_nothing_dead_changes_nothing(update: str) -> None:
     """All codes in use, or no latents to put them on: the state is bit-identical."""
-    quantizer = VectorQuantizer(6, 3, codebook_update=update)  # type: ignore[arg-type]
+    quantizer = plain_quantizer(6, 3, codebook_update=update)  # type: ignore[arg-type]
     quantizer(torch.randn(50, 3))
     quantizer.apply_pending()
     before = state_of(quantizer)
@@ -253,7 +253,7 @@ def test_more_dead_codes_than_latents() -> None:
 
 def test_cosine_revives_directions() -> None:
     """Under cosine the new codes have unit length and are used."""
-    quantizer = VectorQuantizer(6, 3, metric="cosine", codebook_update="ema")
+    quantizer = plain_quantizer(6, 3, metric="cosine", codebook_update="ema")
     quantizer.usage[:3] = 0
     points = 100 * torch.randn(40, 3)
     assert quantizer.revive_dead_codes(points).sum() == 3
@@ -280,7 +280,7 @@ def test_revival_refuses_thresholds(threshold: float) -> None:
     """The threshold is a fraction."""
     message = f"threshold must be a finite number >= 0 and <= 1, got {threshold}."
     with pytest.raises(ValueError, match=exactly(message)):
-        VectorQuantizer(3, 3).revive_dead_codes(torch.zeros(5, 3), threshold=threshold)
+        plain_quantizer(3, 3).revive_dead_codes(torch.zeros(5, 3), threshold=threshold)
 
 
 # Freezing
@@ -297,7 +297,7 @@ def test_revival_refuses_thresholds(threshold: float) -> None:
 )
 def test_frozen_means_bit_identical(options: dict[str, Any]) -> None:
     """Training, momentum, weight decay and a gradient left behind change nothing; thawed, everything moves."""
-    quantizer = VectorQuantizer(7, 3, **options)
+    quantizer = plain_quantizer(7, 3, **options)
     parameters = [*quantizer.parameters(), torch.nn.Parameter(torch.zeros(()))]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
 
@@ -335,9 +335,9 @@ def test_frozen_means_bit_identical(options: dict[str, Any]) -> None:
 
 def test_freezing_is_no_part_of_the_state() -> None:
     """A frozen and a free quantizer have the same state_dict; loading does not thaw."""
-    quantizer = VectorQuantizer(7, 3).freeze()
+    quantizer = plain_quantizer(7, 3).freeze()
     assert quantizer.frozen
-    quantizer.load_state_dict(VectorQuantizer(7, 3).state_dict())
+    quantizer.load_state_dict(plain_quantizer(7, 3).state_dict())
     assert quantizer.frozen
     assert not quantizer.codebook.requires_grad
 
@@ -345,7 +345,7 @@ def test_freezing_is_no_part_of_the_state() -> None:
 @pytest.mark.parametrize("update", ["gradient", "ema"])
 def test_kmeans_without_latents_changes_nothing(update: str) -> None:
     """An empty batch leaves every bit of the state, under cosine too, where codes are not of unit length."""
-    quantizer = VectorQuantizer(5, 3, codebook_update=update, metric="cosine")
+    quantizer = plain_quantizer(5, 3, codebook_update=update, metric="cosine")
     quantizer(torch.randn(7, 3))
     before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
     quantizer.kmeans_init(torch.empty(0, 3))

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from te_quant import VectorQuantizer
 from te_quant.functional import orthogonality
 from te_quant.quantizers._penalized_means import penalized_means, smoothed
+from tests.helpers import plain_quantizer
 from tests.unit.quantizer_cases import state_of
 from tests.unit.quantizer_oracles import mean_squared_cosine, objective
 
@@ -32,7 +32,7 @@ def correlated(n: int, c: int, generator: torch.Generator) -> Tensor:
 def trained(steps: int, *, k: int = 16, c: int = 16, **options: Any) -> tuple[float, float]:
     """Mean squared cosine of the codes in use before and after ``steps`` on correlated latents."""
     generator = torch.Generator().manual_seed(0)
-    quantizer = VectorQuantizer(k, c, **options).double()
+    quantizer = plain_quantizer(k, c, **options).double()
     quantizer.kmeans_init(correlated(512, c, generator), generator=generator)
     before = mean_squared_cosine(quantizer.codebook)
     optimizer = None
@@ -55,7 +55,7 @@ def trained(steps: int, *, k: int = 16, c: int = 16, **options: Any) -> tuple[fl
 def test_plain_update_is_the_one_of_van_den_oord(decay: float, metric: str) -> None:
     """Counts, sums and codebook follow the published recursion over several batches."""
     k, c = 6, 3
-    quantizer = VectorQuantizer(k, c, codebook_update="ema", decay=decay, metric=metric).double()  # type: ignore[arg-type]
+    quantizer = plain_quantizer(k, c, codebook_update="ema", decay=decay, metric=metric).double()  # type: ignore[arg-type]
     table = quantizer.codebook.detach().numpy().copy()
     counts, sums = np.ones(k), table.copy()
     for step in range(6):
@@ -81,7 +81,7 @@ def test_plain_update_is_the_one_of_van_den_oord(decay: float, metric: str) -> N
 
 def test_codes_are_those_that_were_searched() -> None:
     """What forward returns is what decode gives before and after it, until the codebook moves."""
-    quantizer = VectorQuantizer(6, 3, codebook_update="ema", decay=0.5)
+    quantizer = plain_quantizer(6, 3, codebook_update="ema", decay=0.5)
     latents = torch.randn(40, 3)
     before = quantizer.decode(quantizer.encode(latents))
     output = quantizer(latents)
@@ -93,7 +93,7 @@ def test_codes_are_those_that_were_searched() -> None:
 
 def test_eval_changes_nothing() -> None:
     """Only training moves the averages."""
-    quantizer = VectorQuantizer(6, 3, codebook_update="ema", orthogonal_reg=1.0).eval()
+    quantizer = plain_quantizer(6, 3, codebook_update="ema", orthogonal_reg=1.0).eval()
     before = state_of(quantizer)
     quantizer(torch.randn(40, 3))
     assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
@@ -215,7 +215,7 @@ def test_lambda_means_the_same_in_both_modes(lam: float) -> None:
     latents = (centres[:, None] + 0.3 * torch.randn(5, 40, 6, generator=generator, dtype=torch.float64)).flatten(
         0, 1
     )
-    ema = VectorQuantizer(5, 6, codebook_update="ema", orthogonal_reg=lam, decay=0.0).double()
+    ema = plain_quantizer(5, 6, codebook_update="ema", orthogonal_reg=lam, decay=0.0).double()
     ema.codebook.copy_(centres)
     ema.code_sums.copy_(centres)
 
@@ -226,7 +226,7 @@ def test_lambda_means_the_same_in_both_modes(lam: float) -> None:
     at_rest(step, step(centres))
     gradients = {}
     for scale in (1.0, 2.0, 0.0):
-        learnt = VectorQuantizer(5, 6, orthogonal_reg=scale * lam).double()
+        learnt = plain_quantizer(5, 6, orthogonal_reg=scale * lam).double()
         learnt.codebook.data.copy_(ema.codebook)
         output = learnt(latents)
         assert len(output.indices.unique()) == 5
@@ -248,7 +248,7 @@ def test_a_vanishing_lambda_gives_the_means() -> None:
     assert (penalized_means(codebook, means, shares, 1.0) - means).norm() > 0.1
     seen = []
     for lam in (0.0, 1e-12):
-        quantizer = VectorQuantizer(7, 5, codebook_update="ema", orthogonal_reg=lam).double()
+        quantizer = plain_quantizer(7, 5, codebook_update="ema", orthogonal_reg=lam).double()
         quantizer.codebook.copy_(codebook)
         quantizer.code_sums.copy_(codebook)
         for seed in range(3):
@@ -281,7 +281,7 @@ def test_cosines_fall_step_by_step() -> None:
 def test_a_penalty_in_the_loss_alone_does_not_last() -> None:
     """Negative control, what peers do: a gradient step on the penalty, then the averages overwrite it."""
     generator = torch.Generator().manual_seed(0)
-    quantizer = VectorQuantizer(16, 16, codebook_update="ema").double()
+    quantizer = plain_quantizer(16, 16, codebook_update="ema").double()
     quantizer.kmeans_init(correlated(512, 16, generator), generator=generator)
     learnt = torch.nn.Parameter(quantizer.codebook.detach().clone())
     optimizer = torch.optim.Adam([learnt], lr=0.05)
@@ -317,7 +317,7 @@ def test_the_effect_lasts_under_every_option(options: dict[str, Any]) -> None:
 def test_more_codes_than_dimensions_approach_a_tight_frame() -> None:
     """With K > C the penalty nears its bound 1/C - 1/K, which is far below where the latents lie."""
     generator = torch.Generator().manual_seed(0)
-    quantizer = VectorQuantizer(24, 6, codebook_update="ema", orthogonal_reg=10.0).double()
+    quantizer = plain_quantizer(24, 6, codebook_update="ema", orthogonal_reg=10.0).double()
     quantizer.kmeans_init(correlated(512, 6, generator), generator=generator)
     start = orthogonality(quantizer.codebook).item()
     for _ in range(200):
@@ -329,7 +329,7 @@ def test_more_codes_than_dimensions_approach_a_tight_frame() -> None:
 def test_codes_outside_the_penalty_follow_their_means() -> None:
     """A code that the subset leaves out moves by the change of its mean, no more and no less."""
     generator = torch.Generator().manual_seed(0)
-    quantizer = VectorQuantizer(
+    quantizer = plain_quantizer(
         8, 4, codebook_update="ema", orthogonal_reg=5.0, orthogonal_max_codes=3, decay=0.8
     ).double()
     quantizer.kmeans_init(correlated(100, 4, generator), generator=generator)

@@ -25,6 +25,7 @@ from te_quant._pixels.band_limit import resample_by_products
 from te_quant.filters import fourier_resample
 from te_quant.gpt import GPT, GPTConfig, KeyValueCache, Segment
 from te_quant.quantizers import Quantizer
+from tests.helpers import plain_quantizer
 
 # To watch every call that the exporters make takes longer than the exporters themselves.
 pytestmark = [pytest.mark.no_cover]
@@ -32,12 +33,12 @@ pytestmark = [pytest.mark.no_cover]
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "export.md"
 
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
-    "vq": partial(VectorQuantizer, 32, 6),
-    "vq-cosine": partial(VectorQuantizer, 32, 6, metric="cosine"),
-    "vq-ema": partial(VectorQuantizer, 32, 6, codebook_update="ema"),
-    "vq-ema-cosine": partial(VectorQuantizer, 32, 6, codebook_update="ema", metric="cosine"),
-    "vq-rotation": partial(VectorQuantizer, 32, 6, gradient_estimator="rotation_trick"),
-    "vq-one-code": partial(VectorQuantizer, 1, 6),
+    "vq": partial(plain_quantizer, 32, 6),
+    "vq-cosine": partial(plain_quantizer, 32, 6, metric="cosine"),
+    "vq-ema": partial(plain_quantizer, 32, 6, codebook_update="ema"),
+    "vq-ema-cosine": partial(plain_quantizer, 32, 6, codebook_update="ema", metric="cosine"),
+    "vq-rotation": partial(plain_quantizer, 32, 6, gradient_estimator="rotation_trick"),
+    "vq-one-code": partial(plain_quantizer, 1, 6),
     "rvq": partial(ResidualVectorQuantizer, 32, 6, 3),
     "rvq-shared": partial(ResidualVectorQuantizer, 32, 6, 3, shared_codebook=True),
     "rvq-dropout": partial(ResidualVectorQuantizer, 32, 6, 3, quantizer_dropout=True),

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
-from te_quant import VectorQuantizer
 from te_quant.functional import rotation_trick, straight_through
 from te_quant.quantizers import Quantizer
-from tests.helpers import exactly
+from tests.helpers import exactly, plain_quantizer
 from tests.unit.quantizer_cases import QUANTIZERS, latents_for, state_of
 
 # torch compiles its own forward derivatives with it.
@@ -99,7 +98,7 @@ def test_frozen_quantizers_in_training_mode(name: str) -> None:
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_gradients_per_sample_of_the_codebook(metric: str) -> None:
     """With the codebook as an argument, through ``functional_call``."""
-    quantizer = VectorQuantizer(9, 6, metric=metric, nonfinite="off").double().eval()  # type: ignore[arg-type]
+    quantizer = plain_quantizer(9, 6, metric=metric, nonfinite="off").double().eval()  # type: ignore[arg-type]
     samples = torch.randn(4, 5, 6, dtype=DOUBLE)
 
     def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
@@ -116,7 +115,7 @@ def test_gradients_per_sample_of_the_codebook(metric: str) -> None:
 
 def test_the_loss_has_the_derivative_that_finite_differences_see() -> None:
     """An oracle without autograd: within a cell the commitment loss is a smooth function of the latents."""
-    quantizer = VectorQuantizer(9, 6, nonfinite="off").double().eval()
+    quantizer = plain_quantizer(9, 6, nonfinite="off").double().eval()
     latents, direction = torch.randn(5, 6, dtype=DOUBLE), torch.randn(5, 6, dtype=DOUBLE)
     step = 1e-6
     ahead, behind = (quantizer(latents + sign * step * direction).commitment_loss for sign in (1, -1))
@@ -137,7 +136,7 @@ def test_forward_derivatives_are_the_transpose_of_backward_ones(
 
 def test_zero_rows_under_cosine_pass_no_derivative() -> None:
     """Neither NaN nor the inverse of a tiny length."""
-    quantizer = VectorQuantizer(9, 6, metric="cosine", nonfinite="off").double().eval()
+    quantizer = plain_quantizer(9, 6, metric="cosine", nonfinite="off").double().eval()
     latents = torch.randn(5, 6, dtype=DOUBLE)
     latents[2] = 0
     for jacobian in (jacrev, jacfwd):
@@ -147,7 +146,7 @@ def test_zero_rows_under_cosine_pass_no_derivative() -> None:
 
 def test_checks_look_at_all_samples() -> None:
     """Under ``vmap`` NaN latents and indices out of range raise the sentences of eager code."""
-    quantizer = VectorQuantizer(9, 6).eval()
+    quantizer = plain_quantizer(9, 6).eval()
     samples = torch.randn(3, 5, 6)
     samples[1, 2, 3] = math.nan
     message = "latents must be finite, got 1 NaN or infinite of 90 values."
@@ -159,7 +158,7 @@ def test_checks_look_at_all_samples() -> None:
 
 def test_sampling_under_vmap_follows_its_randomness() -> None:
     """At a temperature every sample draws its own codes, with ``randomness="different"`` only."""
-    quantizer = VectorQuantizer(9, 6, temperature=5.0, nonfinite="off").freeze()
+    quantizer = plain_quantizer(9, 6, temperature=5.0, nonfinite="off").freeze()
     samples = torch.randn(1, 200, 6).expand(2, -1, -1)
     first, second = vmap(lambda z: quantizer(z).indices, randomness="different")(samples)
     assert not torch.equal(first, second)
@@ -186,7 +185,7 @@ def test_the_same_as_diffusers() -> None:
     """Indices and per-sample gradients of its VectorQuantizer with the same codebook."""
     module: Any = pytest.importorskip("diffusers.models.autoencoders.vae")
     theirs = module.VectorQuantizer(9, 6, beta=0.25, legacy=False).double().eval()
-    ours = VectorQuantizer(9, 6, commitment_weight=0.25, nonfinite="off").double().eval()
+    ours = plain_quantizer(9, 6, commitment_weight=0.25, nonfinite="off").double().eval()
     with torch.no_grad():
         ours.codebook.copy_(theirs.embedding.weight.normal_())
     samples = torch.randn(3, 2, 6, 4, 4, dtype=DOUBLE)

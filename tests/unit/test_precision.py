@@ -11,6 +11,7 @@ import torch
 from te_quant import Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant._precision import unit_rows
 from te_quant.functional import orthogonality
+from tests.helpers import plain_quantizer
 
 
 def test_unit_rows_have_the_gradient_of_a_normalisation() -> None:
@@ -23,7 +24,7 @@ def test_unit_rows_have_the_gradient_of_a_normalisation() -> None:
 
 def test_a_zero_latent_gets_no_gradient_under_cosine() -> None:
     """One blank token must not dominate the gradient of a batch; the others get theirs."""
-    quantizer = VectorQuantizer(9, 5, metric="cosine")
+    quantizer = plain_quantizer(9, 5, metric="cosine")
     latents = torch.randn(4, 5)
     latents[2] = 0
     latents.requires_grad_()
@@ -36,7 +37,7 @@ def test_a_zero_latent_gets_no_gradient_under_cosine() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_statistics_stay_float32_in_a_half_precision_module(dtype: torch.dtype) -> None:
     """Counts past the range of float16 stay finite, and equal those of a float32 module on the same latents."""
-    quantizer = VectorQuantizer(8, 4, codebook_update="ema", decay=0.5)
+    quantizer = plain_quantizer(8, 4, codebook_update="ema", decay=0.5)
     with torch.no_grad():
         quantizer.codebook.normal_()
         quantizer.code_sums.copy_(quantizer.codebook)
@@ -52,9 +53,9 @@ def test_statistics_stay_float32_in_a_half_precision_module(dtype: torch.dtype) 
 
 
 _WITH_STATISTICS: dict[str, Callable[[], Quantizer]] = {
-    "vq": lambda: VectorQuantizer(8, 4),
-    "vq-ema": lambda: VectorQuantizer(8, 4, codebook_update="ema", decay=0.5),
-    "vq-ema-cosine-penalty": lambda: VectorQuantizer(
+    "vq": lambda: plain_quantizer(8, 4),
+    "vq-ema": lambda: plain_quantizer(8, 4, codebook_update="ema", decay=0.5),
+    "vq-ema-cosine-penalty": lambda: plain_quantizer(
         8, 4, codebook_update="ema", decay=0.5, metric="cosine", orthogonal_reg=1.0
     ),
     "rvq-ema": lambda: ResidualVectorQuantizer(8, 4, 2, codebook_update="ema", decay=0.5),
@@ -119,7 +120,7 @@ def test_orthogonality_ignores_autocast() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("quantizer", [VectorQuantizer(4, 2, codebook_update="ema"), SimVQ(4, 2)], ids=repr)
+@pytest.mark.parametrize("quantizer", [plain_quantizer(4, 2, codebook_update="ema"), SimVQ(4, 2)], ids=repr)
 def test_conversion_leaves_the_statistics_as_they_are(
     quantizer: VectorQuantizer | SimVQ, dtype: torch.dtype
 ) -> None:

@@ -16,9 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from te_quant import VectorQuantizer
 from te_quant.functional import nearest_code
-from tests.helpers import exactly
+from tests.helpers import exactly, plain_quantizer
 from tests.unit.quantizer_cases import QUANTIZERS, dtype_of, is_random, latents_for
 
 # To watch every call that the compiler makes takes half as long as the compiler itself.
@@ -94,7 +93,7 @@ def assert_alike(eager: Any, twin: Any, compiled: Any, latents: Tensor) -> None:
 )
 def test_compiled_equals_eager(options: dict[str, Any]) -> None:
     """With the default backend, in train and eval, over several batch sizes, one of them empty."""
-    eager = spread(VectorQuantizer(9, 6, **options))
+    eager = spread(plain_quantizer(9, 6, **options))
     twin = copy.deepcopy(eager)
     compiled = torch.compile(twin, fullgraph=True)
     for batch in (3, 5, 2):
@@ -146,7 +145,7 @@ def test_a_second_batch_size_is_the_last_to_compile(name: str) -> None:
 @pytest.mark.parametrize("update", ["gradient", "ema"])
 def test_empty_batches_in_a_compiled_graph(update: str) -> None:
     """An empty batch among others changes no state there either."""
-    quantizer = spread(VectorQuantizer(9, 6, codebook_update=update, orthogonal_reg=1.0))  # type: ignore[arg-type]
+    quantizer = spread(plain_quantizer(9, 6, codebook_update=update, orthogonal_reg=1.0))  # type: ignore[arg-type]
     compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
     run(quantizer, torch.randn(3, 6), compiled)
     quantizer.apply_pending()
@@ -158,7 +157,7 @@ def test_empty_batches_in_a_compiled_graph(update: str) -> None:
 
 def test_autocast_in_a_compiled_graph() -> None:
     """Half-precision latents under autocast are computed in float32 there too."""
-    quantizer = spread(VectorQuantizer(9, 6)).eval()
+    quantizer = spread(plain_quantizer(9, 6)).eval()
     compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
     latents = torch.randn(3, 6, 4, 5, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -184,7 +183,7 @@ def test_values_nobody_looks_at_get_codes_in_a_compiled_graph_too(name: str) -> 
 
 def test_encode_and_decode_compile() -> None:
     """Both are one graph; a bad index is refused with the sentence of eager code."""
-    quantizer = spread(VectorQuantizer(9, 6))
+    quantizer = spread(plain_quantizer(9, 6))
     encode = torch.compile(quantizer.encode, fullgraph=True, backend="aot_eager")
     decode = torch.compile(quantizer.decode, fullgraph=True, backend="aot_eager")
     latents = torch.randn(3, 6, 4, 5)
@@ -203,7 +202,7 @@ def test_encode_and_decode_compile() -> None:
 @pytest.mark.slow
 def test_bad_values_are_refused_by_the_default_backend() -> None:
     """NaN latents and indices out of range stop a fully optimised graph too, and leave the state as it was."""
-    quantizer = spread(VectorQuantizer(9, 6, codebook_update="ema"))
+    quantizer = spread(plain_quantizer(9, 6, codebook_update="ema"))
     forward = torch.compile(quantizer, fullgraph=True)
     decode = torch.compile(quantizer.decode, fullgraph=True)
     latents = torch.randn(3, 6, 4, 5)
@@ -237,7 +236,7 @@ def test_nearest_code_compiles_with_temperature() -> None:
 @pytest.mark.parametrize("update", ["gradient", "ema"])
 def test_compiled_codes_are_the_bits_that_eager_decode_gives(update: str) -> None:
     """Under cosine too, where both have to normalise."""
-    quantizer = VectorQuantizer(64, 16, metric="cosine", codebook_update=update)
+    quantizer = plain_quantizer(64, 16, metric="cosine", codebook_update=update)
     with torch.no_grad():
         quantizer.codebook.normal_()
     out = torch.compile(quantizer, fullgraph=True)(torch.randn(32, 16))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from te_quant import Quantizer, QuantizerOutput, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant.integrations.transformers import initialize_quantizer
+from tests.helpers import plain_quantizer
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -19,9 +20,9 @@ pytestmark = pytest.mark.slow
 
 K, C = 16, 4
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
-    "gradient": lambda: VectorQuantizer(K, C),
-    "ema": lambda: VectorQuantizer(K, C, codebook_update="ema"),
-    "subset": lambda: VectorQuantizer(
+    "gradient": lambda: plain_quantizer(K, C),
+    "ema": lambda: plain_quantizer(K, C, codebook_update="ema"),
+    "subset": lambda: plain_quantizer(
         K, C, codebook_update="ema", orthogonal_reg=1.0, orthogonal_max_codes=5, decay=0.8
     ),
     "residual": lambda: ResidualVectorQuantizer(K, C, 2, codebook_update="ema"),

@@ -12,21 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from te_quant import LFQ, ResidualVectorQuantizer, SimVQ, VectorQuantizer
+from te_quant import LFQ, ResidualVectorQuantizer, SimVQ
 from te_quant.functional import nearest_code
+from tests.helpers import plain_quantizer
 
 pytestmark = pytest.mark.no_cover
 
 LFQ_WEIGHTS = ("commitment_weight", "entropy_weight", "diversity_weight", "temperature")
 CASES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    "temperature": (lambda: VectorQuantizer(9, 6, temperature=1e-9), ("temperature",)),
-    "commitment": (lambda: VectorQuantizer(9, 6), ("commitment_weight",)),
-    "decay": (lambda: VectorQuantizer(9, 6), ("decay",)),
-    "decay-ema": (lambda: VectorQuantizer(9, 6, codebook_update="ema"), ("decay",)),
-    "penalty": (lambda: VectorQuantizer(9, 6, orthogonal_reg=1.0), ("orthogonal_reg",)),
-    "penalty-ema": (lambda: VectorQuantizer(9, 6, codebook_update="ema", orthogonal_reg=1.0), ("orthogonal_reg",)),
+    "temperature": (lambda: plain_quantizer(9, 6, temperature=1e-9), ("temperature",)),
+    "commitment": (lambda: plain_quantizer(9, 6), ("commitment_weight",)),
+    "decay": (lambda: plain_quantizer(9, 6), ("decay",)),
+    "decay-ema": (lambda: plain_quantizer(9, 6, codebook_update="ema"), ("decay",)),
+    "penalty": (lambda: plain_quantizer(9, 6, orthogonal_reg=1.0), ("orthogonal_reg",)),
+    "penalty-ema": (lambda: plain_quantizer(9, 6, codebook_update="ema", orthogonal_reg=1.0), ("orthogonal_reg",)),
     "all-of-vq": (
-        lambda: VectorQuantizer(9, 6, codebook_update="ema", orthogonal_reg=1.0, temperature=1e-9),
+        lambda: plain_quantizer(9, 6, codebook_update="ema", orthogonal_reg=1.0, temperature=1e-9),
         ("temperature", "commitment_weight", "orthogonal_reg", "decay"),
     ),
     "all-of-lfq": (lambda: LFQ(6), LFQ_WEIGHTS),
@@ -85,7 +86,7 @@ def test_weights_that_change_every_step_compile_at_most_twice(name: str, dynamic
 
 def test_another_option_does_recompile() -> None:
     """Negative control: what the test above forbids is noticed."""
-    quantizer = VectorQuantizer(9, 6)
+    quantizer = plain_quantizer(9, 6)
     compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
     step(compiled, torch.randn(32, 6))
     quantizer.gradient_estimator = "rotation_trick"

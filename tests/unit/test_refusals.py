@@ -15,7 +15,6 @@ from te_quant import (
     ResidualVectorQuantizer,
     Segment,
     SimVQ,
-    VectorQuantizer,
     VQAutoencoder,
 )
 from te_quant.equivariance import numerical_floor
@@ -23,7 +22,7 @@ from te_quant.filters import binomial_kernel, filter2d, fourier_resample, pad2d
 from te_quant.functional import nearest_code, perplexity, rotation_trick, straight_through
 from te_quant.layers import BlurPool2d, BlurUpsample2d
 from te_quant.shifts import fourier_shift, place
-from tests.helpers import exactly
+from tests.helpers import exactly, plain_quantizer
 
 IMAGES = torch.zeros(1, 1, 4, 4)
 PIXELS = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
@@ -113,7 +112,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "shared_codebook must be a bool, got 'no'.",
     ),
     "active by a word": (
-        lambda: VectorQuantizer(4, 4, orthogonal_reg=1, orthogonal_active_only="no"),  # type: ignore[arg-type]
+        lambda: plain_quantizer(4, 4, orthogonal_reg=1, orthogonal_active_only="no"),  # type: ignore[arg-type]
         TypeError,
         "orthogonal_active_only must be a bool, got 'no'.",
     ),
@@ -123,7 +122,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
             TypeError,
             "frozen must be a bool, got 'no'.",
         )
-        for quantizer in (VectorQuantizer(4, 4), SimVQ(4, 4), ResidualVectorQuantizer(4, 4, 2))
+        for quantizer in (plain_quantizer(4, 4), SimVQ(4, 4), ResidualVectorQuantizer(4, 4, 2))
     },
     "a word as processes": (
         lambda: SimVQ(4, 4, process_group="all"),  # type: ignore[arg-type]
@@ -133,12 +132,12 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     **{
         f"a seed as generator: {name}": (call, TypeError, "generator must be a torch.Generator, got 3.")
         for name, call in {
-            "codebook": lambda: VectorQuantizer(4, 4, generator=3),  # type: ignore[arg-type]
+            "codebook": lambda: plain_quantizer(4, 4, generator=3),  # type: ignore[arg-type]
             "coefficients": lambda: SimVQ(4, 4, generator=3),  # type: ignore[arg-type]
-            "forward": lambda: VectorQuantizer(4, 8, temperature=1.0)(ROWS, generator=3),
+            "forward": lambda: plain_quantizer(4, 8, temperature=1.0)(ROWS, generator=3),
             "dropout": lambda: ResidualVectorQuantizer(4, 8, 2, quantizer_dropout=True)(ROWS, generator=3),
-            "k-means": lambda: VectorQuantizer(4, 8).kmeans_init(ROWS, generator=3),  # type: ignore[arg-type]
-            "revival": lambda: VectorQuantizer(4, 8).revive_dead_codes(ROWS, generator=3),  # type: ignore[arg-type]
+            "k-means": lambda: plain_quantizer(4, 8).kmeans_init(ROWS, generator=3),  # type: ignore[arg-type]
+            "revival": lambda: plain_quantizer(4, 8).revive_dead_codes(ROWS, generator=3),  # type: ignore[arg-type]
             "GPT": lambda: gpt().generate(NO_TOKENS, generator=3),  # type: ignore[arg-type]
         }.items()
     },

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from te_quant import ResidualVectorQuantizer, VectorQuantizer
+from te_quant import ResidualVectorQuantizer
 from te_quant.functional import rotation_trick
-from tests.helpers import exactly
+from tests.helpers import exactly, plain_quantizer
 from tests.unit.quantizer_cases import state_of
 from tests.unit.quantizer_oracles import orthogonality_oracle
 
@@ -79,7 +79,7 @@ def test_one_step_is_a_vector_quantizer() -> None:
     """With Q = 1 every field is that of the stage alone, but for the axis of the indices."""
     options: dict[str, Any] = {"orthogonal_reg": 2.0, "codebook_update": "ema", "decay": 0.5}
     quantizer = spread(steps=1, **options)
-    alone = VectorQuantizer(7, 4, **options).double()
+    alone = plain_quantizer(7, 4, **options).double()
     alone.load_state_dict(quantizer.stages[0].state_dict())
     for _ in range(3):
         latents = torch.randn(2, 4, 3, 5, dtype=torch.float64)
@@ -244,7 +244,7 @@ def test_kmeans_fits_what_is_left() -> None:
         quantizer.kmeans_init(latents, generator=generator)
         indices = quantizer.encode(latents)
         errors = [(latents - quantizer.decode(indices[:, :n])).square().mean().item() for n in (1, 2, 3)]
-        alone = VectorQuantizer(16, 4).double()
+        alone = plain_quantizer(16, 4).double()
         alone.kmeans_init(latents, generator=torch.Generator().manual_seed(0))
         assert torch.equal(quantizer.stages[0].codebook, alone.codebook)
         if shared:

@@ -16,12 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from te_quant import VectorQuantizer, _precision
+from te_quant import _precision
 from te_quant._search import grouped
 from te_quant._search import tiles as shared
 from te_quant._search.tiled import tiled_argmin
 from te_quant.functional import nearest_code
 from te_quant.testing import codebooks, latents_off_boundaries
+from tests.helpers import plain_quantizer
 from tests.unit.quantizer_oracles import LargestTensor, assert_nearest
 
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -225,7 +226,7 @@ def test_devices_without_autocast_have_nothing_to_switch_off() -> None:
 def test_autocast_does_not_reach_the_search() -> None:
     """Under bfloat16 autocast a quantizer chooses as without it; a product under autocast would not."""
     latents, codebook = draw(11, 2_000, 256, 32)
-    quantizer = VectorQuantizer(256, 32).eval()
+    quantizer = plain_quantizer(256, 32).eval()
     quantizer.codebook.data.copy_(codebook)
     expected = quantizer.encode(latents)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -240,7 +241,7 @@ def test_autocast_does_not_reach_the_search() -> None:
 def test_no_tensor_of_all_distances(training: bool, update: str, temperature: float) -> None:
     """With many latents and codes nothing near N x K, nor K x K, is made, forward or backward."""
     n, k, c = 4_000, 2_500, 8
-    quantizer = VectorQuantizer(
+    quantizer = plain_quantizer(
         k,
         c,
         codebook_update=update,  # type: ignore[arg-type]

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from te_quant import SimVQ, VectorQuantizer
+from te_quant import SimVQ
 from te_quant.functional import rotation_trick
-from tests.helpers import exactly
+from tests.helpers import exactly, plain_quantizer
 from tests.unit.quantizer_oracles import assert_nearest
 
 
@@ -91,7 +91,7 @@ def test_a_step_moves_codes_that_nobody_chose() -> None:
     """That is the point: with a free codebook, the control, they stay where they are."""
     latents = torch.randn(20, 4) * 0.01 + torch.tensor([2.0, 0, 0, 0])
     moved = {}
-    for name, quantizer in (("sim", SimVQ(64, 4)), ("free", VectorQuantizer(64, 4))):
+    for name, quantizer in (("sim", SimVQ(64, 4)), ("free", plain_quantizer(64, 4))):
         before = quantizer.codebook.detach().clone()
         output = quantizer(latents)
         output.loss.backward()

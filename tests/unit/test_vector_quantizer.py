@@ -19,7 +19,7 @@ from torch import Tensor
 from te_quant import VectorQuantizer
 from te_quant.functional import rotation_trick
 from te_quant.testing import assert_shift_equivariant, codebooks, latents_off_boundaries, shifts
-from tests.helpers import exactly
+from tests.helpers import exactly, plain_quantizer
 from tests.unit.quantizer_cases import state_of
 from tests.unit.quantizer_oracles import assert_nearest, orthogonality_oracle
 
@@ -28,7 +28,7 @@ METRICS = ("l2", "cosine")
 
 def double_vq(*, codes: int = 7, dim: int = 4, **options: Any) -> VectorQuantizer:
     """A float64 quantizer whose codes are spread like the latents."""
-    quantizer = VectorQuantizer(codes, dim, **options).double()
+    quantizer = plain_quantizer(codes, dim, **options).double()
     with torch.no_grad():
         quantizer.codebook.copy_(torch.randn(codes, dim, dtype=torch.float64))
         if quantizer.codebook_update == "ema":
@@ -339,7 +339,7 @@ def test_a_batch_of_skipped_vectors_changes_nothing() -> None:
 
 def test_off_does_not_look() -> None:
     """No error and no index out of range, whatever the values."""
-    quantizer = VectorQuantizer(7, 4, nonfinite="off").eval()
+    quantizer = plain_quantizer(7, 4, nonfinite="off").eval()
     latents = torch.randn(10, 4)
     latents[3, 1], latents[4, 0] = math.nan, math.inf
     output = quantizer(latents)
@@ -384,19 +384,19 @@ def test_off_does_not_look() -> None:
 def test_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     """Each bad option has its own sentence."""
     with pytest.raises(error, match=exactly(message)):
-        VectorQuantizer(**{"num_codes": 4, "code_dim": 3, **options})
+        plain_quantizer(**{"num_codes": 4, "code_dim": 3, **options})
 
 
 def test_options_are_keywords() -> None:
     """Nothing but the two sizes is positional."""
     with pytest.raises(TypeError, match="positional argument"):
-        VectorQuantizer(4, 3, "l2")  # type: ignore[misc]
+        plain_quantizer(4, 3, "l2")  # type: ignore[misc]
 
 
 def test_unknown_options_are_refused() -> None:
     """None is swallowed."""
     with pytest.raises(TypeError, match="unexpected keyword argument 'beta'"):
-        VectorQuantizer(4, 3, beta=1.0)  # type: ignore[call-arg]
+        plain_quantizer(4, 3, beta=1.0)  # type: ignore[call-arg]
 
 
 # State
@@ -406,20 +406,20 @@ def test_initial_codebook() -> None:
     """Uniform on ±1/K from the generator given, which leaves the global state alone."""
     state = torch.get_rng_state()
     one, two, other = (
-        VectorQuantizer(50, 8, generator=torch.Generator().manual_seed(seed)).codebook for seed in (0, 0, 1)
+        plain_quantizer(50, 8, generator=torch.Generator().manual_seed(seed)).codebook for seed in (0, 0, 1)
     )
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
     assert one.shape == (50, 8)
     assert 0.019 < one.abs().max().item() <= 0.02
-    assert VectorQuantizer(5, 2).codebook.requires_grad
-    assert not VectorQuantizer(5, 2, codebook_update="ema").codebook.requires_grad
+    assert plain_quantizer(5, 2).codebook.requires_grad
+    assert not plain_quantizer(5, 2, codebook_update="ema").codebook.requires_grad
 
 
 def test_the_state_of_each_update() -> None:
     """What is stored is what training needs to go on."""
-    gradient, ema = VectorQuantizer(5, 2), VectorQuantizer(5, 2, codebook_update="ema")
+    gradient, ema = plain_quantizer(5, 2), plain_quantizer(5, 2, codebook_update="ema")
     assert sorted(gradient.state_dict()) == ["codebook", "pending_counts", "usage"]
     assert sorted(ema.state_dict()) == ["code_sums", "codebook", "pending_counts", "pending_sums", "usage"]
     assert list(dict(gradient.named_parameters())) == ["codebook"]
@@ -439,7 +439,7 @@ def test_usage_is_counted_while_training_by_gradient_too() -> None:
 
 def test_repr_names_the_options() -> None:
     """The printed module tells what it is."""
-    text = repr(VectorQuantizer(5, 2, metric="cosine", codebook_update="ema", orthogonal_reg=10.0))
+    text = repr(plain_quantizer(5, 2, metric="cosine", codebook_update="ema", orthogonal_reg=10.0))
     for part in ("num_codes=5", "code_dim=2", "metric='cosine'", "codebook_update='ema'", "orthogonal_reg=10"):
         assert part in text
 
@@ -449,7 +449,7 @@ def test_gradient_training_finds_clusters() -> None:
     centres = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
     data = centres.repeat(20, 1) + 0.1 * torch.randn(60, 2, dtype=torch.float64)
     for term, arrives in (("loss", True), ("commitment_loss", False)):
-        quantizer = VectorQuantizer(3, 2).double()
+        quantizer = plain_quantizer(3, 2).double()
         quantizer.codebook.data.copy_(centres * 0.2)
         optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.5)
         for _ in range(60):

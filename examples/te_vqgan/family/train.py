@@ -48,14 +48,21 @@ class Member(NamedTuple):
     options: Mapping[str, Any]
 
 
+# As the paper trains its codebook, but for what a title says.
+_PAPERS: Mapping[str, Any] = {
+    "num_codes": 256,
+    "codebook_update": "gradient",
+    "commitment_weight": 0.25,
+    "decay": 0.99,
+    "revival_threshold": 0.0,
+}
+
 # About 256 codes each, as the presets have; titles say where it is another number.
 FAMILY: dict[str, Member] = {
-    "vq": Member("VectorQuantizer", "VectorQuantizer", {"num_codes": 256}),
-    "vq_ema": Member("VectorQuantizer, EMA", "VectorQuantizer", {"num_codes": 256, "codebook_update": "ema"}),
-    "vq_orthogonal": Member(
-        "VectorQuantizer, λ = 10", "VectorQuantizer", {"num_codes": 256, "orthogonal_reg": 10.0}
-    ),
-    "vq_cosine": Member("VectorQuantizer, cosine", "VectorQuantizer", {"num_codes": 256, "metric": "cosine"}),
+    "vq": Member("VectorQuantizer", "VectorQuantizer", _PAPERS),
+    "vq_ema": Member("VectorQuantizer, EMA", "VectorQuantizer", {**_PAPERS, "codebook_update": "ema"}),
+    "vq_orthogonal": Member("VectorQuantizer, λ = 10", "VectorQuantizer", {**_PAPERS, "orthogonal_reg": 10.0}),
+    "vq_cosine": Member("VectorQuantizer, cosine", "VectorQuantizer", {**_PAPERS, "metric": "cosine"}),
     "simvq": Member("SimVQ", "SimVQ", {"num_codes": 256}),
     "fsq": Member("FSQ (8, 6, 5)", "FSQ", {"levels": [8, 6, 5]}),
     "lfq": Member("LFQ, 8 channels", "LFQ", {"code_dim": 8}),

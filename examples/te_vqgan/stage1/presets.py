@@ -210,8 +210,11 @@ ARMS: dict[str, Arm] = {
 # What `run` trains if it is not told which.
 DEFAULT_ARMS = ("vqgan", "te_vqgan")
 
+# The paper's quantizer, which is not the library's default.
+_PAPERS_MODEL = AutoencoderConfig(codebook_update="gradient", commitment_weight=0.25, decay=0.99)
 # C >= K lets the penalty reach zero; multipliers 1-2-2 give the paper's stride of 4.
-_SMALL_MODEL = AutoencoderConfig(
+_SMALL_MODEL = dataclasses.replace(
+    _PAPERS_MODEL,
     base_channels=16,
     channel_multipliers=(1, 2, 2),
     norm_groups=8,
@@ -249,7 +252,7 @@ PRESETS: dict[str, Stage1Settings] = {
     # As its authors ran it: 40 epochs in batches of 192, Adam at 8e-6 times the batch, no schedule, no clipping;
     # the discriminator joins at step 30,001, counted from 0.
     "paper": Stage1Settings(
-        AutoencoderConfig(),
+        _PAPERS_MODEL,
         data="mnist",
         canvas_size=64,
         held_out=True,
@@ -349,7 +352,7 @@ def present_form(stored: Mapping[str, Any]) -> dict[str, Any]:
 
     What it did not have yet takes its default, under which a training is what it was.
     """
-    default = to_dict(Stage1Settings(AutoencoderConfig()))
+    default = to_dict(Stage1Settings(_PAPERS_MODEL))
     return {**default, **stored, "model": {**default["model"], **stored["model"]}}
 
 

@@ -42,7 +42,10 @@ class _DefaultGroups(int):
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Every option of a :class:`~te_quant.autoencoder.VQAutoencoder`, by default as in the paper's stage 1.
+    """Every option of a :class:`~te_quant.autoencoder.VQAutoencoder`.
+
+    The networks are by default those of the paper's stage 1, the quantizer is that of
+    :class:`~te_quant.VectorQuantizer`.
 
     Example:
         >>> config = AutoencoderConfig(base_channels=16, channel_multipliers=(1, 2))
@@ -80,9 +83,10 @@ class AutoencoderConfig:
         num_codes: K, at least 1.
         code_dim: C, at least 1: size of a latent vector and of a code.
         metric: see :class:`~te_quant.VectorQuantizer`, as all below.
-        codebook_update: ``gradient`` or ``ema``.
-        commitment_weight: β, >= 0.
+        codebook_update: ``ema``, or ``gradient`` as in the paper.
+        commitment_weight: β, >= 0; 0.25 in the paper.
         decay: of the moving averages, in [0, 1).
+        revival_threshold: below which fraction of the average usage a code is dead, in [0, 1).
         orthogonal_reg: λ of the orthogonality penalty, >= 0; 10 for TE-VQGAN.
         gradient_estimator: ``straight_through`` or ``rotation_trick``.
         quantizer: another quantizer than the :class:`~te_quant.VectorQuantizer` that the fields above describe:
@@ -119,9 +123,10 @@ class AutoencoderConfig:
     num_codes: int = 256
     code_dim: int = 256
     metric: Metric = "l2"
-    codebook_update: CodebookUpdate = "gradient"
-    commitment_weight: float = 0.25
-    decay: float = 0.99
+    codebook_update: CodebookUpdate = "ema"
+    commitment_weight: float = 1.0
+    decay: float = 0.9
+    revival_threshold: float = 0.01
     orthogonal_reg: float = 0.0
     gradient_estimator: GradientEstimator = "straight_through"
     quantizer: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
@@ -291,6 +296,9 @@ class AutoencoderConfig:
         known = [field.name for field in dataclasses.fields(cls)] + ["attention"]
         for name in options:
             require(name in known, "config key", "one of " + ", ".join(known), repr(name))
+        if "codebook_update" in options and "revival_threshold" not in options:
+            # A file from before codes were revived.
+            options = {**options, "revival_threshold": 0.0}
         return cls(**options)
 
 

@@ -13,6 +13,8 @@ from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from te_quant._execution import refuse_redraw
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EPSILON",
+    "MAX_REPLACEMENTS",
+    "NEVER_USED",
     "Batch",
     "CodebookState",
     "Penalized",
@@ -42,6 +46,15 @@ __all__ = [
 EPSILON = 1e-5
 """Laplace smoothing of the running counts; the value of van den Oord et al. 2017."""
 
+NEVER_USED = 1e-9
+"""The usage of a code that waits for its first latent: dead next to any code that was used."""
+
+MAX_REPLACEMENTS = 4096
+"""How many codes can be replaced between two steps."""
+
+# The golden ratio's fraction in units of 2^-32: its multiples modulo 1 spread evenly, however many there are.
+_GOLDEN = 2654435769
+
 
 class CodebookState(NamedTuple):
     """The tensors of one quantizer, which the functions below write to.
@@ -53,6 +66,9 @@ class CodebookState(NamedTuple):
         code_sums: (K, C) moving average of the sums of latents; None where the codebook follows gradients.
         pending_sums: (K, C) sums since the last move; None with ``code_sums``.
         pending_subset: (S,) int64, the codes under the penalty at the next move; None where it is on all.
+        pending_rows: (R, C + 1) latents of the last batch that may replace dead codes, with a 1 behind each; zero
+            where it had fewer. None where dead codes stay.
+        revivals: () int64, how many codes were replaced so far; None with ``pending_rows``.
     """
 
     codebook: Tensor | None
@@ -61,6 +77,8 @@ class CodebookState(NamedTuple):
     code_sums: Tensor | None = None
     pending_sums: Tensor | None = None
     pending_subset: Tensor | None = None
+    pending_rows: Tensor | None = None
+    revivals: Tensor | None = None
 
 
 class Penalized(NamedTuple):
@@ -141,7 +159,7 @@ def row_sums(chosen: Tensor, rows: Tensor, num_codes: int) -> Tensor:
 def record(batches: Sequence[Batch], group: ProcessGroup | None) -> None:
     """Add counts and, where there are any, sums to what is pending; one collective for all batches together."""
     before = [batch.state.pending_counts.sum() for batch in batches]
-    pending, fresh = [], []
+    targets, fresh = [], []
     for state, rows, chosen, (_, _, counts) in batches:
         parts = []
         if counts is None:
@@ -154,17 +172,34 @@ def record(batches: Sequence[Batch], group: ProcessGroup | None) -> None:
             if group is None:
                 target.index_add_(0, chosen, values.to(target.dtype))
             else:
-                pending.append(target)
+                targets.append(target)
                 fresh.append(row_sums(chosen, values.to(target.dtype), target.shape[0]))
-    if pending:
-        sums = all_reduce_sum(torch.cat([part.flatten() for part in fresh]), group)
-        for target, part in zip(pending, sums.split([part.numel() for part in fresh]), strict=True):
+    reviving = [batch for batch in batches if batch.state.pending_rows is not None]
+    spare = [_spare_rows(batch, group) for batch in reviving]
+    if group is not None and fresh + spare:
+        summed = _sum_together(fresh + spare, group)
+        for target, part in zip(targets, summed[: len(fresh)], strict=True):
             target.add_(part.view_as(target))
-    for total, (state, _, _, penalized) in zip(before, batches, strict=True):
-        if state.pending_subset is not None and penalized.subset is not None:
-            # A pass that all processes left empty changes nothing.
-            grown = state.pending_counts.sum() > total
-            state.pending_subset.copy_(torch.where(grown, penalized.subset, state.pending_subset))
+        spare = summed[len(fresh) :]
+    for batch, rows in zip(reviving, spare, strict=True):
+        kept = cast("Tensor", batch.state.pending_rows)
+        kept.copy_(torch.where(rows[:, -1].any(), rows, kept))
+    for total, batch in zip(before, batches, strict=True):
+        _keep_subset(batch, total)
+
+
+def _sum_together(parts: Sequence[Tensor], group: ProcessGroup | None) -> list[Tensor]:
+    """Sum tensors over the group, in one collective."""
+    sums = all_reduce_sum(torch.cat([part.flatten() for part in parts]), group)
+    pieces = sums.split([part.numel() for part in parts])
+    return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def _keep_subset(batch: Batch, total: Tensor) -> None:
+    """Remember the codes under the penalty; a pass that all processes left empty changes nothing."""
+    pending, subset = batch.state.pending_subset, batch.penalized.subset
+    if pending is not None and subset is not None:
+        pending.copy_(torch.where(batch.state.pending_counts.sum() > total, subset, pending))
 
 
 @torch.no_grad()
@@ -175,6 +210,7 @@ def move(
     orthogonal_reg: float = 0.0,
     active_only: bool = False,
     unit: bool = False,
+    revival_threshold: float = 0.0,
 ) -> None:
     """Update the statistics and, where there are sums, the codebook by what is pending.
 
@@ -184,6 +220,7 @@ def move(
         orthogonal_reg: λ.
         active_only: penalize only the codes that were chosen.
         unit: only the directions of the codes count.
+        revival_threshold: codes below this fraction of the average usage are replaced by latents of the batch.
     """
     # Nothing may be pending, or all processes were empty; then nothing changes, decided without waiting for the
     # device.
@@ -205,8 +242,9 @@ def move(
         usage = state.usage.lerp_(counts, share)
         moved = state.code_sums.lerp_(sums, share) / smoothed(usage, EPSILON).unsqueeze(1)
     state.codebook.copy_(torch.where(seen, moved.to(state.codebook.dtype), state.codebook))
-    counts.zero_()
-    sums.zero_()
+    if revival_threshold:
+        _replace_dead(state, revival_threshold)
+    _forget(state)
 
 
 @torch.no_grad()
@@ -258,9 +296,9 @@ def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookS
     for name in names:
         del entries[f"{prefix}{name}"]
     if names:
-        text = "the state holds {}, which codebook_update='gradient' has no use for; dropped."
+        text = "the state holds {}, which these options have no use for; dropped."
         warnings.warn(text.format(" and ".join(names)), stacklevel=2)
-    for name in ("usage", "pending_counts", "code_sums", "pending_sums"):
+    for name in ("usage", "pending_counts", "code_sums", "pending_sums", "pending_rows"):
         # Others may have cast the whole file.
         if f"{prefix}{name}" in entries:
             entries[f"{prefix}{name}"] = widen(entries[f"{prefix}{name}"])
@@ -278,6 +316,9 @@ def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookS
         entries.setdefault(f"{prefix}pending_sums", torch.zeros_like(sums))
     if state.pending_subset is not None:
         entries.setdefault(f"{prefix}pending_subset", torch.arange(len(state.pending_subset), device=device))
+    if state.pending_rows is not None and state.revivals is not None:
+        entries.setdefault(f"{prefix}pending_rows", torch.zeros_like(state.pending_rows, device=device))
+        entries.setdefault(f"{prefix}revivals", torch.zeros_like(state.revivals, device=device))
 
 
 def _weights(rows: Rows) -> Tensor:
@@ -293,6 +334,51 @@ def _forget(state: CodebookState) -> None:
     state.pending_counts.zero_()
     if state.pending_sums is not None:
         state.pending_sums.zero_()
+    if state.pending_rows is not None:
+        state.pending_rows.zero_()
+
+
+def _spare_rows(batch: Batch, group: ProcessGroup | None) -> Tensor:
+    """Rows of this process that may replace dead codes, spread over the batch: (R, C + 1), as ``pending_rows``.
+
+    Nothing is drawn at random: the number of codes replaced so far says where to go on, so that the next
+    replacement takes another place of its batch.
+    """
+    state, rows = batch.state, batch.rows
+    target, revivals = cast("Tensor", state.pending_rows), cast("Tensor", state.revivals)
+    rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    slots = torch.arange(target.shape[0], device=target.device)
+    turn = slots // world
+    fraction = ((revivals + slots) & 0x7FFFFFFF) * _GOLDEN & 0xFFFFFFFF
+    count = rows.searchable.shape[0]
+    if count == 0:
+        return torch.zeros_like(target)
+    if rows.weights is None:
+        places, valid = fraction * count >> 32, turn < count
+    else:
+        running = rows.weights.squeeze(1).cumsum(0).long()
+        places, valid = fraction * running[-1] >> 32, turn < running[-1]
+        places = torch.searchsorted(running, places + 1).clamp_max(count - 1)
+    if world > 1:
+        valid = valid & (slots % world == rank)
+    marked = F.pad(rows.searchable[places].to(target.dtype), (0, 1), value=1.0)
+    return torch.where(valid.unsqueeze(1), marked, 0.0)
+
+
+def _replace_dead(state: CodebookState, threshold: float) -> None:
+    """Move the codes that are hardly used onto pending rows, and give them the usage of an average code."""
+    codebook, rows = cast("Tensor", state.codebook), cast("Tensor", state.pending_rows)
+    mean = state.usage.mean()
+    dead = state.usage < threshold * mean
+    if codebook.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
+        # Elsewhere looking would mean waiting for the device.
+        return
+    # The j-th dead code takes the j-th row; where the rows run out, the rest stay as they are.
+    order = dead.cumsum(0) - 1
+    candidates = rows[order.clamp(0, rows.shape[0] - 1)]
+    replaced = dead & (order < rows.shape[0]) & (candidates[:, -1] > 0)
+    revive(state, replaced, candidates[:, :-1])
+    cast("Tensor", state.revivals).add_(replaced.sum())
 
 
 def _penalized(

@@ -33,6 +33,8 @@ from te_quant.quantizers._lifecycle import kmeans, replacements
 from te_quant.quantizers._losses import SURROGATES, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import (
+    MAX_REPLACEMENTS,
+    NEVER_USED,
     Batch,
     CodebookState,
     Penalized,
@@ -63,11 +65,13 @@ class VectorQuantizer(Quantizer):
         code_dim: C, at least 1.
         metric: ``"l2"`` (Eq. 3), or ``"cosine"``: latents and codes are scaled to unit length before everything
             else, so the returned codes have unit length too.
-        codebook_update: ``"gradient"``: the codebook is a parameter that follows ``codebook_loss`` and the
-            penalty through your optimizer, as in the paper. ``"ema"``: it is a buffer that follows moving averages
-            of the latents between two training passes, needs no optimizer, and feels the penalty there with the
-            same λ (:mod:`te_quant.quantizers._penalized_means` says how).
-        commitment_weight: β of the commitment term ‖z - sg(e)‖², >= 0. The codebook term has weight 1.
+        codebook_update: ``"ema"``: the codebook is a buffer that starts at latents of the first training pass and
+            follows moving averages of the latents between two passes. It needs no optimizer, and feels the
+            penalty with the same λ (:mod:`te_quant.quantizers._penalized_means` says how). ``"gradient"``: it is a
+            parameter that starts at random and follows ``codebook_loss`` and the penalty through your optimizer,
+            as in the paper; start it with :meth:`kmeans_init`.
+        commitment_weight: β of the commitment term ‖z - sg(e)‖², >= 0; .25 in the papers. The codebook term has
+            weight 1.
         orthogonal_reg: λ of the orthogonality penalty; unitless, >= 0. 10 in the paper.
         orthogonal_active_only: the penalty looks only at the codes that this batch uses.
         orthogonal_max_codes: while training, the penalty looks at a random subset of at most this many codes.
@@ -76,6 +80,10 @@ class VectorQuantizer(Quantizer):
         temperature: 0 takes the nearest code. Above 0, while training, a code is drawn with probability
             proportional to exp(-‖z - e‖² / (2 · temperature)).
         decay: of the moving averages, in [0, 1). Of use under ``"ema"`` and for :meth:`revive_dead_codes`.
+        revival_threshold: of use under ``"ema"``, in [0, 1). A code is dead while it is used less than this fraction
+            of the average code. Between two steps up to 4,096 dead codes move onto latents of the last training
+            pass. At first no code has been used, so this is how the codebook starts. 0 leaves dead codes where they
+            are. A codebook that follows gradients has :meth:`kmeans_init` and :meth:`revive_dead_codes` for that.
         channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
         nonfinite: what to do about NaN and infinite latents. ``"raise"`` a ``ValueError``; ``"skip"`` the
             vectors that have any: they take no part in losses and updates, get no gradient, and are quantized
@@ -94,10 +102,13 @@ class VectorQuantizer(Quantizer):
 
     Attributes:
         codebook: (K, C), a parameter; under ``"ema"`` a buffer. Set it with :meth:`set_codebook`.
-        usage: (K,) moving average of how often each code is used, starting at 1.
+        usage: (K,) moving average of how often each code is used; starts at 1, or near 0 with revival.
         code_sums: (K, C) moving average of the sum of each code's latents (``"ema"`` only).
         pending_counts, pending_sums: (K,) and (K, C), what training passes have recorded since these three moved.
             The next training pass moves them before it searches; so do ``eval()`` and :meth:`apply_pending`.
+        pending_rows: (R, C + 1) latents of the last training pass that dead codes may move onto, with a 1 behind
+            each; zero where it had fewer. Only where codes are revived, as ``revivals``.
+        revivals: () int64, how many codes have moved that way, those of the start included.
 
     Raises:
         ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does
@@ -119,13 +130,15 @@ class VectorQuantizer(Quantizer):
         True
     """
 
-    statistics = ("usage", "code_sums", "pending_counts", "pending_sums", "pending_subset")
+    statistics = ("usage", "code_sums", "pending_counts", "pending_sums", "pending_subset", "pending_rows")
     codebook: Tensor
     usage: Tensor
     code_sums: Tensor
     pending_counts: Tensor
     pending_sums: Tensor
     pending_subset: Tensor
+    pending_rows: Tensor
+    revivals: Tensor
 
     def __init__(
         self,
@@ -133,14 +146,15 @@ class VectorQuantizer(Quantizer):
         code_dim: int,
         *,
         metric: Metric = "l2",
-        codebook_update: CodebookUpdate = "gradient",
-        commitment_weight: float = 0.25,
+        codebook_update: CodebookUpdate = "ema",
+        commitment_weight: float = 1.0,
         orthogonal_reg: float = 0.0,
         orthogonal_active_only: bool = False,
         orthogonal_max_codes: int | None = None,
         gradient_estimator: GradientEstimator = "straight_through",
         temperature: float = 0.0,
-        decay: float = 0.99,
+        decay: float = 0.9,
+        revival_threshold: float = 0.01,
         channel_dim: int = 1,
         nonfinite: NonfiniteMode | None = None,
         process_group: ProcessGroup | None = None,
@@ -162,6 +176,7 @@ class VectorQuantizer(Quantizer):
         require_choice("gradient_estimator", gradient_estimator, SURROGATES)
         temperature = require_number("temperature", temperature, 0.0)
         decay = require_number("decay", decay, 0.0, below=1.0)
+        revival_threshold = require_number("revival_threshold", revival_threshold, 0.0, below=1.0)
         require_generator(generator)
         self.metric: Metric = metric
         self.codebook_update: CodebookUpdate = codebook_update
@@ -172,23 +187,29 @@ class VectorQuantizer(Quantizer):
         self.gradient_estimator: GradientEstimator = gradient_estimator
         self.temperature = float(temperature)
         self.decay = float(decay)
+        self.revival_threshold = float(revival_threshold)
         # The range of taming-transformers and of the paper's code.
         initial = torch.empty(num_codes, code_dim).uniform_(-1 / num_codes, 1 / num_codes, generator=generator)
         ema = codebook_update == "ema"
+        revives = ema and revival_threshold > 0
         if ema:
             self.register_buffer("codebook", initial)
         else:
             self.codebook = nn.Parameter(initial)
         # In float32 at least, whatever torch's default is: half precision cannot count to 3,000.
         # One pseudo-count per code, so that sums = codebook · smoothed(usage) holds from the first step on.
-        self.register_buffer("usage", widen(torch.ones(num_codes)))
+        self.register_buffer("usage", widen(torch.full((num_codes,), NEVER_USED if revives else 1.0)))
         self.register_buffer("pending_counts", torch.zeros_like(self.usage))
         if ema:
-            self.register_buffer("code_sums", widen(initial.clone()))
+            self.register_buffer("code_sums", widen(initial.clone()) * self.usage[:1])
             self.register_buffer("pending_sums", torch.zeros_like(self.code_sums))
             if self._subset is not None:
                 # Random, so it is drawn while recording, and moving draws nothing.
                 self.register_buffer("pending_subset", torch.arange(self._subset))
+            if revives:
+                rows = torch.zeros(min(num_codes, MAX_REPLACEMENTS), code_dim + 1)
+                self.register_buffer("pending_rows", widen(rows))
+                self.register_buffer("revivals", torch.zeros((), dtype=torch.int64))
 
     @property
     def reference(self) -> Tensor:
@@ -246,6 +267,7 @@ class VectorQuantizer(Quantizer):
                 orthogonal_reg=self.orthogonal_reg,
                 active_only=self.orthogonal_active_only,
                 unit=self.metric == "cosine",
+                revival_threshold=self.revival_threshold,
             )
 
     @torch.no_grad()
@@ -369,8 +391,16 @@ class VectorQuantizer(Quantizer):
         if self.codebook_update == "gradient":
             return CodebookState(self.codebook, self.usage, self.pending_counts)
         subset = None if self._subset is None else self.pending_subset
+        rows, revivals = (self.pending_rows, self.revivals) if self.revival_threshold > 0 else (None, None)
         return CodebookState(
-            self.codebook, self.usage, self.pending_counts, self.code_sums, self.pending_sums, subset
+            self.codebook,
+            self.usage,
+            self.pending_counts,
+            self.code_sums,
+            self.pending_sums,
+            subset,
+            rows,
+            revivals,
         )
 
     def _table(self) -> Tensor:

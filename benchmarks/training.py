@@ -1,0 +1,353 @@
+"""Small autoencoders trained in the same way with one quantizer after another, ours and those of others.
+
+What somebody gets who replaces one layer by another and reads no options: the network, the images of every step
+and the optimizer are equal, and every quantizer adds the loss that it returns. What is measured is the reconstruction
+of test images, the codes that these use, and the time of a step. A quantizer that chooses its own code size (FSQ,
+LFQ) gets it, as the convolutions next to it are linear.
+
+Shape letters: B batch, K codes, C code size.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.contest import Cell, Context, Unavailable, optional_module
+from benchmarks.timing import describe
+from examples.te_vqgan.data.sources import load_digits
+from te_quant import FSQ, LFQ, CodebookUsage, Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
+
+__all__ = ["CONTENDERS", "NONE", "PEER", "PEER_ALIVE", "Grid", "Layer", "Network", "cells", "levels_of", "train"]
+
+NONE = "no quantizer"
+DEFAULTS = "VectorQuantizer"
+PEER = "vector-quantize-pytorch"
+PEER_ALIVE = "vector-quantize-pytorch, k-means and expiry"
+
+_SIDE = 32
+_PEAK = 2.0
+_RATE = 1e-3
+_BATCH = 32
+_CURVE = 25
+"""Steps per point of the training curve."""
+
+
+class Layer(NamedTuple):
+    """A quantizer as it is trained.
+
+    Attributes:
+        module: with its parameters.
+        forward: (B, C, h, w) latents to quantized latents, indices and () loss.
+        code_dim: C, what the encoder has to produce.
+        num_codes: how many different indices there are.
+    """
+
+    module: nn.Module
+    forward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    code_dim: int
+    num_codes: int
+
+
+class Network(nn.Module):
+    """Three convolutions to 8 x 8 tokens, and three back, 32 and 64 channels wide."""
+
+    def __init__(self, layer: Layer | None, code_dim: int) -> None:
+        super().__init__()
+        size = code_dim if layer is None else layer.code_dim
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, 32, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(64, size, 3, 1, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(size, 64, 3, 1, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(64, 32, 4, 2, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(32, 1, 4, 2, 1),
+        )
+        self.layer = layer
+        self.quantizer = None if layer is None else layer.module
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(B, 1, 32, 32) to its reconstruction, the indices and the quantizer's loss."""
+        latents = self.encoder(images)
+        if self.layer is None:
+            return self.decoder(latents), None, latents.new_zeros(())
+        quantized, indices, loss = self.layer.forward(latents)
+        return self.decoder(quantized), indices, loss
+
+
+class Grid(NamedTuple):
+    """What is trained on which images.
+
+    Attributes:
+        data: the images.
+        K, C: of the quantizers that take them.
+        seeds: of weights and batches.
+    """
+
+    data: str
+    K: int
+    C: int
+    seeds: int
+
+
+GRIDS: dict[str, tuple[Grid, ...]] = {
+    "quick": (Grid("digits", 64, 4, 1),),
+    "full": (
+        Grid("mnist", 128, 32, 3),
+        Grid("mnist", 1024, 8, 3),
+        Grid("mnist", 8192, 8, 3),
+        Grid("fashion-mnist", 1024, 8, 3),
+        Grid("digits", 1024, 8, 3),
+    ),
+}
+_STEPS = {"quick": 12, "full": 500}
+_TEST_IMAGES = {"quick": 64, "full": 1000}
+# Of the learning rate, for the first seed.
+_FACTORS = {"quick": (1.0,), "full": (1.0, 1 / 3, 3.0)}
+# Half a second a step.
+_SLOW_PEERS = 8192
+
+
+def _ours(build: Callable[[int, int], Quantizer]) -> Callable[[int, int], Layer]:
+    def layer(K: int, C: int) -> Layer:
+        module = build(K, C)
+
+        def forward(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            output = module(latents)
+            return output.quantized, output.indices, output.loss
+
+        return Layer(module, forward, module.code_dim, module.num_codes)
+
+    return layer
+
+
+def _peer(name: str, own_size: bool = False, **options: Any) -> Callable[[int, int], Layer]:
+    """A class of vector-quantize-pytorch; all of them return quantized, indices and, but for FSQ, the loss."""
+
+    def layer(K: int, C: int) -> Layer:
+        library = optional_module("vector_quantize_pytorch", PEER)
+        if name == "FSQ":
+            sizes: dict[str, Any] = {"levels": levels_of(K)}
+            size, codes = len(sizes["levels"]), math.prod(sizes["levels"])
+        elif own_size:
+            size, codes = int(math.log2(K)), K
+            sizes = {"codebook_size": K, "dim": size}
+        else:
+            size, codes = C, K
+            sizes = {"codebook_size": K, "dim": C}
+        images = {} if name in ("FSQ", "LFQ") else {"accept_image_fmap": True}
+        module = getattr(library, name)(**sizes, **images, **options)
+
+        def forward(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            quantized, indices, *loss = module(latents)
+            return quantized, indices, loss[0].sum() if loss else latents.new_zeros(())
+
+        return Layer(module, forward, size, codes)
+
+    return layer
+
+
+def _diffusers(K: int, C: int) -> Layer:
+    library = optional_module("diffusers.models.autoencoders.vae", "diffusers")
+    module = library.VectorQuantizer(K, C, beta=0.25)
+
+    def forward(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        quantized, loss, (_, _, indices) = module(latents)
+        return quantized, indices, loss
+
+    return Layer(module, forward, C, K)
+
+
+def levels_of(num_codes: int) -> list[int]:
+    """Levels of an FSQ with about ``num_codes`` codes: those that its authors recommend, or their like."""
+    known = {64: [8, 8], 128: [8, 4, 4], 256: [8, 6, 5], 1024: [8, 5, 5, 5], 8192: [8, 8, 5, 5, 5]}
+    return known[num_codes]
+
+
+CONTENDERS: dict[str, Callable[[int, int], Layer] | None] = {
+    NONE: None,
+    DEFAULTS: _ours(lambda K, C: VectorQuantizer(K, C)),
+    "VectorQuantizer, cosine": _ours(lambda K, C: VectorQuantizer(K, C, metric="cosine")),
+    "VectorQuantizer, rotation trick": _ours(
+        lambda K, C: VectorQuantizer(K, C, gradient_estimator="rotation_trick")
+    ),
+    "VectorQuantizer, gradient": _ours(lambda K, C: VectorQuantizer(K, C, codebook_update="gradient")),
+    "SimVQ": _ours(lambda K, C: SimVQ(K, C)),
+    "FSQ": _ours(lambda K, _: FSQ(levels_of(K))),
+    "LFQ": _ours(lambda K, _: LFQ(int(math.log2(K)))),
+    "ResidualVectorQuantizer, 2 levels": _ours(
+        lambda K, C: ResidualVectorQuantizer(2 ** math.ceil(math.log2(K) / 2), C, 2)
+    ),
+    PEER: _peer("VectorQuantize"),
+    PEER_ALIVE: _peer("VectorQuantize", kmeans_init=True, threshold_ema_dead_code=2),
+    "vector-quantize-pytorch SimVQ": _peer("SimVQ"),
+    "vector-quantize-pytorch FSQ": _peer("FSQ"),
+    "vector-quantize-pytorch LFQ": _peer("LFQ", own_size=True),
+    "diffusers VectorQuantizer": _diffusers,
+}
+"""By name: (K, C) to a quantizer; None for none."""
+
+
+def cells(context: Context) -> list[Cell]:
+    """Each contender, seed and learning rate."""
+    result = []
+    for grid in GRIDS[context.grid]:
+        for name in CONTENDERS:
+            for seed in range(grid.seeds):
+                if grid.K >= _SLOW_PEERS and name.startswith(PEER) and seed:
+                    continue
+                for factor in _FACTORS[context.grid] if seed == 0 else (1.0,):
+                    settings = {
+                        "data": grid.data,
+                        "K": grid.K,
+                        "C": grid.C,
+                        "seed": seed,
+                        "rate": round(factor * _RATE, 6),
+                        "quantizer": name,
+                    }
+                    key = "training/{data}-K{K}-C{C}-seed{seed}-rate{rate:g}/{quantizer}".format(**settings)
+                    result.append(Cell(key, settings, partial(_run, settings=settings)))
+    return result
+
+
+def _run(context: Context, settings: Mapping[str, Any]) -> dict[str, Any]:
+    name = settings["quantizer"]
+    try:
+        found = train(
+            CONTENDERS[name],
+            settings["data"],
+            settings["K"],
+            settings["C"],
+            seed=settings["seed"],
+            rate=settings["rate"],
+            steps=_STEPS[context.grid],
+            test_images=_TEST_IMAGES[context.grid],
+            device=context.device,
+        )
+    except Unavailable as absence:
+        return {"contenders": {name: {"status": absence.status, "reason": str(absence)}}}
+    except FloatingPointError as error:
+        return {"contenders": {name: {"status": "failed", "reason": describe(error)}}}
+    curve = found.pop("curve")
+    return {"contenders": {name: {"status": "ok", **found}}, "facts": {"curve": curve}}
+
+
+def train(
+    build: Callable[[int, int], Layer] | None,
+    data: str,
+    K: int,
+    C: int,
+    *,
+    seed: int,
+    rate: float,
+    steps: int,
+    test_images: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Train one network and measure it.
+
+    Args:
+        build: (K, C) to the quantizer; None for none.
+        data: name of the images.
+        K: codes.
+        C: code size.
+        seed: of weights and batches.
+        rate: of Adam.
+        steps: of training.
+        test_images: how many are measured.
+        device: where to compute.
+
+    Returns:
+        ``mse`` and ``psnr`` (dB, peak 2) on test images, ``used`` codes and ``perplexity`` there, ``median``
+        seconds per step, and ``curve``, the mean training error of every 25 steps.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite.
+        Unavailable: the library is not installed.
+    """
+    training, test = (images.to(device) for images in _images(data))
+    torch.manual_seed(seed)
+    layer = None if build is None else build(K, C)
+    # The convolutions start equal whatever the quantizer drew.
+    torch.manual_seed(seed + 1)
+    network = Network(layer, C).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), rate)
+    order = torch.Generator().manual_seed(seed)
+    errors, times = [], []
+    network.train()
+    for _ in range(steps):
+        images = training[torch.randint(len(training), (_BATCH,), generator=order).to(device)]
+        begin = time.perf_counter()
+        reconstruction, _, loss = network(images)
+        error = F.mse_loss(reconstruction, images)
+        optimizer.zero_grad()
+        torch.autograd.backward(error + loss)
+        optimizer.step()
+        errors.append(float(error.detach()))
+        times.append(time.perf_counter() - begin)
+        if not math.isfinite(errors[-1]):
+            raise FloatingPointError(f"the error must stay finite, got {errors[-1]} at step {len(errors)}.")
+    usage = CodebookUsage(layer.num_codes if layer else 1).to(device)
+    squares = 0.0
+    network.eval()
+    with torch.no_grad():
+        for images in test[:test_images].split(100):
+            reconstruction, indices, _ = network(images)
+            squares += float((reconstruction - images).double().square().sum())
+            if layer is not None and indices is not None:
+                usage.update(_joint(indices, layer))
+    mse = squares / test[:test_images].numel()
+    curve = [statistics.fmean(errors[start : start + _CURVE]) for start in range(0, len(errors), _CURVE)]
+    codes = {}
+    if layer is not None:
+        report = usage.compute()
+        codes = {"used": report.used_codes, "perplexity": round(report.perplexity, 2)}
+    return {
+        "mse": float(f"{mse:.5g}"),
+        "psnr": round(10 * math.log10(_PEAK**2 / mse), 3),
+        **codes,
+        "median": float(f"{statistics.median(times):.4g}"),
+        "curve": [float(f"{value:.4g}") for value in curve],
+    }
+
+
+def _joint(indices: Tensor, layer: Layer) -> Tensor:
+    """Several indices of a token as one: (..., Q) -> (...)."""
+    if not isinstance(layer.module, ResidualVectorQuantizer):
+        return indices.long()
+    per_level = layer.module.stages[0].num_codes
+    places = per_level ** torch.arange(indices.shape[-1], device=indices.device)
+    return (indices * places).sum(-1)
+
+
+@cache
+def _images(data: str) -> tuple[Tensor, Tensor]:
+    """Training and test images, (N, 1, 32, 32) in [-1, 1]: 28 px with a margin, 8 px four times as large."""
+    source = load_digits(data)
+    return _prepared(source.train.images), _prepared(source.test.images)
+
+
+def _prepared(images: np.ndarray[Any, Any]) -> Tensor:
+    pixels = torch.from_numpy(images).float().div_(127.5).sub_(1).unsqueeze(1)
+    side = pixels.shape[-1]
+    if side < _SIDE // 2:
+        factor = _SIDE // side
+        pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        side *= factor
+    margin = (_SIDE - side) // 2
+    return F.pad(pixels, (margin,) * 4, value=-1.0)
