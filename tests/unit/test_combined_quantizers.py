@@ -77,14 +77,24 @@ NESTED = {
     "residual of residuals": residual(residual(GRID, VQ), residual(VQ, BASES["sim"]), loss_weights=(1.0, 0.5)),
     "product of products": product(product(VQ, BASES["lfq"]), product(BASES["bsq"], GRID)),
 }
-FAST = ("residual of fsq",)
+FAST, SLOW = ("residual of fsq",), ("product of vq-ema", "product of residuals", "residual of products", "bsq")
+
+
+def _mark(name: str) -> Any:
+    """One in every run, some in test-all, and the whole table in test-long."""
+    return () if name in FAST else pytest.mark.slow if name in SLOW else pytest.mark.long
+
+
+def _late(first: str, *others: str) -> list[Any]:
+    """One in test-all, the others in test-long."""
+    return [
+        pytest.param(first, marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.long) for name in others),
+    ]
 
 
 @pytest.mark.parametrize("check", QUANTIZER_CHECKS)
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in (*COMBINED, *NESTED)],
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_mark(name)) for name in (*COMBINED, *NESTED)])
 def test_keeps_its_promise(name: str, check: str) -> None:
     """The public conformance check, over each combination with each quantizer and over four nestings."""
     QUANTIZER_CHECKS[check]((COMBINED | NESTED)[name])
@@ -426,8 +436,7 @@ def test_a_frozen_part_stays_while_the_others_move() -> None:
     assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["residual of fsq, dropout", "product of vq-ema", *NESTED])
+@pytest.mark.parametrize("name", _late("residual of fsq, dropout", "residual of sim", *NESTED))
 def test_compiles_in_one_graph(name: str) -> None:
     """Traced in full, in training, for all batch sizes at once; where nothing is drawn the step equals eager."""
     torch._dynamo.reset()
@@ -444,8 +453,7 @@ def test_compiles_in_one_graph(name: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["residual of fsq", "residual of bsq", "product of vq-ema", *NESTED])
+@pytest.mark.parametrize("name", _late("product of vq-ema", "residual of fsq", "residual of bsq", *NESTED))
 def test_exports(name: str) -> None:
     """The exported graph gives the bits of the module, for another batch size too."""
     quantizer: Any = (COMBINED | NESTED)[name]().eval()

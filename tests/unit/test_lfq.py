@@ -325,4 +325,4 @@ def test_our_default_temperature_is_half_as_sharp_as_theirs(spherical: bool) -> 
     torch.testing.assert_close(found[0.005]["entropy"], breakdown.per_sample_entropy, rtol=1e-3, atol=1e-3)
     diversity = 5 * math.log(2) - found[0.005]["diversity"]
     torch.testing.assert_close(diversity, breakdown.batch_entropy, rtol=1e-3, atol=1e-3)
-    assert (found[0.01]["entropy"] - breakdown.per_sample_entropy).abs() > 0.1
+    assert (found[0.01]["entropy"] - breakdown.per_sample_entropy).abs() > 0.05

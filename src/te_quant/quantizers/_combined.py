@@ -212,6 +212,10 @@ class CombinedQuantizer(Quantizer):
         for part in self._owned():
             yield from part._learnt()
 
+    def _remembered(self) -> Iterator[Tensor]:
+        for part in self._owned():
+            yield from part._remembered()
+
     def _bounds(self) -> list[tuple[int, int]]:
         """The lowest index and K for each of the Q indices of a token."""
         bounds: list[tuple[int, int]] = []

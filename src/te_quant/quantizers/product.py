@@ -68,8 +68,8 @@ class ProductQuantizer(CombinedQuantizer):
             latents is not C, the rank or device does not fit, or latents are not finite.
         TypeError: quantizers are no sequence of quantizers; latents are not floating point, or of another dtype.
 
-    Source: Jégou et al. 2011, Product quantization for nearest neighbor search, Section II-B; a product of residual
-        quantizers is that of Yang et al. 2023, arXiv:2305.02765 (group-residual vector quantization).
+    Source: Jégou et al. 2011, Product quantization for nearest neighbor search, Section II-B; a product of
+        residual quantizers is that of Yang et al. 2023, arXiv:2305.02765 (group-residual vector quantization).
 
     Example:
         >>> from te_quant import FSQ, ProductQuantizer, VectorQuantizer
