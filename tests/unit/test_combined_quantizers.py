@@ -112,14 +112,20 @@ def parts_of(quantizer: Any) -> list[Any]:
     return list(getattr(quantizer, "stages", None) or quantizer.quantizers)
 
 
-def test_stages_of_codebooks_are_the_residual_quantizer_of_the_same_codebooks() -> None:
+@pytest.mark.parametrize("dropout", [False, 0.7])
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_stages_of_codebooks_are_the_residual_quantizer_of_the_same_codebooks(update: Any, dropout: Any) -> None:
     """Given or built, the same stages give the same indices, codes, losses, gradients and next codebooks."""
-    ours = ResidualVectorQuantizer(7, 3, 3, codebook_update="ema", decay=0.5, orthogonal_reg=2.0).double()
-    stages = copy.deepcopy(list(ours.stages))
-    given = ResidualVectorQuantizer(stages=stages)
-    for _ in range(3):
-        latents = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
-        one, other = ours(latents), given(latents)
+    options: dict[str, Any] = {"quantizer_dropout": dropout, "nonfinite": "skip"}
+    ours = ResidualVectorQuantizer(7, 3, 3, codebook_update=update, orthogonal_reg=2.0, **options).double()
+    given = ResidualVectorQuantizer(stages=copy.deepcopy(list(ours.stages)), **options)
+    for step in range(3):
+        latents = torch.randn(20, 3, dtype=torch.float64)
+        latents[4, 1] = torch.nan
+        latents.requires_grad_()
+        one, other = (
+            quantizer(latents, generator=torch.Generator().manual_seed(step)) for quantizer in (ours, given)
+        )
         assert torch.equal(one.indices, other.indices)
         for name in one._fields:
             torch.testing.assert_close(getattr(one, name), getattr(other, name))
@@ -397,7 +403,9 @@ def test_refuses_what_does_not_fit(build: Callable[[], object], error: type[Exce
         build()
 
 
-@pytest.mark.parametrize("name", ["residual of sim", pytest.param("product of residuals", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["residual of residuals", pytest.param("product of products", marks=pytest.mark.slow)]
+)
 def test_an_autoencoder_saves_its_parts(name: str, tmp_path: Any) -> None:
     """By name, with options, whatever they are made of; without an instance it loads the same bits in float64."""
     pytest.importorskip("safetensors")
