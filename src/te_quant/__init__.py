@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from te_quant.layers import BlurPool2d as BlurPool2d
     from te_quant.quantizers import FSQ as FSQ
     from te_quant.quantizers import LFQ as LFQ
+    from te_quant.quantizers import ProductQuantizer as ProductQuantizer
     from te_quant.quantizers import Quantizer as Quantizer
     from te_quant.quantizers import QuantizerOutput as QuantizerOutput
     from te_quant.quantizers import ResidualVectorQuantizer as ResidualVectorQuantizer
@@ -69,6 +70,7 @@ _SUBMODULES: dict[str, tuple[str, ...]] = {
     "quantizers": (
         "FSQ",
         "LFQ",
+        "ProductQuantizer",
         "Quantizer",
         "QuantizerOutput",
         "ResidualVectorQuantizer",

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from te_quant import FSQ, LFQ, Quantizer, ResidualVectorQuantizer, SimVQ
+from te_quant import FSQ, LFQ, ProductQuantizer, Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant.tables import Table
 from tests.helpers import plain_quantizer
 
@@ -45,6 +45,12 @@ COUNTED: dict[str, Callable[[], Quantizer]] = {
     "ResidualVectorQuantizer, ema": lambda: ResidualVectorQuantizer(K, C, Q, codebook_update="ema"),
     "ResidualVectorQuantizer, ema, shared_codebook": lambda: ResidualVectorQuantizer(
         K, C, Q, codebook_update="ema", shared_codebook=True
+    ),
+    "ResidualVectorQuantizer, stages": lambda: ResidualVectorQuantizer(
+        stages=[VectorQuantizer(K, C, codebook_update="ema"), SimVQ(K, C), VectorQuantizer(K, C)]
+    ),
+    "ProductQuantizer of ResidualVectorQuantizer": lambda: ProductQuantizer(
+        [ResidualVectorQuantizer(K, C, Q, codebook_update="ema") for _ in range(2)]
     ),
     "SimVQ": lambda: SimVQ(K, C),
     "FSQ": lambda: FSQ((4, 3)),

@@ -28,6 +28,8 @@ OF_A_TRAINING_STEP = {
     "ResidualVectorQuantizer, gradient": 1,
     "ResidualVectorQuantizer, ema": 1,
     "ResidualVectorQuantizer, ema, shared_codebook": 1,
+    "ResidualVectorQuantizer, stages": 1,
+    "ProductQuantizer of ResidualVectorQuantizer": 1,
     "SimVQ": 1,
     "FSQ": 0,
     "LFQ": 1,

@@ -9,6 +9,7 @@ from te_quant import (
     FSQ,
     LFQ,
     AutoencoderOutput,
+    ProductQuantizer,
     Quantizer,
     QuantizerOutput,
     ResidualVectorQuantizer,
@@ -22,6 +23,7 @@ def calls(
     base: Quantizer,
     vector: VectorQuantizer,
     residual: ResidualVectorQuantizer,
+    product: ProductQuantizer,
     fsq: FSQ,
     lfq: LFQ,
     sim: SimVQ,
@@ -32,6 +34,10 @@ def calls(
     assert_type(base(latents), QuantizerOutput)
     assert_type(vector(latents), QuantizerOutput)
     assert_type(residual(latents), QuantizerOutput)
+    assert_type(product(latents), QuantizerOutput)
+    assert_type(residual.encode(latents, num_quantizers=1), Tensor)
+    assert_type(residual.decode_levels(residual.encode(latents)), tuple[Tensor, ...])
+    assert_type(base.loss_terms(latents, latents), dict[str, Tensor])
     assert_type(fsq(latents), QuantizerOutput)
     assert_type(lfq(latents), QuantizerOutput)
     assert_type(sim(latents), QuantizerOutput)

@@ -607,7 +607,9 @@ def test_states_of_older_versions(name: str) -> None:
     assert all(torch.equal(quantizer.state_dict()[entry], value) for entry, value in copied.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", [plain_quantizer, lambda *a, **o: ResidualVectorQuantizer(*a, 3, **o)])
+@pytest.mark.parametrize(
+    "kind", [plain_quantizer, lambda *a, **o: ResidualVectorQuantizer(*a, 3, revival_threshold=0.0, **o)]
+)
 def test_states_of_the_two_updates_load_into_each_other(kind: Callable[..., Any]) -> None:
     """Sums are derived, so that the codebook goes on from where it is, or dropped with a word."""
     gradient, ema = kind(11, 6), kind(11, 6, codebook_update="ema")

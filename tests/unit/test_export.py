@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from te_quant import FSQ, LFQ, AutoencoderConfig, ResidualVectorQuantizer, SimVQ, VectorQuantizer, VQAutoencoder
+from te_quant import (
+    FSQ,
+    LFQ,
+    AutoencoderConfig,
+    ProductQuantizer,
+    ResidualVectorQuantizer,
+    SimVQ,
+    VectorQuantizer,
+    VQAutoencoder,
+)
 from te_quant._pixels.band_limit import resample_by_products
 from te_quant.filters import fourier_resample
 from te_quant.gpt import GPT, GPTConfig, KeyValueCache, Segment
@@ -42,6 +51,8 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "rvq": partial(ResidualVectorQuantizer, 32, 6, 3),
     "rvq-shared": partial(ResidualVectorQuantizer, 32, 6, 3, shared_codebook=True),
     "rvq-dropout": partial(ResidualVectorQuantizer, 32, 6, 3, quantizer_dropout=True),
+    "residual-fsq": lambda: ResidualVectorQuantizer(stages=[FSQ((7, 5, 5)), FSQ((5, 5, 5))]),
+    "product": lambda: ProductQuantizer([VectorQuantizer(32, 4), LFQ(2, spherical=True)]),
     "fsq": partial(FSQ, (8, 5, 5)),
     "lfq": partial(LFQ, 9),
     "lfq-long": partial(LFQ, 40, diversity_weight=0.0),

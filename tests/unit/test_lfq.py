@@ -248,3 +248,81 @@ def test_beside_vector_quantize_pytorch() -> None:
     shift = 0.1 * gamma * channels * math.log(2)
     torch.testing.assert_close(output.loss - shift, result.entropy_aux_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(output.commitment_loss, 0.25 * breakdown.commitment)
+
+
+def test_spherical_codes_and_penalty_by_enumeration() -> None:
+    """Latents on the unit sphere, the nearest corner of the cube inside it, and the entropies of its distances."""
+    quantizer = LFQ(4, spherical=True, temperature=0.1, entropy_weight=0.3, diversity_weight=2.0).double()
+    latents = torch.randn(25, 4, dtype=torch.float64, requires_grad=True)
+    output = quantizer(latents)
+    units = latents / latents.norm(dim=1, keepdim=True)
+    codes = corners(4) / 2
+    assert torch.equal(output.indices, (units[:, None] - codes).square().sum(2).argmin(1))
+    assert torch.equal(quantizer.decode(torch.arange(16)), codes)
+    torch.testing.assert_close(output.commitment_loss, 0.25 * (units - output.codes).square().mean())
+    # On the sphere distances are a quarter of those between the doubled vectors, which are corners again.
+    wanted = 0.3 * penalty_oracle(2 * units, 4 * 0.1, 2.0, None)
+    torch.testing.assert_close(output.regularization_loss, wanted, rtol=1e-9, atol=1e-12)
+    got = torch.autograd.grad(output.regularization_loss, latents, retain_graph=True)[0]
+    torch.testing.assert_close(got, torch.autograd.grad(wanted, latents)[0], rtol=1e-7, atol=1e-10)
+
+
+def test_the_length_of_latents_does_not_matter_on_the_sphere() -> None:
+    """Indices, codes and losses are those of the direction."""
+    quantizer = LFQ(6, spherical=True).double()
+    latents = torch.randn(20, 6, dtype=torch.float64)
+    for one, other in zip(quantizer(latents), quantizer(latents * 37.0), strict=True):
+        torch.testing.assert_close(one, other)
+    assert LFQ(6, spherical=True, entropy_weight=0.2).extra_repr().endswith("spherical=True")
+
+
+@pytest.mark.parametrize("group", [None, 2])
+def test_both_entropies_by_name(group: int | None) -> None:
+    """Weighted as in the loss; each equals its enumeration."""
+    options: dict[str, Any] = {"temperature": 0.5, "entropy_weight": 0.3, "diversity_weight": 2.0}
+    quantizer = LFQ(4, entropy_group_dim=group, **options).double()
+    latents = torch.randn(25, 4, dtype=torch.float64)
+    output = quantizer(latents)
+    terms = quantizer.loss_terms(latents, output.indices)
+    both = penalty_oracle(latents, 0.5, 2.0, group)
+    first = penalty_oracle(latents, 0.5, 0.0, group)
+    torch.testing.assert_close(terms["entropy"], 0.3 * first)
+    torch.testing.assert_close(terms["diversity"], 0.3 * (both - first))
+    torch.testing.assert_close(terms["entropy"] + terms["diversity"], output.regularization_loss)
+    assert terms["commitment"] == output.commitment_loss
+
+
+def test_terms_without_a_weight_are_zero() -> None:
+    """Also with more channels than an entropy could enumerate."""
+    quantizer = LFQ(40, entropy_weight=0.0)
+    latents = torch.randn(3, 40)
+    terms = quantizer.loss_terms(latents, quantizer(latents).indices)
+    assert terms["entropy"] == terms["diversity"] == 0
+    sure = LFQ(40, diversity_weight=0.0).loss_terms(latents, quantizer(latents).indices)
+    assert sure["diversity"] == 0
+    assert sure["entropy"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spherical", [False, True])
+def test_our_default_temperature_is_half_as_sharp_as_theirs(spherical: bool) -> None:
+    """Theirs, an inverse temperature of 100, is our 0.005; their first bit is our last."""
+    peers = pytest.importorskip("vector_quantize_pytorch")
+    assert LFQ(5).temperature == 0.01
+    theirs = peers.LFQ(dim=5, spherical=spherical).train()
+    latents = torch.randn(2, 30, 5).mul_(0.05)
+    result, breakdown = theirs(latents, return_loss_breakdown=True)
+    found = {}
+    for temperature in (0.01, 0.005):
+        options: dict[str, Any] = {"entropy_weight": 1.0, "spherical": spherical, "channel_dim": -1}
+        ours = LFQ(5, temperature=temperature, **options)
+        output = ours(latents)
+        found[temperature] = ours.loss_terms(latents, output.indices)
+        torch.testing.assert_close(output.codes, result.quantized.detach())
+        reversed_bits = sum(((result.indices >> i) & 1) << (4 - i) for i in range(5))
+        assert torch.equal(output.indices, reversed_bits.long())
+    # Their logarithm stops at 10⁻⁵.
+    torch.testing.assert_close(found[0.005]["entropy"], breakdown.per_sample_entropy, rtol=1e-3, atol=1e-3)
+    diversity = 5 * math.log(2) - found[0.005]["diversity"]
+    torch.testing.assert_close(diversity, breakdown.batch_entropy, rtol=1e-3, atol=1e-3)
+    assert (found[0.01]["entropy"] - breakdown.per_sample_entropy).abs() > 0.05

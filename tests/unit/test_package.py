@@ -36,8 +36,10 @@ def test_public_names_exist() -> None:
     assert te_quant.__all__ == sorted(te_quant.__all__)
     for name in te_quant.__all__:
         assert hasattr(te_quant, name)
-    quantizers = {"VectorQuantizer", "ResidualVectorQuantizer", "FSQ", "LFQ", "SimVQ", "QuantizerOutput"}
-    assert quantizers | {"CodebookUsage", "CodebookUsageReport", "__version__"} <= set(te_quant.__all__)
+    quantizers = {"VectorQuantizer", "ResidualVectorQuantizer", "ProductQuantizer", "FSQ", "LFQ", "SimVQ"}
+    assert quantizers | {"QuantizerOutput"} | {"CodebookUsage", "CodebookUsageReport", "__version__"} <= set(
+        te_quant.__all__
+    )
 
 
 def test_version_is_stated_once() -> None:

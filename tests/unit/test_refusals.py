@@ -101,10 +101,10 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         "generator must be a torch.Generator, got 5.",
     ),
-    "dropout as a probability": (
-        lambda: ResidualVectorQuantizer(4, 4, 2, quantizer_dropout=0.5),  # type: ignore[arg-type]
+    "dropout by a word": (
+        lambda: ResidualVectorQuantizer(4, 4, 2, quantizer_dropout="half"),  # type: ignore[arg-type]
         TypeError,
-        "quantizer_dropout must be a bool, got 0.5.",
+        "quantizer_dropout must be a bool or a share in [0, 1], got 'half'.",
     ),
     "shared by a word": (
         lambda: ResidualVectorQuantizer(4, 4, 2, shared_codebook="no"),  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from tests.unit.quantizer_oracles import orthogonality_oracle
 
 def spread(codes: int = 7, dim: int = 4, steps: int = 3, **options: Any) -> ResidualVectorQuantizer:
     """A float64 quantizer whose codes are spread like the latents, each codebook smaller than the one before."""
-    quantizer = ResidualVectorQuantizer(codes, dim, steps, **options).double()
+    quantizer = ResidualVectorQuantizer(codes, dim, steps, **{"revival_threshold": 0.0, **options}).double()
     with torch.no_grad():
         for place, stage in enumerate(quantizer.stages):
             stage.codebook.copy_(torch.randn(codes, dim, dtype=torch.float64) / (place + 1))

@@ -92,6 +92,7 @@ class AutoencoderConfig:
         quantizer: another quantizer than the :class:`~te_quant.VectorQuantizer` that the fields above describe:
             ``{"name": ..., option: value, ...}`` with a name in :data:`te_quant.quantizers.QUANTIZERS`. Where its
             constructor wants ``num_codes`` or ``code_dim`` and they are not named, those of the fields are used.
+            Quantizers inside are described in the same way, completely: ``"stages": [{"name": ...}, ...]``.
             The fields above then show what the quantizer has; one that says something else beyond its default is
             refused.
         attention: ``False`` builds a model without attention, like ``attention_levels=()``; together with levels
@@ -220,12 +221,12 @@ class AutoencoderConfig:
             options = _as_json(self.quantizer)
             kind = _quantizer_class(options.pop("name", None))
             parameters = inspect.signature(kind).parameters
-            missing = [name for name in ("num_codes", "code_dim") if name in parameters and name not in options]
-            options |= {name: getattr(self, name) for name in missing}
-            for name in options:
-                known = ", ".join(parameters)
-                require(name in parameters, f"{kind.__name__} option", f"one of {known}", repr(name))
-            self._adopt(kind(**options), "config.quantizer")
+            if "stages" not in options:
+                missing = [
+                    name for name in ("num_codes", "code_dim") if name in parameters and name not in options
+                ]
+                options |= {name: getattr(self, name) for name in missing}
+            self._adopt(_build(kind, options), "config.quantizer")
 
     def _adopt(self, quantizer: Quantizer, owner: str) -> None:
         """Take over what ``quantizer`` has, unless a field says something else beyond its default."""
@@ -248,7 +249,7 @@ class AutoencoderConfig:
         if self.quantizer is None:
             return VectorQuantizer(**{name: getattr(self, name) for name in quantizer_fields()})
         options = dict(self.quantizer)
-        return _quantizer_class(options.pop("name"))(**options)
+        return _build(_quantizer_class(options.pop("name")), options)
 
     def describing(self, quantizer: Quantizer) -> AutoencoderConfig:
         """Return this config with what it says of the quantizer taken from ``quantizer``.
@@ -329,13 +330,32 @@ def _as_json(options: object) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise TypeError(f"quantizer must be a mapping with a name and options, got {options!r}.")
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(options), default=_plain_number))
+        plain: dict[str, Any] = json.loads(json.dumps(dict(options), default=_plain_value))
     except (TypeError, ValueError) as error:
         raise ValueError(f"quantizer options must be values that JSON has, got {dict(options)!r}.") from error
     return plain
 
 
-def _plain_number(value: object) -> object:
+def _build(kind: type[Quantizer], options: Mapping[str, Any]) -> Quantizer:
+    """Build a quantizer and those that its options describe."""
+    parameters = inspect.signature(kind).parameters
+    for name in options:
+        known = ", ".join(parameters)
+        require(name in parameters, f"{kind.__name__} option", f"one of {known}", repr(name))
+    return kind(**{name: _with_quantizers(value) for name, value in options.items()})
+
+
+def _with_quantizers(value: object) -> Any:
+    """Replace the descriptions of quantizers in the value of an option by the quantizers."""
+    if isinstance(value, Mapping) and "name" in value:
+        options = dict(value)
+        return _build(_quantizer_class(options.pop("name")), options)
+    return [_with_quantizers(item) for item in value] if isinstance(value, list) else value
+
+
+def _plain_value(value: object) -> object:
+    if isinstance(value, Quantizer):
+        return description(value)
     number = plain(value)
     if number is value:
         raise TypeError(f"{value!r} has no form in JSON.")

@@ -278,8 +278,10 @@ class VQAutoencoder(nn.Module):
             hub=_pretrained.Hub(revision, token, cache_dir, local_files_only),
         )
         # A quantizer without tensors cannot learn from the file in which dtype the model was saved.
-        if model.quantizer.reference is None:
-            model.quantizer.to(dtype=model.encoder.dtype)
+        saved = model.encoder.dtype if model.quantizer.reference is None else model.quantizer.reference.dtype
+        for part in model.quantizer.modules():
+            if isinstance(part, Quantizer) and part.reference is None:
+                part.to(dtype=saved)
         return model
 
 

@@ -33,6 +33,8 @@ def initialize_quantizer(module: nn.Module) -> None:
         return
     # Submodules are initialized on their own.
     state = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if "." not in name}
+    if not state:
+        return
     # The mark that transformers 5 puts on what it has loaded.
     loaded = {name: tensor for name, tensor in state.items() if getattr(tensor, "_is_hf_initialized", False)}
     fresh = type(module)(**module.options())

@@ -90,8 +90,9 @@ class QuantizerOutput(NamedTuple):
 
     Attributes:
         quantized: the codes, with a gradient path to the latents; shape, dtype and memory format of the latents.
-        indices: the chosen codes, int64 in [0, K); shape of the latents without the channel axis. A
-            :class:`~te_quant.ResidualVectorQuantizer` puts the axis of its Q codebooks last.
+        indices: the chosen codes, int64 in [0, K); shape of the latents without the channel axis.
+            :class:`~te_quant.ResidualVectorQuantizer` and :class:`~te_quant.ProductQuantizer` put the axis of the
+            Q indices of a token last.
         loss: (), ``codebook_loss + commitment_loss + regularization_loss``.
         codebook_loss: (), moves the codes towards the latents. Zero where the codebook is not learnt by
             gradient.
@@ -135,6 +136,8 @@ class Quantizer(nn.Module):
       unit length.
     - :meth:`quantize` (optional): all of the above for one training or evaluation pass. Override it to sample. It
       returns codes that are bit-equal to ``look_up(indices)`` and changes no state.
+    - :meth:`project_residual`, :meth:`to_code_units` and ``residual_scale`` (optional): for quantizers that bound
+      latents, or whose codes have a fixed size, inside a :class:`~te_quant.ResidualVectorQuantizer`.
     - :meth:`record` and :meth:`apply_pending` (optional): for quantizers that learn from the latents themselves. A
       training pass ends with ``record``, which puts what it saw into buffers of its own. The next one begins with
       :meth:`advance`, which calls ``apply_pending``: it moves the codebook. So the codebook never moves inside a
@@ -182,6 +185,10 @@ class Quantizer(nn.Module):
     num_quantizers: int | None = None
     lowest_index: int = 0
     """The smallest index; -1 where codebooks may be left out."""
+
+    residual_scale: float | tuple[float, ...] = 1.0
+    """Inside a ResidualVectorQuantizer, what the codes of all later levels are multiplied by: a number, or one for
+    each channel. 1 where codes are learnt, because they learn their size."""
 
     statistics: ClassVar[tuple[str, ...]] = ()
     """Names of the buffers that stay in float32 when the module is converted to half precision."""
@@ -275,9 +282,41 @@ class Quantizer(nn.Module):
         indices = self._check_indices(indices)
         with full_precision(indices.device):
             codes = self.look_up(indices)
-        if self.dtype is not None:
-            codes = codes.to(self.dtype)
-        return codes if self.channel_dim == -1 else codes.movedim(-1, 1).contiguous()
+        return self._lay_out_codes(codes)
+
+    def loss_terms(self, latents: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """Return the terms of the loss by name: what ``forward`` adds up to ``loss``, already weighted.
+
+        Searches nothing and changes no state, so it is cheap enough for logging. Call it with the latents and the
+        indices of a step before an optimizer or another training pass moves the codebook. Quantizers that are made
+        of others name the terms of each part, for example ``"levels.0.commitment"``. It looks only at the rows of
+        this process, and at the whole codebook where training penalizes a random part of it.
+
+        Args:
+            latents: as for ``forward``.
+            indices: their indices, as ``forward`` returned them.
+
+        Returns:
+            Each term, (), >= 0, differentiable.
+
+        Raises:
+            ValueError: the indices are not of the shape that ``forward`` returns for these latents, or either is
+                refused as by ``forward`` and :meth:`decode`.
+
+        Example:
+            >>> from te_quant import LFQ
+            >>> quantizer, latents = LFQ(4), torch.randn(2, 4, 8, 8)
+            >>> list(quantizer.loss_terms(latents, quantizer(latents).indices))
+            ['codebook', 'commitment', 'entropy', 'diversity']
+        """
+        self._check_latents(latents)
+        indices = self._check_indices(indices)
+        with full_precision(latents.device):
+            rows = self._rows(latents)
+            behind = () if self.num_quantizers is None else (self.num_quantizers,)
+            shape, found = (*rows.grid, *behind), tuple(indices.shape)
+            require(found == shape, "indices", f"of shape {shape} for these latents", f"shape {found}")
+            return self._loss_terms(rows, indices.reshape(-1, *behind))
 
     def freeze(self: _Self, frozen: bool = True) -> _Self:
         """Stop (or resume) every change of state: gradients, moving averages, k-means and revival.
@@ -366,6 +405,21 @@ class Quantizer(nn.Module):
     def project(self, vectors: Tensor) -> Tensor:
         """Return what rows are compared as: (N, C) -> (N, C), differentiable; the identity here."""
         return vectors
+
+    def project_residual(self, vectors: Tensor) -> Tensor:
+        """Return what is left over by earlier levels of a ResidualVectorQuantizer as it is compared.
+
+        (N, C) -> (N, C). :meth:`project` by default; override it where ``project`` bounds the latents, because
+        residuals are bounded already.
+        """
+        return self.project(vectors)
+
+    def to_code_units(self, projected: Tensor) -> Tensor:
+        """Return projected rows in the units of the codes: (N, C) -> (N, C); the identity by default.
+
+        The difference between these rows and their codes is the error.
+        """
+        return projected
 
     def advance(self, rows: Rows) -> None:  # noqa: ARG002
         """Do what is due between two training steps, before the search: apply what is pending.
@@ -482,12 +536,22 @@ class Quantizer(nn.Module):
         with full_precision(latents.device):
             return self._rows(latents).counted
 
+    def _loss_terms(self, rows: Rows, indices: Tensor) -> dict[str, Tensor]:
+        """The weighted terms by name, without any collective, from (N,) or (N, Q) indices."""
+        return self.losses(rows, self.look_up(indices), indices)._asdict()
+
     def _refuse_frozen(self, method: str) -> None:
         if self.frozen:
             raise RuntimeError(f"{method} must be called on a quantizer that is not frozen, got a frozen one.")
 
     def _lay_out_indices(self, indices: Tensor, grid: tuple[int, ...]) -> Tensor:
         return indices.view(*grid, *indices.shape[1:])
+
+    def _lay_out_codes(self, codes: Tensor) -> Tensor:
+        """(..., C) codes that were looked up, in the quantizer's dtype and layout."""
+        if self.dtype is not None:
+            codes = codes.to(self.dtype)
+        return codes if self.channel_dim == -1 else codes.movedim(-1, 1).contiguous()
 
     def _check_indices(self, indices: Tensor) -> Tensor:
         """Refuse what no code belongs to; return the indices as int64."""

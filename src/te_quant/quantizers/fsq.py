@@ -83,6 +83,8 @@ class FSQ(TensorFreeQuantizer):
         require(num_codes < 2**63, "levels", "of a product below 2^63", num_codes)
         super().__init__(num_codes, len(levels), channel_dim=channel_dim, nonfinite=nonfinite)
         self.levels = levels
+        # Half of the distance between two levels: rounding leaves no more than that.
+        self.residual_scale = tuple(0.5 / (size // 2) for size in levels)
 
     def search(self, rows: Rows) -> Tensor:
         """Return the index of each row of bounded channels."""
@@ -101,6 +103,15 @@ class FSQ(TensorFreeQuantizer):
         )
         return torch.tanh(vectors + shift) * half - offset
 
+    def project_residual(self, vectors: Tensor) -> Tensor:
+        """Clamp residuals in [-1, 1] to the range of the levels: tanh has bounded the latents before."""
+        zeros, last = (self._whole(values, vectors) for values in (_zeros, _last_digits))
+        return torch.minimum(torch.maximum(vectors * zeros, -zeros), last - zeros)
+
+    def to_code_units(self, projected: Tensor) -> Tensor:
+        """Divide by ⌊L/2⌋."""
+        return projected / self._whole(_zeros, projected)
+
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
         """Round; the same in training and in evaluation, with nothing drawn at random.
 
@@ -108,7 +119,7 @@ class FSQ(TensorFreeQuantizer):
         """
         digits = self._digits(rows.searchable)
         codes = self._codes(digits).to(rows.vectors.dtype)
-        scaled = rows.vectors / self._whole(_zeros, rows.vectors)
+        scaled = self.to_code_units(rows.vectors)
         # The paper has no loss; a zero one, but of the latents, keeps `loss.backward()` valid.
         nothing = (scaled * 0).sum()
         return Quantized(

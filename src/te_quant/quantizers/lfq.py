@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from te_quant._checks import require, require_int, require_number
+from te_quant._checks import require, require_int, require_number, require_type
 from te_quant._constants import constant
+from te_quant._precision import unit_rows
 from te_quant.quantizers._entropy import assignment_entropy, missing_entropy
 from te_quant.quantizers._losses import distance_losses
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._tensor_free import TensorFreeQuantizer
-from te_quant.quantizers.base import NonfiniteMode, Quantized
+from te_quant.quantizers.base import Losses, NonfiniteMode, Quantized
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,7 +29,7 @@ _MAX_JOINT = 24
 
 
 class LFQ(TensorFreeQuantizer):
-    """Replace each channel by its sign: codes are the corners {-1, 1}^C of a cube.
+    """Replace each channel by its sign: codes are the corners {-1, 1}^C of a cube, or of one in the unit sphere.
 
     There is no codebook, so nothing is looked up, learnt or remembered. That the corners are used evenly is asked
     for in the loss: ``regularization_loss`` is
@@ -37,7 +38,11 @@ class LFQ(TensorFreeQuantizer):
 
     with the soft assignment q(c|z) ∝ exp(-‖z - c‖² / (2 · temperature)). The first term wants every latent near
     one corner, the second all corners used alike; both are in nats, >= 0, and zero at their optimum. To see which
-    codes are used, count the indices with :class:`~te_quant.CodebookUsage`.
+    codes are used, count the indices with :class:`~te_quant.CodebookUsage`. :meth:`loss_terms` returns the two
+    terms apart, as ``"entropy"`` and ``"diversity"``.
+
+    ``LFQ(code_dim, spherical=True)`` is binary spherical quantization (BSQ): latents are scaled to unit length
+    before everything else, and the codes are {-1/√C, 1/√C}^C, so that latents and codes lie on one sphere.
 
     Args:
         code_dim: C = log2 K, from 1 to 62. 18 in the paper.
@@ -48,6 +53,7 @@ class LFQ(TensorFreeQuantizer):
         entropy_group_dim: None takes the entropy of the mean assignment over all K codes exactly, which holds K
             numbers and so wants C <= 24. Otherwise channels are grouped, so many at a time, and log K - H becomes
             the sum over the groups: what is missing within groups but not what they share, hence never more.
+        spherical: latents and codes have unit length. The temperature is then in squared units of that sphere.
         channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
         nonfinite: what to do about NaN and infinite latents, as for :class:`~te_quant.VectorQuantizer`. Vectors
             that are skipped are quantized as if zero. Under ``"off"`` NaN becomes -1.
@@ -57,8 +63,8 @@ class LFQ(TensorFreeQuantizer):
     Shape:
         latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the module's dtype; under
             autocast also half precision, which is computed in float32.
-        quantized, codes: as latents, -1 or 1. indices: the latents' shape without the channel axis, int64 in
-            [0, K). losses: ().
+        quantized, codes: as latents, -1 or 1, or ±1/√C if spherical. indices: the latents' shape without the
+            channel axis, int64 in [0, K). losses: ().
 
     Attributes:
         num_codes: number of codes, K.
@@ -71,7 +77,8 @@ class LFQ(TensorFreeQuantizer):
     Source: Yu et al. 2023, arXiv:2310.05737 (MAGVIT-v2), Eq. 3 (sign, zero counting as -1), Eq. 4 (index =
         Σ_i 2^(i-1)·[z_i > 0], so the first channel is the lowest bit) and Eq. 5 (entropy terms). Differs: log K is
         added, so that no term is negative; the entropies are exact where memory allows, see
-        :mod:`te_quant.quantizers._entropy`.
+        :mod:`te_quant.quantizers._entropy`. ``spherical``: Zhao et al. 2024, arXiv:2406.07548 (BSQ). Differs: the
+        commitment term is the mean over the channels, not their sum.
 
     Example:
         >>> from te_quant import LFQ
@@ -79,6 +86,9 @@ class LFQ(TensorFreeQuantizer):
         >>> quantizer(torch.tensor([[0.3, -1.2, 2.0]])).indices  # bits 1, 0, 1, the lowest first
         tensor([5])
     """
+
+    # Each level halves the size of the codes, as binary digits do.
+    residual_scale = 0.5
 
     def __init__(
         self,
@@ -89,6 +99,7 @@ class LFQ(TensorFreeQuantizer):
         diversity_weight: float = 1.0,
         temperature: float = 0.01,
         entropy_group_dim: int | None = None,
+        spherical: bool = False,
         channel_dim: int = 1,
         nonfinite: NonfiniteMode | None = None,
         process_group: ProcessGroup | None = None,
@@ -102,6 +113,7 @@ class LFQ(TensorFreeQuantizer):
         diversity_weight = require_number("diversity_weight", diversity_weight, 0.0)
         temperature = require_number("temperature", temperature, 0.0)
         require(temperature > 0, "temperature", "a finite number > 0", repr(temperature))
+        require_type("spherical", spherical, bool, "a bool")
         diverse = entropy_weight > 0 and diversity_weight > 0
         if entropy_group_dim is not None:
             entropy_group_dim = require_int("entropy_group_dim", entropy_group_dim, 1, min(code_dim, _MAX_JOINT))
@@ -114,6 +126,7 @@ class LFQ(TensorFreeQuantizer):
         self.diversity_weight = float(diversity_weight)
         self.temperature = float(temperature)
         self.entropy_group_dim = entropy_group_dim
+        self.spherical = spherical
 
     def search(self, rows: Rows) -> Tensor:
         """Return the index of each row; zero counts as -1."""
@@ -123,13 +136,25 @@ class LFQ(TensorFreeQuantizer):
         """Return the corners of ``indices``."""
         return self._codes(indices.unsqueeze(-1) // self._place_values(indices) % 2)
 
+    def project(self, vectors: Tensor) -> Tensor:
+        """Scale to unit length if ``spherical``."""
+        return unit_rows(vectors) if self.spherical else vectors
+
+    def losses(self, rows: Rows, codes: Tensor, indices: Tensor) -> Losses:  # noqa: ARG002
+        """Return the commitment term, and the entropies as regularization; no index is needed."""
+        losses = distance_losses(rows, codes, self.commitment_weight, codebook_follows=False)
+        if not self.entropy_weight:
+            return losses
+        penalty, diversity = self._entropies(rows, self._group.resolve() if self.training else None)
+        if diversity is not None:
+            penalty = penalty + diversity
+        return losses._replace(regularization=self.entropy_weight * penalty)
+
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
         """Quantize; only the entropy terms of several processes differ between training and evaluation."""
         bits = rows.searchable > 0
         codes = self._codes(bits).to(rows.vectors.dtype)
-        losses = distance_losses(rows, codes, self.commitment_weight, codebook_follows=False)
-        if self.entropy_weight:
-            losses = losses._replace(regularization=self._penalty(rows))
+        losses = self.losses(rows, codes, bits)
         return Quantized(
             surrogate=rows.vectors,
             indices=self._pack(bits),
@@ -139,12 +164,16 @@ class LFQ(TensorFreeQuantizer):
 
     def extra_repr(self) -> str:
         """The options that tell one quantizer from the next."""
-        return f"code_dim={self.code_dim}, entropy_weight={self.entropy_weight:g}"
+        sphere = ", spherical=True" if self.spherical else ""
+        return f"code_dim={self.code_dim}, entropy_weight={self.entropy_weight:g}{sphere}"
 
     def _codes(self, bits: Tensor) -> Tensor:
         # -1 + 2·bit in one operation; on a CPU looking the two values up costs more.
         below = constant(_below, dtype=self.dtype, device=bits.device)
-        return torch.add(below, bits.to(self.dtype), alpha=2)
+        corners = torch.add(below, bits.to(self.dtype), alpha=2)
+        if self.spherical:
+            corners = corners * constant(float, self._size, dtype=self.dtype, device=bits.device)
+        return corners
 
     def _pack(self, bits: Tensor) -> Tensor:
         """(N, C) -> (N,)."""
@@ -154,16 +183,38 @@ class LFQ(TensorFreeQuantizer):
         """What each bit adds to the index, (C,) int64 where ``like`` is; ONNX has no bit shifts of int64."""
         return constant(_powers, self.code_dim, dtype=torch.int64, device=like.device)
 
-    def _penalty(self, rows: Rows) -> Tensor:
+    def _loss_terms(self, rows: Rows, indices: Tensor) -> dict[str, Tensor]:
+        codes = self.look_up(indices).to(rows.vectors.dtype)
+        distances = distance_losses(rows, codes, self.commitment_weight, codebook_follows=False)
+        nothing = torch.zeros_like(distances.codebook)
+        terms = {
+            "codebook": distances.codebook,
+            "commitment": distances.commitment,
+            "entropy": nothing,
+            "diversity": nothing,
+        }
+        if self.entropy_weight:
+            entropy, diversity = self._entropies(rows, None)
+            terms["entropy"] = self.entropy_weight * entropy
+            if diversity is not None:
+                terms["diversity"] = self.entropy_weight * diversity
+        return terms
+
+    def _entropies(self, rows: Rows, group: ProcessGroup | None) -> tuple[Tensor, Tensor | None]:
+        """E[H(q)] and, if it has a weight, diversity_weight · (log K - H(E[q]))."""
         # ‖z - c‖² is -2·z·c and a constant, so exp(-‖z - c‖² / 2T) ∝ exp(z·c / T).
-        logits = rows.vectors * (2 / self.temperature)
-        penalty = assignment_entropy(logits, rows.weights)
-        if self.diversity_weight:
-            group = self._group.resolve() if self.training else None
-            parts = logits.split(self.entropy_group_dim or self.code_dim, dim=1)
-            missing = [missing_entropy(part, rows.weights, group) for part in parts]
-            penalty = penalty + self.diversity_weight * torch.stack(missing).sum()
-        return self.entropy_weight * penalty
+        logits = rows.vectors * (2 * self._size / self.temperature)
+        entropy = assignment_entropy(logits, rows.weights)
+        if not self.diversity_weight:
+            return entropy, None
+        parts = logits.split(self.entropy_group_dim or self.code_dim, dim=1)
+        missing = [missing_entropy(part, rows.weights, group) for part in parts]
+        return entropy, self.diversity_weight * torch.stack(missing).sum()
+
+    @property
+    def _size(self) -> float:
+        """The absolute value of each channel of a code."""
+        return float(self.code_dim**-0.5) if self.spherical else 1.0
 
 
 def _powers(count: int) -> list[int]:

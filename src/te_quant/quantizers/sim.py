@@ -19,7 +19,7 @@ from te_quant.quantizers._distributed import gathered
 from te_quant.quantizers._losses import SURROGATES, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import Batch, CodebookState, complete, move, record
-from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
+from te_quant.quantizers.base import Losses, NonfiniteMode, Quantized, Quantizer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -132,12 +132,16 @@ class SimVQ(Quantizer):
         # A product with the rows of these indices alone would be cheaper, but may round otherwise than forward's.
         return F.embedding(indices, self.codebook)
 
+    def losses(self, rows: Rows, codes: Tensor, indices: Tensor) -> Losses:  # noqa: ARG002
+        """Return both distances."""
+        return distance_losses(rows, codes, self.commitment_weight, codebook_follows=True)
+
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:  # noqa: ARG002
         """Quantize; nothing is drawn at random."""
         table = self.codebook
         indices = search_codes(rows.searchable, table)
         codes = F.embedding(indices, table)
-        losses = distance_losses(rows, codes, self.commitment_weight, codebook_follows=True)
+        losses = self.losses(rows, codes, indices)
         surrogate = SURROGATES[self.gradient_estimator](rows.vectors, codes)
         return Quantized(surrogate=surrogate, indices=indices, codes=codes, losses=losses)
 

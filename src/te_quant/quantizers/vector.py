@@ -46,7 +46,7 @@ from te_quant.quantizers._update import (
     restart,
     revive,
 )
-from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
+from te_quant.quantizers.base import Losses, NonfiniteMode, Quantized, Quantizer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -179,6 +179,8 @@ class VectorQuantizer(Quantizer):
         revival_threshold = require_number("revival_threshold", revival_threshold, 0.0, below=1.0)
         require_generator(generator)
         self.metric: Metric = metric
+        # Codes of unit length cannot learn how long the residuals of a level are.
+        self.residual_scale = 0.5 if metric == "cosine" else 1.0
         self.codebook_update: CodebookUpdate = codebook_update
         self.commitment_weight = float(commitment_weight)
         self.orthogonal_reg = float(orthogonal_reg)
@@ -227,6 +229,18 @@ class VectorQuantizer(Quantizer):
     def project(self, vectors: Tensor) -> Tensor:
         """Scale to unit length under ``"cosine"``."""
         return unit_rows(vectors) if self.metric == "cosine" else vectors
+
+    def losses(self, rows: Rows, codes: Tensor, indices: Tensor) -> Losses:
+        """Return the weighted terms; the penalty looks at the codes that it looks at in evaluation."""
+        follows = self.codebook_update == "gradient"
+        losses = distance_losses(rows, codes, self.commitment_weight, codebook_follows=follows)
+        if not self.orthogonal_reg:
+            return losses
+        table = self._table()
+        counts = count(indices, rows, self.num_codes, None) if self.orthogonal_active_only else None
+        penalized = choose_penalized(counts, table, None, None, None)
+        penalty = self.orthogonal_reg * orthogonality(penalized.rows(table), penalized.mask)
+        return losses._replace(regularization=penalty)
 
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:
         """Quantize; changes no state.

@@ -1,0 +1,319 @@
+"""What quantizers have in common that are made of other quantizers, their parts.
+
+Shape letters: C code size, N latent vectors, Q indices per vector, n of them for one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from te_quant._checks import require, require_generator, require_int, require_number, require_type
+from te_quant._precision import full_precision, widen
+from te_quant._values import require_in_range
+from te_quant.quantizers._distributed import reshard_owners
+from te_quant.quantizers._lifecycle import kmeans, replacements
+from te_quant.quantizers._rows import Rows
+from te_quant.quantizers._update import Batch, record, restart, revive
+from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
+from te_quant.quantizers.sim import SimVQ
+from te_quant.quantizers.vector import VectorQuantizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "CombinedQuantizer",
+    "Lifecycle",
+    "columns_of",
+    "first_columns",
+    "is_distance",
+    "part_codes",
+    "part_terms",
+    "require_parts",
+    "width",
+]
+
+
+class Lifecycle:
+    """How codebooks start, or how dead codes are revived: one visit of each codebook, with its rows.
+
+    Args:
+        group: the other processes.
+        generator: randomness.
+        iterations: Lloyd steps; None revives.
+        threshold: a code is dead below this fraction of the average usage.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | None,
+        generator: torch.Generator | None,
+        *,
+        iterations: int | None = None,
+        threshold: float = 0.0,
+    ) -> None:
+        self.group, self.generator = group, generator
+        self.iterations, self.threshold = iterations, threshold
+        self.revived: list[Tensor] = []
+
+    def visit(self, part: Quantizer, rows: Tensor) -> None:
+        """Start or revive every codebook of ``part`` from its projected rows, (·, C)."""
+        if isinstance(part, CombinedQuantizer):
+            part._visit(rows, self)
+            return
+        revived = rows.new_zeros(0, dtype=torch.bool)
+        if isinstance(part, VectorQuantizer) and self.iterations is not None:
+            centers = kmeans(rows, part._table(), self.iterations, part.project, self.generator, self.group)
+            if centers is not None:
+                restart(part._state(), centers)
+        elif isinstance(part, VectorQuantizer):
+            revived, fresh = replacements(rows, part.usage, self.threshold, self.generator, self.group)
+            revive(part._state(), revived, fresh)
+        self.revived += [revived] * width(part)
+
+
+class CombinedQuantizer(Quantizer):
+    """A quantizer whose indices, codes and state are those of its parts.
+
+    A subclass names its parts in :meth:`_parts`; one of them may serve several times.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Quantizer],
+        code_dim: int,
+        *,
+        drops: bool = False,
+        channel_dim: int = 1,
+        nonfinite: NonfiniteMode | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            max(part.num_codes for part in parts),
+            code_dim,
+            channel_dim=channel_dim,
+            nonfinite=nonfinite,
+            process_group=process_group,
+        )
+        self.num_quantizers: int = sum(width(part) for part in parts)
+        # A part that was left out has the index -1.
+        self.lowest_index = -1 if drops else min(part.lowest_index for part in parts)
+        self._leaves_out = drops
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K of each of the Q indices of a token; ``num_codes`` is the largest."""
+        return tuple(size for _, size in self._bounds())
+
+    @property
+    def reference(self) -> Tensor | None:
+        """That of the first part that has one."""
+        return next((part.reference for part in self._parts() if part.reference is not None), None)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the first part that has one."""
+        return next((part.dtype for part in self._parts() if part.dtype is not None), None)
+
+    def record(self, rows: Rows, result: Quantized) -> None:  # noqa: ARG002
+        """Let every part that is not frozen record; one collective serves all codebooks together."""
+        batches: list[Batch] = []
+        self._collect(result, batches)
+        if batches:
+            record(batches, self._group.resolve())
+
+    def apply_pending(self) -> None:
+        """Move every part that is not frozen; see the base class."""
+        for part in self._owned():
+            if not part.frozen:
+                part.apply_pending()
+
+    @torch.no_grad()
+    def kmeans_init(
+        self, latents: Tensor, *, iterations: int = 10, generator: torch.Generator | None = None
+    ) -> None:
+        """Set the codebook of every :class:`~te_quant.VectorQuantizer` inside to the k-means centres of its rows.
+
+        The levels of a residual quantizer start one after the other, each from what the ones before it leave over;
+        a shared codebook starts from the latents. Other quantizers stay as they are. Nothing starts if one of them
+        is frozen. Else as :meth:`te_quant.VectorQuantizer.kmeans_init`.
+        """
+        iterations = require_int("iterations", iterations, 0)
+        require_generator(generator)
+        self._refuse_frozen_parts("kmeans_init")
+        reshard_owners(self)
+        rows = self._counted(latents)
+        with full_precision(latents.device):
+            self._visit(rows, Lifecycle(self._group.resolve(), generator, iterations=iterations))
+
+    @torch.no_grad()
+    def revive_dead_codes(
+        self, latents: Tensor, *, threshold: float = 0.01, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Revive the dead codes of every :class:`~te_quant.VectorQuantizer` inside.
+
+        Else as :meth:`te_quant.VectorQuantizer.revive_dead_codes`.
+
+        Returns:
+            (Q, K) bool, the codes revived, one row for each index of a token; K is that of the largest codebook
+            that was looked at, and 0 if there is none.
+        """
+        threshold = require_number("threshold", threshold, 0.0, 1.0)
+        require_generator(generator)
+        self._refuse_frozen_parts("revive_dead_codes")
+        reshard_owners(self)
+        rows = self._counted(latents)
+        self.apply_pending()
+        lifecycle = Lifecycle(self._group.resolve(), generator, threshold=threshold)
+        with full_precision(latents.device):
+            self._visit(rows, lifecycle)
+        longest = max(len(revived) for revived in lifecycle.revived)
+        return torch.stack([F.pad(revived, (0, longest - len(revived))) for revived in lifecycle.revived])
+
+    def _parts(self) -> Sequence[Quantizer]:
+        """The quantizer of each level or group."""
+        raise NotImplementedError
+
+    def _visit(self, rows: Tensor, lifecycle: Lifecycle) -> None:
+        """Let ``lifecycle`` visit every part with its rows: (·, C), projected."""
+        raise NotImplementedError
+
+    def _owned(self) -> Iterator[Quantizer]:
+        """Every part once."""
+        return iter(dict.fromkeys(self._parts()))
+
+    def _collect(self, result: Quantized, batches: list[Batch]) -> None:
+        """Add what codebooks saw to ``batches``; let other parts record."""
+        steps: list[tuple[Quantizer, Rows, Quantized]] = result.memo
+        for part, rows, own in steps:
+            if part.frozen:
+                continue
+            kind = type(part)
+            if isinstance(part, CombinedQuantizer):
+                part._collect(own, batches)
+            elif isinstance(part, VectorQuantizer) and kind.record is VectorQuantizer.record:
+                batches.append(Batch(part._state(), rows, own.indices, own.memo))
+            elif isinstance(part, SimVQ) and kind.record is SimVQ.record:
+                batches.append(Batch(part._state(), rows, own.indices))
+            else:
+                part.record(rows, own)
+
+    def _refuse_frozen_parts(self, method: str) -> None:
+        """Refuse before anything moves: to start only half of the codebooks again would be worse than none."""
+        for module in self._all_quantizers():
+            module._refuse_frozen(method)
+
+    def _learnt(self) -> Iterator[nn.Parameter]:
+        for part in self._owned():
+            yield from part._learnt()
+
+    def _remembered(self) -> Iterator[Tensor]:
+        for part in self._owned():
+            yield from part._remembered()
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        """The lowest index and K for each of the Q indices of a token."""
+        bounds: list[tuple[int, int]] = []
+        for part in self._parts():
+            own = part._bounds() if isinstance(part, CombinedQuantizer) else [(part.lowest_index, part.num_codes)]
+            own = own * (width(part) // len(own))
+            bounds += [(-1 if self._leaves_out else lowest, size) for lowest, size in own]
+        return bounds
+
+    def _search_first(self, rows: Rows, count: int) -> Tensor:
+        """The first ``count`` indices of each row: -> (N, count)."""
+        return self.search(rows)[:, :count]
+
+    def _lengths(self) -> list[int]:
+        """How many of the Q indices can be decoded without the others."""
+        raise NotImplementedError
+
+    def _check_indices(self, indices: Tensor) -> Tensor:
+        indices = super()._check_indices(indices)
+        given, lengths = indices.shape[-1], self._lengths()
+        if given not in lengths:
+            expected = f"one of {', '.join(map(str, lengths))}, the indices of whole parts"
+            actual = f"{given} (indices shape {tuple(indices.shape)})"
+            require(False, f"indices axis {indices.ndim - 1}", expected, actual)
+        bounds = self._bounds()[:given]
+        if all(bound == (self.lowest_index, self.num_codes) for bound in bounds):
+            return indices
+        # Each place has a codebook of its own size.
+        columns = [
+            require_in_range(f"indices[..., {place}]", column, size, "num_codes", lowest)
+            for place, (column, (lowest, size)) in enumerate(zip(indices.unbind(-1), bounds, strict=True))
+        ]
+        return torch.stack(columns, dim=-1)
+
+
+def width(part: Quantizer) -> int:
+    """How many of the indices of a token are those of ``part``."""
+    return part.num_quantizers or 1
+
+
+def columns_of(part: Quantizer, indices: Tensor) -> Tensor:
+    """Indices as ``part`` has them, with an axis for its n or not: (N,) or (N, n) -> (N, n)."""
+    return indices.unsqueeze(-1) if part.num_quantizers is None else indices
+
+
+def first_columns(part: Quantizer, rows: Rows, count: int) -> Tensor:
+    """The first indices of each row, fewer than ``part`` has: -> (N, count)."""
+    if isinstance(part, CombinedQuantizer):
+        return part._search_first(rows, count)
+    return part.search(rows)[:, :count]
+
+
+def part_codes(part: Quantizer, columns: Tensor, *, dropped: bool) -> Tensor:
+    """The codes of ``part``, at least float32: (..., n) -> (..., C); zero where it was left out.
+
+    Args:
+        part: which.
+        columns: its indices.
+        dropped: some of them may be -1.
+    """
+    indices = columns if part.num_quantizers is not None else columns.squeeze(-1)
+    if not dropped or isinstance(part, CombinedQuantizer):
+        return widen(part.look_up(indices))
+    used = (columns >= 0).all(-1, keepdim=True)
+    return torch.where(used, widen(part.look_up(indices.clamp_min(0))), 0.0)
+
+
+def part_terms(part: Quantizer, rows: Rows, columns: Tensor) -> dict[str, Tensor]:
+    """The terms of the loss of ``part`` by name; (N, n) indices may be -1 where rows have no weight."""
+    if not isinstance(part, CombinedQuantizer):
+        columns = columns.clamp_min(0)
+    return part._loss_terms(rows, columns.squeeze(1) if part.num_quantizers is None else columns)
+
+
+def is_distance(name: str) -> bool:
+    """Whether a term of a loss is a mean over rows."""
+    return name.endswith(("codebook", "commitment"))
+
+
+def require_parts(name: str, parts: object, **wanted: Any) -> list[Quantizer]:
+    """Refuse what is no list of different quantizers that fit into a whole with the options ``wanted``."""
+    if not isinstance(parts, Sequence) and not isinstance(parts, nn.ModuleList):
+        raise TypeError(f"{name} must be a sequence of quantizers, got {parts!r}.")
+    found: list[Quantizer] = []
+    for place, part in enumerate(parts):
+        title = f"{name}[{place}]"
+        require_type(title, part, Quantizer, "a te_quant.Quantizer")
+        require(part not in found, title, "another quantizer than those before it", "one of them again")
+        found.append(part)
+        for inner in part._all_quantizers():
+            _require_alike(title, inner, wanted)
+    require(bool(found), name, "at least one quantizer", "none")
+    return found
+
+
+def _require_alike(title: str, part: Quantizer, wanted: dict[str, Any]) -> None:
+    for option, value in wanted.items():
+        own = getattr(part, option, value)
+        # A part that leaves it to the default does what the whole does before.
+        fits = own == value or (option == "nonfinite" and own is None)
+        require(fits, f"{title}.{option}", f"{value!r} as that of the whole", f"{own!r} ({type(part).__name__})")
