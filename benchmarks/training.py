@@ -1,9 +1,9 @@
 """Small autoencoders trained in the same way with one quantizer after another, ours and those of others.
 
 What somebody gets who replaces one layer by another and reads no options: the network, the images of every step
-and the optimizer are equal, and every quantizer adds the loss that it returns. What is measured is the reconstruction
-of test images, the codes that these use, and the time of a step. A quantizer that chooses its own code size (FSQ,
-LFQ) gets it, as the convolutions next to it are linear.
+and the optimizer are equal, and every quantizer adds the loss that it returns. What is measured is the
+reconstruction of test images, the codes that these use, and the time of a step. A quantizer that chooses its own
+code size (FSQ, LFQ) gets it, as the convolutions next to it are linear.
 
 Shape letters: B batch, K codes, C code size.
 """

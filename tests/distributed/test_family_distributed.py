@@ -22,14 +22,14 @@ from te_quant import LFQ, ResidualVectorQuantizer, SimVQ
 WORLD = 2
 TIMEOUT = 90.0
 
+# Which latents replace dead codes depends on how they are spread over processes.
+_RVQ_EMA = partial(ResidualVectorQuantizer, 6, 4, decay=0.8, codebook_update="ema", revival_threshold=0.0)
 STATEFUL: dict[str, Any] = {
     "sim": partial(SimVQ, 6, 4, decay=0.8),
     "sim-skip": partial(SimVQ, 6, 4, decay=0.8, nonfinite="skip"),
     "rvq": partial(ResidualVectorQuantizer, 6, 4, 2, decay=0.8, orthogonal_reg=3.0),
-    "rvq-ema": partial(ResidualVectorQuantizer, 6, 4, 2, decay=0.8, codebook_update="ema", orthogonal_reg=3.0),
-    "rvq-ema-shared": partial(
-        ResidualVectorQuantizer, 6, 4, 3, decay=0.8, codebook_update="ema", shared_codebook=True
-    ),
+    "rvq-ema": partial(_RVQ_EMA, num_quantizers=2, orthogonal_reg=3.0),
+    "rvq-ema-shared": partial(_RVQ_EMA, num_quantizers=3, shared_codebook=True),
 }
 LOOKUP_FREE: dict[str, Any] = {
     "lfq": partial(LFQ, 4, temperature=0.5, diversity_weight=2.0),

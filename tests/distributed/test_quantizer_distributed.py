@@ -196,11 +196,10 @@ def test_codebooks_start_at_the_latents_of_all_ranks(step: int, results: list[An
     one, two = (rank[f"start-{step}"] for rank in results)
     assert identical(one, two)
     if step == 0:
-        taken = [
-            [bool((batch(0, rank) == code).all(1).any()) for code in one["codebook"]] for rank in range(WORLD)
-        ]
-        assert all(3 <= sum(rank) <= 5 for rank in taken)
-        assert sum(map(sum, taken)) == int(one["revivals"])
+        pools = [batch(0, rank) for rank in range(WORLD)]
+        own = [sum(bool((pool == code).all(1).any()) for code in one["codebook"]) for pool in pools]
+        assert min(own) >= 2
+        assert sum(own) == int(one["revivals"])
 
 
 def test_kmeans_uses_the_rows_of_all_ranks(results: list[Any]) -> None:

@@ -26,8 +26,10 @@ from te_quant import (
     BlurPool2d,
     CodebookUsage,
     GPTConfig,
+    ProductQuantizer,
     Quantizer,
     Segment,
+    VectorQuantizer,
     VQAutoencoder,
     build_decoder,
     build_encoder,
@@ -171,6 +173,7 @@ _MORE_QUANTIZERS: dict[str, Callable[..., Any]] = {
     "vq-ema-fast": partial(_VQ, codebook_update="ema", decay=0.5),
     "vq-ema-instant": partial(_VQ, codebook_update="ema", decay=0.0),
     "sign": Sign,
+    "product": lambda: ProductQuantizer([plain_quantizer(11, 3), VectorQuantizer(7, 2)]),
 }
 # Those differ from a case that is kept in what they compute, not in what they remember.
 _SLOW_QUANTIZERS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -608,7 +609,7 @@ def test_states_of_older_versions(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [plain_quantizer, lambda *a, **o: ResidualVectorQuantizer(*a, 3, revival_threshold=0.0, **o)]
+    "kind", [plain_quantizer, partial(ResidualVectorQuantizer, num_quantizers=3, revival_threshold=0.0)]
 )
 def test_states_of_the_two_updates_load_into_each_other(kind: Callable[..., Any]) -> None:
     """Sums are derived, so that the codebook goes on from where it is, or dropped with a word."""

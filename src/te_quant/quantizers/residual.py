@@ -60,11 +60,11 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         ResidualVectorQuantizer(num_codes=1024, code_dim=64, num_quantizers=4)
         ResidualVectorQuantizer(stages=[FSQ((7, 5, 5, 5)), FSQ((5, 5, 5, 5))])
 
-    The second level of learnt codes learns how large the residuals are. Fixed codes cannot, so their later levels
-    are scaled: by half of the distance between two levels after an :class:`~te_quant.FSQ`, because rounding leaves no
-    more than that, and by 1/2 after an :class:`~te_quant.LFQ` or codes of unit length. Only the first FSQ bounds
-    the latents by tanh, so its sum approximates tanh(z); the later ones clamp. Odd levels fit, because even ones
-    are not symmetric about zero.
+    Learnt codes of the second level learn how large the residuals are. Fixed codes cannot, so their later
+    levels are scaled: by half of the distance between two levels after an :class:`~te_quant.FSQ`, because
+    rounding leaves no more than that, and by 1/2 after an :class:`~te_quant.LFQ` or codes of unit length. Only
+    the first FSQ bounds the latents by tanh, so its sum approximates tanh(z); the later ones clamp. Odd levels
+    fit, because even ones are not symmetric about zero.
 
     Args:
         num_codes, code_dim, num_quantizers: K of each codebook, C and Q, each at least 1.

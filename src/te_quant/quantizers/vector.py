@@ -80,10 +80,11 @@ class VectorQuantizer(Quantizer):
         temperature: 0 takes the nearest code. Above 0, while training, a code is drawn with probability
             proportional to exp(-‖z - e‖² / (2 · temperature)).
         decay: of the moving averages, in [0, 1). Of use under ``"ema"`` and for :meth:`revive_dead_codes`.
-        revival_threshold: of use under ``"ema"``, in [0, 1). A code is dead while it is used less than this fraction
-            of the average code. Between two steps up to 4,096 dead codes move onto latents of the last training
-            pass. At first no code has been used, so this is how the codebook starts. 0 leaves dead codes where they
-            are. A codebook that follows gradients has :meth:`kmeans_init` and :meth:`revive_dead_codes` for that.
+        revival_threshold: of use under ``"ema"``, in [0, 1). A code is dead while it is used less than this
+            fraction of the average code. Between two steps up to 4,096 dead codes move onto latents of the last
+            training pass. At first no code has been used, so this is how the codebook starts. 0 leaves dead codes
+            where they are. A codebook that follows gradients has :meth:`kmeans_init` and
+            :meth:`revive_dead_codes` for that.
         channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
         nonfinite: what to do about NaN and infinite latents. ``"raise"`` a ``ValueError``; ``"skip"`` the
             vectors that have any: they take no part in losses and updates, get no gradient, and are quantized
