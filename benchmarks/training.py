@@ -131,7 +131,8 @@ def _ours(build: Callable[[int, int], Quantizer]) -> Callable[[int, int], Layer]
             output = module(latents)
             return output.quantized, output.indices, output.loss
 
-        return Layer(module, forward, module.code_dim, module.num_codes)
+        combinations = module.num_codes ** (module.num_quantizers or 1)
+        return Layer(module, forward, module.code_dim, combinations)
 
     return layer
 
@@ -220,7 +221,7 @@ def cells(context: Context) -> list[Cell]:
                         "rate": round(factor * _RATE, 6),
                         "quantizer": name,
                     }
-                    key = "training/{data}-K{K}-C{C}-seed{seed}-rate{rate:g}/{quantizer}".format(**settings)
+                    key = f"training/{grid.data}-K{grid.K}-C{grid.C}-seed{seed}-rate{settings['rate']}/{name}"
                     result.append(Cell(key, settings, partial(_run, settings=settings)))
     return result
 
@@ -330,9 +331,10 @@ def _joint(indices: Tensor, layer: Layer) -> Tensor:
     """Several indices of a token as one: (..., Q) -> (...)."""
     if not isinstance(layer.module, ResidualVectorQuantizer):
         return indices.long()
-    per_level = layer.module.stages[0].num_codes
-    places = per_level ** torch.arange(indices.shape[-1], device=indices.device)
-    return (indices * places).sum(-1)
+    # All levels have the same number of codes, the first is the lowest digit.
+    places = layer.module.num_codes ** torch.arange(indices.shape[-1], device=indices.device)
+    joint: Tensor = (indices * places).sum(-1)
+    return joint
 
 
 @cache

@@ -181,9 +181,9 @@ def record(batches: Sequence[Batch], group: ProcessGroup | None) -> None:
         for target, part in zip(targets, summed[: len(fresh)], strict=True):
             target.add_(part.view_as(target))
         spare = summed[len(fresh) :]
-    for batch, rows in zip(reviving, spare, strict=True):
+    for batch, found in zip(reviving, spare, strict=True):
         kept = cast("Tensor", batch.state.pending_rows)
-        kept.copy_(torch.where(rows[:, -1].any(), rows, kept))
+        kept.copy_(torch.where(found[:, -1].any(), found, kept))
     for total, batch in zip(before, batches, strict=True):
         _keep_subset(batch, total)
 
