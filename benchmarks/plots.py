@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.contest import OURS
 from benchmarks.peers import MODES, QUANTIZERS
 from benchmarks.targets import ratio
+from benchmarks.training import CONTENDERS, NONE, OWN, RATE, results
 from examples.te_vqgan.runs.files import write_bytes_atomically
 
 __all__ = ["write_plots"]
@@ -27,6 +28,8 @@ def write_plots(document: Mapping[str, Any], folder: Path) -> None:
     cells = document["cells"]
     if any(key.startswith("growth/") for key in cells):
         write_bytes_atomically(folder / "growth.png", _growth(cells))
+    if any(key.startswith("training/") for key in cells):
+        write_bytes_atomically(folder / "training.png", _training(cells))
     if any(key.startswith("quantizer/") for key in cells):
         write_bytes_atomically(folder / "ratios.png", _ratios(cells))
 
@@ -94,6 +97,29 @@ def _ratios(cells: Mapping[str, Any]) -> bytes:
     grid[0][0].set_ylabel("N, K, C")
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(others), frameon=False, fontsize="small")
+    return _png(figure)
+
+
+def _training(cells: Mapping[str, Any]) -> bytes:
+    """Error beyond that of the same network without a quantizer, by grid and contender."""
+    from matplotlib import pyplot as plt
+
+    groups = results(cells)
+    figure, grid = plt.subplots(
+        1, len(groups), figsize=(2.5 + 2.6 * len(groups), 4.6), layout="constrained", squeeze=False, sharey=True
+    )
+    names = [name for name in CONTENDERS if name != NONE and any(name in group for group in groups.values())]
+    for axes, ((data, K, C), group) in zip(grid[0], groups.items(), strict=True):
+        base = group[NONE].mean("mse") if NONE in group else math.nan
+        for place, name in enumerate(names):
+            if name in group:
+                errors = [entry["mse"] - base for entry in group[name].by_rate.get(RATE, ())]
+                color = "tab:blue" if name in OWN else "tab:gray"
+                axes.plot(errors, [place] * len(errors), "o", color=color, markersize=5, alpha=0.8)
+        axes.set(xscale="log", title=f"{data}\nK = {K:,}, C = {C}", xlabel="test MSE beyond\nno quantizer")
+        axes.grid(alpha=0.3)
+    grid[0][0].set_yticks(range(len(names)), names, fontsize="small")
+    grid[0][0].invert_yaxis()
     return _png(figure)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks import blur, floor, generation, growth, memory, quantizers, rendering, search, stage1
+from benchmarks import blur, floor, generation, growth, memory, quantizers, rendering, search, stage1, training
 from benchmarks.contest import Cell, Context
 
 __all__ = ["SECTIONS"]
@@ -19,5 +19,6 @@ SECTIONS: dict[str, Callable[[Context], list[Cell]]] = {
     "generation": generation.cells,
     "stage1": stage1.cells,
     "rendering": rendering.cells,
+    "training": training.cells,
 }
 """By name: what it measures, a list of cells for a context."""

@@ -11,6 +11,7 @@ from benchmarks.contest import OURS
 from benchmarks.generation import HUGGING_FACE, SUMMED, WHOLE
 from benchmarks.stage1 import REFERENCE
 from benchmarks.targets import TARGETS, Target, Verdict, judge
+from benchmarks.training import RATE, Trained, results
 from examples.te_vqgan.reports.document import Paragraph, Table, to_markdown
 from examples.te_vqgan.runs.files import write_text_atomically
 
@@ -148,6 +149,41 @@ def _rendering(document: Document) -> str:
     return to_markdown([Table(header, rows)])
 
 
+def _training(document: Document) -> str:
+    measures = ("test MSE", "dB", "codes used", "perplexity", "ms per step", "MSE at rate / 3", "at rate x 3")
+    header = ("data", "K, C", "quantizer", *measures)
+    rows = []
+    for (data, K, C), group in results(document["cells"]).items():
+        for name, trained in group.items():
+            rows.append([data, f"{K:,}, {C}", name, *_trained(trained)])
+    note = (
+        "Means over the seeds, with the standard deviation. A third and three times the learning rate: first seed."
+    )
+    return to_markdown([Table(header, rows), Paragraph(note)])
+
+
+def _trained(trained: Trained) -> list[str]:
+    if not trained.by_rate:
+        return [trained.failures[0], *[_NONE] * 6]
+
+    def number(name: str, form: str, rate: float = RATE) -> str:
+        value = trained.mean(name, rate)
+        return format(value, form) if math.isfinite(value) else _NONE
+
+    error, spread = number("mse", ".4f"), trained.deviation("mse")
+    first = f"{error} ± {spread:.4f}" if math.isfinite(spread) else error
+    others = [number("mse", ".4f", round(factor * RATE, 6)) for factor in (1 / 3, 3)]
+    time = trained.mean("median")
+    return [
+        first,
+        number("psnr", ".2f"),
+        number("used", ",.0f"),
+        number("perplexity", ",.0f"),
+        f"{1000 * time:.3g}",
+        *others,
+    ]
+
+
 def machine_table(document: Document) -> str:
     """Say what the measurements were made with, and on."""
     bandwidth, speed = _bandwidth(document), _speed(document)
@@ -181,6 +217,7 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "generation": _generation,
     "stage1": _stage1,
     "rendering": _rendering,
+    "training": _training,
     "machine": machine_table,
 }
 """By file name."""

@@ -15,6 +15,7 @@ from benchmarks.generation import HUGGING_FACE, SUMMED
 from benchmarks.problem import Size
 from benchmarks.search import FUSED
 from benchmarks.stage1 import REFERENCE
+from benchmarks.training import DEFAULTS, NONE, PEER, PEER_ALIVE, results
 
 __all__ = ["TARGETS", "Target", "Verdict", "judge", "ratio"]
 
@@ -159,6 +160,27 @@ def _paddings(cells: Cells) -> Values:
                 yield _label(key, name), value
 
 
+def _excess(*peers: str) -> Callable[[Cells], Values]:
+    """Error beyond that of the network without a quantizer: ours at its defaults / the best of ``peers``."""
+
+    def values(cells: Cells) -> Values:
+        for (data, K, C), group in results(cells).items():
+            errors = {name: trained.mean("mse") for name, trained in group.items()}
+            excess = {name: error - errors.get(NONE, math.nan) for name, error in errors.items()}
+            theirs = [excess[name] for name in peers if math.isfinite(excess.get(name, math.nan))]
+            if theirs and math.isfinite(excess.get(DEFAULTS, math.nan)):
+                yield f"{data}, K = {K}, C = {C}", excess[DEFAULTS] / min(theirs)
+
+    return values
+
+
+def _used_share(cells: Cells) -> Values:
+    for (data, K, C), group in results(cells).items():
+        share = group[DEFAULTS].mean("used") / K if DEFAULTS in group else math.nan
+        if K <= _MANY_CODES and math.isfinite(share):
+            yield f"{data}, K = {K}, C = {C}", share
+
+
 def _many_codes(settings: Mapping[str, Any]) -> bool:
     return bool(settings["K"] >= _MANY_CODES)
 
@@ -225,5 +247,20 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "generation: GPT-2 of transformers / te_quant", 1.5, False, _ratios("generation/B64", HUGGING_FACE, OURS)
     ),
+    Target(
+        "error beyond that without a quantizer at the defaults, mean: VectorQuantizer / vector-quantize-pytorch",
+        0.5,
+        True,
+        _excess(PEER),
+        mean=True,
+    ),
+    Target(
+        "the same / the better of vector-quantize-pytorch with and without k-means and expiry, mean",
+        0.65,
+        True,
+        _excess(PEER, PEER_ALIVE),
+        mean=True,
+    ),
+    Target("training: share of the codes in use at the defaults, K <= 1,024", 0.9, False, _used_share),
 )
 """In the order of the table."""

@@ -27,7 +27,24 @@ from benchmarks.timing import describe
 from examples.te_vqgan.data.sources import load_digits
 from te_quant import FSQ, LFQ, CodebookUsage, Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 
-__all__ = ["CONTENDERS", "NONE", "PEER", "PEER_ALIVE", "Grid", "Layer", "Network", "cells", "levels_of", "train"]
+__all__ = [
+    "CONTENDERS",
+    "DEFAULTS",
+    "NONE",
+    "OWN",
+    "PEER",
+    "PEER_ALIVE",
+    "RATE",
+    "Grid",
+    "Layer",
+    "Network",
+    "Trained",
+    "cells",
+    "levels_of",
+    "results",
+    "start",
+    "train",
+]
 
 NONE = "no quantizer"
 DEFAULTS = "VectorQuantizer"
@@ -36,7 +53,8 @@ PEER_ALIVE = "vector-quantize-pytorch, k-means and expiry"
 
 _SIDE = 32
 _PEAK = 2.0
-_RATE = 1e-3
+RATE = 1e-3
+"""Learning rate; the first seed is trained with a third and three times of it too."""
 _BATCH = 32
 _CURVE = 25
 """Steps per point of the training curve."""
@@ -151,7 +169,7 @@ def _peer(name: str, own_size: bool = False, **options: Any) -> Callable[[int, i
         else:
             size, codes = C, K
             sizes = {"codebook_size": K, "dim": C}
-        images = {} if name in ("FSQ", "LFQ") else {"accept_image_fmap": True}
+        images = {"VectorQuantize": {"accept_image_fmap": True}, "SimVQ": {"channel_first": True}}.get(name, {})
         module = getattr(library, name)(**sizes, **images, **options)
 
         def forward(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,6 +221,9 @@ CONTENDERS: dict[str, Callable[[int, int], Layer] | None] = {
 }
 """By name: (K, C) to a quantizer; None for none."""
 
+OWN = tuple(name for name in CONTENDERS if not name.startswith((PEER, "diffusers", NONE)))
+"""Those of this library."""
+
 
 def cells(context: Context) -> list[Cell]:
     """Each contender, seed and learning rate."""
@@ -218,12 +239,66 @@ def cells(context: Context) -> list[Cell]:
                         "K": grid.K,
                         "C": grid.C,
                         "seed": seed,
-                        "rate": round(factor * _RATE, 6),
+                        "rate": round(factor * RATE, 6),
                         "quantizer": name,
                     }
                     key = f"training/{grid.data}-K{grid.K}-C{grid.C}-seed{seed}-rate{settings['rate']}/{name}"
                     result.append(Cell(key, settings, partial(_run, settings=settings)))
     return result
+
+
+class Trained(NamedTuple):
+    """All trainings of one contender on one grid.
+
+    Attributes:
+        data, K, C: of the grid.
+        quantizer: name of the contender.
+        by_rate: the entries of all seeds that finished, by learning rate.
+        failures: statuses of the others.
+    """
+
+    data: str
+    K: int
+    C: int
+    quantizer: str
+    by_rate: dict[float, list[Mapping[str, Any]]]
+    failures: list[str]
+
+    def mean(self, name: str, rate: float = RATE) -> float:
+        """Mean of a measure over the seeds; NaN without any."""
+        values = [entry[name] for entry in self.by_rate.get(rate, ()) if name in entry]
+        return statistics.fmean(values) if values else math.nan
+
+    def deviation(self, name: str) -> float:
+        """Its standard deviation over the seeds; NaN below two."""
+        values = [entry[name] for entry in self.by_rate.get(RATE, ())]
+        return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def results(cells: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, int, int], dict[str, Trained]]:
+    """Group the cells of this section by grid and contender, in their order."""
+    found: dict[tuple[str, int, int], dict[str, Trained]] = {}
+    for grids in GRIDS.values():
+        for grid in grids:
+            place = (grid.data, grid.K, grid.C)
+            for name in CONTENDERS:
+                found.setdefault(place, {})[name] = Trained(*place, name, {}, [])
+    for key, cell in cells.items():
+        if not key.startswith("training/"):
+            continue
+        settings = cell["settings"]
+        name = settings["quantizer"]
+        trained = found[settings["data"], settings["K"], settings["C"]][name]
+        entry = cell["contenders"][name]
+        if entry["status"] == "ok":
+            trained.by_rate.setdefault(settings["rate"], []).append(entry)
+        else:
+            trained.failures.append(f"{entry['status']} ({entry['reason']})")
+    kept = {
+        place: {name: trained for name, trained in group.items() if trained.by_rate or trained.failures}
+        for place, group in found.items()
+    }
+    return {place: group for place, group in kept.items() if group}
 
 
 def _run(context: Context, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,9 +359,7 @@ def train(
     training, test = (images.to(device) for images in _images(data))
     torch.manual_seed(seed)
     layer = None if build is None else build(K, C)
-    # The convolutions start equal whatever the quantizer drew.
-    torch.manual_seed(seed + 1)
-    network = Network(layer, C).to(device)
+    network = start(layer, C, seed=seed).to(device)
     optimizer = torch.optim.Adam(network.parameters(), rate)
     order = torch.Generator().manual_seed(seed)
     errors, times = [], []
@@ -335,6 +408,12 @@ def _joint(indices: Tensor, layer: Layer) -> Tensor:
     places = layer.module.num_codes ** torch.arange(indices.shape[-1], device=indices.device)
     joint: Tensor = (indices * places).sum(-1)
     return joint
+
+
+def start(layer: Layer | None, code_dim: int, *, seed: int) -> Network:
+    """Build the network around ``layer``; its convolutions start equal, whatever the quantizer drew."""
+    torch.manual_seed(seed + 1)
+    return Network(layer, code_dim)
 
 
 @cache

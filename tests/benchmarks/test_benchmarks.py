@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import blur, generation, stage1
+from benchmarks import blur, generation, stage1, training
 from benchmarks.__main__ import main, measure_all
 from benchmarks.contest import OURS, Cell, Contender, Context, Unavailable, compete, optional_module
 from benchmarks.floor import Tiles, tiled_product
@@ -520,3 +520,71 @@ def test_committed_tables_are_those_of_the_committed_results() -> None:
         for name, text in tables(document).items():
             assert (path.parent / f"{name}.md").read_text(encoding="utf-8") == text, name
             assert first_table(text)
+
+
+# training
+
+
+def _trained(data: str, K: int, name: str, mse: float, seed: int = 0, rate: float = 1e-3) -> dict[str, Any]:
+    """One cell of the section, by key."""
+    settings = {"data": data, "K": K, "C": 8, "seed": seed, "rate": rate, "quantizer": name}
+    entry = {"status": "ok", "mse": mse, "psnr": 20.0, "used": K - seed, "perplexity": 7.0, "median": 0.01}
+    return {
+        f"training/{data}-K{K}-C8-seed{seed}-rate{rate}/{name}": {
+            "settings": settings,
+            "contenders": {name: entry},
+        }
+    }
+
+
+def test_the_targets_of_training_are_ratios_of_excess_errors() -> None:
+    """Means over the seeds, beyond the network without a quantizer, by hand; other rates do not count."""
+    measured = {
+        **_trained("mnist", 1024, training.NONE, 0.01),
+        **_trained("mnist", 1024, training.DEFAULTS, 0.02),
+        **_trained("mnist", 1024, training.DEFAULTS, 0.04, seed=1),
+        **_trained("mnist", 1024, training.DEFAULTS, 9.0, rate=3e-3),
+        **_trained("mnist", 1024, training.PEER, 0.06),
+        **_trained("mnist", 1024, training.PEER_ALIVE, 0.03),
+    }
+    verdicts = {target.text: judge(target, measured) for target in TARGETS}
+    [defaults] = [verdict for text, verdict in verdicts.items() if text.startswith("error beyond")]
+    [better] = [verdict for text, verdict in verdicts.items() if text.startswith("the same / the better")]
+    [used] = [verdict for text, verdict in verdicts.items() if text.startswith("training: share")]
+    assert (defaults.points, defaults.met) == (1, True)
+    assert defaults.worst == pytest.approx(0.02 / 0.05)
+    assert (better.met, better.worst) == (False, pytest.approx(1.0))
+    assert used.worst == pytest.approx(1023.5 / 1024)
+    table = tables({"runs": {}, "cells": measured})["training"]
+    assert (
+        "| mnist | 1,024, 8 | VectorQuantizer | 0.0300 ± 0.0141 | 20.00 | 1,024 | 7 | 10 | – | 9.0000 |" in table
+    )
+
+
+@pytest.mark.parametrize("name", training.CONTENDERS)
+def test_every_contender_takes_a_few_steps(name: str) -> None:
+    """The convolutions start equal, and so do the images of every step; what is returned is within its range."""
+    pytest.importorskip("vector_quantize_pytorch")
+    pytest.importorskip("diffusers")
+    build = training.CONTENDERS[name]
+    found = training.train(build, "digits", 64, 4, seed=0, rate=1e-3, steps=3, test_images=20)
+    assert 0 < found["mse"] < 4
+    assert found["psnr"] == pytest.approx(10 * math.log10(4 / found["mse"]), abs=2e-3)
+    assert len(found["curve"]) == 1
+    if build is not None:
+        assert 1 <= found["used"] <= 256
+        assert 1 <= found["perplexity"] <= found["used"] + 0.01
+
+
+def test_contenders_start_from_equal_networks_and_see_equal_images() -> None:
+    """Before the first step two quantizers have convolutions of the same bits."""
+    networks = []
+    for name in (training.DEFAULTS, "VectorQuantizer, cosine"):
+        torch.manual_seed(3)
+        layer = training.CONTENDERS[name](64, 4)
+        networks.append(training.start(layer, 4, seed=3))
+    first, second = networks
+    for one, two in zip(first.encoder.parameters(), second.encoder.parameters(), strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(first.decoder.parameters(), second.decoder.parameters(), strict=True):
+        assert torch.equal(one, two)

@@ -23,7 +23,8 @@ from examples.te_vqgan.reports.family import family_scatter, family_table, write
 from examples.te_vqgan.runs.logs import read_log
 from examples.te_vqgan.stage1.joint import joint_indices, num_combinations, vector_quantizer
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
-from te_quant import FSQ, ResidualVectorQuantizer, VQAutoencoder
+from te_quant import FSQ, AutoencoderConfig, ResidualVectorQuantizer, VQAutoencoder
+from te_quant.autoencoder.config import quantizer_fields
 from tests.example.tiny_runs import random_source, stage1_settings
 from tests.helpers import plain_quantizer
 from tests.published import published
@@ -145,7 +146,8 @@ def test_settings_of_members_differ_in_the_quantizer_alone() -> None:
         settings = member_settings(dataclasses.replace(SETTINGS, model=model), name)
         assert settings == member_settings(SETTINGS, name)
         sizes = {"num_codes": settings.model.num_codes, "code_dim": settings.model.code_dim}
-        assert settings.model == dataclasses.replace(SETTINGS.model, **sizes)
+        described = {field: getattr(AutoencoderConfig(), field) for field in quantizer_fields()}
+        assert settings.model == dataclasses.replace(SETTINGS.model, **{**described, **sizes})
         assert dataclasses.replace(settings, model=SETTINGS.model) == SETTINGS
 
 

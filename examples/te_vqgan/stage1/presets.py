@@ -211,7 +211,9 @@ ARMS: dict[str, Arm] = {
 DEFAULT_ARMS = ("vqgan", "te_vqgan")
 
 # The paper's quantizer, which is not the library's default.
-_PAPERS_MODEL = AutoencoderConfig(codebook_update="gradient", commitment_weight=0.25, decay=0.99)
+_PAPERS_MODEL = AutoencoderConfig(
+    codebook_update="gradient", commitment_weight=0.25, decay=0.99, revival_threshold=0.0
+)
 # C >= K lets the penalty reach zero; multipliers 1-2-2 give the paper's stride of 4.
 _SMALL_MODEL = dataclasses.replace(
     _PAPERS_MODEL,
