@@ -229,6 +229,7 @@ def test_summing_steps_is_exact_for_a_cubic() -> None:
     assert summed == pytest.approx(polynomial(columns).sum())
 
 
+@pytest.mark.slow
 def test_plain_network_takes_the_same_steps() -> None:
     """Losses and gradients of the plain network are ours under every padding, before and after steps of both."""
     settings = PRESETS["smoke"]
@@ -561,6 +562,7 @@ def test_the_targets_of_training_are_ratios_of_excess_errors() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", training.CONTENDERS)
 def test_every_contender_takes_a_few_steps(name: str) -> None:
     """The convolutions start equal, and so do the images of every step; what is returned is within its range."""

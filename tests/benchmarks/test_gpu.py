@@ -380,6 +380,7 @@ def compile_defaults(*requests: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "requests",
     [

@@ -134,6 +134,7 @@ def test_written_captions_are_read_back(case: tuple, seed: int) -> None:
     assert (wrong != classes[differ]).any(axis=1).all()
 
 
+@pytest.mark.slow
 @cases
 def test_choices_are_uniform_and_independent(case: tuple) -> None:
     """Templates, synonyms, orders, joiners and endings are equally likely, and two clauses are independent."""

@@ -493,6 +493,7 @@ def _patterns(shuffle: bool) -> DigitSource:
     return DigitSource("patterns", NUMERALS, split(400), split(200), split(200))
 
 
+@pytest.mark.slow
 def test_it_learns_what_there_is_to_learn(tmp_path: Path) -> None:
     """Patterns and their colours within seconds; nothing but the colours where labels are shuffled."""
     options = _settings(steps=150, batch_size=64, learning_rate=5e-3, warmup_steps=10, widths=(16, 32))

@@ -95,7 +95,10 @@ def test_finished_members_are_not_trained_again(
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["vq_orthogonal", "fsq", "rvq"])
+@pytest.mark.parametrize(
+    "name",
+    ["vq_orthogonal", pytest.param("fsq", marks=pytest.mark.slow), pytest.param("rvq", marks=pytest.mark.slow)],
+)
 def test_stopped_member_goes_on(name: str, source: DigitSource, tmp_path: Path, monkeypatch: Any) -> None:
     """From the last checkpoint, to the same bits as without the stop."""
     step = Stage1Trainer.train_step
@@ -226,6 +229,7 @@ def test_several_seeds_are_averaged(trained: Path) -> None:
     assert len([line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]) == 3
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--seeds trains and collects them; with --seed it is refused."""
     words = ["family", "--preset", "smoke", "--out", str(tmp_path), "--steps", "1", "--threads", "1"]

@@ -85,8 +85,12 @@ DROPOUT = {"model": dataclasses.replace(SMOKE.model, dropout=0.2)}
 
 @pytest.mark.parametrize(
     ("changes", "stops"),
-    [({}, (2,)), (ADVERSARIAL, (1, 3)), (DROPOUT, (3, 5)), ({"codebook_init": "kmeans", "bf16": True}, (4,))],
-    ids=["plain", "adversarial", "dropout", "kmeans-bf16"],
+    [
+        pytest.param({}, (2,), id="plain", marks=pytest.mark.slow),
+        pytest.param(ADVERSARIAL, (1, 3), id="adversarial"),
+        pytest.param(DROPOUT, (3, 5), id="dropout", marks=pytest.mark.slow),
+        pytest.param({"codebook_init": "kmeans", "bf16": True}, (4,), id="kmeans-bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, source: DigitSource, changes: dict[str, Any], stops: tuple[int, ...]
@@ -109,6 +113,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     _assert_same_model(once, often)
 
 
+@pytest.mark.slow
 def test_another_seed_or_lambda_gives_other_weights(tmp_path: Path, source: DigitSource) -> None:
     """The negative control of the test above: equality of bits is not for free."""
     for name, settings in {

@@ -230,6 +230,7 @@ def test_swapped_models_of_two_arms_are_refused(tmp_path: Path, source: DigitSou
     assert evaluate_tokenizer(plain, classifier, source)
 
 
+@pytest.mark.slow
 def test_swapped_models_of_two_seeds_are_refused(tmp_path: Path, source: DigitSource) -> None:
     """By the hash in the provenance, where settings are the same; runs without one load as before."""
     folders = [tmp_path / f"vqgan-seed{seed}" for seed in (0, 1)]

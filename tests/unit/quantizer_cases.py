@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ __all__ = [
     "index_layout",
     "is_random",
     "latents_for",
+    "mostly_slow",
     "state_of",
 ]
 
@@ -86,6 +88,25 @@ QUANTIZERS: dict[str, Callable[..., Any]] = {
     "sim-skip": partial(_sim, nonfinite="skip"),
     "sim-one-channel": partial(_sim, 5, 1),
 }
+
+
+# They stand for the others in the fast suite, where a test has to do with what every quantizer inherits.
+_REPRESENTATIVES = (
+    "vq-skip",
+    "vq-ema-penalty",
+    "vq-revival",
+    "vq-cosine-rotation",
+    "rvq-dropout",
+    "rvq-ema",
+    "fsq",
+    "lfq-groups",
+    "sim",
+)
+
+
+def mostly_slow() -> list[Any]:
+    """The names of all cases as parameters, marked slow but for one or two of each class."""
+    return [pytest.param(name, marks=() if name in _REPRESENTATIVES else pytest.mark.slow) for name in QUANTIZERS]
 
 
 def latents_for(quantizer: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -69,7 +69,12 @@ def promising(*groups: str) -> pytest.MarkDecorator:
     """The accepted combinations whose encoders promise one of these groups."""
     chosen = [c for c in ACCEPTED if build_encoder(config_of(c)).equivariance.group in groups]
     assert chosen
-    return pytest.mark.parametrize("combination", chosen, ids=name_of)
+    # Every fourth runs in the fast suite.
+    parameters = [
+        pytest.param(c, id=name_of(c), marks=pytest.mark.slow if place % 4 else ())
+        for place, c in enumerate(chosen)
+    ]
+    return pytest.mark.parametrize("combination", parameters)
 
 
 def model_of(config: AutoencoderConfig) -> VQAutoencoder:

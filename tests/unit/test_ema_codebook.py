@@ -296,6 +296,7 @@ def test_a_penalty_in_the_loss_alone_does_not_last() -> None:
     assert mean_squared_cosine(quantizer.codebook) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -108,6 +108,7 @@ def test_interval_of_a_median_is_that_of_the_sorted_resamples(per_image, count, 
     assert resamples.interval_of_median(torch.full((n, 3), math.inf)) == (math.inf, math.inf)
 
 
+@pytest.mark.slow
 def test_intervals_of_a_median_cover_the_truth_about_as_often_as_they_say():
     """Images of unequal level: 95 % intervals hold the true median in 88 to 99 % of 300 repetitions.
 

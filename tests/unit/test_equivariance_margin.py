@@ -123,6 +123,7 @@ class Tokenizer:
         return measure_equivariance(self, images, **(given | options))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     st.sampled_from(["canvas", "circular", "crop"]),

@@ -121,6 +121,7 @@ def test_pad2d_is_the_same_under_vmap(mode: str) -> None:
     assert torch.equal(torch.func.vmap(torch.func.grad(energy))(images), each)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")
 @pytest.mark.parametrize("mode", ["replicate", "circular"])
 def test_pad2d_compiles_with_its_gradient(mode: str) -> None:

@@ -23,7 +23,7 @@ from te_quant import GPT, CodebookUsage, GPTConfig, Segment
 from te_quant.equivariance._float64 import float64
 from te_quant.functional import nearest_code, orthogonality, perplexity
 from te_quant.quantizers._distributed import sample_rows
-from tests.unit.quantizer_cases import QUANTIZERS
+from tests.unit.quantizer_cases import QUANTIZERS, mostly_slow
 
 
 class NoFloat64(TorchDispatchMode):
@@ -92,7 +92,7 @@ NEEDS = {"k-means": "kmeans_init", "revive": "revive_dead_codes"}
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", mostly_slow())
 def test_quantizers_create_no_float64(name: str, call: str) -> None:
     """Every quantizer of the table in all that it does with latents."""
     quantizer = QUANTIZERS[name](channel_dim=-1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.quantizer_cases import QUANTIZERS, latents_for
+from tests.unit.quantizer_cases import QUANTIZERS, latents_for, mostly_slow
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -26,7 +26,7 @@ def build(name: str, *, training: bool, **options: Any) -> Any:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", mostly_slow())
 def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype, training: bool) -> None:
     """Bit for bit what the same latents give in float32; only ``quantized`` and the gradient are rounded."""
     latents = latents_for(build(name, training=False), (3, -1, 4, 5)).to(dtype)
@@ -48,7 +48,7 @@ def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype, tr
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", mostly_slow())
 def test_half_precision_has_the_tokens_of_float32(name: str, dtype: torch.dtype) -> None:
     """Encoding, and the codes of the tokens, bit for bit."""
     quantizer = build(name, training=False)
@@ -63,7 +63,7 @@ def test_half_precision_has_the_tokens_of_float32(name: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("shape", [(3, -1, 4, 5), (3, -1, 4), (7, -1), (2, -1, 2, 3, 2)], ids=len)
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", mostly_slow())
 def test_contiguous_latents_give_contiguous_codes(name: str, shape: tuple[int, ...], training: bool) -> None:
     """So that ``view`` and safetensors take them."""
     quantizer = build(name, training=training)
@@ -73,7 +73,7 @@ def test_contiguous_latents_give_contiguous_codes(name: str, shape: tuple[int, .
     assert quantizer.decode(output.indices).is_contiguous()
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", mostly_slow())
 def test_latents_with_channels_behind_give_contiguous_codes(name: str) -> None:
     """Where the quantizer has the channels in the last axis."""
     quantizer = build(name, training=False, channel_dim=-1)
@@ -84,7 +84,7 @@ def test_latents_with_channels_behind_give_contiguous_codes(name: str) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", mostly_slow())
 def test_channels_last_latents_give_channels_last_codes(name: str, training: bool) -> None:
     """The values are those of contiguous latents, bit for bit."""
     latents = latents_for(build(name, training=False), (3, -1, 4, 5))

@@ -65,6 +65,7 @@ def test_import_is_light() -> None:
     assert "matplotlib" in modules_after("import matplotlib")
 
 
+@pytest.mark.slow
 def test_functional_is_importable_alone() -> None:
     """The pure functions need no quantizer."""
     loaded = modules_after("import te_quant.functional")
@@ -89,6 +90,7 @@ def test_import_of_the_package_alone_loads_only_the_operators() -> None:
     assert ours <= {"functional", "_checks", "_execution", "_precision", "_search", "_values", "_version"}
 
 
+@pytest.mark.slow
 def test_import_registers_every_operator() -> None:
     """An exported program can be loaded after ``import te_quant``: the other modules define no more of them."""
     listing = "sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith('te_quant::'))"
@@ -121,6 +123,7 @@ def test_no_attribute_hides_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hidden(PACKAGES) == ["te_quant.equivariance.measure"]
 
 
+@pytest.mark.slow
 def test_public_submodules_are_attributes() -> None:
     """``import te_quant; te_quant.layers`` works without another import, in a fresh interpreter."""
     found = {name.removeprefix("te_quant.") for name in PACKAGES if name.count(".") == 1}

@@ -244,6 +244,7 @@ def test_every_dtype_is_kept_and_summed_wide_enough(dtype: torch.dtype) -> None:
     assert PolyphaseUpsample2d(interpolate=True)(kept, phase).dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_as_one_graph(backend: str) -> None:
     """Values, phases and gradients as without compiling."""

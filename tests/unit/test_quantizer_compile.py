@@ -28,7 +28,7 @@ GRAPHS = [
     name for name in QUANTIZERS if not name.endswith(("-one-code", "-one-channel", "-wide", "-even", "-fresh"))
 ]
 # One of each class; the fast suite compiles these, and all others wait for make test-all.
-FIRST = ("vq", "vq-ema-penalty", "rvq-dropout", "fsq", "lfq", "sim")
+FIRST = ("vq-ema-penalty", "rvq-dropout", "lfq")
 
 
 def slow_but(fast: tuple[str, ...], names: list[str]) -> list[Any]:

@@ -234,6 +234,7 @@ for N, K, C in ((16384, 1024, 64), (1, 1, 64), (77, 3001, 64), (77, 3001, 63)):
 """
 
 
+@pytest.mark.slow
 def test_one_machine_code_serves_any_number_of_latents_and_codes() -> None:
     """As Triton would launch it on a GPU; codes whose size is no multiple of 16 need another (the control)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -79,6 +79,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list], st
     return draws(tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.slow
 def test_each_test_draws_its_own_numbers(whole: tuple[dict[str, list], str]) -> None:
     """Two cases of one test differ, and so do two calls within a test; a shared fixture is made once."""
     found, _ = whole
@@ -89,6 +90,7 @@ def test_each_test_draws_its_own_numbers(whole: tuple[dict[str, list], str]) -> 
     assert len(found["given"]) >= 5
 
 
+@pytest.mark.slow
 def test_a_test_draws_the_same_alone(whole: tuple[dict[str, list], str], tmp_path: Path) -> None:
     """Neither another order nor fewer tests change what one draws, by a shared fixture or by Hypothesis."""
     names = ["test_given", "test_cases[b]", "test_second", "test_first"]
@@ -97,6 +99,7 @@ def test_a_test_draws_the_same_alone(whole: tuple[dict[str, list], str], tmp_pat
     assert found == {name: whole[0][name] for name in found}
 
 
+@pytest.mark.slow
 def test_a_seed_changes_every_draw_and_a_failure_tells_it(
     whole: tuple[dict[str, list], str], tmp_path: Path
 ) -> None:

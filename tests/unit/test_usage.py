@@ -241,6 +241,7 @@ def test_one_process_is_in_step_with_itself() -> None:
     assert repr(usage) == "CodebookUsage(10, frequent_share=0.001)"
 
 
+@pytest.mark.slow
 def test_counting_needs_no_torchmetrics() -> None:
     """Without it the adapter says what to install."""
     code = """
