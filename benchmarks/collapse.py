@@ -148,9 +148,10 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     rows = []
     for case in CASES:
         codes, errors = numbers("used", 0), numbers("mse", 4)
-        rows.append(
-            [case.name, f"`{case.failing.text}`", codes[0], errors[0], f"`{case.cured.text}`", codes[1], errors[1]]
-        )
+        # Words are set as words, options and calls as code.
+        texts = (case.failing.text, case.cured.text)
+        failing, cured = (f"`{text}`" if "=" in text or "(" in text else text for text in texts)
+        rows.append([case.name, failing, codes[0], errors[0], cured, codes[1], errors[1]])
     header = ("what goes wrong", "failing", "codes used", "test MSE", "cure", "codes used", "test MSE")
     return to_markdown([Table(header, rows)])
 
