@@ -17,7 +17,7 @@ $(VENV)/.%.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.examples.installed
 	$(BIN)/python -m examples.te_vqgan run --preset quick --data $(DATA)
 
-# The fast suite: about 5 minutes on two cores.
+# The fast suite: about 4 minutes on two cores.
 test: $(VENV)/.test.installed
 	$(BIN)/python -m pytest $(PARALLEL)
 
