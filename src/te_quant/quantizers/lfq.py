@@ -184,7 +184,7 @@ class LFQ(TensorFreeQuantizer):
         return constant(_powers, self.code_dim, dtype=torch.int64, device=like.device)
 
     def _loss_terms(self, rows: Rows, indices: Tensor) -> dict[str, Tensor]:
-        codes = self.look_up(indices).to(rows.vectors.dtype)
+        codes = self.look_up(indices.clamp_min(0)).to(rows.vectors.dtype)
         distances = distance_losses(rows, codes, self.commitment_weight, codebook_follows=False)
         nothing = torch.zeros_like(distances.codebook)
         terms = {

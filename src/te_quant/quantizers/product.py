@@ -116,8 +116,7 @@ class ProductQuantizer(CombinedQuantizer):
     def look_up(self, indices: Tensor) -> Tensor:
         """Return the codes of the groups next to each other: (..., Q) -> (..., C); -1 gives zeros."""
         columns = indices.split([width(part) for part in self._parts()], dim=-1)
-        dropped = self.lowest_index < 0
-        codes = [part_codes(*pair, dropped=dropped) for pair in zip(self._parts(), columns, strict=True)]
+        codes = [part_codes(*pair) for pair in zip(self._parts(), columns, strict=True)]
         return torch.cat(codes, dim=-1)
 
     def project(self, vectors: Tensor) -> Tensor:
