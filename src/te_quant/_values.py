@@ -48,7 +48,7 @@ def require_in_range(name: str, tensor: Tensor, stop: int, stop_name: str, start
 
 
 def may_be_true(condition: Tensor) -> bool:
-    """Whether any element of ``condition`` is true; True also where nothing can look, or must wait for a device."""
+    """Whether any element of ``condition`` is true; True also where looking is impossible or would take a wait."""
     if torch.compiler.is_compiling() or wants_plain() or condition.device.type != "cpu":
         return True
     return bool(condition.any())

@@ -200,9 +200,7 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         self._scales = _residual_steps.cumulative([part.residual_scale for part in parts], code_dim)
         self.residual_scale = self._scales.pop() or 1.0
 
-    def encode(
-        self, latents: Tensor, *, mask: Tensor | None = None, num_quantizers: int | None = None
-    ) -> Tensor:
+    def encode(self, latents: Tensor, *, mask: Tensor | None = None, num_quantizers: int | None = None) -> Tensor:
         """Return the indices of ``latents``: no losses, no gradient, no sampling, no change of state.
 
         Args:

@@ -99,8 +99,8 @@ class VectorQuantizer(Quantizer):
         latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, of the codebook's dtype or in half precision,
             which is computed in float32.
         quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the
-            codebook's dtype. indices: the latents' shape without the channel axis, int64 in [0, K), -1 where masked.
-            losses: ().
+            codebook's dtype. indices: the latents' shape without the channel axis, int64 in [0, K), or -1 where
+            masked. losses: ().
 
     Attributes:
         codebook: (K, C), a parameter; under ``"ema"`` a buffer. Set it with :meth:`set_codebook`.
