@@ -78,9 +78,10 @@ def test_codebooks_start_and_move_as_without_masked_tokens(name: str) -> None:
         assert not kept(gradient, ~mask).any()
         assert_same_state(quantizer, twin)
         step(careless, latents.nan_to_num())
-    if state_of(careless):
-        with pytest.raises(AssertionError):
-            assert_same_state(careless, twin)
+    careless.apply_pending()
+    twin.apply_pending()
+    states = careless.state_dict(), twin.state_dict()
+    assert not states[0] or not all(torch.allclose(states[0][key], states[1][key]) for key in states[0])
 
 
 @pytest.mark.parametrize("name", ["lfq", "bsq", "groups"])
