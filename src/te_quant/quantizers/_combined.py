@@ -109,8 +109,10 @@ class CombinedQuantizer(Quantizer):
         """K of each of the Q indices of a token; ``num_codes`` is the largest."""
         sizes: tuple[int, ...] = ()
         for part in self._parts():
-            combined = isinstance(part, CombinedQuantizer)
-            sizes += part.codebook_sizes if combined else (part.num_codes,) * width(part)
+            if isinstance(part, CombinedQuantizer):
+                sizes += part.codebook_sizes
+            else:
+                sizes += (part.num_codes,) * width(part)
         return sizes
 
     @property

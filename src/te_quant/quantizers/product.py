@@ -54,8 +54,8 @@ class ProductQuantizer(CombinedQuantizer):
             of the quantizers' dtype or in half precision, which is computed in float32.
         quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the
             quantizers' dtype. losses: (), the mean over the channels. indices: the latents' shape without the
-            channel axis and with Q behind, int64: those of group 0, then those of group 1, and so on. ``decode``
-            wants all of them.
+            channel axis and with Q behind, int64: those of group 0, then those of group 1, and so on; all -1
+            where masked. ``decode`` wants all of them.
 
     Attributes:
         quantizers: the quantizers that were given.

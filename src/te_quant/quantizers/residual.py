@@ -94,8 +94,8 @@ class ResidualVectorQuantizer(CombinedQuantizer):
             which is computed in float32.
         quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the
             codebooks' dtype. losses: (). indices: the latents' shape without the channel axis and with Q
-            behind, int64 in [0, K); -1, only under ``quantizer_dropout``, is a level that was not used. A stage
-            with several indices has them next to each other.
+            behind, int64 in [0, K). -1 is a level that ``quantizer_dropout`` left out; a masked token has only -1.
+            A stage with several indices has them next to each other.
 
     Attributes:
         stages: one quantizer for each level, or one for all if shared.

@@ -581,7 +581,7 @@ def _wrong_masks(promise: str, factory: QuantizerFactory) -> None:
         with _refused(promise, TypeError, "mask must be bool, got torch.int64."):
             method(latents, mask=right.long())
         with _refused(promise, TypeError, "mask must be a tensor, got list."):
-            method(latents, mask=right.tolist())
+            method(latents, mask=right.tolist())  # type: ignore[arg-type]
         for wrong in (right[:, :3], right.flatten(1), right.unsqueeze(1)):
             message = f"mask must be of shape (3, 4, 5) as the {owner}, got shape {tuple(wrong.shape)}."
             with _refused(promise, ValueError, message):
