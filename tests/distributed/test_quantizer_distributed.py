@@ -10,7 +10,7 @@ import datetime
 import io
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from te_quant import LFQ, Quantizer, ResidualVectorQuantizer, VectorQuantizer
+from te_quant import VectorQuantizer
 from tests.helpers import exactly, plain_quantizer
 
 WORLD = 2
@@ -40,18 +39,6 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 SUBSETS: dict[str, dict[str, Any]] = {
     "subset": {"codebook_update": "ema", "orthogonal_reg": 10.0, "orthogonal_max_codes": 2},
     "subset-gradient": {"orthogonal_reg": 10.0, "orthogonal_max_codes": 2},
-}
-
-
-# What is trained with masks: C = 4, float64.
-MASKED: dict[str, Callable[[], Quantizer]] = {
-    "gradient": lambda: build({"orthogonal_reg": 10.0, "orthogonal_active_only": True}),
-    "ema": lambda: build({"codebook_update": "ema", "decay": 0.8}),
-    "revival": lambda: VectorQuantizer(6, 4, generator=torch.Generator().manual_seed(0)).double(),
-    "residual": lambda: ResidualVectorQuantizer(
-        6, 4, 2, codebook_update="ema", generator=torch.Generator().manual_seed(0)
-    ).double(),
-    "lfq": lambda: LFQ(4, temperature=0.5).double(),
 }
 
 
@@ -84,39 +71,6 @@ def train(quantizer: VectorQuantizer, ranks: tuple[int, ...], seed: int | None =
         output.loss.backward()
         penalties.append(output.regularization_loss.detach())
     return penalties
-
-
-def masked_batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Other latents and another mask on every rank and step; rank 1 masks all at step 1, both do at step 3."""
-    generator = torch.Generator().manual_seed(1000 + 100 * step + rank)
-    latents = torch.randn(2, 4, 3, 5, dtype=torch.float64, generator=generator) + rank
-    mask = torch.rand(2, 3, 5, generator=generator) < 0.4 + 0.3 * rank
-    return latents, mask & (step != 3 and (step, rank) != (1, 1))
-
-
-def train_masked(quantizer: Quantizer, ranks: tuple[int, ...], *, masked: bool = True) -> dict[str, Tensor]:
-    """Five steps on the tokens that count, with the mask or cut out of the latents; losses, gradients, state."""
-    learns = any(parameter.requires_grad for parameter in quantizer.parameters())
-    module = DistributedDataParallel(quantizer) if learns else quantizer
-    found = {}
-    for step in range(5):
-        batches = [masked_batch(step, rank) for rank in ranks]
-        latents, mask = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        if masked:
-            latents = torch.where(mask.unsqueeze(1), latents, float("nan")).requires_grad_()
-            output = module(latents, mask=mask)
-        else:
-            latents = latents.movedim(1, -1)[mask].requires_grad_()
-            output = module(latents)
-        module.zero_grad()
-        (output.loss + output.quantized.square().sum()).backward()
-        assert latents.grad is not None
-        found[f"loss-{step}"] = output.loss.detach()
-        found[f"gradient-{step}"] = latents.grad.movedim(1, -1)[mask] if masked else latents.grad
-        for name, parameter in quantizer.named_parameters():
-            assert parameter.grad is not None
-            found[f"{name}-{step}"] = parameter.grad.clone()
-    return {**found, **quantizer.state_dict()}
 
 
 def work(rank: int, folder: str) -> None:
@@ -159,9 +113,6 @@ def work(rank: int, folder: str) -> None:
         fresh(batch(step, rank))
         fresh.apply_pending()
         result[f"start-{step}"] = {k: v.clone() for k, v in fresh.state_dict().items()}
-    for name, factory in MASKED.items():
-        for masked in (True, False):
-            result[f"{name}, masked: {masked}"] = train_masked(factory(), (rank,), masked=masked)
     # A group of this rank alone: nothing is shared.
     alone = [dist.new_group([r]) for r in range(WORLD)][rank]
     private = build({"codebook_update": "ema", "process_group": alone})
@@ -263,27 +214,6 @@ def test_kmeans_uses_the_rows_of_all_ranks(results: list[Any]) -> None:
     # The ranks' data lie a unit apart a dimension, so both have centres.
     assert len(owner[:20].unique()) > 1
     assert len(owner[20:].unique()) > 1
-
-
-@pytest.mark.parametrize("name", MASKED)
-def test_masked_tokens_count_on_no_rank(name: str, results: list[Any]) -> None:
-    """Other masks on each: losses, gradients and state are those of ranks that have the other tokens only."""
-    for rank in results:
-        found, wanted = rank[f"{name}, masked: True"], rank[f"{name}, masked: False"]
-        assert found.keys() == wanted.keys()
-        for key, value in found.items():
-            torch.testing.assert_close(value, wanted[key], rtol=1e-11, atol=1e-13, msg=key)
-    first, second = (rank[f"{name}, masked: True"] for rank in results)
-    assert all(torch.equal(first[key], second[key]) for key in MASKED[name]().state_dict())
-
-
-def test_masked_statistics_are_those_of_one_process(results: list[Any]) -> None:
-    """With the tokens of both ranks."""
-    single = train_masked(MASKED["ema"](), (0, 1))
-    one = train_masked(MASKED["ema"](), (0,))
-    for key in MASKED["ema"]().state_dict():
-        torch.testing.assert_close(results[0]["ema, masked: True"][key], single[key], rtol=1e-11, atol=1e-13)
-    assert not torch.allclose(one["usage"], single["usage"], rtol=1e-3)
 
 
 def test_a_group_given_is_the_group_used(results: list[Any]) -> None:
