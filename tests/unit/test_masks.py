@@ -29,6 +29,7 @@ from te_quant import (
     SimVQ,
     VectorQuantizer,
 )
+from te_quant.quantizers import Rows
 from tests.helpers import exactly, plain_quantizer
 from tests.unit.quantizer_cases import QUANTIZERS, is_random, mostly_slow, state_of
 
@@ -131,6 +132,30 @@ def test_no_index_decodes_to_zeros(name: str) -> None:
     assert not codes[1].any()
     assert torch.equal(codes[::2], quantizer.decode(indices)[::2])
     assert quantizer.decode(indices)[1].any()
+
+
+def test_a_strangers_quantizer_with_several_indices_never_sees_minus_one() -> None:
+    """``look_up`` gets codes only; a token without all of its indices is zero."""
+
+    class Pair(Quantizer):
+        """The signs of two channels, an index for each."""
+
+        num_quantizers = 2
+
+        def search(self, rows: Rows) -> Tensor:
+            """Return the bits."""
+            return (rows.searchable > 0).long()
+
+        def look_up(self, indices: Tensor) -> Tensor:
+            """Return -1 and 1."""
+            assert indices.min() >= 0
+            return 2.0 * indices - 1
+
+    quantizer, latents, mask = Pair(2, 2), torch.randn(5, 2), torch.arange(5) < 3
+    output = quantizer(latents, mask=mask)
+    assert torch.equal(quantizer.decode(output.indices), output.codes)
+    assert torch.equal(output.codes, latents.sign() * mask.unsqueeze(1))
+    assert (output.indices[~mask] == -1).all()
 
 
 @pytest.mark.parametrize(

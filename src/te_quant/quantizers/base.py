@@ -96,9 +96,8 @@ class QuantizerOutput(NamedTuple):
         quantized: the codes, with a gradient path to the latents; shape, dtype and memory format of the latents.
             Zero, and without gradient, where masked.
         indices: the chosen codes, int64 in [0, K), and -1 where masked; shape of the latents without the channel
-            axis.
-            :class:`~te_quant.ResidualVectorQuantizer` and :class:`~te_quant.ProductQuantizer` put the axis of the
-            Q indices of a token last.
+            axis. :class:`~te_quant.ResidualVectorQuantizer` and :class:`~te_quant.ProductQuantizer` put the axis
+            of the Q indices of a token last.
         loss: (), ``codebook_loss + commitment_loss + regularization_loss``.
         codebook_loss: (), moves the codes towards the latents. Zero where the codebook is not learnt by
             gradient.
