@@ -214,7 +214,7 @@ def test_bad_values_are_refused_by_the_default_backend() -> None:
     with pytest.raises(ValueError, match=exactly(message)):
         forward(latents)
     assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
-    with pytest.raises(ValueError, match=r"^indices must be in \[0, num_codes=9\), got 9\.$"):
+    with pytest.raises(ValueError, match=r"^indices must be in \[-1, num_codes=9\), got 9\.$"):
         decode(output.indices * 0 + 9)
 
 
