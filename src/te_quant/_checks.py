@@ -28,6 +28,7 @@ __all__ = [
     "require_generator",
     "require_int",
     "require_integer_tensor",
+    "require_mask",
     "require_number",
     "require_rank",
     "require_type",
@@ -147,6 +148,16 @@ def require_device(name: str, tensor: Tensor, device: torch.device, owner: str) 
     _require_tensor(name, tensor)
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} as the {owner}, got {tensor.device}.")
+
+
+def require_mask(name: str, mask: Tensor, shape: tuple[int, ...], device: torch.device, owner: str) -> None:
+    """Refuse what is no boolean tensor of ``shape`` on ``device``; ``owner`` names what both belong to."""
+    _require_tensor(name, mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {mask.dtype}.")
+    if mask.shape != shape:
+        raise ValueError(f"{name} must be of shape {tuple(shape)} as the {owner}, got shape {tuple(mask.shape)}.")
+    require_device(name, mask, device, owner)
 
 
 def _require_tensor(name: str, value: object) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_quant._execution import in_transform, is_exporting
+from te_quant._execution import in_transform, is_exporting, wants_plain
 
-__all__ = ["require_finite", "require_in_range"]
+__all__ = ["may_be_true", "require_finite", "require_in_range"]
 
 _library = torch.library.Library("te_quant", "FRAGMENT")
 _library.define("check_finite(Tensor values, str name) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -45,6 +45,13 @@ def require_in_range(name: str, tensor: Tensor, stop: int, stop_name: str, start
         return checked
     _refuse_outside(tensor, name, stop, stop_name, start)
     return tensor
+
+
+def may_be_true(condition: Tensor) -> bool:
+    """Whether any element of ``condition`` is true; True also where looking is impossible or would take a wait."""
+    if torch.compiler.is_compiling() or wants_plain() or condition.device.type != "cpu":
+        return True
+    return bool(condition.any())
 
 
 def _refuse_nonfinite(tensor: Tensor, name: str) -> None:

@@ -114,6 +114,8 @@ class CodebookUsage(nn.Module):
     def update(self, indices: Tensor) -> None:
         """Count ``indices``: any shape, integer, in [0, K).
 
+        Where tokens are masked, count ``indices[mask]``: the index -1 of the others is refused.
+
         Raises:
             ValueError: an index is out of range, or on another device.
             TypeError: the indices are not integers.

@@ -1,4 +1,5 @@
-"""What users wrap in ``DistributedDataParallel``, in two processes over gloo: a GPT, and a model that counts.
+"""What users wrap in ``DistributedDataParallel``, in two processes over gloo: a GPT, a model that counts, and
+quantizers with masks.
 
 Shape letters: B batch, T tokens.
 """
@@ -18,7 +19,17 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from te_quant import GPT, CodebookUsage, GPTConfig, Segment
+from te_quant import (
+    GPT,
+    LFQ,
+    CodebookUsage,
+    GPTConfig,
+    Quantizer,
+    ResidualVectorQuantizer,
+    Segment,
+    VectorQuantizer,
+)
+from tests.helpers import plain_quantizer
 
 WORLD = 2
 TIMEOUT = 90.0
@@ -106,6 +117,57 @@ def indices(step: int, rank: int) -> Tensor:
     return torch.arange(3 + 2 * rank) % 4 + 5 * rank + (step == 2)
 
 
+def quantizer(name: str) -> Quantizer:
+    """The same one in every process, float64."""
+    generator = torch.Generator().manual_seed(0)
+    penalty: dict[str, Any] = {"orthogonal_reg": 10.0, "orthogonal_active_only": True}
+    built: dict[str, Callable[[], Quantizer]] = {
+        "gradient": lambda: plain_quantizer(6, 4, **penalty, generator=generator),
+        "ema": lambda: plain_quantizer(6, 4, codebook_update="ema", **penalty, generator=generator),
+        "revival": lambda: VectorQuantizer(6, 4, generator=generator),
+        "residual": lambda: ResidualVectorQuantizer(6, 4, 2, codebook_update="ema", generator=generator),
+        "lfq": lambda: LFQ(4, temperature=0.5),
+    }
+    return built[name]().double()
+
+
+MASKED = ("gradient", "ema", "revival", "residual", "lfq")
+
+
+def masked_batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Other latents and another mask on every rank and step; rank 1 masks all at step 1, both do at step 3."""
+    generator = torch.Generator().manual_seed(1000 + 100 * step + rank)
+    latents = torch.randn(2, 4, 3, 5, dtype=torch.float64, generator=generator) + rank
+    mask = torch.rand(2, 3, 5, generator=generator) < 0.4 + 0.3 * rank
+    return latents, mask & (step != 3 and (step, rank) != (1, 1))
+
+
+def train_masked(name: str, ranks: tuple[int, ...], *, masked: bool = True) -> dict[str, Tensor]:
+    """Five steps on the tokens that count, with the mask or cut out of the latents; losses, gradients, state."""
+    trained = quantizer(name)
+    learns = any(parameter.requires_grad for parameter in trained.parameters())
+    module = DistributedDataParallel(trained) if learns else trained
+    optimizer = torch.optim.SGD(trained.parameters(), 0.1) if learns else None
+    found = {}
+    for step in range(5):
+        batches = [masked_batch(step, rank) for rank in ranks]
+        latents, mask = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        if masked:
+            latents = torch.where(mask.unsqueeze(1), latents, float("nan")).requires_grad_()
+            output = module(latents, mask=mask)
+        else:
+            latents = latents.movedim(1, -1)[mask].requires_grad_()
+            output = module(latents)
+        module.zero_grad()
+        (output.loss + output.quantized.square().sum()).backward()
+        if optimizer is not None:
+            optimizer.step()
+        assert latents.grad is not None
+        found[f"loss-{step}"] = output.loss.detach()
+        found[f"gradient-{step}"] = latents.grad.movedim(1, -1)[mask] if masked else latents.grad
+    return {**found, **trained.state_dict()}
+
+
 def work(rank: int, folder: str) -> None:
     """One process: everything, its results written to a file."""
     torch.set_num_threads(1)
@@ -126,6 +188,9 @@ def work(rank: int, folder: str) -> None:
             train(DistributedDataParallel(Losses(combine), **options), order, (rank,))
         except RuntimeError as error:
             result["trap " + name] = str(error)
+    for name in MASKED:
+        for masked in (True, False):
+            result[f"{name}, masked: {masked}"] = train_masked(name, (rank,), masked=masked)
     counting = Counting()
     wrapped = DistributedDataParallel(counting)
     for step in range(STEPS):
@@ -226,3 +291,25 @@ def test_torchmetrics_are_summed_over_processes(results: list[dict[str, Any]]) -
         assert result["perplexity"].item() == pytest.approx(usage.compute().perplexity, rel=1e-6)
         assert result["used"] == usage.compute().used_codes
         assert torch.equal(result["used own"], counts((rank,)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_tokens_count_on_no_rank(name: str, results: list[Any]) -> None:
+    """Other masks on each: losses, gradients and state are those of ranks that have the other tokens only."""
+    for rank in results:
+        found, wanted = rank[f"{name}, masked: True"], rank[f"{name}, masked: False"]
+        assert found.keys() == wanted.keys()
+        for key, value in found.items():
+            torch.testing.assert_close(value, wanted[key], rtol=1e-10, atol=1e-12, msg=key)
+    first, second = (rank[f"{name}, masked: True"] for rank in results)
+    assert all(torch.equal(first[key], second[key]) for key in quantizer(name).state_dict())
+
+
+@pytest.mark.slow
+def test_masked_statistics_are_those_of_one_process(results: list[Any]) -> None:
+    """With the tokens of both ranks; those of one rank would end elsewhere."""
+    both, one = train_masked("ema", (0, 1)), train_masked("ema", (0,))
+    for key in quantizer("ema").state_dict():
+        torch.testing.assert_close(results[0]["ema, masked: True"][key], both[key], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(one["usage"], both["usage"], rtol=1e-3)

@@ -588,12 +588,12 @@ def test_codes_that_do_not_fit_are_refused(codes: Tensor, error: type[Exception]
             r"indices must be of shape \(B, h, w\), got shape \(2, 4\)",
         ),
         (torch.zeros(2, 2, 2), TypeError, "indices must be an integer tensor"),
-        (torch.full((1, 2, 2), -1), ValueError, r"indices must be in \[0, num_codes=8\), got -1"),
-        (torch.full((1, 2, 2), 8), ValueError, r"indices must be in \[0, num_codes=8\), got 8"),
+        (torch.full((1, 2, 2), -2), ValueError, r"indices must be in \[-1, num_codes=8\), got -2"),
+        (torch.full((1, 2, 2), 8), ValueError, r"indices must be in \[-1, num_codes=8\), got 8"),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused(indices: Tensor, error: type[Exception], match: str) -> None:
-    """A row of tokens has lost its grid; -1 and K are no codes."""
+    """A row of tokens has lost its grid; -2 and K are no codes."""
     with pytest.raises(error, match=match):
         VQAutoencoder(SMALL).decode_indices(indices)
 

@@ -326,7 +326,7 @@ def test_each_place_refuses_the_indices_of_a_larger_codebook() -> None:
     quantizer = ResidualVectorQuantizer(stages=[VectorQuantizer(9, 2), VectorQuantizer(4, 2)])
     assert quantizer.codebook_sizes == (9, 4)
     quantizer.decode(torch.tensor([[8, 3]]))
-    with pytest.raises(ValueError, match=exactly("indices[..., 1] must be in [0, num_codes=4), got 5.")):
+    with pytest.raises(ValueError, match=exactly("indices[..., 1] must be in [-1, num_codes=4), got 5.")):
         quantizer.decode(torch.tensor([[5, 5]]))
 
 

@@ -248,6 +248,29 @@ class WrongLayout(Grid):
         return indices.view(grid[0], -1)
 
 
+class IgnoresTheMask(Grid):
+    """Counts every token."""
+
+    def _kept(self, latents: Tensor, mask: Tensor | None) -> Tensor | None:
+        return None
+
+
+class HidesTheMask(Grid):
+    """Returns indices and codes for every token, although losses and statistics follow the mask."""
+
+    def _lay_out_indices(self, indices: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return super()._lay_out_indices(indices.clamp_min(0), grid)
+
+
+class CountsMaskedCodes(Grid):
+    """Counts the codes of masked tokens, which are those of zero."""
+
+    def losses(self, rows: Rows, codes: Tensor, indices: Tensor) -> Losses:
+        """Add a term of all rows."""
+        losses = super().losses(rows, codes, indices)
+        return losses._replace(regularization=(codes - 1).square().sum() / 100)
+
+
 class LooksAtStrides(Grid):
     """Depends on the memory order of the latents."""
 
@@ -282,6 +305,11 @@ class LooksAtStrides(Grid):
             r"indices that belong to no code.* ValueError .* got no error",
         ),
         (CountsSkipped, "skipped-latents", "as without the vectors that are not finite; codes, loss"),
+        (CountsSkipped, "masked-latents", "as without the masked tokens.* codes, loss, gradient or state differ"),
+        (CountsMaskedCodes, "masked-latents", "as without the masked tokens.* codes, loss, gradient"),
+        (IgnoresTheMask, "masked-latents", "as without the masked tokens.* 'latents must be finite"),
+        (IgnoresTheMask, "wrong-masks", r"'mask must be bool, got torch\.int64\.' was expected, got no error"),
+        (HidesTheMask, "masked-latents", "the index of a masked token is not -1"),
         (MovesInEvaluation, "freezing", "a frozen quantizer changes nothing in training.* the state changes"),
         (NeverFrozen, "freezing", r"takes no gradients.* \['direction'\] take gradients"),
         (HiddenState, "state-dicts", "a fresh quantizer that loads the state dict .* its next step differs"),

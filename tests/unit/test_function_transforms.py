@@ -152,7 +152,7 @@ def test_checks_look_at_all_samples() -> None:
     message = "latents must be finite, got 1 NaN or infinite of 90 values."
     with pytest.raises(ValueError, match=exactly(message)):
         vmap(quantizer)(samples)
-    with pytest.raises(ValueError, match=exactly("indices must be in [0, num_codes=9), got 9.")):
+    with pytest.raises(ValueError, match=exactly("indices must be in [-1, num_codes=9), got 9.")):
         vmap(quantizer.decode)(torch.tensor([[1, 2], [9, 0]]))
 
 

@@ -145,17 +145,6 @@ def test_refuses_indices_that_are_no_tensor(name: str) -> None:
         build(name).decode(0)
 
 
-def test_refuses_a_mask_for_now(name: str) -> None:
-    """With the cure."""
-    quantizer = build(name)
-    message = (
-        "mask must be None, as masks are not implemented yet, got a Tensor; "
-        "set the latents to ignore to NaN with nonfinite='skip'."
-    )
-    with pytest.raises(ValueError, match=exactly(message)):
-        quantizer(torch.zeros(2, quantizer.code_dim), mask=torch.ones(2, dtype=torch.bool))
-
-
 def _saved(quantizer: Quantizer) -> Quantizer:
     buffer = io.BytesIO()
     torch.save(quantizer, buffer)

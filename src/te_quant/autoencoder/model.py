@@ -204,8 +204,10 @@ class VQAutoencoder(nn.Module):
     def decode_indices(self, indices: Tensor, phases: Tensor | None = None) -> Tensor:
         """(B, h, w[, Q]) tokens to (B, I, H, W) images; differentiable in the codebook and the decoder.
 
+        The decoder gets zeros where an index is -1, as for a masked token.
+
         Raises:
-            ValueError: an index is negative or >= K, the indices are not a grid of the quantizer, or
+            ValueError: an index is below -1 or >= K, the indices are not a grid of the quantizer, or
                 :meth:`decode` refuses the phases.
             TypeError: the indices or phases are not integers.
         """

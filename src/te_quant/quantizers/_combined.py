@@ -19,7 +19,7 @@ from te_quant.quantizers._distributed import reshard_owners
 from te_quant.quantizers._lifecycle import kmeans, replacements
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import Batch, record, restart, revive
-from te_quant.quantizers.base import NonfiniteMode, Quantized, Quantizer
+from te_quant.quantizers.base import NO_CODE, NonfiniteMode, Quantized, Quantizer
 from te_quant.quantizers.sim import SimVQ
 from te_quant.quantizers.vector import VectorQuantizer
 
@@ -102,13 +102,18 @@ class CombinedQuantizer(Quantizer):
         )
         self.num_quantizers: int = sum(width(part) for part in parts)
         # A part that was left out has the index -1.
-        self.lowest_index = -1 if drops else min(part.lowest_index for part in parts)
-        self._leaves_out = drops
+        self.lowest_index = NO_CODE if drops else min(part.lowest_index for part in parts)
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """K of each of the Q indices of a token; ``num_codes`` is the largest."""
-        return tuple(size for _, size in self._bounds())
+        sizes: tuple[int, ...] = ()
+        for part in self._parts():
+            if isinstance(part, CombinedQuantizer):
+                sizes += part.codebook_sizes
+            else:
+                sizes += (part.num_codes,) * width(part)
+        return sizes
 
     @property
     def reference(self) -> Tensor | None:
@@ -135,7 +140,12 @@ class CombinedQuantizer(Quantizer):
 
     @torch.no_grad()
     def kmeans_init(
-        self, latents: Tensor, *, iterations: int = 10, generator: torch.Generator | None = None
+        self,
+        latents: Tensor,
+        *,
+        mask: Tensor | None = None,
+        iterations: int = 10,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Set the codebook of every :class:`~te_quant.VectorQuantizer` inside to the k-means centres of its rows.
 
@@ -147,13 +157,18 @@ class CombinedQuantizer(Quantizer):
         require_generator(generator)
         self._refuse_frozen_parts("kmeans_init")
         reshard_owners(self)
-        rows = self._counted(latents)
+        rows = self._counted(latents, mask)
         with full_precision(latents.device):
             self._visit(rows, Lifecycle(self._group.resolve(), generator, iterations=iterations))
 
     @torch.no_grad()
     def revive_dead_codes(
-        self, latents: Tensor, *, threshold: float = 0.01, generator: torch.Generator | None = None
+        self,
+        latents: Tensor,
+        *,
+        mask: Tensor | None = None,
+        threshold: float = 0.01,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Revive the dead codes of every :class:`~te_quant.VectorQuantizer` inside.
 
@@ -167,7 +182,7 @@ class CombinedQuantizer(Quantizer):
         require_generator(generator)
         self._refuse_frozen_parts("revive_dead_codes")
         reshard_owners(self)
-        rows = self._counted(latents)
+        rows = self._counted(latents, mask)
         self.apply_pending()
         lifecycle = Lifecycle(self._group.resolve(), generator, threshold=threshold)
         with full_precision(latents.device):
@@ -216,14 +231,9 @@ class CombinedQuantizer(Quantizer):
         for part in self._owned():
             yield from part._remembered()
 
-    def _bounds(self) -> list[tuple[int, int]]:
-        """The lowest index and K for each of the Q indices of a token."""
-        bounds: list[tuple[int, int]] = []
-        for part in self._parts():
-            own = part._bounds() if isinstance(part, CombinedQuantizer) else [(part.lowest_index, part.num_codes)]
-            own = own * (width(part) // len(own))
-            bounds += [(-1 if self._leaves_out else lowest, size) for lowest, size in own]
-        return bounds
+    def _codes_of(self, indices: Tensor) -> Tensor:
+        # Some of the indices of a token may be -1, and the others still have codes.
+        return self.look_up(indices)
 
     def _search_first(self, rows: Rows, count: int) -> Tensor:
         """The first ``count`` indices of each row: -> (N, count)."""
@@ -240,13 +250,13 @@ class CombinedQuantizer(Quantizer):
             expected = f"one of {', '.join(map(str, lengths))}, the indices of whole parts"
             actual = f"{given} (indices shape {tuple(indices.shape)})"
             require(False, f"indices axis {indices.ndim - 1}", expected, actual)
-        bounds = self._bounds()[:given]
-        if all(bound == (self.lowest_index, self.num_codes) for bound in bounds):
+        sizes = self.codebook_sizes[:given]
+        if set(sizes) == {self.num_codes}:
             return indices
         # Each place has a codebook of its own size.
         columns = [
-            require_in_range(f"indices[..., {place}]", column, size, "num_codes", lowest)
-            for place, (column, (lowest, size)) in enumerate(zip(indices.unbind(-1), bounds, strict=True))
+            require_in_range(f"indices[..., {place}]", column, size, "num_codes", NO_CODE)
+            for place, (column, size) in enumerate(zip(indices.unbind(-1), sizes, strict=True))
         ]
         return torch.stack(columns, dim=-1)
 
@@ -268,7 +278,7 @@ def first_columns(part: Quantizer, rows: Rows, count: int) -> Tensor:
     return part.search(rows)[:, :count]
 
 
-def part_codes(part: Quantizer, columns: Tensor, *, dropped: bool) -> Tensor:
+def part_codes(part: Quantizer, columns: Tensor, *, dropped: bool = True) -> Tensor:
     """The codes of ``part``, at least float32: (..., n) -> (..., C); zero where it was left out.
 
     Args:
@@ -277,16 +287,11 @@ def part_codes(part: Quantizer, columns: Tensor, *, dropped: bool) -> Tensor:
         dropped: some of them may be -1.
     """
     indices = columns if part.num_quantizers is not None else columns.squeeze(-1)
-    if not dropped or isinstance(part, CombinedQuantizer):
-        return widen(part.look_up(indices))
-    used = (columns >= 0).all(-1, keepdim=True)
-    return torch.where(used, widen(part.look_up(indices.clamp_min(0))), 0.0)
+    return widen(part._codes_of(indices) if dropped else part.look_up(indices))
 
 
 def part_terms(part: Quantizer, rows: Rows, columns: Tensor) -> dict[str, Tensor]:
     """The terms of the loss of ``part`` by name; (N, n) indices may be -1 where rows have no weight."""
-    if not isinstance(part, CombinedQuantizer):
-        columns = columns.clamp_min(0)
     return part._loss_terms(rows, columns.squeeze(1) if part.num_quantizers is None else columns)
 
 

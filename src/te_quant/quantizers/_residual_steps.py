@@ -308,25 +308,20 @@ def search_stages(
 
 
 def stage_codes(
-    parts: Sequence[Quantizer],
-    scales: Sequence[tuple[float, ...] | None],
-    indices: Tensor,
-    *,
-    dropped: bool,
+    parts: Sequence[Quantizer], scales: Sequence[tuple[float, ...] | None], indices: Tensor
 ) -> list[Tensor]:
-    """What each level that (..., n) indices name adds to the sum: -> (..., C) each.
+    """What each level that (..., n) indices name adds to the sum: -> (..., C) each; zero where they are -1.
 
     Args:
         parts: the quantizer of each level.
         scales: of each level.
         indices: of the first levels; the last of them may lack some of its own.
-        dropped: some of them may be -1.
     """
     codes, start = [], 0
     for part, scale in zip(parts, scales, strict=True):
         if start < indices.shape[-1]:
             columns = indices[..., start : start + width(part)]
-            codes.append(times(part_codes(part, columns, dropped=dropped), scale))
+            codes.append(times(part_codes(part, columns), scale))
         start += width(part)
     return codes
 

@@ -14,16 +14,17 @@ from torch import Tensor
 from te_quant._precision import widen
 from te_quant._values import require_finite
 
-__all__ = ["Layout", "Rows", "is_channels_last", "to_rows"]
+__all__ = ["Layout", "Rows", "grid_of", "is_channels_last", "to_rows"]
 
 
 class Rows(NamedTuple):
     """Latents as rows.
 
     Attributes:
-        vectors: (N, C), at least float32, with gradient; zero where skipped.
+        vectors: (N, C), at least float32, with gradient. Rows that are masked or skipped are as if zero, and their
+            gradient does not reach the latents.
         searchable: (N, C), the same values without gradient, checked for NaN where that was asked for.
-        weights: (N, 1), 0 for skipped rows and 1 for the others; None if every row counts.
+        weights: (N, 1), 0 for rows that are masked or skipped and 1 for the others; None if every row counts.
         grid: the shape of the tokens, such as (B, h, w); N is its product.
     """
 
@@ -38,20 +39,37 @@ class Rows(NamedTuple):
         return self.searchable if self.weights is None else self.searchable[self.weights.squeeze(1) > 0]
 
 
-def to_rows(latents: Tensor, channel_dim: int, nonfinite: str | None) -> Rows:
-    """(B, C, h, w) or any other layout -> (N, C); NaN and infinities are treated as ``nonfinite`` says."""
+def grid_of(latents: Tensor, channel_dim: int) -> tuple[int, ...]:
+    """The shape of the tokens: that of the latents without the channel axis."""
+    shape = latents.shape
+    return tuple(shape[:-1]) if channel_dim == -1 else (shape[0], *shape[2:])
+
+
+def to_rows(latents: Tensor, channel_dim: int, nonfinite: str | None, kept: Tensor | None = None) -> Rows:
+    """(B, C, h, w) or any other layout -> (N, C); NaN and infinities are treated as ``nonfinite`` says.
+
+    Args:
+        latents: see :class:`te_quant.Quantizer`.
+        channel_dim: 1 or -1.
+        nonfinite: a mode, or None for that of the device.
+        kept: (N, 1) bool, False for masked rows, at whose values nothing looks; None if there are none.
+    """
     pattern = "b c ... -> (b ...) c" if channel_dim == 1 else "b ... c -> (b ...) c"
     vectors = widen(rearrange(latents, pattern))
-    shape = latents.shape
-    grid = tuple(shape[:-1]) if channel_dim == -1 else (shape[0], *shape[2:])
+    grid = grid_of(latents, channel_dim)
+    weights = None
+    if kept is not None:
+        # Chosen, not multiplied by zero: neither NaN nor its gradient may pass.
+        vectors, weights = torch.where(kept, vectors, 0.0), kept.to(vectors.dtype)
     mode = nonfinite or ("raise" if latents.device.type == "cpu" else "off")
     if mode == "raise":
-        return Rows(vectors, require_finite("latents", vectors), None, grid)
+        return Rows(vectors, require_finite("latents", vectors), weights, grid)
     if mode == "skip":
         finite = vectors.isfinite().all(1, keepdim=True)
         vectors = torch.where(finite, vectors, torch.zeros_like(vectors))
+        finite = finite if kept is None else finite & kept
         return Rows(vectors, vectors.detach(), finite.to(vectors.dtype), grid)
-    return Rows(vectors, vectors.detach(), None, grid)
+    return Rows(vectors, vectors.detach(), weights, grid)
 
 
 class Layout(NamedTuple):

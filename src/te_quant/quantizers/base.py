@@ -22,15 +22,16 @@ from te_quant._checks import (
     require_generator,
     require_int,
     require_integer_tensor,
+    require_mask,
     require_rank,
     require_type,
 )
 from te_quant._execution import between_steps, is_exporting
 from te_quant._precision import HALF, full_precision, wide_buffers
-from te_quant._values import require_in_range
+from te_quant._values import may_be_true, require_in_range
 from te_quant.functional import straight_through
 from te_quant.quantizers._distributed import GroupReference
-from te_quant.quantizers._rows import Layout, Rows, is_channels_last, to_rows
+from te_quant.quantizers._rows import Layout, Rows, grid_of, is_channels_last, to_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,6 +40,9 @@ __all__ = ["Losses", "NonfiniteMode", "Quantized", "Quantizer", "QuantizerOutput
 
 NonfiniteMode: TypeAlias = Literal["raise", "skip", "off"]
 _Self = TypeVar("_Self", bound="Quantizer")
+
+# The index of a token that is masked, or of a codebook that is left out.
+NO_CODE = -1
 
 # Parameters of a constructor that describe a run, not the quantizer.
 _NO_OPTIONS = ("self", "generator", "process_group")
@@ -90,9 +94,10 @@ class QuantizerOutput(NamedTuple):
 
     Attributes:
         quantized: the codes, with a gradient path to the latents; shape, dtype and memory format of the latents.
-        indices: the chosen codes, int64 in [0, K); shape of the latents without the channel axis.
-            :class:`~te_quant.ResidualVectorQuantizer` and :class:`~te_quant.ProductQuantizer` put the axis of the
-            Q indices of a token last.
+            Zero, and without gradient, where masked.
+        indices: the chosen codes, int64 in [0, K), and -1 where masked; shape of the latents without the channel
+            axis. :class:`~te_quant.ResidualVectorQuantizer` and :class:`~te_quant.ProductQuantizer` put the axis
+            of the Q indices of a token last.
         loss: (), ``codebook_loss + commitment_loss + regularization_loss``.
         codebook_loss: (), moves the codes towards the latents. Zero where the codebook is not learnt by
             gradient.
@@ -158,6 +163,7 @@ class Quantizer(nn.Module):
     Shape:
         latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, of the quantizer's dtype or in half precision,
             which is computed in float32.
+        mask: the latents' shape without the channel axis, bool.
         quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the
             quantizer's dtype. indices: the latents' shape without the channel axis, and Q behind where a token
             has Q indices. losses: ().
@@ -168,8 +174,9 @@ class Quantizer(nn.Module):
 
     Raises:
         ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does
-            not fit, or latents are not finite.
-        TypeError: latents are not floating point, or of a dtype that the quantizer does not take.
+            not fit, latents are not finite, or the shape or device of the mask does not fit.
+        TypeError: latents are not floating point, or of a dtype that the quantizer does not take; the mask is not
+            bool.
 
     Example:
         >>> from te_quant import Quantizer
@@ -184,7 +191,7 @@ class Quantizer(nn.Module):
 
     num_quantizers: int | None = None
     lowest_index: int = 0
-    """The smallest index; -1 where codebooks may be left out."""
+    """The smallest index of a token that counts; -1 where codebooks may be left out. Masked tokens have -1."""
 
     residual_scale: float | tuple[float, ...] = 1.0
     """Inside a ResidualVectorQuantizer, what the codes of all later levels are multiplied by: a number, or one for
@@ -230,29 +237,47 @@ class Quantizer(nn.Module):
 
         Args:
             latents: see the class.
-            mask: reserved; must be None for now.
+            mask: bool, the latents' shape without the channel axis; None if every token counts. Tokens with mask
+                False take no part: they have no loss and no gradient, do not change statistics or codebook, and
+                their latents may be anything, also NaN. Their index is -1, their code zero. The other tokens
+                get what a pass over these tokens only would give them, apart from numbers drawn at random.
             generator: randomness of what is drawn in training; the global one if None.
+
+        Example:
+            >>> from te_quant import VectorQuantizer
+            >>> latents = torch.randn(2, 3, 4)  # two sequences, padded to three tokens
+            >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+            >>> output = VectorQuantizer(16, 4, channel_dim=-1)(latents, mask=mask)
+            >>> output.indices[1, 1:]
+            tensor([-1, -1])
+            >>> output.indices[mask].shape  # for CodebookUsage, and for everything else that wants codes only
+            torch.Size([4])
         """
         self._check_latents(latents)
-        _refuse_mask(mask)
+        kept = self._kept(latents, mask)
         require_generator(generator)
         changing = self.training and not self.frozen
         if changing and is_exporting():
             raise RuntimeError("mode must be evaluation to export a quantizer, got training; call eval() first.")
         with full_precision(latents.device):
-            rows = self._rows(latents)
+            rows = self._rows(latents, kept)
             if changing:
                 between_steps(rows.searchable, self._remembered(), lambda: self.advance(rows))
             result = self.quantize(rows, generator)
             if changing:
                 between_steps(rows.searchable, self._remembered(), lambda: self.record(rows, result))
         layout = Layout(rows.grid, self.channel_dim, is_channels_last(latents, self.channel_dim))
-        codes = layout(result.codes.detach())
+        surrogate, codes, indices = result.surrogate, result.codes.detach(), result.indices
+        if kept is not None:
+            # The surrogate too: what the gradient passes to may depend on parameters.
+            surrogate, codes = torch.where(kept, surrogate, 0.0), torch.where(kept, codes, 0.0)
+            indices = _without_masked(indices, kept)
+        codes = layout(codes)
         # After laying out: moving channels costs several times as much as a copy in place.
-        quantized = straight_through(layout.view(result.surrogate), codes)
+        quantized = straight_through(layout.view(surrogate), codes)
         return QuantizerOutput(
             quantized=quantized.to(latents.dtype),
-            indices=self._lay_out_indices(result.indices, rows.grid),
+            indices=self._lay_out_indices(indices, rows.grid),
             loss=result.losses.total,
             codebook_loss=result.losses.codebook,
             commitment_loss=result.losses.commitment,
@@ -260,20 +285,21 @@ class Quantizer(nn.Module):
             codes=codes if self.dtype is None else codes.to(self.dtype),
         )
 
-    @torch.no_grad()
-    def encode(self, latents: Tensor) -> Tensor:
-        """Return the indices of ``latents``: no losses, no gradient, no sampling, no change of state."""
-        self._check_latents(latents)
-        with full_precision(latents.device):
-            rows = self._rows(latents)
-            return self._lay_out_indices(self.search(rows), rows.grid)
+    def encode(self, latents: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Return the indices of ``latents``: no losses, no gradient, no sampling, no change of state.
+
+        Args:
+            latents: see the class.
+            mask: as for :meth:`forward`; the index is -1 where it is False.
+        """
+        return self._encode(latents, mask, self.search)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Return the codes of ``indices``, contiguous, C at ``channel_dim``; differentiable in what is learnt.
 
         Args:
-            indices: (B, h, w), (B, N) or (N,), integer, in [0, K); with 1 to Q indices per token in a last axis
-                where ``num_quantizers`` is set.
+            indices: (B, h, w), (B, N) or (N,), integer, in [0, K), or -1, whose code is zero; with 1 to Q indices
+                per token in a last axis where ``num_quantizers`` is set.
 
         Raises:
             ValueError: an index has no code, or the rank, the number of codebooks or the device does not fit.
@@ -281,7 +307,7 @@ class Quantizer(nn.Module):
         """
         indices = self._check_indices(indices)
         with full_precision(indices.device):
-            codes = self.look_up(indices)
+            codes = self._codes_of(indices)
         return self._lay_out_codes(codes)
 
     def loss_terms(self, latents: Tensor, indices: Tensor) -> dict[str, Tensor]:
@@ -294,7 +320,8 @@ class Quantizer(nn.Module):
 
         Args:
             latents: as for ``forward``.
-            indices: their indices, as ``forward`` returned them.
+            indices: their indices, as ``forward`` returned them. Tokens without any, which have only -1, do not
+                count.
 
         Returns:
             Each term, (), >= 0, differentiable.
@@ -312,11 +339,13 @@ class Quantizer(nn.Module):
         self._check_latents(latents)
         indices = self._check_indices(indices)
         with full_precision(latents.device):
-            rows = self._rows(latents)
             behind = () if self.num_quantizers is None else (self.num_quantizers,)
-            shape, found = (*rows.grid, *behind), tuple(indices.shape)
+            shape, found = (*grid_of(latents, self.channel_dim), *behind), tuple(indices.shape)
             require(found == shape, "indices", f"of shape {shape} for these latents", f"shape {found}")
-            return self._loss_terms(rows, indices.reshape(-1, *behind))
+            indices = indices.reshape(-1, *behind)
+            kept = (indices >= 0).view(len(indices), -1).any(1, keepdim=True)
+            rows = self._rows(latents, kept if may_be_true(~kept) else None)
+            return self._loss_terms(rows, indices)
 
     def freeze(self: _Self, frozen: bool = True) -> _Self:
         """Stop (or resume) every change of state: gradients, moving averages, k-means and revival.
@@ -526,18 +555,54 @@ class Quantizer(nn.Module):
         if self.dtype is not None and latents.dtype != self.dtype and not widened:
             raise TypeError(f"latents must be {self.dtype} as the quantizer, got {latents.dtype}.")
 
-    def _rows(self, latents: Tensor) -> Rows:
-        rows = to_rows(latents, self.channel_dim, self.nonfinite)
+    def _kept(self, latents: Tensor, mask: Tensor | None) -> Tensor | None:
+        """(N, 1) bool, the rows that count; refuse a mask that does not fit."""
+        if mask is None:
+            return None
+        grid = grid_of(latents, self.channel_dim)
+        require_mask("mask", mask, grid, latents.device, "latents without their channel axis")
+        return mask.reshape(-1, 1)
+
+    def _rows(self, latents: Tensor, kept: Tensor | None = None) -> Rows:
+        rows = to_rows(latents, self.channel_dim, self.nonfinite, kept)
         return rows._replace(vectors=self.project(rows.vectors), searchable=self.project(rows.searchable))
 
-    def _counted(self, latents: Tensor) -> Tensor:
+    def _counted(self, latents: Tensor, mask: Tensor | None) -> Tensor:
         """(B, C, h, w) -> (·, C), the checked and projected vectors that count, at least float32."""
         self._check_latents(latents)
+        kept = self._kept(latents, mask)
         with full_precision(latents.device):
-            return self._rows(latents).counted
+            return self._rows(latents, kept).counted
+
+    @torch.no_grad()
+    def _encode(self, latents: Tensor, mask: Tensor | None, search: Callable[[Rows], Tensor]) -> Tensor:
+        """The indices that ``search`` finds, laid out."""
+        self._check_latents(latents)
+        kept = self._kept(latents, mask)
+        with full_precision(latents.device):
+            rows = self._rows(latents, kept)
+            indices = search(rows)
+        if kept is not None:
+            indices = _without_masked(indices, kept)
+        return self._lay_out_indices(indices, rows.grid)
+
+    def _codes_of(self, indices: Tensor) -> Tensor:
+        """:meth:`look_up`, and zero where an index is -1."""
+        used = indices >= 0
+        if not may_be_true(~used):
+            return self.look_up(indices)
+        if self.num_quantizers is not None:
+            used = used.all(-1)
+        return torch.where(used.unsqueeze(-1), self.look_up(indices.clamp_min(0)), 0.0)
 
     def _loss_terms(self, rows: Rows, indices: Tensor) -> dict[str, Tensor]:
-        """The weighted terms by name, without any collective, from (N,) or (N, Q) indices."""
+        """The weighted terms by name, without any collective.
+
+        Args:
+            rows: the projected latents.
+            indices: (N,) or (N, Q); -1 only where rows have no weight.
+        """
+        indices = indices.clamp_min(0)
         return self.losses(rows, self.look_up(indices), indices)._asdict()
 
     def _refuse_frozen(self, method: str) -> None:
@@ -567,10 +632,9 @@ class Quantizer(nn.Module):
         if self.reference is not None:
             require_device("indices", indices, self.reference.device, "quantizer")
         # A negative index would silently count from the end.
-        return require_in_range("indices", indices.long(), self.num_codes, "num_codes", self.lowest_index)
+        return require_in_range("indices", indices.long(), self.num_codes, "num_codes", NO_CODE)
 
 
-def _refuse_mask(mask: object) -> None:
-    if mask is not None:
-        cure = "set the latents to ignore to NaN with nonfinite='skip'"
-        require(False, "mask", "None, as masks are not implemented yet", f"a {type(mask).__name__}; {cure}")
+def _without_masked(indices: Tensor, kept: Tensor) -> Tensor:
+    """(N,) or (N, Q) indices, -1 where (N, 1) says that a row does not count."""
+    return torch.where(kept if indices.ndim > 1 else kept.squeeze(1), indices, NO_CODE)

@@ -43,7 +43,7 @@ class FSQ(TensorFreeQuantizer):
         latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the module's dtype; under
             autocast also half precision, which is computed in float32.
         quantized, codes: as latents, in [-1, 1]. indices: the latents' shape without the channel axis, int64 in
-            [0, K). losses: (), all zero.
+            [0, K), or -1 where masked. losses: (), all zero.
 
     Attributes:
         num_codes: number of codes, K. ``decode(torch.arange(K))`` lists the codes.

@@ -64,7 +64,7 @@ class LFQ(TensorFreeQuantizer):
         latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the module's dtype; under
             autocast also half precision, which is computed in float32.
         quantized, codes: as latents, -1 or 1, or ±1/√C if spherical. indices: the latents' shape without the
-            channel axis, int64 in [0, K). losses: ().
+            channel axis, int64 in [0, K), or -1 where masked. losses: ().
 
     Attributes:
         num_codes: number of codes, K.
@@ -184,7 +184,7 @@ class LFQ(TensorFreeQuantizer):
         return constant(_powers, self.code_dim, dtype=torch.int64, device=like.device)
 
     def _loss_terms(self, rows: Rows, indices: Tensor) -> dict[str, Tensor]:
-        codes = self.look_up(indices).to(rows.vectors.dtype)
+        codes = self.look_up(indices.clamp_min(0)).to(rows.vectors.dtype)
         distances = distance_losses(rows, codes, self.commitment_weight, codebook_follows=False)
         nothing = torch.zeros_like(distances.codebook)
         terms = {

@@ -54,8 +54,8 @@ class ProductQuantizer(CombinedQuantizer):
             of the quantizers' dtype or in half precision, which is computed in float32.
         quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the
             quantizers' dtype. losses: (), the mean over the channels. indices: the latents' shape without the
-            channel axis and with Q behind, int64: those of group 0, then those of group 1, and so on. ``decode``
-            wants all of them.
+            channel axis and with Q behind, int64: those of group 0, then those of group 1, and so on; all -1
+            where masked. ``decode`` wants all of them.
 
     Attributes:
         quantizers: the quantizers that were given.
@@ -116,8 +116,7 @@ class ProductQuantizer(CombinedQuantizer):
     def look_up(self, indices: Tensor) -> Tensor:
         """Return the codes of the groups next to each other: (..., Q) -> (..., C); -1 gives zeros."""
         columns = indices.split([width(part) for part in self._parts()], dim=-1)
-        dropped = self.lowest_index < 0
-        codes = [part_codes(*pair, dropped=dropped) for pair in zip(self._parts(), columns, strict=True)]
+        codes = [part_codes(*pair) for pair in zip(self._parts(), columns, strict=True)]
         return torch.cat(codes, dim=-1)
 
     def project(self, vectors: Tensor) -> Tensor:

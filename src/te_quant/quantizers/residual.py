@@ -94,8 +94,8 @@ class ResidualVectorQuantizer(CombinedQuantizer):
             which is computed in float32.
         quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the
             codebooks' dtype. losses: (). indices: the latents' shape without the channel axis and with Q
-            behind, int64 in [0, K); -1, only under ``quantizer_dropout``, is a level that was not used. A stage
-            with several indices has them next to each other.
+            behind, int64 in [0, K). -1 is a level that ``quantizer_dropout`` left out; a masked token has only -1.
+            A stage with several indices has them next to each other.
 
     Attributes:
         stages: one quantizer for each level, or one for all if shared.
@@ -200,22 +200,20 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         self._scales = _residual_steps.cumulative([part.residual_scale for part in parts], code_dim)
         self.residual_scale = self._scales.pop() or 1.0
 
-    def encode(self, latents: Tensor, *, num_quantizers: int | None = None) -> Tensor:
+    def encode(self, latents: Tensor, *, mask: Tensor | None = None, num_quantizers: int | None = None) -> Tensor:
         """Return the indices of ``latents``: no losses, no gradient, no sampling, no change of state.
 
         Args:
             latents: see the class.
+            mask: as for ``forward``; all Q indices are -1 where it is False.
             num_quantizers: how many of the Q indices to compute, at the cost of their levels only; None is all.
         """
         if num_quantizers is None:
-            return super().encode(latents)
+            return super().encode(latents, mask=mask)
         count = require_int("num_quantizers", num_quantizers, 1, self.num_quantizers)
         whole = f"one of {', '.join(map(str, self._lengths()))}, the indices of whole parts"
         require(count in self._lengths(), "num_quantizers", whole, count)
-        self._check_latents(latents)
-        with torch.no_grad(), full_precision(latents.device):
-            rows = self._rows(latents)
-            return self._lay_out_indices(self._search_first(rows, count), rows.grid)
+        return self._encode(latents, mask, lambda rows: self._search_first(rows, count))
 
     def decode_levels(self, indices: Tensor) -> tuple[Tensor, ...]:
         """Return what each level adds to the codes; the sum is ``decode(indices)``.
@@ -272,7 +270,12 @@ class ResidualVectorQuantizer(CombinedQuantizer):
 
     @torch.no_grad()
     def revive_dead_codes(
-        self, latents: Tensor, *, threshold: float = 0.01, generator: torch.Generator | None = None
+        self,
+        latents: Tensor,
+        *,
+        mask: Tensor | None = None,
+        threshold: float = 0.01,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Move the codes hardly used onto what is left of random latents at their level.
 
@@ -280,7 +283,7 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         stages differ, K is that of the largest codebook that was looked at, and the rows of other stages are
         False.
         """
-        revived = super().revive_dead_codes(latents, threshold=threshold, generator=generator)
+        revived = super().revive_dead_codes(latents, mask=mask, threshold=threshold, generator=generator)
         return revived[:1] if self.shared_codebook else revived
 
     def options(self) -> dict[str, Any]:
@@ -329,8 +332,7 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         """What each level that (..., n) indices name adds: -> (..., C) each."""
         if self._built:
             return _residual_steps.step_codes(indices, self._tables()[: indices.shape[-1]])
-        dropped = self.lowest_index < 0
-        return _residual_steps.stage_codes(self._parts(), self._scales, indices, dropped=dropped)
+        return _residual_steps.stage_codes(self._parts(), self._scales, indices)
 
     def _quantize_tables(self, rows: Rows, depths: Tensor | None) -> Quantized:
         steps = _residual_steps

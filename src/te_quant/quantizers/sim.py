@@ -51,7 +51,8 @@ class SimVQ(Quantizer):
         latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, of the basis's dtype or in half precision,
             which is computed in float32.
         quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the basis's
-            dtype. indices: the latents' shape without the channel axis, int64 in [0, K). losses: ().
+            dtype. indices: the latents' shape without the channel axis, int64 in [0, K), or -1 where masked.
+            losses: ().
 
     Attributes:
         coefficients: (K, C) buffer, normal with variance 1/C, never changed.

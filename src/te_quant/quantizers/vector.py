@@ -99,7 +99,8 @@ class VectorQuantizer(Quantizer):
         latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, of the codebook's dtype or in half precision,
             which is computed in float32.
         quantized: as latents, in their memory format, contiguous or channels-last. codes: the same in the
-            codebook's dtype. indices: the latents' shape without the channel axis, int64 in [0, K). losses: ().
+            codebook's dtype. indices: the latents' shape without the channel axis, int64 in [0, K), or -1 where
+            masked. losses: ().
 
     Attributes:
         codebook: (K, C), a parameter; under ``"ema"`` a buffer. Set it with :meth:`set_codebook`.
@@ -314,7 +315,12 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def kmeans_init(
-        self, latents: Tensor, *, iterations: int = 10, generator: torch.Generator | None = None
+        self,
+        latents: Tensor,
+        *,
+        mask: Tensor | None = None,
+        iterations: int = 10,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Set the codebook to the k-means centres of ``latents``, restart the statistics, forget what is pending.
 
@@ -324,6 +330,7 @@ class VectorQuantizer(Quantizer):
 
         Args:
             latents: as for ``forward``.
+            mask: as for ``forward``; the other latents are no part of it.
             iterations: Lloyd steps, >= 0.
             generator: randomness of the draw.
 
@@ -332,7 +339,7 @@ class VectorQuantizer(Quantizer):
         """
         iterations = require_int("iterations", iterations, 0)
         require_generator(generator)
-        rows = self._counted_rows(latents, "kmeans_init")
+        rows = self._counted_rows(latents, mask, "kmeans_init")
         group = self._group.resolve()
         with full_precision(latents.device):
             centers = kmeans(rows, self._table(), iterations, self.project, generator, group)
@@ -341,7 +348,12 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def revive_dead_codes(
-        self, latents: Tensor, *, threshold: float = 0.01, generator: torch.Generator | None = None
+        self,
+        latents: Tensor,
+        *,
+        mask: Tensor | None = None,
+        threshold: float = 0.01,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Move the codes that are hardly used onto random latents, and give them the usage of an average code.
 
@@ -350,6 +362,7 @@ class VectorQuantizer(Quantizer):
 
         Args:
             latents: as for ``forward``; where there are fewer vectors than dead codes, the rest stay dead.
+            mask: as for ``forward``; no code moves onto a latent where it is False.
             threshold: a code is dead below this fraction of the average usage, in [0, 1].
             generator: randomness of the draw.
 
@@ -361,7 +374,7 @@ class VectorQuantizer(Quantizer):
         """
         threshold = require_number("threshold", threshold, 0.0, 1.0)
         require_generator(generator)
-        rows = self._counted_rows(latents, "revive_dead_codes")
+        rows = self._counted_rows(latents, mask, "revive_dead_codes")
         self.apply_pending()
         revived, fresh = replacements(rows, self.usage, threshold, generator, self._group.resolve())
         revive(self._state(), revived, fresh)
@@ -423,10 +436,10 @@ class VectorQuantizer(Quantizer):
         # Whatever else toggles requires_grad.
         return self.project(widen(codebook.detach() if self.frozen else codebook))
 
-    def _counted_rows(self, latents: Tensor, method: str) -> Tensor:
+    def _counted_rows(self, latents: Tensor, mask: Tensor | None, method: str) -> Tensor:
         self._refuse_frozen(method)
         reshard_owners(self)
-        return self._counted(latents)
+        return self._counted(latents, mask)
 
 
 def _check_codes(codes: Tensor, usage: Tensor | None, *shape: int) -> None:

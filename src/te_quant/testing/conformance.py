@@ -114,9 +114,18 @@ def _latents(quantizer: Quantizer, shape: tuple[int, ...], dtype: torch.dtype = 
     return torch.randn(sizes, dtype=torch.float64).to(dtype)
 
 
+def _token_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != -1)
+
+
 def _index_shape(quantizer: Quantizer, shape: tuple[int, ...]) -> tuple[int, ...]:
     behind = () if quantizer.num_quantizers is None else (quantizer.num_quantizers,)
-    return tuple(size for size in shape if size != -1) + behind
+    return _token_shape(shape) + behind
+
+
+def _tokens(quantizer: Quantizer, latents: Tensor) -> Tensor:
+    """Latents with their channels last."""
+    return latents.movedim(quantizer.channel_dim, -1)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -134,9 +143,9 @@ def _where(quantizer: Quantizer, shape: tuple[int, ...]) -> str:
     return f"in {mode}, latents of shape {sizes}, channel_dim={quantizer.channel_dim}"
 
 
-def _draws(quantizer: Quantizer) -> bool:
+def _draws(quantizer: Quantizer, dtype: torch.dtype = torch.float32) -> bool:
     """Whether a training step depends on randomness."""
-    latents = _latents(quantizer, (64, -1))
+    latents = _latents(quantizer, (64, -1), dtype)
     indices = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -432,12 +441,12 @@ def _wrong_latents(promise: str, factory: QuantizerFactory) -> None:
 @_check("indices that belong to no code, and tensors that are no indices, are refused by name")
 def _wrong_indices(promise: str, factory: QuantizerFactory) -> None:
     quantizer = _build(factory)
-    k, lowest = quantizer.num_codes, quantizer.lowest_index
+    k = quantizer.num_codes
     behind = _index_shape(quantizer, ())
-    for bad in (lowest - 1, -k - 2, k, k + 5):
+    for bad in (-2, -k - 2, k, k + 5):
         indices = torch.zeros(3, *behind, dtype=torch.int64)
         indices[1] = bad
-        with _refused(promise, ValueError, f"indices must be in [{lowest}, num_codes={k}), got {bad}."):
+        with _refused(promise, ValueError, f"indices must be in [-1, num_codes={k}), got {bad}."):
             quantizer.decode(indices)
     for dtype in (torch.float32, torch.bool, torch.complex64):
         with _refused(promise, TypeError, f"indices must be an integer tensor, got {dtype}."):
@@ -500,6 +509,85 @@ def _skip_one(promise: str, quantizer: Quantizer, bad: float, *, drawn: bool) ->
     for found, wanted in pairs:
         close = wanted is not None and torch.allclose(found, wanted, rtol=1.3e-6, atol=1e-5)
         _promise(close, promise, f"codes, loss, gradient or state differ {where}")
+
+
+@_check("with a mask all is as without the masked tokens, whose index is -1 and whose code is zero")
+def _masked_latents(promise: str, factory: QuantizerFactory) -> None:
+    for training, channel_dim, shape in ((True, 1, _IMAGE), (False, -1, (5, 7, -1))):
+        quantizer = _build(factory, training=training, channel_dim=channel_dim, nonfinite="raise").double()
+        drawn = training and _draws(quantizer, torch.float64)
+        for step in range(3 if training else 1):
+            where = f"after step {step + 1} {_where(quantizer, shape)}"
+            _mask_some(promise, quantizer, shape, where, drawn=drawn)
+        quantizer.apply_pending()
+        before = _state(quantizer)
+        latents = torch.full_like(_latents(quantizer, shape, torch.float64), math.nan).requires_grad_()
+        output = quantizer(latents, mask=torch.zeros(_token_shape(shape), dtype=torch.bool))
+        where = f"where all tokens are masked {_where(quantizer, shape)}"
+        (output.loss + output.quantized.square().sum()).backward()
+        losses = (output.codebook_loss.item(), output.commitment_loss.item())
+        fits = losses == (0, 0) and bool(output.loss.isfinite())
+        _promise(fits, promise, f"the losses are {losses} and {output.loss.item()} {where}")
+        still = latents.grad is not None and not latents.grad.any()
+        _promise(still, promise, f"a masked token has a gradient {where}")
+        _promise(bool((output.indices == -1).all()), promise, f"the index of a masked token is not -1 {where}")
+        _promise(_same_state(quantizer, before), promise, f"the state changes {where}")
+
+
+def _mask_some(promise: str, quantizer: Quantizer, shape: tuple[int, ...], where: str, *, drawn: bool) -> None:
+    twin, latents = copy.deepcopy(quantizer), _latents(quantizer, shape, torch.float64)
+    mask = torch.rand(_token_shape(shape)) < 0.6
+    others = _tokens(quantizer, latents)[mask].requires_grad_()
+    _tokens(quantizer, latents)[~mask] = math.nan
+    latents.requires_grad_()
+    output = quantizer(latents, mask=mask)
+    quantizer.zero_grad()
+    (output.loss + output.quantized.square().sum()).backward()
+    if latents.grad is None:
+        raise AssertionError(f"broken promise: {promise}; the latents get no gradient {where}.")
+    gradient, codes = (_tokens(quantizer, tensor) for tensor in (latents.grad, output.codes))
+    fits = bool((output.indices[~mask] == -1).all())
+    _promise(fits, promise, f"the index of a masked token is not -1 {where}")
+    _promise(not gradient[~mask].any(), promise, f"a masked token has a gradient {where}")
+    _promise(not codes[~mask].any(), promise, f"the code of a masked token is not zero {where}")
+    equal = torch.equal(output.quantized, output.codes)
+    equal = equal and torch.equal(quantizer.decode(output.indices), output.codes)
+    _promise(equal, promise, f"decode(indices), codes and quantized are not the same bits {where}")
+    if drawn:
+        return
+    encoded = quantizer.encode(latents, mask=mask)
+    _promise(torch.equal(encoded, output.indices), promise, f"encode gives other indices {where}")
+    expected = twin(others)
+    twin.zero_grad()
+    (expected.loss + expected.quantized.square().sum()).backward()
+    equal = torch.equal(output.indices[mask], expected.indices)
+    _promise(equal, promise, f"the other tokens have other codes {where}")
+    pairs = [(codes[mask], expected.codes), (output.loss, expected.loss), (gradient[mask], others.grad)]
+    pairs += [(value, twin.state_dict()[name]) for name, value in quantizer.state_dict().items()]
+    parameters = zip(quantizer.parameters(), twin.parameters(), strict=True)
+    pairs += [(one.grad, other.grad) for one, other in parameters if one.grad is not None]
+    for found, wanted in pairs:
+        close = wanted is not None and torch.allclose(found, wanted, rtol=1e-9, atol=1e-9)
+        _promise(close, promise, f"codes, loss, gradient or state differ {where}")
+
+
+@_check("a mask that is not bool, or of another shape or device than the tokens, is refused by name")
+def _wrong_masks(promise: str, factory: QuantizerFactory) -> None:
+    quantizer = _build(factory)
+    latents = _latents(quantizer, _IMAGE)
+    right = torch.ones(3, 4, 5).bool()
+    owner = "latents without their channel axis"
+    for method in (quantizer, quantizer.encode):
+        with _refused(promise, TypeError, "mask must be bool, got torch.int64."):
+            method(latents, mask=right.long())
+        with _refused(promise, TypeError, "mask must be a tensor, got list."):
+            method(latents, mask=right.tolist())  # type: ignore[arg-type]
+        for wrong in (right[:, :3], right.flatten(1), right.unsqueeze(1)):
+            message = f"mask must be of shape (3, 4, 5) as the {owner}, got shape {tuple(wrong.shape)}."
+            with _refused(promise, ValueError, message):
+                method(latents, mask=wrong)
+        with _refused(promise, ValueError, f"mask must be on cpu as the {owner}, got meta."):
+            method(latents, mask=right.to("meta"))
 
 
 @_check("under nonfinite='off' a vector that is not finite gets some code and leaves the others alone")
@@ -629,6 +717,8 @@ QUANTIZER_CHECKS: dict[str, Callable[[QuantizerFactory], None]] = {
     "raised-latents": _raised_latents,
     "skipped-latents": _skipped_latents,
     "unchecked-latents": _unchecked_latents,
+    "masked-latents": _masked_latents,
+    "wrong-masks": _wrong_masks,
     "freezing": _freezing,
     "checkpointing": _checkpointing,
     "copies": _copies,
