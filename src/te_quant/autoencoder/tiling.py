@@ -38,9 +38,9 @@ class TiledAutoencoder:
 
     - If no layer reads the whole image (``norm="channel"``, ``attention=False``, no ``fourier``), the default
       overlap makes the result that of the whole image, up to rounding. Circular padding wraps around the image,
-      not around the tile, so the contract of the encoder holds for tiles too. The default allows for windows that
-      lie on any side of their pixel. Those of this package lie around it, so half of the default plus one divisor is
-      enough.
+      not around the tile, so the contract of the encoder holds for tiles too. The default takes windows to lie
+      around their pixel, as those of all layers of this package do. A layer of your own that looks further to one
+      side needs more.
     - GroupNorm takes its statistics from the tile, and attention sees only the tile. The tokens then differ from
       those of the whole image, and not only at seams. The default overlap is a quarter of the tile, and decoded
       tiles are blended linearly.
@@ -69,7 +69,7 @@ class TiledAutoencoder:
         >>> model = VQAutoencoder(config).eval()
         >>> tiled = TiledAutoencoder(model, tile_size=192)
         >>> tiled
-        TiledAutoencoder(tile_size=192, overlap=128)
+        TiledAutoencoder(tile_size=192, overlap=112)
         >>> images = torch.rand(1, 3, 256, 320) * 2 - 1
         >>> tokens = tiled.encode_to_indices(images)
         >>> bool((tokens == model.encode_to_indices(images)).float().mean() > 0.999)
@@ -88,9 +88,9 @@ class TiledAutoencoder:
         before, behind = _local_reach(model)
         expected = f"at least the receptive field of the encoder, {before} pixels"
         require(before is None or tile_size >= before, "tile_size", expected, tile_size)
-        # All that is known of a window is that it contains its own pixel: it may lie on either side of it.
-        margins = [] if before is None else [-(-(before - 1) // stride)]
-        margins += [] if behind is None else [behind - 1]
+        # Tokens whose windows, centred on their pixel, would leave the tile.
+        margins = [] if before is None else [-(-(before // 2) // stride)]
+        margins += [] if behind is None else [behind // 2]
         if overlap is None:
             overlap = 2 * stride * max(margins) if margins else tile_size // _SHARE // divisor * divisor
             expected = f"larger than {overlap}, the overlap that makes tiles exact"
