@@ -41,6 +41,7 @@ __all__ = [
     "Trained",
     "cells",
     "levels_of",
+    "library_layer",
     "results",
     "start",
     "train",
@@ -141,7 +142,9 @@ _FACTORS = {"quick": (1.0,), "full": (1.0, 1 / 3, 3.0)}
 _SLOW_PEERS = 8192
 
 
-def _ours(build: Callable[[int, int], Quantizer]) -> Callable[[int, int], Layer]:
+def library_layer(build: Callable[[int, int], Quantizer]) -> Callable[[int, int], Layer]:
+    """Wrap a quantizer of this library: (K, C) to it."""
+
     def layer(K: int, C: int) -> Layer:
         module = build(K, C)
 
@@ -200,16 +203,16 @@ def levels_of(num_codes: int) -> list[int]:
 
 CONTENDERS: dict[str, Callable[[int, int], Layer] | None] = {
     NONE: None,
-    DEFAULTS: _ours(lambda K, C: VectorQuantizer(K, C)),
-    "VectorQuantizer, cosine": _ours(lambda K, C: VectorQuantizer(K, C, metric="cosine")),
-    "VectorQuantizer, rotation trick": _ours(
+    DEFAULTS: library_layer(lambda K, C: VectorQuantizer(K, C)),
+    "VectorQuantizer, cosine": library_layer(lambda K, C: VectorQuantizer(K, C, metric="cosine")),
+    "VectorQuantizer, rotation trick": library_layer(
         lambda K, C: VectorQuantizer(K, C, gradient_estimator="rotation_trick")
     ),
-    "VectorQuantizer, gradient": _ours(lambda K, C: VectorQuantizer(K, C, codebook_update="gradient")),
-    "SimVQ": _ours(lambda K, C: SimVQ(K, C)),
-    "FSQ": _ours(lambda K, _: FSQ(levels_of(K))),
-    "LFQ": _ours(lambda K, _: LFQ(int(math.log2(K)))),
-    "ResidualVectorQuantizer, 2 levels": _ours(
+    "VectorQuantizer, gradient": library_layer(lambda K, C: VectorQuantizer(K, C, codebook_update="gradient")),
+    "SimVQ": library_layer(lambda K, C: SimVQ(K, C)),
+    "FSQ": library_layer(lambda K, _: FSQ(levels_of(K))),
+    "LFQ": library_layer(lambda K, _: LFQ(int(math.log2(K)))),
+    "ResidualVectorQuantizer, 2 levels": library_layer(
         lambda K, C: ResidualVectorQuantizer(2 ** math.ceil(math.log2(K) / 2), C, 2)
     ),
     PEER: _peer("VectorQuantize"),
@@ -319,8 +322,8 @@ def _run(context: Context, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"contenders": {name: {"status": absence.status, "reason": str(absence)}}}
     except FloatingPointError as error:
         return {"contenders": {name: {"status": "failed", "reason": describe(error)}}}
-    curve = found.pop("curve")
-    return {"contenders": {name: {"status": "ok", **found}}, "facts": {"curve": curve}}
+    facts = {part: found.pop(part) for part in ("curve", "used_curve")}
+    return {"contenders": {name: {"status": "ok", **found}}, "facts": facts}
 
 
 def train(
@@ -334,6 +337,7 @@ def train(
     steps: int,
     test_images: int,
     device: torch.device | str = "cpu",
+    prepare: Callable[[Network, Tensor], torch.optim.Optimizer] | None = None,
 ) -> dict[str, Any]:
     """Train one network and measure it.
 
@@ -347,10 +351,12 @@ def train(
         steps: of training.
         test_images: how many are measured.
         device: where to compute.
+        prepare: gets the network and the first batch, and returns the optimizer; None is Adam alone.
 
     Returns:
         ``mse`` and ``psnr`` (dB, peak 2) on test images, ``used`` codes and ``perplexity`` there, ``median``
-        seconds per step, and ``curve``, the mean training error of every 25 steps.
+        seconds per step, ``curve``, the mean training error of every 25 steps, and ``used_curve``, how many codes
+        these used.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite.
@@ -360,14 +366,19 @@ def train(
     torch.manual_seed(seed)
     layer = None if build is None else build(K, C)
     network = start(layer, C, seed=seed).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), rate)
     order = torch.Generator().manual_seed(seed)
+    batches = torch.randint(len(training), (steps, _BATCH), generator=order).to(device)
+    if prepare is None:
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(network.parameters(), rate)
+    else:
+        optimizer = prepare(network, training[batches[0]])
     errors, times = [], []
+    recent, counts = CodebookUsage(layer.num_codes if layer else 1).to(device), []
     network.train()
-    for _ in range(steps):
-        images = training[torch.randint(len(training), (_BATCH,), generator=order).to(device)]
+    for batch in batches:
+        images = training[batch]
         begin = time.perf_counter()
-        reconstruction, _, loss = network(images)
+        reconstruction, indices, loss = network(images)
         error = F.mse_loss(reconstruction, images)
         optimizer.zero_grad()
         torch.autograd.backward(error + loss)
@@ -376,6 +387,11 @@ def train(
         times.append(time.perf_counter() - begin)
         if not math.isfinite(errors[-1]):
             raise FloatingPointError(f"the error must stay finite, got {errors[-1]} at step {len(errors)}.")
+        if layer is not None and indices is not None:
+            recent.update(_joint(indices, layer))
+            if len(errors) % _CURVE == 0:
+                counts.append(recent.compute().used_codes)
+                recent.reset()
     usage = CodebookUsage(layer.num_codes if layer else 1).to(device)
     squares = 0.0
     network.eval()
@@ -397,6 +413,7 @@ def train(
         **codes,
         "median": float(f"{statistics.median(times):.4g}"),
         "curve": [float(f"{value:.4g}") for value in curve],
+        "used_curve": counts,
     }
 
 

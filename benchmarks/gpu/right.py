@@ -94,8 +94,8 @@ _ROWS, _PAIRS = 4096, 1 << 26
 _LARGE = 1 << 22
 
 QUANTIZERS: dict[str, Callable[..., Quantizer]] = {
-    "vq": partial(VectorQuantizer, 48, 6),
-    "vq-penalty": partial(VectorQuantizer, 48, 6, orthogonal_reg=10.0),
+    "vq": partial(VectorQuantizer, 48, 6, codebook_update="gradient"),
+    "vq-penalty": partial(VectorQuantizer, 48, 6, codebook_update="gradient", orthogonal_reg=10.0),
     "vq-rotation": partial(VectorQuantizer, 48, 6, gradient_estimator="rotation_trick"),
     "vq-cosine": partial(VectorQuantizer, 48, 6, metric="cosine"),
     "vq-ema": partial(VectorQuantizer, 48, 6, codebook_update="ema"),

@@ -385,7 +385,7 @@ def compile_defaults(*requests: str) -> list[dict[str, Any]]:
     "requests",
     [
         ("ieee,64", "tf32,64"),
-        pytest.param(("ieee,8", "tf32,8", "tf32,256", "bf16,8", "bf16,64", "bf16,256"), marks=pytest.mark.slow),
+        pytest.param(("ieee,8", "tf32,8", "tf32,256", "bf16,8", "bf16,64", "bf16,256"), marks=pytest.mark.long),
     ],
     ids=["defaults", "others"],
 )

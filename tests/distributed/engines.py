@@ -73,8 +73,8 @@ LIVING = [
     "autoencoder-residual",
 ]
 """The cases with a quantizer that can be used between two steps."""
-# A penalty on the codes that a batch uses is another for every part of the batch.
-ACCUMULATED = [name for name in REMEMBERING if not CASES[name].random and name != "vq-cosine"]
+# A penalty on the codes that a batch uses is another for every part of it, and so are the latents for dead codes.
+ACCUMULATED = [name for name in REMEMBERING if not CASES[name].random and name not in ("vq-cosine", "vq-revival")]
 
 
 class Host(nn.Module):

@@ -37,7 +37,8 @@ pytestmark = pytest.mark.slow
 TIMEOUT = 400.0
 WALKING = [(engine, name) for engine, names in WALKS.items() for name in names]
 SHARDED = [(engine, name) for engine, name in WALKING if engine != "ddp"]
-REPEATABLE = [name for name in WALKED if not CASES[name].random]
+# Processes give latents to dead codes in turns, so one process gives others; another test compares the ranks.
+REPEATABLE = [name for name in WALKED if not CASES[name].random and name != "vq-revival"]
 Results = list[dict[tuple[str, str, str], dict[str, Any]]]
 
 

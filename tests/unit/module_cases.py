@@ -29,7 +29,6 @@ from te_quant import (
     ProductQuantizer,
     Quantizer,
     Segment,
-    VectorQuantizer,
     VQAutoencoder,
     build_decoder,
     build_encoder,
@@ -137,11 +136,18 @@ _TINY: dict[str, Any] = {
     "norm_groups": 2,
 }
 _CODES: dict[str, Any] = {"num_codes": 7, "code_dim": 3}
+# Which latents replace dead codes depends on how they are spread over processes and micro-batches.
+_PLAIN: dict[str, Any] = {
+    "codebook_update": "gradient",
+    "commitment_weight": 0.25,
+    "decay": 0.99,
+    "revival_threshold": 0.0,
+}
 _CIRCULAR = {"encoder_padding": "circular", "decoder_padding": "circular"}
 
 
 def _autoencoder(*, slow: bool = False, **options: Any) -> ModuleCase:
-    config = AutoencoderConfig(**{**_TINY, **({} if "quantizer" in options else _CODES), **options})
+    config = AutoencoderConfig(**{**_TINY, **({} if "quantizer" in options else {**_CODES, **_PLAIN}), **options})
     return ModuleCase(
         partial(VQAutoencoder, config), lambda: (torch.rand(4, 1, 8, 8) * 2 - 1,), (VQAutoencoder,), slow=slow
     )
@@ -173,7 +179,7 @@ _MORE_QUANTIZERS: dict[str, Callable[..., Any]] = {
     "vq-ema-fast": partial(_VQ, codebook_update="ema", decay=0.5),
     "vq-ema-instant": partial(_VQ, codebook_update="ema", decay=0.0),
     "sign": Sign,
-    "product": lambda: ProductQuantizer([plain_quantizer(11, 3), VectorQuantizer(7, 2)]),
+    "product": lambda: ProductQuantizer([plain_quantizer(11, 3), plain_quantizer(7, 2, codebook_update="ema")]),
 }
 # Those differ from a case that is kept in what they compute, not in what they remember.
 _SLOW_QUANTIZERS = {
@@ -290,7 +296,13 @@ _MODELS: dict[str, ModuleCase] = {
     ),
     "autoencoder-residual": _autoencoder(
         slow=True,
-        quantizer={"name": "ResidualVectorQuantizer", "num_quantizers": 2, "codebook_update": "ema", **_CODES},
+        quantizer={
+            "name": "ResidualVectorQuantizer",
+            "num_quantizers": 2,
+            **_CODES,
+            **_PLAIN,
+            "codebook_update": "ema",
+        },
     ),
     "encoder": ModuleCase(
         partial(build_encoder, AutoencoderConfig(**_TINY, **_CODES, downsample="conv_blur_pool")),

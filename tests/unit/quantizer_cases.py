@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _vq = partial(plain_quantizer, 11, 6)
-_rvq = partial(ResidualVectorQuantizer, 11, 6, 3)
+_rvq = partial(ResidualVectorQuantizer, 11, 6, 3, revival_threshold=0.0)
 
 
 def _sim(num_codes: int = 11, code_dim: int = 6, **options: Any) -> SimVQ:

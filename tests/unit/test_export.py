@@ -258,7 +258,7 @@ def away_from_ties(quantizer: Quantizer, latents: Tensor, indices: Tensor) -> Te
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in MANY[:4] else pytest.mark.long) for name in CONFIGS],
+    [pytest.param(name, marks=pytest.mark.slow if name in MANY[:2] else pytest.mark.long) for name in CONFIGS],
 )
 def test_autoencoders_in_torch_export_and_onnx(name: str) -> None:
     """Tokens, phases and images at other sizes than those of the example."""
@@ -282,7 +282,7 @@ def test_autoencoders_in_torch_export_and_onnx(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", [*MANY[:3], *(pytest.param(name, marks=pytest.mark.long) for name in MANY[3:])])
 def test_of_100_000_indices_none_differs(name: str) -> None:
     """``encode_to_indices`` by onnxruntime, over tokens that are away from ties."""
     model = autoencoder(name)

@@ -440,7 +440,7 @@ def test_drawing_follows_the_distribution_written_out(
         options[name] = amount if name == "top_k" else amount / 100
         keep = min(amount, V) if name == "top_k" else max(1, amount * V // 100)
     wanted = rows * distribution(logits.numpy(), temperature, keep, top_p)
-    drawn = Sampler(temperature, **options, top_p=top_p).draw(logits.expand(rows, V))
+    drawn = Sampler(temperature, **options, top_p=top_p).draw(logits.expand(rows, V)).tokens
     counts = np.bincount(drawn.numpy(), minlength=V)
     assert drawn.shape == (rows,)
     assert (counts[wanted == 0] == 0).all()
@@ -456,7 +456,7 @@ def test_drawing_follows_the_distribution_written_out(
 def test_top_fraction_keeps_a_share_of_the_vocabulary(share: float, V: int, kept: int) -> None:
     """Rounded down, though not for want of a last bit; at least one."""
     logits = torch.linspace(0, 1e-3, V)[torch.randperm(V)]
-    drawn = Sampler(top_fraction=share).draw(logits.expand(60 * kept, V))
+    drawn = Sampler(top_fraction=share).draw(logits.expand(60 * kept, V)).tokens
     assert set(drawn.tolist()) == set(logits.topk(kept).indices.tolist())
 
 
@@ -477,7 +477,7 @@ def test_smallest_temperatures_are_greedy(temperature: float, dtype: torch.dtype
     logits = 50 * torch.randn(40, 9).to(dtype)
     best = logits.max(-1).values
     for options in ({}, {"top_p": 0.5}, {"top_k": 4}):
-        drawn = Sampler(temperature, **options).draw(logits)
+        drawn = Sampler(temperature, **options).draw(logits).tokens
         assert torch.equal(logits.gather(1, drawn[:, None])[:, 0], best)
 
 
@@ -485,7 +485,7 @@ def test_noise_of_zero_draws_no_dropped_token(monkeypatch: pytest.MonkeyPatch) -
     """Exponential numbers may round to zero; a token of probability zero stays impossible."""
     monkeypatch.setattr(Tensor, "exponential_", lambda self, generator=None: self.zero_())
     logits = torch.randn(50, 9)
-    drawn = Sampler(top_p=0.3).draw(logits)
+    drawn = Sampler(top_p=0.3).draw(logits).tokens
     shares = logits.softmax(-1).sort(-1, descending=True)
     kept = (shares.values.cumsum(-1) - shares.values < 0.3).sum(-1)
     ranks = (shares.indices == drawn[:, None]).int().argmax(-1)

@@ -27,13 +27,15 @@ pytestmark = pytest.mark.no_cover
 GRAPHS = [
     name for name in QUANTIZERS if not name.endswith(("-one-code", "-one-channel", "-wide", "-even", "-fresh"))
 ]
-# One of each class; the fast suite compiles these, and all others wait for make test-all.
+# The fast suite compiles these, make test-all one or two of each class as well, and make test-long all others.
 FIRST = ("vq-ema-penalty", "rvq-dropout", "lfq")
+SECOND = ("vq", "vq-cosine", "vq-ema-subset", "vq-revival", "rvq-ema", "fsq", "sim")
 
 
 def slow_but(fast: tuple[str, ...], names: list[str]) -> list[Any]:
-    """The names as parameters, all but ``fast`` marked slow."""
-    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
+    """The names as parameters, all but ``fast`` marked slow or, if they are in neither list above, long."""
+    later = {name: pytest.mark.slow if name in (*FIRST, *SECOND) else pytest.mark.long for name in names}
+    return [pytest.param(name, marks=() if name in fast else later[name]) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -244,7 +246,13 @@ def test_compiled_codes_are_the_bits_that_eager_decode_gives(update: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rvq-ema-shared-dropout", "fsq", "lfq", "sim-rotation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rvq-ema-shared-dropout",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("fsq", "lfq", "sim-rotation")),
+    ],
+)
 def test_the_default_backend_gives_the_bits_that_eager_decode_gives(name: str) -> None:
     """Optimised, over several batch sizes: codes, quantized and the decoded indices are the same bits."""
     quantizer = spread(QUANTIZERS[name]())

@@ -60,7 +60,7 @@ def step(call: Any, latents: Tensor) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.long) for n in CASES])
 @pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.long)])
 def test_weights_that_change_every_step_compile_at_most_twice(name: str, dynamic: bool | None) -> None:
     """The first change may make a second graph, none under ``dynamic=True``; that graph uses the new values."""

@@ -297,7 +297,7 @@ def test_lightning_logs_the_metric(tmp_path: Path) -> None:
     class Tokenizer(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.quantizer = VectorQuantizer(10, 2)
+            self.quantizer = VectorQuantizer(10, 2, codebook_update="gradient")
             self.perplexity, self.used = CodebookPerplexity(10), UsedCodes(10)
             self.usage = CodebookUsage(10)
             self.logged: list[tuple[float, float]] = []

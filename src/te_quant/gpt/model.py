@@ -18,19 +18,19 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant import _pretrained
-from te_quant._checks import require, require_axis, require_device, require_int, require_type
+from te_quant._checks import require, require_axis, require_device, require_int, require_number, require_type
 from te_quant._precision import AUTOCAST_DEVICES, widen
 from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
 from te_quant.gpt.config import GPTConfig, Segment
 from te_quant.gpt.former_names import with_present_names
-from te_quant.gpt.sampling import Ending, Sampler, extend
+from te_quant.gpt.sampling import Ending, Sampler, extend, guided_logits
 from te_quant.gpt.segment_layout import Layout, Span, own_columns
 
 __all__ = ["GPT", "GPTConfig", "KeyValueCache", "Segment"]
@@ -173,6 +173,32 @@ class GPT(nn.Module):
             losses[span.segment.name] = total / (wanted != ignore_index).sum().clamp_min(1)
         return losses
 
+    def log_prob(
+        self, tokens: Tensor, order: Sequence[str] | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) tokens to (B, T), the logarithm of the probability of each token after those before it, in nats.
+
+        The sum over a row is the log-probability of its sequence; minus the mean over a segment is the loss of
+        :meth:`losses`. It has a gradient, and is NaN where logits are NaN.
+
+        Args:
+            tokens: as of :meth:`forward`.
+            order: as of :meth:`forward`.
+            mask: as of :meth:`forward`; tokens with mask False have log-probability 0.
+
+        Shape:
+            result: (B, T), at least float32.
+        """
+        layout = self._layout(order)
+        tokens, states = self._predictions(tokens, layout, mask)
+        parts = []
+        for span, begin, end in layout.within(0, tokens.shape[1]):
+            logits, wanted = self._ends(span).logits(states[:, begin:end]), tokens[:, begin:end]
+            losses = F.cross_entropy(widen(logits.flatten(0, 1)), wanted.flatten(), reduction="none")
+            parts.append(-losses.view(wanted.shape))
+        result = torch.cat(parts, 1) if parts else widen(states.new_empty(tokens.shape))
+        return result if mask is None else result.masked_fill(~mask, 0.0)
+
     def new_cache(
         self, batch: int, *, order: Sequence[str] | None = None, dtype: torch.dtype | None = None
     ) -> KeyValueCache:
@@ -215,6 +241,48 @@ class GPT(nn.Module):
         self._extend(cache, tokens)
         return self._logits(cache.layout, cache.state, length).squeeze(1)
 
+    @overload
+    def generate(
+        self,
+        prompt: Tensor,
+        *,
+        order: Sequence[str] | None = ...,
+        max_new_tokens: int | None = ...,
+        prompt_lengths: Tensor | None = ...,
+        prompt_mask: Tensor | None = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_fraction: float | None = ...,
+        top_p: float | None = ...,
+        guidance_scale: float = ...,
+        generator: torch.Generator | Sequence[torch.Generator] | None = ...,
+        stop_token: int | None = ...,
+        callback: Callable[[int, Tensor], object] | None = ...,
+        use_cache: bool = ...,
+        return_log_prob: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Tensor,
+        *,
+        order: Sequence[str] | None = ...,
+        max_new_tokens: int | None = ...,
+        prompt_lengths: Tensor | None = ...,
+        prompt_mask: Tensor | None = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_fraction: float | None = ...,
+        top_p: float | None = ...,
+        guidance_scale: float = ...,
+        generator: torch.Generator | Sequence[torch.Generator] | None = ...,
+        stop_token: int | None = ...,
+        callback: Callable[[int, Tensor], object] | None = ...,
+        use_cache: bool = ...,
+        return_log_prob: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
     def generate(
         self,
         prompt: Tensor,
@@ -222,76 +290,94 @@ class GPT(nn.Module):
         order: Sequence[str] | None = None,
         max_new_tokens: int | None = None,
         prompt_lengths: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_fraction: float | None = None,
         top_p: float | None = None,
-        generator: torch.Generator | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         stop_token: int | None = None,
         callback: Callable[[int, Tensor], object] | None = None,
         use_cache: bool = True,
-    ) -> Tensor:
+        return_log_prob: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, P) tokens to (B, P + new) tokens: each new one drawn from what the network says about it.
 
         Args:
             prompt: (B, P) integers, as of :meth:`forward`; P may be 0.
             order: as of :meth:`forward`.
             max_new_tokens: columns added, at least 0. ``None``: all that the order has left.
-            prompt_lengths: (B,) integers in [0, P], how many tokens of each row are its prompt; the others are not
-                looked at. Columns are drawn from the shortest prompt on, and a row whose prompt is longer keeps
-                its own tokens there: every row comes out as it would alone.
+            prompt_lengths: (B,) integers in [0, P], how many tokens of each row are its prompt; short for
+                ``prompt_mask=torch.arange(P) < prompt_lengths[:, None]``. Not with ``prompt_mask``.
+            prompt_mask: (B, P) bool, which tokens of the prompt are given, at any place; ``None``: all. The others
+                are ignored and drawn, in the order of the sequence. Each depends on the tokens before it, drawn or
+                given, and not on those given after it.
             temperature: what logits are divided by, >= 0; 0 takes the likeliest token.
             top_k: keep the k largest logits, or all of a smaller vocabulary.
             top_fraction: keep this share of the segment's vocabulary, in (0, 1]: the ⌊share·V⌋ largest logits, at
                 least one. Not with ``top_k``.
             top_p: of what is kept so far, keep the fewest tokens whose probabilities add up to this, in (0, 1].
-            generator: all randomness; the global one if ``None``.
+            guidance_scale: of classifier-free guidance, at least 0: how strongly tokens follow the condition, the
+                segments before that of the first token drawn. :func:`guided_logits` combines the logits with those
+                of the order without the condition, which the network should have been trained on; temperature
+                and the options above apply to the result. 1 is no guidance and costs nothing; every other value
+                costs a second pass per token.
+            generator: all randomness; the global one if ``None``. With a sequence of B generators each row has its
+                own: but for rounding, its tokens depend neither on the batch size nor on the other rows.
             stop_token: the token that ends a row; the rest of it is the segment's ``pad_token``, else the stop
                 token again. When every row has ended, nothing more is computed. Tokens of a prompt end nothing.
                 For a single segment only: generate one, then the next with that as the prompt.
-            callback: called with each column drawn and its (B,) tokens; not for columns filled after the end.
+            callback: called with each column drawn and its (B,) tokens; not for columns filled after the end, nor
+                for those that the prompt gives to every row.
             use_cache: whether keys and values are kept. Without, every token costs a pass over all before it; the
                 results differ by rounding.
+            return_log_prob: whether to return (B, P + new) log-probabilities too, in nats: of each token under the
+                distribution that it was drawn from, after guidance, temperature and all that drops tokens; 0 for
+                tokens that were not drawn. :meth:`log_prob` gives those of the network itself.
 
         Raises:
             ValueError: an option is out of range or contradicts another, the prompt does not fit the order,
-                dropout is at work, or logits have NaN or +inf; an accelerator looks at them once, at the end.
+                guidance has no condition, dropout is at work, or logits have NaN or +inf; an accelerator looks at
+                them once, at the end.
             TypeError: the prompt or its lengths are not integers, or an option has the wrong type.
 
         Source: the published code of Shin et al. 2021, arXiv:2112.00384, keeps a tenth of the logits of all
             segments together: ``top_k=int(0.1 * (text vocabulary + text length + K))``.
         """
         sampler = Sampler(temperature, top_k, top_fraction, top_p, generator)
+        guidance_scale = require_number("guidance_scale", guidance_scale, 0)
         self._require_no_dropout()
         layout = self._layout(order)
-        own = None
-        if prompt_lengths is not None:
-            own = own_columns(prompt, prompt_lengths)
+        own = own_columns(prompt, prompt_lengths, prompt_mask)
+        if own is not None:
             prompt = prompt.masked_fill(~own, 0)
         prompt = layout.checked("prompt", prompt, self.start.device, always_look=True)
-        if generator is not None:
-            same = generator.device.type == prompt.device.type
-            require(same, "generator", f"on {prompt.device} as the prompt", generator.device)
         B, P = prompt.shape
+        _require_generators(generator, prompt)
         new = layout.length - P
         if max_new_tokens is not None:
             max_new_tokens = require_int("max_new_tokens", max_new_tokens, 0, new)
             new = max_new_tokens
         # Made here, not in inference mode, so that the caller may train on it.
         sequence = F.pad(prompt, (0, new))
-        first = P if own is None or not B else int(own.sum(1).min())
+        # Of each row, the first column that it has to draw.
+        firsts = [P] * B if own is None else own.cumprod(1).sum(1).tolist()
+        first = min(firsts, default=P)
+        if own is not None:
+            own = F.pad(own, (0, new))
         ending = None if stop_token is None else _ending(stop_token, layout, first, P + new)
-        cache = self._new_cache(B, layout, P + new) if use_cache else None
-
-        def predict(begin: int, end: int) -> Tensor:
-            if cache is None:
-                states = self._read(layout, sequence[:, :end])
-            else:
-                states = self._extend(cache, sequence[:, begin:end])
-            return self._ends(layout.at(end)).logits(states[:, -1])
-
-        extend(sequence, first, predict, sampler, own=own, ending=ending, callback=callback)
-        return sequence
+        predict = self._predictor(layout, sequence, use_cache)
+        if guidance_scale != 1 and B and first < P + new:
+            span = _drawn_span(layout, firsts, P + new)
+            rest = self._layout(layout.names[layout.spans.index(span) :])
+            unconditional = self._predictor(rest, sequence, use_cache, skipped=span.begin)
+            predict = _guided(predict, unconditional, guidance_scale)
+        shares = None
+        if return_log_prob:
+            shares = torch.ones(sequence.shape, dtype=widen(self.start).dtype, device=sequence.device)
+        extend(sequence, first, predict, sampler, own=own, ending=ending, callback=callback, shares=shares)
+        return sequence if shares is None else (sequence, shares.log())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
@@ -385,6 +471,29 @@ class GPT(nn.Module):
         cache.length += tokens.shape[1]
         return states
 
+    def _predictor(
+        self, layout: Layout, sequence: Tensor, use_cache: bool, skipped: int = 0
+    ) -> Callable[[int, int], Tensor]:
+        """What predicts the columns of ``sequence`` for :func:`~te_quant.gpt.sampling.extend`.
+
+        Args:
+            layout: of the columns that the network reads.
+            sequence: (B, T), looked at when a column is predicted.
+            use_cache: as of :meth:`generate`.
+            skipped: how many columns at the front of the sequence it does not read.
+        """
+        B, T = sequence.shape
+        cache = self._new_cache(B, layout, T - skipped) if use_cache else None
+
+        def predict(begin: int, end: int) -> Tensor:
+            if cache is None:
+                states = self._read(layout, sequence[:, skipped:end])
+            else:
+                states = self._extend(cache, sequence[:, max(begin, skipped) : end])
+            return self._ends(layout.at(end - skipped)).logits(states[:, -1])
+
+        return predict
+
     def _embed(self, layout: Layout, tokens: Tensor, first: int, *, with_start: bool) -> Tensor:
         """(B, t) tokens of the columns from ``first`` on to (B, t, D), or (B, 1 + t, D) with the start."""
         B, t = tokens.shape
@@ -457,6 +566,38 @@ def _omit(stream: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     last = torch.where(there, columns, 0).cummax(1).values
     causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
     return stream.gather(1, last.unsqueeze(-1).expand_as(stream)), there[:, None, None, :] & causal
+
+
+def _guided(
+    conditional: Callable[[int, int], Tensor], unconditional: Callable[[int, int], Tensor], scale: float
+) -> Callable[[int, int], Tensor]:
+    return lambda begin, end: guided_logits(conditional(begin, end), unconditional(begin, end), scale)
+
+
+def _drawn_span(layout: Layout, firsts: Sequence[int], last: int) -> Span:
+    """The segment in which every row begins to be drawn; all before it is the condition of guidance."""
+    spans = {layout.at(column) for column in firsts if column < last}
+    names = sorted(span.segment.name for span in spans)
+    expected = "complete up to the same segment in every row with guidance_scale"
+    require(len(spans) == 1, "prompt", expected, f"rows that go on in {names}")
+    (span,) = spans
+    expected = "at least one complete segment with guidance_scale, which is the condition"
+    require(span.begin > 0, "prompt", expected, f"a part of {names[0]!r}")
+    return span
+
+
+def _require_generators(generator: torch.Generator | Sequence[torch.Generator] | None, prompt: Tensor) -> None:
+    """Refuse generators of another device than the prompt's, or of another number than its rows."""
+    if generator is None:
+        return
+    if isinstance(generator, torch.Generator):
+        generator = [generator]
+    else:
+        B = prompt.shape[0]
+        require(len(generator) == B, "generator", f"one torch.Generator, or {B}, one per row", len(generator))
+    for each in generator:
+        same = each.device.type == prompt.device.type
+        require(same, "generator", f"on {prompt.device} as the prompt", each.device)
 
 
 def _ending(stop_token: int, layout: Layout, first: int, last: int) -> Ending:

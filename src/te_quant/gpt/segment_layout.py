@@ -130,13 +130,22 @@ class Layout:
         return torch.cat(parts, 1) if parts else tokens
 
 
-def own_columns(prompt: Tensor, lengths: Tensor) -> Tensor:
-    """(B, P) bool: which tokens of the prompt belong to it."""
+def own_columns(prompt: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """(B, P) bool: which tokens of the prompt belong to it; ``None`` if all do."""
     require_rank("prompt", prompt, (2,), "(B, T)")
+    B, P = prompt.shape
+    if mask is not None:
+        require(lengths is None, "prompt_lengths", "None with prompt_mask", "a tensor")
+        require_device("prompt_mask", mask, prompt.device, "prompt")
+        require(mask.dtype == torch.bool, "prompt_mask", "of dtype torch.bool", mask.dtype)
+        shape = tuple(mask.shape)
+        require(shape == (B, P), "prompt_mask", f"of shape {(B, P)} as the prompt", f"shape {shape}")
+        return mask
+    if lengths is None:
+        return None
     require_rank("prompt_lengths", lengths, (1,), "(B,)")
     require_integer_tensor("prompt_lengths", lengths)
     require_device("prompt_lengths", lengths, prompt.device, "prompt")
-    B, P = prompt.shape
     require_axis("prompt_lengths", lengths, 0, B, "batch of the prompt")
     outside = [length for length in lengths.tolist() if not 0 <= length <= P]
     require(not outside, "prompt_lengths", f"in [0, {P}], the width of the prompt", outside)
