@@ -20,7 +20,7 @@ from te_quant._checks import require, require_axis, require_floating, require_in
 from te_quant._precision import HALF, is_autocast
 from te_quant.autoencoder.config import AutoencoderConfig
 from te_quant.autoencoder.contract import encoder_contract
-from te_quant.contract import Encoding, EquivarianceContract
+from te_quant.contract import Encoding, EquivarianceContract, Statement
 from te_quant.filters import PaddingMode, in_format_of
 from te_quant.layers import (
     PaddedConv2d,
@@ -34,7 +34,7 @@ from te_quant.layers import (
     in_series,
 )
 
-__all__ = ["build_decoder", "build_encoder"]
+__all__ = ["build_decoder", "build_encoder", "require_divisible"]
 
 
 # A 3x3 convolution on the token grid reflects one row, which needs another to mirror it at.
@@ -148,10 +148,8 @@ class Encoder(nn.Module):
         _require_dtype("images", images, self.dtype)
         require_axis("images", images, 1, self.config.image_channels, "image_channels")
         divisor = self.config.divisor
+        require_divisible(images, divisor)
         height, width = images.shape[-2:]
-        if height % divisor or width % divisor or height == 0 or width == 0:
-            expected = f"positive multiples of the divisor {divisor}"
-            require(False, "images sides", expected, f"images shape {tuple(images.shape)}")
         if self.config.encoder_padding == "reflect" and min(height, width) < _REFLECTED * divisor:
             expected = f"at least {_REFLECTED * divisor} for encoder_padding='reflect'"
             require(False, "images sides", expected, f"images shape {tuple(images.shape)}")
@@ -185,6 +183,12 @@ class Decoder(nn.Module):
         self.norm_out = build_norm(config.norm, channels, norm_groups=config.norm_groups)
         self.activation = build_activation(config.activation, channels)
         self.conv_out = PaddedConv2d(channels, config.image_channels, 3, padding_mode=mode)
+
+    @property
+    def statement(self) -> Statement:
+        """What the layers state in a row; the reach counts tokens."""
+        first = (self.from_codes, self.conv_in, self.middle)
+        return in_series(*first, *self.levels, self.norm_out, self.activation, self.conv_out)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -268,6 +272,15 @@ def build_decoder(config: AutoencoderConfig) -> Decoder:
         torch.Size([1, 3, 16, 16])
     """
     return Decoder(config)
+
+
+def require_divisible(images: Tensor, divisor: int) -> None:
+    """Refuse (B, I, H, W) images whose sides are not positive multiples of ``divisor``."""
+    height, width = images.shape[-2:]
+    if height % divisor or width % divisor or height == 0 or width == 0:
+        expected = f"positive multiples of the divisor {divisor}"
+        cure = f"pad them with te_quant.autoencoder.pad_to_divisor(images, {divisor})"
+        require(False, "images sides", expected, f"images shape {tuple(images.shape)}; {cure}")
 
 
 def _stage(

@@ -78,7 +78,8 @@ class VQAutoencoder(nn.Module):
             (B, C, h, w). What ``config`` says of the quantizer beyond its defaults must be what this one has.
 
     Shape:
-        images: (B, I, H, W) floating point in [-1, 1], sides divisible by ``config.divisor``.
+        images: (B, I, H, W) floating point in [-1, 1], sides divisible by ``config.divisor``
+            (:func:`~te_quant.autoencoder.pad_to_divisor`).
         indices: (B, h, w) int64 in [0, K); (B, h, w, Q) of a quantizer with Q codebooks.
 
     Raises:
