@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from te_quant import filters as filters
     from te_quant import gpt as gpt
     from te_quant import integrations as integrations
+    from te_quant import interop as interop
     from te_quant import layers as layers
     from te_quant import quantizers as quantizers
     from te_quant import shifts as shifts
@@ -66,6 +67,7 @@ _SUBMODULES: dict[str, tuple[str, ...]] = {
     "functional": (),
     "gpt": ("GPT", "GPTConfig", "Segment"),
     "integrations": (),
+    "interop": (),
     "layers": ("BlurPool2d",),
     "quantizers": (
         "FSQ",
