@@ -15,6 +15,7 @@ from te_quant import functional as functional
 from te_quant._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from te_quant import adapters as adapters
     from te_quant import autoencoder as autoencoder
     from te_quant import contract as contract
     from te_quant import equivariance as equivariance
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 # Each public submodule, and those of its names that this package has too. Type checkers read the block above.
 _SUBMODULES: dict[str, tuple[str, ...]] = {
+    "adapters": (),
     "autoencoder": (
         "AutoencoderConfig",
         "AutoencoderOutput",

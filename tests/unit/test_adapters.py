@@ -1,0 +1,261 @@
+"""Foreign tokenizers as two functions: the same as the calls that their own code makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from te_quant import adapters, measure_equivariance
+from te_quant.quantizers import LFQ
+
+
+class Encoder(nn.Module):
+    """Two halvings, and the number that taming's and LlamaGen's encoders count them by."""
+
+    num_resolutions = 3
+
+    def __init__(self, out: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 2, stride=2), nn.Conv2d(4, out, 2, stride=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(images)))
+
+
+class Quantize(nn.Module):
+    """Nearest codes, flat indices; the look-up of taming, or of LlamaGen, whose shape has the channels second."""
+
+    def __init__(self, *, channels_second: bool) -> None:
+        super().__init__()
+        self.n_e, self.e_dim, self.channels_second = 16, 5, channels_second
+        self.embedding = nn.Embedding(16, 5)
+        nn.init.normal_(self.embedding.weight, std=0.2)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, None, tuple[None, None, Tensor]]:
+        indices = torch.cdist(z.movedim(1, -1).reshape(-1, 5), self.embedding.weight).argmin(1)
+        codes = self.embedding(indices).view(*z.movedim(1, -1).shape).movedim(-1, 1)
+        return codes, None, (None, None, indices)
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...], channel_first: bool = True) -> Tensor:
+        assert indices.ndim == 1
+        batch, *sides = (shape[0], *shape[2:]) if self.channels_second else shape[:3]
+        assert shape[1 if self.channels_second else 3] == 5
+        return self.embedding(indices).view(batch, *sides, 5).movedim(-1, 1)
+
+
+class VQ(nn.Module):
+    """The methods that taming and LlamaGen publish."""
+
+    def __init__(self, *, channels_second: bool) -> None:
+        super().__init__()
+        self.encoder, self.quantize = Encoder(5), Quantize(channels_second=channels_second)
+        self.decoder = nn.ConvTranspose2d(5, 3, 4, stride=4)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Any, Any]:
+        return self.quantize(self.encoder(x))
+
+    def decode(self, quant: Tensor) -> Tensor:
+        return self.decoder(quant)
+
+    def decode_code(self, code_b: Tensor, shape: Any = None, channel_first: bool = True) -> Tensor:
+        return self.decode(self.quantize.get_codebook_entry(code_b, shape, channel_first))
+
+
+class Bits(nn.Module):
+    """Open-MAGVIT2's quantizer: signs, bit i of the index first; its look-up wants (B, h * w)."""
+
+    codebook_size, codebook_dim, token_factorization = 32, 5, False
+
+    def forward(self, z: Tensor, return_loss_breakdown: bool = False) -> Any:
+        indices = ((z > 0) * 2 ** torch.arange(5).view(5, 1, 1)).sum(1)
+        return (torch.where(z > 0, 1.0, -1.0), None, indices.flatten()), "breakdown"
+
+    def get_codebook_entry(self, x: Tensor, bhwc: tuple[int, ...], order: str) -> Tensor:
+        assert x.ndim == 2
+        signs = ((x.unsqueeze(-1) & 2 ** torch.arange(5)) != 0) * 2.0 - 1
+        return signs.view(bhwc).movedim(-1, 1)
+
+
+class Magvit(nn.Module):
+    """The methods that Open-MAGVIT2 publishes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.quantize = Encoder(5), Bits()
+        self.decoder = nn.ConvTranspose2d(5, 3, 4, stride=4)
+
+    def encode(self, x: Tensor) -> tuple[Any, ...]:
+        (quant, loss, info), breakdown = self.quantize(self.encoder(x), return_loss_breakdown=True)
+        return quant, loss, info, breakdown
+
+    def decode(self, quant: Tensor) -> Tensor:
+        return self.decoder(quant)
+
+
+class CosmosEncoder(nn.Module):
+    """(indices, codes, loss), as encoder.jit returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder(1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.encoder(x)
+        return (z[:, 0] > 0).int(), z, z.mean()
+
+
+class CosmosDecoder(nn.Module):
+    """Indices to images, as decoder.jit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.ConvTranspose2d(1, 3, 4, stride=4)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.decoder(indices.unsqueeze(1).to(self.decoder.weight.dtype))
+
+
+def diffusers_model(*, lookup: bool) -> nn.Module:
+    models = pytest.importorskip("diffusers.models.autoencoders.vq_model")
+    model: nn.Module = models.VQModel(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        num_vq_embeddings=16,
+        latent_channels=4,
+        lookup_from_codebook=lookup,
+    )
+    # As initialized, its codes lie so close together that nearly all latents would get one of them.
+    with torch.no_grad():
+        latents = model.encode(torch.rand(1, 3, 16, 16) * 2 - 1).latents
+        model.quantize.embedding.weight.copy_(latents.flatten(2)[0].T)
+    return model
+
+
+def cosmos() -> adapters.Tokenizer:
+    return adapters.cosmos(CosmosEncoder(), CosmosDecoder(), stride=4, num_codes=2)
+
+
+def own_pass(model: Any) -> Callable[[Tensor], Tensor]:
+    """The whole pass as the model's own code writes it."""
+    return lambda images: model.decode(model.encode(images)[0])
+
+
+CASES: dict[str, Callable[[], tuple[adapters.Tokenizer, Callable[[Tensor], Tensor]]]] = {
+    "taming": lambda: (adapters.taming(m := VQ(channels_second=False)), own_pass(m)),
+    "llamagen": lambda: (adapters.llamagen(m := VQ(channels_second=True)), own_pass(m)),
+    "open_magvit2": lambda: (adapters.open_magvit2(m := Magvit(), stride=4), own_pass(m)),
+    "diffusers": lambda: (adapters.diffusers(m := diffusers_model(lookup=False)), lambda x: m(x).sample),
+}
+# Importing diffusers takes seconds.
+NAMES = [name if name != "diffusers" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoded_indices_are_the_pass_of_the_model(name: str) -> None:
+    """encode and decode together are what the model's own forward pass gives; sides differ, so none is swapped."""
+    tokenizer, whole = CASES[name]()
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    indices = tokenizer.encode(images)
+    assert indices.shape == (2, 4, 6)
+    assert indices.dtype == torch.int64
+    assert indices.unique().numel() > 2
+    assert indices.max() < tokenizer.num_codes
+    assert torch.allclose(tokenizer.decode(indices), whole(images), atol=1e-5)
+    assert not torch.allclose(tokenizer.decode(indices.flip(-1)), whole(images), atol=1e-2)
+
+
+@pytest.mark.slow
+def test_diffusers_models_that_look_codes_up_decode_the_same() -> None:
+    """aMUSEd's switch changes the call, not the picture."""
+    plain, lookup = diffusers_model(lookup=False), diffusers_model(lookup=True)
+    lookup.load_state_dict(plain.state_dict())
+    indices = torch.arange(16).view(1, 4, 4)
+    pictures = [adapters.diffusers(model).decode(indices) for model in (plain, lookup)]
+    assert torch.equal(*pictures)
+
+
+def test_cosmos_takes_the_first_of_what_the_encoder_returns() -> None:
+    """Indices become int64, and images go through in the dtype of the weights."""
+    torch.manual_seed(0)
+    encoder, decoder = CosmosEncoder().bfloat16(), CosmosDecoder().bfloat16()
+    tokenizer = adapters.cosmos(encoder, decoder, stride=4, num_codes=2)
+    images = torch.rand(1, 3, 8, 16) * 2 - 1
+    indices = tokenizer.encode(images)
+    assert torch.equal(indices, encoder(images.bfloat16())[0].long())
+    picture = tokenizer.decode(indices)
+    assert picture.dtype == torch.float32
+    assert torch.equal(picture, decoder(indices).float())
+
+
+@pytest.mark.parametrize("name", [*NAMES, "cosmos"])
+def test_measurements_take_the_functions(name: str) -> None:
+    """Stride and number of codes are those of the model: the report counts tokens in the right grid."""
+    tokenizer = cosmos() if name == "cosmos" else CASES[name]()[0]
+    report = measure_equivariance(
+        tokenizer.encode,
+        torch.rand(1, 3, 16, 16) * 2 - 1,
+        protocol="circular",
+        stride=tokenizer.stride,
+        num_codes=tokenizer.num_codes,
+        reconstruct=tokenizer.reconstruct,
+        shifts=[(4, 0)],
+        sub_stride_shifts=[(1, 0)],
+        variants={},
+        resamples=0,
+    )
+    assert report.settings.stride == 4
+    assert report.reconstruction is not None
+    assert 0 <= report.aligned.rate <= 1
+
+
+def test_factorized_tokens_are_refused() -> None:
+    """They are two grids."""
+    model = Magvit()
+    model.quantize.token_factorization = True
+    with pytest.raises(ValueError, match="model must be of one index per token, got factorized tokens"):
+        adapters.open_magvit2(model, stride=4)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "match"),
+    [
+        (adapters.diffusers, "model must be a VQModel of diffusers, got Linear without encode, quantize"),
+        (adapters.taming, "model must be a VQModel of taming-transformers, got Linear without encode"),
+        (adapters.llamagen, "model must be a VQModel of LlamaGen, got Linear without encode"),
+        (lambda m: adapters.open_magvit2(m, stride=4), "model must be a VQModel of Open-MAGVIT2, got Linear"),
+    ],
+)
+def test_another_module_is_refused_by_what_it_lacks(adapter: Callable[[nn.Module], object], match: str) -> None:
+    """Before anything runs."""
+    with pytest.raises(TypeError, match=match):
+        adapter(nn.Linear(1, 1))
+
+
+def test_a_gumbel_quantizer_of_taming_is_refused() -> None:
+    """It has no get_codebook_entry of this form."""
+    model = VQ(channels_second=False)
+    model.quantize = nn.Identity()
+    with pytest.raises(TypeError, match="model must be a VectorQuantizer2 in model.quantize, got Identity without"):
+        adapters.taming(model)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_cosmos_refuses_what_is_no_module(part: str) -> None:
+    """A path, for example, is not loaded here."""
+    parts = {"encoder": CosmosEncoder(), "decoder": CosmosDecoder(), part: "encoder.jit"}
+    with pytest.raises(TypeError, match=f"{part} must be a module, as torch.jit.load returns, got 'encoder.jit'"):
+        adapters.cosmos(parts["encoder"], parts["decoder"], stride=8)
+
+
+def test_the_bits_of_the_stand_in_are_those_of_this_library() -> None:
+    """The stand-in for Open-MAGVIT2 orders bits as the published code, and as LFQ here."""
+    lfq = LFQ(code_dim=5)
+    z = torch.randn(1, 5, 3, 3)
+    (_, _, indices), _ = Bits()(z)
+    assert torch.equal(lfq.encode(z).flatten(), indices)
