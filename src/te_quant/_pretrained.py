@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +22,7 @@ __all__ = [
     "Hub",
     "load",
     "locate",
+    "push",
     "read_config",
     "read_weights",
     "save",
@@ -32,6 +34,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 FORMAT_VERSION = 1
 """Raised whenever an older library could not read, or would misread, a newly written folder."""
 
@@ -139,16 +142,87 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
         return config, weights
     if not isinstance(source, str) or not _is_repository(source):
         raise FileNotFoundError(f"source must be an existing folder or a hub id 'owner/name', got {source!r}.")
+    client = _hub_client(f"load {source!r}, which is no local folder")
+    return _download(client, source, CONFIG_FILE, hub), _download(client, source, WEIGHTS_FILE, hub)
+
+
+def _download(client: Any, source: str, name: str, hub: Hub) -> Path:
+    from huggingface_hub import errors
+
+    expected = f"source must be a hub id whose repository holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+    place = f"{source!r}" if hub.revision is None else f"{source!r} at revision {hub.revision!r}"
+    try:
+        return Path(client.hf_hub_download(repo_id=source, filename=name, **hub._asdict()))
+    except errors.LocalEntryNotFoundError as error:
+        reason = "it was not downloaded before, and the hub was not asked or not reached"
+        raise FileNotFoundError(f"{expected}, got no {name} of {place}: {reason}.") from error
+    except errors.EntryNotFoundError as error:
+        raise FileNotFoundError(f"{expected}, got {place} without {name}.") from error
+    except errors.GatedRepoError as error:
+        raise FileNotFoundError(f"{expected}, got {place}, which is gated; pass token=... with access.") from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{expected}, got {place}, and no such revision.") from error
+    except errors.RepositoryNotFoundError as error:
+        reason = "which does not exist, or is private; pass token=... to read a private one"
+        raise FileNotFoundError(f"{expected}, got {place}, {reason}.") from error
+
+
+def push(
+    repo_id: str,
+    save_into: Callable[[str], object],
+    *,
+    card: str | None,
+    default_card: Callable[[], str],
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
+    """Upload a model in one commit, so that the repository never holds one file without the other.
+
+    Args:
+        repo_id: ``owner/name``; the repository is made if it does not exist.
+        save_into: writes both files into the folder it is given.
+        card: content of ``README.md``, which is replaced. None writes ``default_card()`` into a repository that
+            has none, and otherwise leaves it as it is.
+        default_card: called where it is needed.
+        private: whether a new repository is private; None follows the settings of the owner.
+        token: of an account that may write; None reads the one that is stored on this machine.
+        revision: branch, made if it does not exist; None is the default one.
+        commit_message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: ``repo_id`` is not of the form ``owner/name``.
+        ImportError: safetensors or huggingface_hub is not installed.
+    """
+    named = isinstance(repo_id, str) and _is_repository(repo_id)
+    require(named, "repo_id", "a hub id 'owner/name'", repr(repo_id))
+    api = _hub_client(f"push to {repo_id!r}").HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        # First, so that a model that cannot be saved leaves no empty repository behind.
+        save_into(folder)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if card is None and not api.file_exists(repo_id, CARD_FILE, revision=revision):
+            card = default_card()
+        if card is not None:
+            (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
+        )
+    return str(commit.commit_url)
+
+
+def _hub_client(purpose: str) -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError(_missing("huggingface_hub", f"load {source!r}, which is no local folder")) from error
-    downloads = (
-        huggingface_hub.hf_hub_download(repo_id=source, filename=name, **hub._asdict())
-        for name in (CONFIG_FILE, WEIGHTS_FILE)
-    )
-    config, weights = (Path(path) for path in downloads)
-    return config, weights
+        raise ImportError(_missing("huggingface_hub", purpose)) from error
+    return huggingface_hub
 
 
 def read_config(path: Path, class_name: str) -> dict[str, Any]:

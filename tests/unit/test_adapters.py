@@ -241,7 +241,9 @@ def test_a_gumbel_quantizer_of_taming_is_refused() -> None:
     """It has no get_codebook_entry of this form."""
     model = VQ(channels_second=False)
     model.quantize = nn.Identity()
-    with pytest.raises(TypeError, match="model must be a VectorQuantizer2 in model.quantize, got Identity without"):
+    with pytest.raises(
+        TypeError, match="model must be a VectorQuantizer2 in model.quantize, got Identity without"
+    ):
         adapters.taming(model)
 
 

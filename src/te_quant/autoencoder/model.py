@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from te_quant import _pretrained
 from te_quant._checks import require, require_integer_tensor, require_rank, require_type
 from te_quant._values import require_in_range
+from te_quant.autoencoder.card import Report, write_card
 from te_quant.autoencoder.coders import Level, build_decoder, build_encoder
 from te_quant.autoencoder.config import AutoencoderConfig, description
 from te_quant.contract import Encoding, EquivarianceContract
@@ -231,6 +232,78 @@ class VQAutoencoder(nn.Module):
         self.quantizer.apply_pending()
         _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
 
+    def model_card(
+        self, repo_id: str, *, reports: Mapping[str, Report] | None = None, license_name: str | None = None
+    ) -> str:
+        """Return a README for the hub: how to load the model, what it is, and the tables of your measurements.
+
+        Args:
+            repo_id: ``owner/name``, for the title and the code.
+            reports: title to report, such as ``{"Equivariance": measure_equivariance(...)}``. Each is written by
+                its ``to_markdown()``.
+            license_name: identifier of the licence as the hub knows it, such as ``"mit"``.
+
+        Raises:
+            ValueError: a report has no ``to_markdown``.
+            TypeError: another argument is of the wrong kind.
+
+        Example:
+            >>> model = VQAutoencoder(AutoencoderConfig(base_channels=8, code_dim=4))
+            >>> model.model_card("me/digits", license_name="mit").splitlines()[:3]
+            ['---', 'license: mit', 'library_name: te_quant']
+        """
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return write_card(
+            self.config,
+            self.equivariance,
+            parameters,
+            repo_id=repo_id,
+            reports=reports or {},
+            license_name=license_name,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes, and a model card, to a repository of the hub, in one commit.
+
+        ``model.push_to_hub(name, card=model.model_card(name, reports={"Equivariance": report}))`` uploads a card
+        with tables.
+
+        Args:
+            repo_id: ``owner/name``; the repository is made if it does not exist.
+            card: content of ``README.md``, which is replaced. None writes :meth:`model_card` into a repository
+                that has none, and otherwise leaves it as it is.
+            private: whether a new repository is private; None follows the settings of the owner.
+            token: of an account that may write; None reads the one that is stored on this machine.
+            revision: branch, made if it does not exist; None is the default one.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: ``repo_id`` is not of the form ``owner/name``.
+            ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
+        """
+        return _pretrained.push(
+            repo_id,
+            self.save_pretrained,
+            card=card,
+            default_card=lambda: self.model_card(repo_id),
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -260,7 +333,8 @@ class VQAutoencoder(nn.Module):
             local_files_only: use only what has been downloaded before.
 
         Raises:
-            FileNotFoundError: no such folder, or a file is missing in it.
+            FileNotFoundError: no such folder or repository, or a file is missing in it; or, offline, the hub id was
+                not downloaded before.
             ValueError: a file is damaged, of another format version, or does not fit the other; or the quantizer
                 is not the one that it describes.
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
