@@ -4,7 +4,7 @@ Nothing is imported from those libraries. Every adapter takes the model that the
 methods, so the weights stay where they are. :mod:`te_quant.interop` copies weights into a
 :class:`~te_quant.VQAutoencoder` instead; use it where it knows the format.
 
-Shape letters: B batch, I image channels, H W pixels, s stride, h = H/s and w = W/s token grid, C code size, K codes.
+Shape letters: B batch, I image channels, H W pixels, s stride, h = H/s and w = W/s token grid, K codes.
 """
 
 from __future__ import annotations

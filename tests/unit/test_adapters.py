@@ -13,7 +13,7 @@ from te_quant import adapters, measure_equivariance
 from te_quant.quantizers import LFQ
 
 
-class Encoder(nn.Module):
+class _Encoder(nn.Module):
     """Two halvings, and the number that taming's and LlamaGen's encoders count them by."""
 
     num_resolutions = 3
@@ -26,7 +26,7 @@ class Encoder(nn.Module):
         return self.second(torch.tanh(self.first(images)))
 
 
-class Quantize(nn.Module):
+class _Quantize(nn.Module):
     """Nearest codes, flat indices; the look-up of taming, or of LlamaGen, whose shape has the channels second."""
 
     def __init__(self, *, channels_second: bool) -> None:
@@ -47,12 +47,12 @@ class Quantize(nn.Module):
         return self.embedding(indices).view(batch, *sides, 5).movedim(-1, 1)
 
 
-class VQ(nn.Module):
+class _VQ(nn.Module):
     """The methods that taming and LlamaGen publish."""
 
     def __init__(self, *, channels_second: bool) -> None:
         super().__init__()
-        self.encoder, self.quantize = Encoder(5), Quantize(channels_second=channels_second)
+        self.encoder, self.quantize = _Encoder(5), _Quantize(channels_second=channels_second)
         self.decoder = nn.ConvTranspose2d(5, 3, 4, stride=4)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Any, Any]:
@@ -65,7 +65,7 @@ class VQ(nn.Module):
         return self.decode(self.quantize.get_codebook_entry(code_b, shape, channel_first))
 
 
-class Bits(nn.Module):
+class _Bits(nn.Module):
     """Open-MAGVIT2's quantizer: signs, bit i of the index first; its look-up wants (B, h * w)."""
 
     codebook_size, codebook_dim, token_factorization = 32, 5, False
@@ -80,12 +80,12 @@ class Bits(nn.Module):
         return signs.view(bhwc).movedim(-1, 1)
 
 
-class Magvit(nn.Module):
+class _Magvit(nn.Module):
     """The methods that Open-MAGVIT2 publishes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.quantize = Encoder(5), Bits()
+        self.encoder, self.quantize = _Encoder(5), _Bits()
         self.decoder = nn.ConvTranspose2d(5, 3, 4, stride=4)
 
     def encode(self, x: Tensor) -> tuple[Any, ...]:
@@ -96,19 +96,19 @@ class Magvit(nn.Module):
         return self.decoder(quant)
 
 
-class CosmosEncoder(nn.Module):
+class _CosmosEncoder(nn.Module):
     """(indices, codes, loss), as encoder.jit returns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = Encoder(1)
+        self.encoder = _Encoder(1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = self.encoder(x)
         return (z[:, 0] > 0).int(), z, z.mean()
 
 
-class CosmosDecoder(nn.Module):
+class _CosmosDecoder(nn.Module):
     """Indices to images, as decoder.jit."""
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ def diffusers_model(*, lookup: bool) -> nn.Module:
 
 
 def cosmos() -> adapters.Tokenizer:
-    return adapters.cosmos(CosmosEncoder(), CosmosDecoder(), stride=4, num_codes=2)
+    return adapters.cosmos(_CosmosEncoder(), _CosmosDecoder(), stride=4, num_codes=2)
 
 
 def own_pass(model: Any) -> Callable[[Tensor], Tensor]:
@@ -147,9 +147,9 @@ def own_pass(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 CASES: dict[str, Callable[[], tuple[adapters.Tokenizer, Callable[[Tensor], Tensor]]]] = {
-    "taming": lambda: (adapters.taming(m := VQ(channels_second=False)), own_pass(m)),
-    "llamagen": lambda: (adapters.llamagen(m := VQ(channels_second=True)), own_pass(m)),
-    "open_magvit2": lambda: (adapters.open_magvit2(m := Magvit(), stride=4), own_pass(m)),
+    "taming": lambda: (adapters.taming(m := _VQ(channels_second=False)), own_pass(m)),
+    "llamagen": lambda: (adapters.llamagen(m := _VQ(channels_second=True)), own_pass(m)),
+    "open_magvit2": lambda: (adapters.open_magvit2(m := _Magvit(), stride=4), own_pass(m)),
     "diffusers": lambda: (adapters.diffusers(m := diffusers_model(lookup=False)), lambda x: m(x).sample),
 }
 # Importing diffusers takes seconds.
@@ -158,7 +158,7 @@ NAMES = [name if name != "diffusers" else pytest.param(name, marks=pytest.mark.s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoded_indices_are_the_pass_of_the_model(name: str) -> None:
-    """encode and decode together are what the model's own forward pass gives; sides differ, so none is swapped."""
+    """Encode and decode together are what the model's own forward pass gives; sides differ, so none is swapped."""
     tokenizer, whole = CASES[name]()
     images = torch.rand(2, 3, 16, 24) * 2 - 1
     indices = tokenizer.encode(images)
@@ -172,7 +172,7 @@ def test_decoded_indices_are_the_pass_of_the_model(name: str) -> None:
 
 @pytest.mark.slow
 def test_diffusers_models_that_look_codes_up_decode_the_same() -> None:
-    """aMUSEd's switch changes the call, not the picture."""
+    """The switch of aMUSEd changes the call, not the picture."""
     plain, lookup = diffusers_model(lookup=False), diffusers_model(lookup=True)
     lookup.load_state_dict(plain.state_dict())
     indices = torch.arange(16).view(1, 4, 4)
@@ -183,7 +183,7 @@ def test_diffusers_models_that_look_codes_up_decode_the_same() -> None:
 def test_cosmos_takes_the_first_of_what_the_encoder_returns() -> None:
     """Indices become int64, and images go through in the dtype of the weights."""
     torch.manual_seed(0)
-    encoder, decoder = CosmosEncoder().bfloat16(), CosmosDecoder().bfloat16()
+    encoder, decoder = _CosmosEncoder().bfloat16(), _CosmosDecoder().bfloat16()
     tokenizer = adapters.cosmos(encoder, decoder, stride=4, num_codes=2)
     images = torch.rand(1, 3, 8, 16) * 2 - 1
     indices = tokenizer.encode(images)
@@ -216,7 +216,7 @@ def test_measurements_take_the_functions(name: str) -> None:
 
 def test_factorized_tokens_are_refused() -> None:
     """They are two grids."""
-    model = Magvit()
+    model = _Magvit()
     model.quantize.token_factorization = True
     with pytest.raises(ValueError, match="model must be of one index per token, got factorized tokens"):
         adapters.open_magvit2(model, stride=4)
@@ -239,18 +239,16 @@ def test_another_module_is_refused_by_what_it_lacks(adapter: Callable[[nn.Module
 
 def test_a_gumbel_quantizer_of_taming_is_refused() -> None:
     """It has no get_codebook_entry of this form."""
-    model = VQ(channels_second=False)
+    model = _VQ(channels_second=False)
     model.quantize = nn.Identity()
-    with pytest.raises(
-        TypeError, match="model must be a VectorQuantizer2 in model.quantize, got Identity without"
-    ):
+    with pytest.raises(TypeError, match=r"VectorQuantizer2 in model\.quantize, got Identity without"):
         adapters.taming(model)
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_cosmos_refuses_what_is_no_module(part: str) -> None:
     """A path, for example, is not loaded here."""
-    parts = {"encoder": CosmosEncoder(), "decoder": CosmosDecoder(), part: "encoder.jit"}
+    parts = {"encoder": _CosmosEncoder(), "decoder": _CosmosDecoder(), part: "encoder.jit"}
     with pytest.raises(TypeError, match=f"{part} must be a module, as torch.jit.load returns, got 'encoder.jit'"):
         adapters.cosmos(parts["encoder"], parts["decoder"], stride=8)
 
@@ -259,5 +257,5 @@ def test_the_bits_of_the_stand_in_are_those_of_this_library() -> None:
     """The stand-in for Open-MAGVIT2 orders bits as the published code, and as LFQ here."""
     lfq = LFQ(code_dim=5)
     z = torch.randn(1, 5, 3, 3)
-    (_, _, indices), _ = Bits()(z)
+    (_, _, indices), _ = _Bits()(z)
     assert torch.equal(lfq.encode(z).flatten(), indices)

@@ -23,7 +23,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
-class Repository:
+class _Repository:
     """A repository as the cache of the hub keeps it, and the calls that change it."""
 
     cache: Path
@@ -66,9 +66,9 @@ class Repository:
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Repository:
     """An empty one; nothing reaches the network."""
-    found = Repository(tmp_path / "cache")
+    found = _Repository(tmp_path / "cache")
     monkeypatch.setattr(hub, "HfApi", found.api)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     return found
@@ -79,7 +79,7 @@ def model() -> VQAutoencoder:
     return VQAutoencoder(SMALL).eval()
 
 
-def test_a_pushed_model_is_loaded_offline(model: VQAutoencoder, repository: Repository) -> None:
+def test_a_pushed_model_is_loaded_offline(model: VQAutoencoder, repository: _Repository) -> None:
     """From the library's own cache in its own offline mode: the same bits, in evaluation mode."""
     url = model.push_to_hub("owner/name")
     assert url == f"https://hub/owner/name/commit/{COMMIT}"
@@ -89,7 +89,7 @@ def test_a_pushed_model_is_loaded_offline(model: VQAutoencoder, repository: Repo
     assert torch.equal(again(images).reconstruction, model(images).reconstruction)
 
 
-def test_pushing_is_one_commit_of_three_files(model: VQAutoencoder, repository: Repository) -> None:
+def test_pushing_is_one_commit_of_three_files(model: VQAutoencoder, repository: _Repository) -> None:
     """Nothing is uploaded file by file, so no reader sees half a model."""
     model.push_to_hub("owner/name", private=True, token="secret", commit_message="First")
     assert sorted(path.name for path in repository.files.iterdir()) == [
@@ -105,18 +105,16 @@ def test_pushing_is_one_commit_of_three_files(model: VQAutoencoder, repository: 
     assert calls["upload_folder"]["commit_message"] == "First"
 
 
-def test_a_revision_is_a_branch_of_its_own(model: VQAutoencoder, repository: Repository) -> None:
+def test_a_revision_is_a_branch_of_its_own(model: VQAutoencoder, repository: _Repository) -> None:
     """It is made where it does not exist, and loading names it; the default branch does not have it."""
     model.push_to_hub("owner/name", revision="v2")
     assert dict(repository.calls)["create_branch"]["branch"] == "v2"
     VQAutoencoder.from_pretrained("owner/name", revision="v2", cache_dir=repository.cache)
-    with pytest.raises(
-        FileNotFoundError, match=r"got no config\.json of 'owner/name': it was not downloaded before"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json of 'owner/name': it was not downloaded"):
         VQAutoencoder.from_pretrained("owner/name", cache_dir=repository.cache)
 
 
-def test_a_card_of_the_owner_stays(model: VQAutoencoder, repository: Repository) -> None:
+def test_a_card_of_the_owner_stays(model: VQAutoencoder, repository: _Repository) -> None:
     """Pushing weights again leaves it; a card that is passed replaces it."""
     model.push_to_hub("owner/name", card="mine")
     model.push_to_hub("owner/name")
@@ -126,7 +124,7 @@ def test_a_card_of_the_owner_stays(model: VQAutoencoder, repository: Repository)
 
 
 def test_a_model_that_cannot_be_saved_makes_no_repository(
-    model: VQAutoencoder, repository: Repository, monkeypatch: pytest.MonkeyPatch
+    model: VQAutoencoder, repository: _Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saving comes first."""
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
@@ -165,7 +163,7 @@ def test_the_header_of_a_card_is_what_the_hub_parses(model: VQAutoencoder) -> No
         (
             {"reports": {"Loss": 0.1}},
             ValueError,
-            r"reports\['Loss'\] must be a report with to_markdown\(\), got float",
+            r"reports\['Loss'\] must be a report with .*, got float",
         ),
         ({"reports": [1]}, TypeError, r"reports must be a mapping from titles to reports, got \[1\]"),
         ({"license_name": 3}, TypeError, "license_name must be an identifier of the hub such as 'mit', or None"),
@@ -180,7 +178,7 @@ def test_a_card_refuses_what_it_cannot_write(
 
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "./name", 3])
-def test_pushing_needs_an_owner_and_a_name(model: VQAutoencoder, repository: Repository, repo_id: object) -> None:
+def test_pushing_needs_an_owner_and_a_name(model: VQAutoencoder, repository: _Repository, repo_id: object) -> None:
     """Before anything is written."""
     with pytest.raises(ValueError, match="repo_id must be a hub id 'owner/name', got"):
         model.push_to_hub(repo_id)
@@ -223,7 +221,7 @@ def test_every_answer_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
     with pytest.raises(
-        FileNotFoundError, match="source must be a hub id whose repository holds config.json"
+        FileNotFoundError, match=r"source must be a hub id whose repository holds config\.json"
     ) as got:
         VQAutoencoder.from_pretrained("owner/name", revision="v3")
     assert str(got.value).endswith(told)
@@ -232,7 +230,7 @@ def test_every_answer_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_the_variable_of_the_hub_is_enough(model: VQAutoencoder, repository: Repository) -> None:
+def test_the_variable_of_the_hub_is_enough(model: VQAutoencoder, repository: _Repository) -> None:
     """HF_HUB_OFFLINE=1 and HF_HUB_CACHE in the environment of a fresh interpreter."""
     model.push_to_hub("owner/name")
     code = "import te_quant; print(te_quant.VQAutoencoder.from_pretrained('owner/name').config.num_codes)"
