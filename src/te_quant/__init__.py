@@ -17,6 +17,7 @@ from te_quant._version import __version__ as __version__
 if TYPE_CHECKING:
     from te_quant import adapters as adapters
     from te_quant import autoencoder as autoencoder
+    from te_quant import cli as cli
     from te_quant import contract as contract
     from te_quant import equivariance as equivariance
     from te_quant import filters as filters
@@ -63,6 +64,7 @@ _SUBMODULES: dict[str, tuple[str, ...]] = {
         "build_decoder",
         "build_encoder",
     ),
+    "cli": (),
     "contract": ("Encoding", "EquivarianceContract"),
     "equivariance": ("EquivarianceReport", "measure_equivariance"),
     "filters": (),

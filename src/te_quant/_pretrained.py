@@ -349,9 +349,14 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[Path], obje
     # Not tempfile: its files are readable by their owner only, and the rename would keep that.
     beside = target.with_name(f".tmp-{secrets.token_hex(6)}-{target.name}")
     try:
+        # Some libraries make files that only their owner may read; a new file of Python has the usual mode.
+        beside.touch()
+        mode = beside.stat().st_mode
+        beside.unlink()
         writer(beside)
         if not beside.is_file():
             raise FileNotFoundError(f"writer must create the file it is given, got none for {target}.")
+        beside.chmod(mode)
         _flush(beside)
         beside.replace(target)
     finally:

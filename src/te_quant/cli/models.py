@@ -1,0 +1,144 @@
+"""The model that a command runs, from wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from te_quant import adapters
+from te_quant._checks import require
+from te_quant._pretrained import WEIGHTS_FILE
+from te_quant.adapters import Tokenizer
+from te_quant.autoencoder import VQAutoencoder
+from te_quant.cli.arguments import Options
+
+# Buffers of quantizers that training needs and decoding does not.
+_STATISTICS = (
+    "code_sums",
+    "pending_counts",
+    "pending_rows",
+    "pending_subset",
+    "pending_sums",
+    "revivals",
+    "usage",
+)
+
+__all__ = ["device_of", "identity", "load_autoencoder", "load_tokenizer"]
+
+
+def load_autoencoder(options: Options) -> VQAutoencoder:
+    """Return the model in evaluation mode on its device, in float32 also where its weights were saved in half.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: its files or the options do not fit.
+    """
+    device = device_of(options.device)
+    require(options.config is None, "--config", "given with weights that have no options", options.config)
+    path = Path(options.model)
+    if path.is_file():
+        expected = f"a folder, a hub id, or the file {WEIGHTS_FILE} of a folder"
+        require(path.name == WEIGHTS_FILE, "model", expected, f"{path}; pass --format to say whose weights it has")
+        source = str(path.parent)
+    else:
+        source = options.model
+    return VQAutoencoder.from_pretrained(
+        source,
+        device=device,
+        dtype=torch.float32,
+        revision=options.revision,
+        local_files_only=options.offline,
+    )
+
+
+def load_tokenizer(options: Options) -> tuple[Tokenizer, VQAutoencoder | None]:
+    """Return a tokenizer of any format, and the model of this library where it is one."""
+    if options.format == "cosmos":
+        return _load_cosmos(options), None
+    if options.format == "python":
+        return _load_python(options.model), None
+    model = load_autoencoder(options)
+    single = model.quantizer.num_quantizers is None
+    require(single, "model", "one with one index per token", f"{model.quantizer.num_quantizers} indices")
+    tokenizer = Tokenizer(
+        model.encode_to_indices, _decoding(model), model.config.stride, model.quantizer.num_codes
+    )
+    return tokenizer, model
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device, which must be here.
+
+    Raises:
+        ValueError: torch knows no such device, or this machine has none.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be a device such as 'cpu' or 'cuda', got {name!r}.") from error
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = device.type == "cpu" or (here is not None and device.type == here.type)
+    require(
+        known, "--device", f"one of this machine ('cpu'{'' if here is None else f', {here.type!r}'})", repr(name)
+    )
+    return device
+
+
+def identity(model: VQAutoencoder) -> str:
+    """Return a digest of what gives tokens their meaning: the codes and the decoder.
+
+    Where a model lies, its encoder, the statistics of its codebook and widening its weights do not change it.
+    """
+    digest = hashlib.sha256()
+    for part, module in (("quantizer", model.quantizer), ("decoder", model.decoder)):
+        for name, tensor in sorted(module.state_dict().items()):
+            if part == "quantizer" and name.rpartition(".")[2] in _STATISTICS:
+                continue
+            digest.update(f"{part}.{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _decoding(model: VQAutoencoder) -> Any:
+    return torch.no_grad()(model.decode_indices)
+
+
+def _load_cosmos(options: Options) -> Tokenizer:
+    folder = Path(options.model)
+    for name in ("encoder.jit", "decoder.jit"):
+        require(
+            (folder / name).is_file(), "model", "a folder with encoder.jit and decoder.jit", f"no {folder / name}"
+        )
+    require(options.stride is not None, "--stride", "given for cosmos, such as 8 for DI8x8", None)
+    device = device_of(options.device)
+    encoder, decoder = (
+        torch.jit.load(folder / name, map_location=device).eval() for name in ("encoder.jit", "decoder.jit")
+    )
+    tokenizer = adapters.cosmos(encoder, decoder, stride=options.stride or 1)
+    return tokenizer if options.num_codes is None else replace(tokenizer, num_codes=options.num_codes)
+
+
+def _load_python(place: str) -> Tokenizer:
+    """Call the function that ``file.py:function`` or ``module:function`` names."""
+    source, colon, name = place.rpartition(":")
+    require(bool(colon and source and name), "model", "'file.py:function' or 'module:function'", repr(place))
+    if source.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+        if spec is None or spec.loader is None or not Path(source).is_file():
+            raise FileNotFoundError(f"model must name a Python file that exists, got {source}.")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(source)
+    function = getattr(module, name, None)
+    require(callable(function), "model", f"'{source}:function' with a function of {source}", repr(place))
+    tokenizer = function() if function is not None else None
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"{place} must return a te_quant.adapters.Tokenizer, got {type(tokenizer).__name__}.")
+    return tokenizer

@@ -1,0 +1,125 @@
+"""Tokens on disk: one safetensors file with the grid of every image and the identity of the model.
+
+Shape letters: h w token grid, Q indices per token, L downsamplings, K codes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from te_quant._checks import require
+from te_quant._pretrained import write_atomically
+
+__all__ = ["ImageTokens", "TokenFile", "compact_dtype", "read_tokens", "write_tokens"]
+
+_FORMAT = 1
+_KEY = "te_quant_tokens"
+_TOKENS, _PHASES = "tokens/", "phases/"
+_DTYPES = (torch.uint8, torch.uint16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The tokens of one image.
+
+    Attributes:
+        indices: (h, w[, Q]) integers.
+        size: height and width of the image in pixels; the grid may cover more.
+        phases: (L, 2) where the encoder chose; None for encoders that do not choose.
+    """
+
+    indices: Tensor
+    size: tuple[int, int]
+    phases: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """What a file of tokens says of the model.
+
+    Attributes:
+        model: the place that ``te-quant encode`` was given.
+        identity: digest of the codes and the decoder.
+        num_codes: K.
+        stride: pixels per token.
+    """
+
+    model: str
+    identity: str
+    num_codes: int
+    stride: int
+
+
+def compact_dtype(num_codes: int) -> torch.dtype:
+    """Return the smallest integer dtype that holds every index below ``num_codes``."""
+    return next(dtype for dtype in _DTYPES if torch.iinfo(dtype).max >= num_codes - 1)
+
+
+def write_tokens(path: Path, about: TokenFile, images: Mapping[str, ImageTokens]) -> None:
+    """Write one tensor ``tokens/NAME`` per image in the smallest integers, completely or not at all.
+
+    Raises:
+        ValueError: an index is no code.
+    """
+    from safetensors.torch import save_file
+
+    dtype = compact_dtype(about.num_codes)
+    tensors = {}
+    for name, image in images.items():
+        low, high = int(image.indices.min()), int(image.indices.max())
+        inside = low >= 0 and high < about.num_codes
+        require(inside, "tokens", f"indices in [0, {about.num_codes})", f"{low} to {high} in {name}")
+        tensors[_TOKENS + name] = image.indices.to(dtype).contiguous()
+        if image.phases is not None:
+            tensors[_PHASES + name] = image.phases.to(torch.uint8).contiguous()
+    sizes = {name: list(image.size) for name, image in images.items()}
+    # One key: several would be written in an order that differs from run to run.
+    metadata = {_KEY: json.dumps({"format": _FORMAT, **asdict(about), "images": sizes})}
+    write_atomically(path, lambda beside: save_file(tensors, beside, metadata=metadata))
+
+
+def read_tokens(path: Path) -> tuple[TokenFile, dict[str, ImageTokens]]:
+    """Return what :func:`write_tokens` wrote, with indices as int64.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file of tokens, is damaged, or names a picture outside of the folder to write into.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"tokens must be a file that te-quant encode wrote, got none at {path}.")
+    expected = "a file that te-quant encode wrote"
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be {expected}, got {error}.") from error
+    require(stored is not None, str(path), expected, "a safetensors file of another kind")
+    content: dict[str, Any] = json.loads(str(stored))
+    version = content.pop("format", None)
+    require(version == _FORMAT, f"{path} format", str(_FORMAT), repr(version))
+    sizes = content.pop("images")
+    images = {}
+    for name, (height, width) in sizes.items():
+        _require_inside(path, name)
+        require(_TOKENS + name in tensors, str(path), "complete", f"no tokens of {name!r}")
+        phases = tensors.get(_PHASES + name)
+        indices = tensors[_TOKENS + name].long()
+        images[name] = ImageTokens(indices, (height, width), None if phases is None else phases.long())
+    return TokenFile(**content), images
+
+
+def _require_inside(path: Path, name: str) -> None:
+    """Refuse names that lead out of the folder that pictures are written into."""
+    parts = PurePosixPath(name)
+    inside = not parts.is_absolute() and ".." not in parts.parts and "\\" not in name and ":" not in name
+    require(inside and bool(name), f"{path} image names", "paths inside one folder", repr(name))
