@@ -861,6 +861,19 @@ def test_config_options_reach_the_quantizer() -> None:
     assert quantizer.gradient_estimator == "rotation_trick"
 
 
+def test_a_quantizer_option_without_a_field_is_stored() -> None:
+    """``codebook_weight`` is described with the quantizer, and comes back from a file."""
+    described = {"name": "VectorQuantizer", "codebook_update": "gradient", "codebook_weight": 0.25}
+    config = AutoencoderConfig(
+        base_channels=8, channel_multipliers=(1, 2), num_codes=8, code_dim=6, quantizer=described
+    )
+    again = AutoencoderConfig.from_dict(config.to_dict())
+    assert again == config
+    quantizer = VQAutoencoder(again).quantizer
+    assert isinstance(quantizer, VectorQuantizer)
+    assert (quantizer.codebook_weight, quantizer.codebook_update) == (0.25, "gradient")
+
+
 OWN = {
     "vector": lambda: plain_quantizer(8, 6, orthogonal_reg=10.0),
     "ema": lambda: plain_quantizer(8, 6, codebook_update="ema"),
