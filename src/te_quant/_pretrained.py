@@ -20,11 +20,15 @@ __all__ = [
     "FORMAT_VERSION",
     "WEIGHTS_FILE",
     "Hub",
+    "download",
     "load",
     "locate",
     "push",
     "read_config",
     "read_weights",
+    "require_local",
+    "require_repository",
+    "safetensors",
     "save",
     "write_atomically",
 ]
@@ -63,7 +67,7 @@ def save(
     Raises:
         ImportError: safetensors is not installed.
     """
-    save_file = _safetensors().save_file
+    save_file = safetensors().save_file
     folder = Path(folder)
     content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}
     text = json.dumps(content, indent=2) + "\n"
@@ -132,39 +136,69 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
     """
     folder = Path(source)
     if folder.is_dir():
-        require(hub.revision is None, "revision", "None for a local folder", repr(hub.revision))
-        require(hub.token is None, "token", "None for a local folder", "one")
-        require(hub.cache_dir is None, "cache_dir", "None for a local folder", repr(hub.cache_dir))
+        require_local(hub, "folder")
         config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         for path in (config, weights):
             if not path.is_file():
                 raise FileNotFoundError(f"folder must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got none at {path}.")
         return config, weights
-    if not isinstance(source, str) or not _is_repository(source):
-        raise FileNotFoundError(f"source must be an existing folder or a hub id 'owner/name', got {source!r}.")
-    client = _hub_client(f"load {source!r}, which is no local folder")
-    return _download(client, source, CONFIG_FILE, hub), _download(client, source, WEIGHTS_FILE, hub)
+    require_repository(source, "an existing folder")
+    paths = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        path = download(str(source), name, hub)
+        if path is None:
+            expected = f"a hub id whose repository holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            reason = ", or it was not downloaded before and nothing else was asked" if _is_offline(hub) else ""
+            raise FileNotFoundError(
+                f"source must be {expected}, got {_place(str(source), hub)} without {name}{reason}."
+            )
+        paths.append(path)
+    config, weights = paths
+    return config, weights
 
 
-def _download(client: Any, source: str, name: str, hub: Hub) -> Path:
-    from huggingface_hub import errors
+def download(repository: str, name: str, hub: Hub, subfolder: str | None = None) -> Path | None:
+    """Return a file of a repository of the hub, or None if the repository does not have it.
 
-    expected = f"source must be a hub id whose repository holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-    place = f"{source!r}" if hub.revision is None else f"{source!r} at revision {hub.revision!r}"
+    Offline a repository has what has been downloaded of it.
+
+    Raises:
+        FileNotFoundError: there is no such repository or revision, or the token may not read it; or the hub cannot
+            be reached, and the file has not been downloaded before.
+        ImportError: huggingface_hub is not installed.
+    """
+    client = _huggingface_hub(f"load {repository!r}, which is no local folder")
+    errors, place = client.errors, _place(repository, hub)
+    options = {**hub._asdict(), **({} if subfolder is None else {"subfolder": subfolder})}
     try:
-        return Path(client.hf_hub_download(repo_id=source, filename=name, **hub._asdict()))
+        path = client.hf_hub_download(repo_id=repository, filename=name, **options)
     except errors.LocalEntryNotFoundError as error:
-        reason = "it was not downloaded before, and the hub was not asked or not reached"
-        raise FileNotFoundError(f"{expected}, got no {name} of {place}: {reason}.") from error
-    except errors.EntryNotFoundError as error:
-        raise FileNotFoundError(f"{expected}, got {place} without {name}.") from error
+        if _is_offline(hub):
+            return None
+        reason = f"one of the hub, which has to be reached to load {name} for the first time"
+        raise FileNotFoundError(f"source must be {reason}, got no answer for {place}.") from error
+    except errors.EntryNotFoundError:
+        return None
     except errors.GatedRepoError as error:
-        raise FileNotFoundError(f"{expected}, got {place}, which is gated; pass token=... with access.") from error
+        raise FileNotFoundError(
+            f"source must be open to you, got {place}, which is gated; pass token=... ."
+        ) from error
     except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{expected}, got {place}, and no such revision.") from error
+        raise FileNotFoundError(f"revision must exist, got {place}.") from error
     except errors.RepositoryNotFoundError as error:
         reason = "which does not exist, or is private; pass token=... to read a private one"
-        raise FileNotFoundError(f"{expected}, got {place}, {reason}.") from error
+        raise FileNotFoundError(f"source must be a repository of the hub, got {place}, {reason}.") from error
+    return Path(path)
+
+
+def _place(repository: str, hub: Hub) -> str:
+    return f"{repository!r}" if hub.revision is None else f"{repository!r} at revision {hub.revision!r}"
+
+
+def _is_offline(hub: Hub) -> bool:
+    from huggingface_hub import constants
+
+    return hub.local_files_only or bool(constants.HF_HUB_OFFLINE)
 
 
 def push(
@@ -200,7 +234,7 @@ def push(
     """
     named = isinstance(repo_id, str) and _is_repository(repo_id)
     require(named, "repo_id", "a hub id 'owner/name'", repr(repo_id))
-    api = _hub_client(f"push to {repo_id!r}").HfApi(token=token)
+    api = _huggingface_hub(f"push to {repo_id!r}").HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         # First, so that a model that cannot be saved leaves no empty repository behind.
         save_into(folder)
@@ -217,12 +251,17 @@ def push(
     return str(commit.commit_url)
 
 
-def _hub_client(purpose: str) -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(_missing("huggingface_hub", purpose)) from error
-    return huggingface_hub
+def require_local(hub: Hub, kind: str) -> None:
+    """Refuse options of the hub for a source that is not there; ``kind`` says what it is."""
+    require(hub.revision is None, "revision", f"None for a local {kind}", repr(hub.revision))
+    require(hub.token is None, "token", f"None for a local {kind}", "one")
+    require(hub.cache_dir is None, "cache_dir", f"None for a local {kind}", repr(hub.cache_dir))
+
+
+def require_repository(source: object, otherwise: str) -> None:
+    """Refuse what has not the form of a hub id; ``otherwise`` says what else the source may be."""
+    if not isinstance(source, str) or not _is_repository(source):
+        raise FileNotFoundError(f"source must be {otherwise} or a hub id 'owner/name', got {source!r}.")
 
 
 def read_config(path: Path, class_name: str) -> dict[str, Any]:
@@ -266,7 +305,7 @@ def read_weights(
             shapes or kinds of numbers.
         ImportError: safetensors is not installed.
     """
-    _safetensors()
+    safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -306,12 +345,26 @@ def _is_repository(source: str) -> bool:
     return bool(owner and slash and name) and "/" not in name and not source.startswith((".", "~"))
 
 
-def _safetensors() -> Any:
+def _huggingface_hub(purpose: str) -> Any:
     try:
-        import safetensors.torch
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise ImportError(_missing("huggingface_hub", purpose)) from error
+    return huggingface_hub
+
+
+def safetensors() -> Any:
+    """Return ``safetensors.torch``.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    try:
+        import safetensors.torch as module
     except ImportError as error:
         raise ImportError(_missing("safetensors", "save and load weights")) from error
-    return safetensors.torch
+    return module
 
 
 def _missing(package: str, purpose: str) -> str:

@@ -106,7 +106,11 @@ def _network(config: GPTConfig, state: dict[str, Any], stream: np.ndarray) -> np
         block = f"blocks.{layer}."
         stream = stream + _attention(config.num_heads, state, block, _norm(stream, state, block + "norm1"))
         hidden = _linear(_norm(stream, state, block + "norm2"), state, block + "up")
-        hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+        if config.activation == "gelu_tanh":
+            inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
+            hidden = hidden * 0.5 * (1 + np.tanh(inner))
+        else:
+            hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
         stream = stream + _linear(hidden, state, block + "down")
     return _norm(stream, state, "norm")
 

@@ -44,6 +44,7 @@ def _sim(num_codes: int = 11, code_dim: int = 6, **options: Any) -> SimVQ:
 QUANTIZERS: dict[str, Callable[..., Any]] = {
     "vq": _vq,
     "vq-penalty": partial(_vq, orthogonal_reg=10.0),
+    "vq-codebook-weight": partial(_vq, codebook_weight=0.25, commitment_weight=1.0),
     "vq-rotation": partial(_vq, gradient_estimator="rotation_trick"),
     "vq-temperature": partial(_vq, temperature=0.5),
     "vq-skip": partial(_vq, nonfinite="skip"),

@@ -58,6 +58,7 @@ def compiler() -> Iterator[None]:
     [
         BOTH,
         small(tied_head=False, num_heads=1, mlp_ratio=2.5),
+        small(activation="gelu_tanh", depth=1),
         GPTConfig((Segment("text", 5, (9,), "sinusoidal"),), width=6, depth=1, num_heads=3),
         GPTConfig(
             (Segment("a", 3, (2, 5), "sinusoidal", pad_token=0), IMAGE, TEXT), width=8, depth=3, num_heads=2
@@ -555,6 +556,7 @@ GRID = Segment("grid", 3, (2, 2), "sinusoidal")
         ({"mlp_ratio": 0.01}, ValueError, r"mlp_ratio must be at least 0\.0625, got 0\.01"),
         ({"dropout": 1.0}, ValueError, r"dropout must be a finite number >= 0 and < 1, got 1\.0"),
         ({"tied_head": 1}, TypeError, "tied_head must be a bool, got 1"),
+        ({"activation": "relu"}, ValueError, "activation must be one of 'gelu', 'gelu_tanh', got 'relu'"),
     ],
 )
 def test_config_refuses(options: dict, error: type, match: str) -> None:
@@ -572,7 +574,7 @@ def test_config_defaults_are_the_papers() -> None:
 
 def test_config_goes_through_json() -> None:
     """And comes back equal, hashable, with what is not named at its default."""
-    config = small(mlp_ratio=2.5, dropout=0.1, tied_head=False, segments=[TEXT, IMAGE])
+    config = small(mlp_ratio=2.5, dropout=0.1, tied_head=False, activation="gelu_tanh", segments=[TEXT, IMAGE])
     again = GPTConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert hash(again) == hash(config)

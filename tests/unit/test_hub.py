@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_a_revision_is_a_branch_of_its_own(model: VQAutoencoder, repository: _Re
     model.push_to_hub("owner/name", revision="v2")
     assert dict(repository.calls)["create_branch"]["branch"] == "v2"
     VQAutoencoder.from_pretrained("owner/name", revision="v2", cache_dir=repository.cache)
-    with pytest.raises(FileNotFoundError, match=r"no config\.json of 'owner/name': it was not downloaded"):
+    with pytest.raises(FileNotFoundError, match=r"'owner/name' without config\.json, or it was not downloaded"):
         VQAutoencoder.from_pretrained("owner/name", cache_dir=repository.cache)
 
 
@@ -207,10 +208,10 @@ def answer(kind: type[Exception]) -> Exception:
     ("kind", "told"),
     [
         ("RepositoryNotFoundError", "which does not exist, or is private; pass token=... to read a private one."),
-        ("GatedRepoError", "which is gated; pass token=... with access."),
-        ("RevisionNotFoundError", "and no such revision."),
-        ("RemoteEntryNotFoundError", "without config.json."),
-        ("LocalEntryNotFoundError", "it was not downloaded before, and the hub was not asked or not reached."),
+        ("GatedRepoError", "source must be open to you, got 'owner/name' at revision 'v3', which is gated"),
+        ("RevisionNotFoundError", "revision must exist, got 'owner/name' at revision 'v3'."),
+        ("RemoteEntryNotFoundError", "'owner/name' at revision 'v3' without config.json."),
+        ("LocalEntryNotFoundError", "has to be reached to load config.json for the first time, got no answer for"),
     ],
 )
 def test_every_answer_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch, kind: str, told: str) -> None:
@@ -220,12 +221,8 @@ def test_every_answer_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch
         raise answer(getattr(hub.errors, kind))
 
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
-    with pytest.raises(
-        FileNotFoundError, match=r"source must be a hub id whose repository holds config\.json"
-    ) as got:
+    with pytest.raises(FileNotFoundError, match=re.escape(told)) as got:
         VQAutoencoder.from_pretrained("owner/name", revision="v3")
-    assert str(got.value).endswith(told)
-    assert "'owner/name' at revision 'v3'" in str(got.value)
     assert "\n" not in str(got.value)
 
 

@@ -94,6 +94,10 @@ QUANTIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
         },
     ),
     "vq-ema": (VectorQuantizer, {"num_codes": EIGHT, "code_dim": EIGHT, "codebook_update": "ema", "decay": HALF}),
+    "vq-gradient": (
+        VectorQuantizer,
+        {"num_codes": EIGHT, "code_dim": EIGHT, "codebook_update": "gradient", "codebook_weight": HALF},
+    ),
     "rvq": (
         ResidualVectorQuantizer,
         {

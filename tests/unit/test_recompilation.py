@@ -22,6 +22,7 @@ LFQ_WEIGHTS = ("commitment_weight", "entropy_weight", "diversity_weight", "tempe
 CASES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "temperature": (lambda: plain_quantizer(9, 6, temperature=1e-9), ("temperature",)),
     "commitment": (lambda: plain_quantizer(9, 6), ("commitment_weight",)),
+    "codebook": (lambda: plain_quantizer(9, 6), ("codebook_weight",)),
     "decay": (lambda: plain_quantizer(9, 6), ("decay",)),
     "decay-ema": (lambda: plain_quantizer(9, 6, codebook_update="ema"), ("decay",)),
     "penalty": (lambda: plain_quantizer(9, 6, orthogonal_reg=1.0), ("orthogonal_reg",)),

@@ -45,20 +45,21 @@ def rows(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("beta", [0.25, 0.0, 3.0])
-def test_loss_terms_and_their_gradients(beta: float, training: bool) -> None:
-    """The mean of (z - e)² for the codes alone with weight 1, and β times it for the latents alone."""
-    quantizer = double_vq(commitment_weight=beta).train(training)
+@pytest.mark.parametrize(("beta", "own"), [(0.25, 1.0), (0.0, 1.0), (3.0, 1.0), (1.0, 0.25), (0.5, 0.0)])
+def test_loss_terms_and_their_gradients(beta: float, own: float, training: bool) -> None:
+    """The mean of (z - e)², with its own weight for the codes alone and β times it for the latents alone."""
+    quantizer = double_vq(commitment_weight=beta, codebook_weight=own).train(training)
     latents = rows(30, 4)
     output = quantizer(latents)
     z, e, i = latents.detach().numpy(), quantizer.codebook.detach().numpy(), output.indices.numpy()
     mean_square = np.mean((z - e[i]) ** 2)
-    assert output.codebook_loss.item() == pytest.approx(mean_square, rel=1e-12)
+    assert output.codebook_loss.item() == pytest.approx(own * mean_square, rel=1e-12)
+    assert quantizer.loss_terms(latents, output.indices)["codebook"].item() == output.codebook_loss.item()
     assert output.commitment_loss.item() == pytest.approx(beta * mean_square, rel=1e-12)
     assert output.regularization_loss.item() == 0
     to_codes = np.zeros_like(e)
     for n, k in enumerate(i):
-        to_codes[k] += 2 * (e[k] - z[n]) / z.size
+        to_codes[k] += 2 * own * (e[k] - z[n]) / z.size
     to_latents = 2 * beta * (z - e[i]) / z.size
     for term, wanted_latents, wanted_codes in (
         (output.codebook_loss, None, to_codes),
@@ -364,6 +365,8 @@ def test_off_does_not_look() -> None:
         ({"commitment_weight": -0.1}, ValueError, "commitment_weight must be a finite number >= 0, got -0.1."),
         ({"commitment_weight": math.nan}, ValueError, "commitment_weight must be a finite number >= 0, got nan."),
         ({"commitment_weight": "1"}, TypeError, "commitment_weight must be a finite number >= 0, got '1'."),
+        ({"codebook_weight": -1}, ValueError, "codebook_weight must be a finite number >= 0, got -1."),
+        ({"codebook_weight": 0.25, "codebook_update": "ema"}, ValueError, "codebook_weight must be 1 with codebook_update='ema', under which there is no codebook term, got 0.25."),  # noqa: E501
         ({"orthogonal_reg": -1}, ValueError, "orthogonal_reg must be a finite number >= 0, got -1."),
         ({"orthogonal_reg": math.inf}, ValueError, "orthogonal_reg must be a finite number >= 0, got inf."),
         ({"orthogonal_active_only": True}, ValueError, "orthogonal_active_only must be unset while orthogonal_reg is 0, got True."),  # noqa: E501

@@ -78,6 +78,7 @@ class Block(nn.Module):
         super().__init__()
         D = config.width
         self.num_heads, self.dropout = config.num_heads, config.dropout
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         # So the 2·depth additions to the stream are together as large as one.
         added = INITIAL_STD / math.sqrt(2 * config.depth)
@@ -118,7 +119,7 @@ class Block(nn.Module):
             )
         mixed = mixed.to(packed.dtype).transpose(1, 2).reshape(B, t, D)
         stream = stream + F.dropout(self.out(mixed), dropout, self.training)
-        hidden = self.down(F.gelu(self.up(self.norm2(stream))))
+        hidden = self.down(F.gelu(self.up(self.norm2(stream)), approximate=self.approximate))
         return stream + F.dropout(hidden, dropout, self.training)
 
 

@@ -10,10 +10,13 @@ from typing import Any, Literal, TypeVar
 
 from te_quant._checks import plain_fields, require, require_choice, require_int, require_number, require_type
 
-__all__ = ["POSITIONS", "GPTConfig", "Positions", "Segment"]
+__all__ = ["ACTIVATIONS", "POSITIONS", "GPTActivation", "GPTConfig", "Positions", "Segment"]
 
 Positions = Literal["learned", "sinusoidal", "axial"]
 POSITIONS: tuple[Positions, ...] = ("learned", "sinusoidal", "axial")
+
+GPTActivation = Literal["gelu", "gelu_tanh"]
+ACTIVATIONS: tuple[GPTActivation, ...] = ("gelu", "gelu_tanh")
 
 _Options = TypeVar("_Options", bound=Mapping[str, Any])
 
@@ -85,6 +88,8 @@ class GPTConfig:
         dropout: of embeddings, attention weights and what each block adds, in [0, 1).
         tied_head: whether the logits of a segment are products with the embeddings of its tokens, or with a
             matrix of their own.
+        activation: of the hidden layer of each block: ``gelu``, exact, or ``gelu_tanh``, its approximation by
+            tanh, which GPT-2 was trained with (``gelu_new`` in transformers).
 
     Example:
         >>> config = GPTConfig((Segment("text", 40, (24,), "learned"),), width=64, num_heads=4)
@@ -96,7 +101,8 @@ class GPTConfig:
         TypeError: an option has the wrong type.
 
     Source: the width, depth and heads are those of Shin et al. 2021, arXiv:2112.00384, stage 2. Differs: heads of
-        D/H = 32, where its code has 64 and projects D to 2D.
+        D/H = 32, where its code has 64 and projects D to 2D. Hendrycks & Gimpel 2016, arXiv:1606.08415, Section 2,
+        for both activations.
     """
 
     segments: tuple[Segment, ...]
@@ -106,6 +112,7 @@ class GPTConfig:
     mlp_ratio: float = 4
     dropout: float = 0.0
     tied_head: bool = True
+    activation: GPTActivation = "gelu"
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -128,6 +135,7 @@ class GPTConfig:
         require(self.mlp_width > 0, "mlp_ratio", f"at least {1 / self.width:g}", self.mlp_ratio)
         require_number("dropout", self.dropout, 0, below=1)
         require_type("tied_head", self.tied_head, bool, "a bool")
+        require_choice("activation", self.activation, ACTIVATIONS)
 
     @property
     def mlp_width(self) -> int:

@@ -1,3 +1,8 @@
-"""Weights of other libraries, read into the models of this one, and written back where they can be expressed there."""
+"""Weights of other libraries, read into models of this one, and written back where they can be expressed there."""
 
-__all__: list[str] = []
+from te_quant.interop.diffusers import load_diffusers, save_diffusers
+from te_quant.interop.llamagen import load_llamagen
+from te_quant.interop.taming import load_taming
+from te_quant.interop.te_vqgan import load_te_vqgan
+
+__all__ = ["load_diffusers", "load_llamagen", "load_taming", "load_te_vqgan", "save_diffusers"]

@@ -29,7 +29,14 @@ SURROGATES: dict[GradientEstimator, Callable[[Tensor, Tensor], Tensor]] = {
 _CHUNK = 1 << 18
 
 
-def distance_losses(rows: Rows, codes: Tensor, commitment_weight: float, *, codebook_follows: bool) -> Losses:
+def distance_losses(
+    rows: Rows,
+    codes: Tensor,
+    commitment_weight: float,
+    *,
+    codebook_follows: bool,
+    codebook_weight: float = 1.0,
+) -> Losses:
     """Return the weighted codebook and commitment terms: mean squared differences over the rows that count.
 
     Args:
@@ -37,6 +44,7 @@ def distance_losses(rows: Rows, codes: Tensor, commitment_weight: float, *, code
         codes: of each row.
         commitment_weight: β.
         codebook_follows: whether the codebook takes gradients; its term is zero otherwise.
+        codebook_weight: of the codebook term.
 
     Shape:
         codes: (N, C).
@@ -59,7 +67,7 @@ def distance_losses(rows: Rows, codes: Tensor, commitment_weight: float, *, code
         value = _sum_of_squares(vectors.detach(), codes.detach(), rows.weights) / size
         commitment = _Distance.apply(vectors, codes.detach(), rows.weights, size, value)  # type: ignore[no-untyped-call]
         codebook = _Distance.apply(codes, vectors.detach(), rows.weights, size, value)  # type: ignore[no-untyped-call]
-    commitment = commitment_weight * commitment
+    commitment, codebook = commitment_weight * commitment, codebook_weight * codebook
     nothing = torch.zeros_like(commitment)
     return Losses(
         codebook=codebook if codebook_follows else nothing, commitment=commitment, regularization=nothing

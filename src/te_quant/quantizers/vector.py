@@ -70,8 +70,10 @@ class VectorQuantizer(Quantizer):
             penalty with the same λ (:mod:`te_quant.quantizers._penalized_means` says how). ``"gradient"``: it is a
             parameter that starts at random and follows ``codebook_loss`` and the penalty through your optimizer,
             as in the paper; start it with :meth:`kmeans_init`.
-        commitment_weight: β of the commitment term ‖z - sg(e)‖², >= 0; .25 in the papers. The codebook term has
-            weight 1.
+        commitment_weight: β of the commitment term ‖z - sg(e)‖², >= 0; .25 in the papers.
+        codebook_weight: of the codebook term ‖sg(z) - e‖², >= 0; 1 in the papers. Under ``"ema"`` there is no such
+            term, so there it must be 1. Code that has β on the wrong term (taming-transformers, and diffusers with
+            ``legacy=True``) trains with ``commitment_weight=1.0, codebook_weight=β``.
         orthogonal_reg: λ of the orthogonality penalty; unitless, >= 0. 10 in the paper.
         orthogonal_active_only: the penalty looks only at the codes that this batch uses.
         orthogonal_max_codes: while training, the penalty looks at a random subset of at most this many codes.
@@ -118,8 +120,8 @@ class VectorQuantizer(Quantizer):
         TypeError: latents are not floating point, or of another dtype than the codebook and not in half precision.
 
     Source: Shin et al. 2021, arXiv:2112.00384, Eq. 3 and 5; van den Oord et al. 2017, arXiv:1711.00937, Eq. 3
-        and appendix A.1. Differs: β is on the commitment term, as in the paper of 2017 and unlike some code;
-        the penalty lasts under ``"ema"``.
+        and appendix A.1. Differs: β is on the commitment term, as in the paper of 2017 and unlike some code
+        (``codebook_weight``); the penalty lasts under ``"ema"``.
 
     Example:
         >>> from te_quant import VectorQuantizer
@@ -150,6 +152,7 @@ class VectorQuantizer(Quantizer):
         metric: Metric = "l2",
         codebook_update: CodebookUpdate = "ema",
         commitment_weight: float = 1.0,
+        codebook_weight: float = 1.0,
         orthogonal_reg: float = 0.0,
         orthogonal_active_only: bool = False,
         orthogonal_max_codes: int | None = None,
@@ -168,6 +171,10 @@ class VectorQuantizer(Quantizer):
         require_choice("metric", metric, get_args(Metric))
         require_choice("codebook_update", codebook_update, get_args(CodebookUpdate))
         commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
+        codebook_weight = require_number("codebook_weight", codebook_weight, 0.0)
+        has_term = codebook_update == "gradient" or codebook_weight == 1
+        expected = "1 with codebook_update='ema', under which there is no codebook term"
+        require(has_term, "codebook_weight", expected, repr(codebook_weight))
         orthogonal_reg = require_number("orthogonal_reg", orthogonal_reg, 0.0)
         require_type("orthogonal_active_only", orthogonal_active_only, bool, "a bool")
         if orthogonal_max_codes is not None:
@@ -185,6 +192,7 @@ class VectorQuantizer(Quantizer):
         self.residual_scale = 0.5 if metric == "cosine" else 1.0
         self.codebook_update: CodebookUpdate = codebook_update
         self.commitment_weight = float(commitment_weight)
+        self.codebook_weight = float(codebook_weight)
         self.orthogonal_reg = float(orthogonal_reg)
         self.orthogonal_active_only = orthogonal_active_only
         self.orthogonal_max_codes = orthogonal_max_codes
@@ -234,8 +242,7 @@ class VectorQuantizer(Quantizer):
 
     def losses(self, rows: Rows, codes: Tensor, indices: Tensor) -> Losses:
         """Return the weighted terms; the penalty looks at the codes that it looks at in evaluation."""
-        follows = self.codebook_update == "gradient"
-        losses = distance_losses(rows, codes, self.commitment_weight, codebook_follows=follows)
+        losses = self._distances(rows, codes)
         if not self.orthogonal_reg:
             return losses
         table = self._table()
@@ -258,9 +265,7 @@ class VectorQuantizer(Quantizer):
         else:
             indices = search_codes(rows.searchable, table)
         codes = F.embedding(indices, table)
-        losses = distance_losses(
-            rows, codes, self.commitment_weight, codebook_follows=self.codebook_update == "gradient"
-        )
+        losses = self._distances(rows, codes)
         penalized = Penalized()
         if self.orthogonal_reg:
             penalized = self._penalized(rows, indices, table, generator)
@@ -406,6 +411,15 @@ class VectorQuantizer(Quantizer):
         """How many codes are drawn for the penalty; None for no draw."""
         limit = self.orthogonal_max_codes
         return None if limit is None or limit >= self.num_codes else limit
+
+    def _distances(self, rows: Rows, codes: Tensor) -> Losses:
+        return distance_losses(
+            rows,
+            codes,
+            self.commitment_weight,
+            codebook_follows=self.codebook_update == "gradient",
+            codebook_weight=self.codebook_weight,
+        )
 
     def _penalized(
         self, rows: Rows, indices: Tensor, table: Tensor, generator: torch.Generator | None
