@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from te_quant.equivariance._float64 import float64
-from te_quant.equivariance._text import UNDEFINED, with_interval
-from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, ImageSums, Interval, Resamples
+from te_quant._measuring.bootstrap import NO_INTERVAL, ImageSums, Interval, Resamples
+from te_quant._measuring.float64 import float64
+from te_quant._measuring.text import UNDEFINED, with_interval
 from te_quant.tables import Table, Tabular
 
 __all__ = ["FeatureTally", "PixelTally", "ShiftError"]

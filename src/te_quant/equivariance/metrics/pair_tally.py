@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, ImageSums, Resamples
+from te_quant._measuring.bootstrap import NO_INTERVAL, ImageSums, Resamples
 from te_quant.equivariance.metrics.agreement import CHANCE_GAP, Agreement, PairCounts
 
 __all__ = ["PairTally"]

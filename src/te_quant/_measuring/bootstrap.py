@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require_int
-from te_quant.equivariance._float64 import float64
+from te_quant._measuring.float64 import float64
 
 __all__ = ["NO_INTERVAL", "ImageSums", "Interval", "Resamples", "percentile_place"]
 
