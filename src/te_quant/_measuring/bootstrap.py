@@ -163,6 +163,12 @@ class ImageSums:
                 rows = rows + self._closed.pop()
         self._closed.append(rows)
 
+    def merge(self, other: ImageSums) -> None:
+        """Append the images of other sums, which are as closed and as pooled as these."""
+        for rows in other._closed:
+            self._open = rows
+            self.close()
+
     @property
     def rows(self) -> Tensor:
         """(N, M) float64, or (1, M) if pooled."""

@@ -124,6 +124,10 @@ class PixelTally:
         """End the batch; what is added next belongs to other images."""
         self._sums.close()
 
+    def merge(self, other: PixelTally) -> None:
+        """Count the images of another tally after those of this one; both must be closed."""
+        self._sums.merge(other._sums)
+
     @property
     def rows(self) -> Tensor:
         """Sums of |d|, of d² and the number of values: (N, 3), or (1, 3) if pooled."""
