@@ -525,3 +525,33 @@ def test_the_default_needs_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "Pillow must be installed for JPEG: pip install 'te_quant[jpeg]', or pass transforms without JPEG."
     with pytest.raises(ImportError, match=exactly(message)):
         measure_stability(encode, decode, IMAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchmetrics_find_the_same() -> None:
+    """One batch and all of them, whatever they are cast to, and anew after a reset."""
+    pytest.importorskip("torchmetrics")
+    from te_quant.integrations.torchmetrics import TokenMatch, TokenMatchKappa, WholeImages
+
+    images = cell_images(tokens_of(7))
+    expected = {}
+    for stop in (3, 7):
+        report = measure_stability(spoilt, decode, images[:stop], num_codes=K, transforms=[Flip()], resamples=0)
+        found = report.transforms["flip horizontal"]
+        expected[stop] = (found.match.rate, found.match.kappa, found.whole.share)
+    for position, kind in enumerate((TokenMatch, TokenMatchKappa, WholeImages)):
+        metric = kind(K, transform=Flip())
+        # So that several processes count together.
+        assert {reduction.__name__ for reduction in metric._reductions.values()} == {"dim_zero_sum"}
+        assert metric(spoilt, decode, images[:3]).item() == pytest.approx(expected[3][position], rel=1e-6)
+        metric.update(spoilt, decode, images[3:])
+        for moved_metric in (metric, copy.deepcopy(metric).half(), copy.deepcopy(metric).set_dtype(torch.half)):
+            assert moved_metric.compute().item() == pytest.approx(expected[7][position], rel=1e-6)
+        metric.reset()
+        metric.update(spoilt, decode, images[:3])
+        assert metric.compute().item() == pytest.approx(expected[3][position], rel=1e-6)
+        with pytest.raises(ValueError, match=exactly("encode(images) must be in [0, num_codes=16), got 31.")):
+            metric.update(lambda x: encode(x) + K, decode, images)
+        with pytest.raises(TypeError, match=r"^transform must be a te_quant\.stability\.Transform, got 'flip'\.$"):
+            kind(K, transform="flip")  # type: ignore[arg-type]

@@ -139,7 +139,7 @@ def test_flips_mirror_pixels_and_tokens_alike() -> None:
 def test_resizing_goes_there_and_back() -> None:
     """A constant image stays, another one loses detail, and the sides return although they do not divide."""
     constant = torch.full((1, 3, 16, 24), 0.7)
-    torch.testing.assert_close(changed(Resize(0.3), constant), constant)
+    assert (changed(Resize(0.3), constant) - constant).abs().max() < 1e-6
     result = changed(Resize(0.3), images())
     assert result.shape == images().shape
     assert result.var() < images().var()
