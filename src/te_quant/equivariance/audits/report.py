@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AuditReport"]
 
-FORMAT = 2
-# Does not say which skipped modules are missed; they read as if no module was.
-_FORMER = 1
+FORMAT = 1
 # Modules that the short table lists at most.
 _MOST_LISTED = 12
 
@@ -146,21 +144,24 @@ class AuditReport(Tabular):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for strict JSON: NaN and infinities become the strings that ``float`` reads."""
         values: dict[str, Any] = plain(asdict(self))
+        for module in values["skipped"]:
+            # Files say it only where it holds, so that those of older versions stay the same.
+            if not module["missed"]:
+                del module["missed"]
         return {"format": FORMAT, **values}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AuditReport:
-        """Rebuild a report from :meth:`to_dict`, before or after JSON, of this format or of the one before it.
+        """Rebuild a report from :meth:`to_dict`, before or after JSON.
 
         Raises:
             ValueError: another format, or missing or unknown fields.
         """
-        version = data.get("format")
-        require(version in (_FORMER, FORMAT), "format", f"{_FORMER} or {FORMAT}", repr(version))
+        require(data.get("format") == FORMAT, "format", str(FORMAT), repr(data.get("format")))
         values = _fields(cls, {name: value for name, value in data.items() if name != "format"})
         values["rows"] = tuple(AuditRow(**_fields(AuditRow, row)) for row in data["rows"])
-        lacks = {"missed": False} if version == _FORMER else {}
-        values["skipped"] = tuple(SkippedModule(**_fields(SkippedModule, lacks | row)) for row in data["skipped"])
+        skipped = ({"missed": False} | row for row in data["skipped"])
+        values["skipped"] = tuple(SkippedModule(**_fields(SkippedModule, row)) for row in skipped)
         return cls(**values)
 
 
