@@ -548,3 +548,22 @@ def test_best_token_shift_refuses_other_shapes(reference, shifted, protocol, mat
     """Rank and shape are checked, and the protocol."""
     with pytest.raises(ValueError, match=match):
         best_token_shift(torch.zeros(reference).long(), torch.zeros(shifted).long(), protocol=protocol)
+
+
+@pytest.mark.parametrize(
+    ("reference", "mask", "error", "match"),
+    [
+        (torch.zeros(1, 2, 2), None, TypeError, "reference must be an integer tensor, got torch.float32"),
+        (torch.zeros(1, 2, 2).long(), torch.ones(1, 2, 2).long(), TypeError, "mask must be bool, got torch.int64"),
+        (
+            torch.zeros(1, 2, 2).long(),
+            torch.ones(2, 2, dtype=torch.bool),
+            ValueError,
+            r"mask must be of shape \(1, 2, 2\) as the reference, got shape \(2, 2\)",
+        ),
+    ],
+)
+def test_best_token_shift_counts_tokens_only(reference, mask, error, match):
+    """An integer mask would count a token as often as its value says."""
+    with pytest.raises(error, match=match):
+        best_token_shift(reference, torch.zeros(1, 2, 2).long(), protocol="circular", mask=mask)
