@@ -145,14 +145,14 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
     require_repository(source, "an existing folder")
     paths = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        path = download(str(source), name, hub)
-        if path is None:
+        found = download(str(source), name, hub)
+        if found is None:
             expected = f"a hub id whose repository holds {CONFIG_FILE} and {WEIGHTS_FILE}"
             reason = ", or it was not downloaded before and nothing else was asked" if _is_offline(hub) else ""
             raise FileNotFoundError(
                 f"source must be {expected}, got {_place(str(source), hub)} without {name}{reason}."
             )
-        paths.append(path)
+        paths.append(found)
     config, weights = paths
     return config, weights
 

@@ -27,6 +27,8 @@ class Options:
     model: str = ""
     format: str = "te_quant"
     config: Path | None = None
+    filename: str | None = None
+    subfolder: str | None = None
     revision: str | None = None
     offline: bool = False
     device: str = "cpu"
@@ -41,6 +43,8 @@ class Options:
     stride: int | None = None
     num_codes: int | None = None
     protocol: str = "circular"
+    cycles: int = 1
+    to: str = "te_quant"
     plot: Path | None = None
     table: Path | None = None
     name: str | None = None
@@ -58,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"te-quant {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_encode, _decode, _audit, _measure):
+    for add in (_encode, _decode, _audit, _measure, _stability, _convert):
         command = add(commands.add_parser)
         _common(command)
     return parser
@@ -109,6 +113,29 @@ def _measure(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentPa
     return parser
 
 
+def _stability(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = _command(add, "stability", "Measure whether tokens survive decoding and encoding.")
+    _model(parser, foreign=True)
+    _images(parser)
+    _reports(parser)
+    _row(parser)
+    parser.add_argument("--cycles", type=_positive, default=1, metavar="N", help="round trips (default 1)")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=16, metavar="N", help="images at once (default 16)"
+    )
+    return parser
+
+
+def _convert(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = _command(add, "convert", "Write the weights of another library as a model of te_quant, or back.")
+    _model(parser)
+    _output(parser, "FOLDER", "folder to write into")
+    parser.add_argument(
+        "--to", choices=("te_quant", "diffusers"), default="te_quant", help="what to write (default: te_quant)"
+    )
+    return parser
+
+
 def _command(add: Callable[..., argparse.ArgumentParser], name: str, does: str) -> argparse.ArgumentParser:
     return add(name, help=does, description=does)
 
@@ -125,7 +152,11 @@ def _model(parser: argparse.ArgumentParser, *, foreign: bool = False) -> None:
     parser.add_argument(
         "--format", choices=known, default=known[0], help=f"whose weights they are (default: {known[0]})"
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="options of a model whose file has none")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="JSON file with the options of foreign weights"
+    )
+    parser.add_argument("--filename", metavar="NAME", help="weights in a folder or repository that has several")
+    parser.add_argument("--subfolder", metavar="NAME", help="folder of the model inside MODEL")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
     parser.add_argument("--offline", action="store_true", help="use only what was downloaded before")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="where to run (default: cpu)")

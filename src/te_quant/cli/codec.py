@@ -1,4 +1,4 @@
-"""The commands that turn images into tokens and back."""
+"""The commands that write tokens, pictures and models."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ from te_quant.cli.files import require_new
 from te_quant.cli.models import device_of, identity, load_autoencoder
 from te_quant.cli.pictures import find_pictures, read_picture, write_picture
 from te_quant.cli.token_file import ImageTokens, TokenFile, compact_dtype, read_tokens, write_tokens
+from te_quant.interop import save_diffusers
 
-__all__ = ["decode", "encode"]
+__all__ = ["convert", "decode", "encode"]
 
 _Item = TypeVar("_Item")
+_FILES = {
+    "te_quant": ("config.json", "model.safetensors"),
+    "diffusers": ("config.json", "diffusion_pytorch_model.safetensors"),
+}
 
 
 def encode(options: Options) -> tuple[str, dict[str, Any]]:
@@ -84,6 +89,22 @@ def decode(options: Options) -> tuple[str, dict[str, Any]]:
             height, width = image.size
             write_picture(folder / names[name], pixels[:, :height, :width])
     return f"{folder}: {len(found):,} pictures", {"output": str(folder), "pictures": [names[n] for n in found]}
+
+
+def convert(options: Options) -> tuple[str, dict[str, Any]]:
+    """Write a model in another format; the weights keep their dtype."""
+    folder = _output(options)
+    files = _FILES[options.to]
+    require_new((folder / name for name in files), overwrite=options.overwrite)
+    model = load_autoencoder(options, dtype=None)
+    if options.to == "diffusers":
+        save_diffusers(model, folder)
+    else:
+        model.save_pretrained(folder)
+    config = model.config
+    text = f"{folder}: {', '.join(files)} ({config.num_codes:,} codes, {config.stride} pixels per token)"
+    values = {"output": str(folder), "files": list(files), "num_codes": config.num_codes, "stride": config.stride}
+    return text, {**values, "identity": identity(model)}
 
 
 @torch.no_grad()

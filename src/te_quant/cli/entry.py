@@ -20,6 +20,8 @@ _COMMANDS: dict[str, Command] = {
     "decode": codec.decode,
     "audit": measures.run_audit,
     "measure": measures.measure,
+    "stability": measures.stability,
+    "convert": codec.convert,
 }
 # The packages of the extra, by the names under which they are imported.
 _EXTRA = ("huggingface_hub", "matplotlib", "PIL", "safetensors", "tqdm")

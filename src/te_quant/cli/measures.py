@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from te_quant.adapters import Tokenizer
 from te_quant.autoencoder import VQAutoencoder
 from te_quant.cli.arguments import Options
@@ -13,8 +15,9 @@ from te_quant.cli.pictures import find_pictures, read_batch
 from te_quant.cli.rows import put_row
 from te_quant.equivariance import EquivarianceReport, audit, measure_equivariance
 from te_quant.quantizers import VectorQuantizer
+from te_quant.stability import StabilityReport, measure_stability
 
-__all__ = ["measure", "run_audit"]
+__all__ = ["measure", "run_audit", "stability"]
 
 _NOT_MEASURED = ""
 
@@ -23,9 +26,9 @@ def run_audit(options: Options) -> tuple[str, dict[str, Any]]:
     """Audit the encoder."""
     require_plot(options.plot)
     model = load_autoencoder(options)
-    pictures = find_pictures(options.images, options.limit)
-    images = read_batch(pictures, model.config.image_channels, options.size).to(device_of(options.device))
-    report = audit(model.encoder, images, batch_size=options.batch_size)
+    report = audit(
+        model.encoder, _images(options, model), batch_size=options.batch_size, progress=options.progress
+    )
     if options.plot is not None:
         write_plot(report.plot(), options.plot)
     return str(report), report.to_dict()
@@ -35,24 +38,49 @@ def measure(options: Options) -> tuple[str, dict[str, Any]]:
     """Measure equivariance, and put a row into a table if one is named."""
     require_plot(options.plot)
     tokenizer, model = load_tokenizer(options)
-    channels = 3 if model is None else model.config.image_channels
-    pictures = find_pictures(options.images, options.limit)
-    images = read_batch(pictures, channels, options.size).to(device_of(options.device))
     report = measure_equivariance(
         tokenizer.encode,
-        images,
+        _images(options, model),
         stride=tokenizer.stride,
         num_codes=tokenizer.num_codes,
         protocol=options.protocol,  # type: ignore[arg-type]
         batch_size=options.batch_size,
         **_more(tokenizer, model),
     )
-    if options.plot is not None:
-        write_plot(report.plot(), options.plot)
-    if options.table is not None:
-        row = {"tokenizer": options.name or options.model, **_row(report)}
-        put_row(options.table, list(row), list(row.values()), "ll" + "r" * (len(row) - 2))
-    return str(report), report.to_dict()
+    settings = report.settings
+    kappas = {
+        "whole tokens: κ": report.aligned.kappa_text(),
+        "below a token: κ": report.sub_stride.kappa_text(),
+    }
+    facts = _facts(settings.num_images, settings.image_size, settings.protocol, tokenizer)
+    return _told(options, report, {**facts, **kappas})
+
+
+def stability(options: Options) -> tuple[str, dict[str, Any]]:
+    """Measure token stability, and put a row into a table if one is named."""
+    require_plot(options.plot)
+    tokenizer, model = load_tokenizer(options)
+    report = measure_stability(
+        tokenizer.encode,
+        tokenizer.decode,
+        _images(options, model),
+        cycles=options.cycles,
+        num_codes=tokenizer.num_codes,
+        batch_size=options.batch_size,
+        progress=options.progress,
+    )
+    settings = report.settings
+    matches = {
+        name: f"{found.match.rate:.3f} ({found.match.kappa:.3f})" for name, found in report.transforms.items()
+    }
+    facts = _facts(settings.num_images, settings.image_size, "token match (κ)", tokenizer)
+    return _told(options, report, {**facts, **matches})
+
+
+def _images(options: Options, model: VQAutoencoder | None) -> Tensor:
+    channels = 3 if model is None else model.config.image_channels
+    pictures = find_pictures(options.images, options.limit)
+    return read_batch(pictures, channels, options.size).to(device_of(options.device))
 
 
 def _more(tokenizer: Tokenizer, model: VQAutoencoder | None) -> dict[str, Any]:
@@ -70,15 +98,27 @@ def _more(tokenizer: Tokenizer, model: VQAutoencoder | None) -> dict[str, Any]:
     return more
 
 
-def _row(report: EquivarianceReport) -> dict[str, str]:
-    settings, use, error = report.settings, report.code_use, report.reconstruction
-    height, width = settings.image_size
+def _facts(num_images: int, size: tuple[int, int], condition: str, tokenizer: Tokenizer) -> dict[str, str]:
     return {
-        "images": f"{settings.num_images:,} of {height}x{width}, {settings.protocol}",
-        "pixels per token": f"{settings.stride}",
-        "codes": f"{settings.num_codes:,}",
-        "codes used": f"{use.used_codes:,}",
-        "whole tokens: κ": report.aligned.kappa_text(),
-        "below a token: κ": report.sub_stride.kappa_text(),
-        "PSNR, dB": _NOT_MEASURED if error is None else f"{error.psnr:.2f}",
+        "images": f"{num_images:,} of {size[0]}x{size[1]}, {condition}",
+        "pixels per token": f"{tokenizer.stride}",
+        "codes": f"{tokenizer.num_codes:,}",
     }
+
+
+def _told(
+    options: Options, report: EquivarianceReport | StabilityReport, cells: dict[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """Draw the report and put it into a table, where that was asked for, and return it as text and as values."""
+    if options.plot is not None:
+        write_plot(report.plot(), options.plot)
+    if options.table is not None:
+        error = report.reconstruction
+        row = {
+            "tokenizer": options.name or options.model,
+            **cells,
+            "codes used": f"{report.code_use.used_codes:,}",
+            "PSNR, dB": _NOT_MEASURED if error is None else f"{error.psnr:.2f}",
+        }
+        put_row(options.table, list(row), list(row.values()), "ll" + "r" * (len(row) - 2))
+    return str(report), report.to_dict()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from te_quant import adapters
+from te_quant import adapters, interop
 from te_quant._checks import require
 from te_quant._pretrained import WEIGHTS_FILE
 from te_quant.adapters import Tokenizer
@@ -32,29 +33,38 @@ _STATISTICS = (
 __all__ = ["device_of", "identity", "load_autoencoder", "load_tokenizer"]
 
 
-def load_autoencoder(options: Options) -> VQAutoencoder:
-    """Return the model in evaluation mode on its device, in float32 also where its weights were saved in half.
+def load_autoencoder(options: Options, dtype: torch.dtype | None = torch.float32) -> VQAutoencoder:
+    """Return the model in evaluation mode on its device.
+
+    Args:
+        options: of the command.
+        dtype: of the weights; float32 also where they were saved in half precision. None keeps the saved ones.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: its files or the options do not fit.
     """
-    device = device_of(options.device)
-    require(options.config is None, "--config", "given with weights that have no options", options.config)
+    shared: dict[str, Any] = {
+        "device": device_of(options.device),
+        "dtype": dtype,
+        "revision": options.revision,
+        "local_files_only": options.offline,
+    }
+    if options.format != "te_quant":
+        load: Callable[..., VQAutoencoder] = getattr(interop, f"load_{options.format}")
+        needed = options.format != "te_vqgan" or options.config is not None
+        require(needed, "--config", "given for te_vqgan: model.params of its YAML file, as JSON", None)
+        where = {"config": options.config, "filename": options.filename, "subfolder": options.subfolder}
+        return load(options.model, **where, **shared)
+    for name in ("config", "filename", "subfolder"):
+        value = getattr(options, name)
+        require(value is None, f"--{name}", "given with a --format of another library", value)
     path = Path(options.model)
-    if path.is_file():
-        expected = f"a folder, a hub id, or the file {WEIGHTS_FILE} of a folder"
-        require(path.name == WEIGHTS_FILE, "model", expected, f"{path}; pass --format to say whose weights it has")
-        source = str(path.parent)
-    else:
-        source = options.model
-    return VQAutoencoder.from_pretrained(
-        source,
-        device=device,
-        dtype=torch.float32,
-        revision=options.revision,
-        local_files_only=options.offline,
-    )
+    if not path.is_file():
+        return VQAutoencoder.from_pretrained(options.model, **shared)
+    expected = f"a folder, a hub id, or the file {WEIGHTS_FILE} of a folder"
+    require(path.name == WEIGHTS_FILE, "model", expected, f"{path}; pass --format to say whose weights it has")
+    return VQAutoencoder.from_pretrained(path.parent, **shared)
 
 
 def load_tokenizer(options: Options) -> tuple[Tokenizer, VQAutoencoder | None]:
