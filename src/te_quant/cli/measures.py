@@ -12,7 +12,7 @@ from te_quant.cli.arguments import Options
 from te_quant.cli.files import require_plot, write_plot
 from te_quant.cli.models import device_of, load_autoencoder, load_tokenizer
 from te_quant.cli.pictures import find_pictures, read_batch
-from te_quant.cli.rows import put_row
+from te_quant.cli.rows import put_row, require_table
 from te_quant.equivariance import EquivarianceReport, audit, measure_equivariance
 from te_quant.quantizers import VectorQuantizer
 from te_quant.stability import StabilityReport, measure_stability
@@ -20,6 +20,8 @@ from te_quant.stability import StabilityReport, measure_stability
 __all__ = ["measure", "run_audit", "stability"]
 
 _NOT_MEASURED = ""
+# The title of the first column of a table.
+_FIRST = "tokenizer"
 
 
 def run_audit(options: Options) -> tuple[str, dict[str, Any]]:
@@ -37,6 +39,7 @@ def run_audit(options: Options) -> tuple[str, dict[str, Any]]:
 def measure(options: Options) -> tuple[str, dict[str, Any]]:
     """Measure equivariance, and put a row into a table if one is named."""
     require_plot(options.plot)
+    require_table(options.table, _FIRST)
     tokenizer, model = load_tokenizer(options)
     report = measure_equivariance(
         tokenizer.encode,
@@ -59,6 +62,7 @@ def measure(options: Options) -> tuple[str, dict[str, Any]]:
 def stability(options: Options) -> tuple[str, dict[str, Any]]:
     """Measure token stability, and put a row into a table if one is named."""
     require_plot(options.plot)
+    require_table(options.table, _FIRST)
     tokenizer, model = load_tokenizer(options)
     report = measure_stability(
         tokenizer.encode,
@@ -115,7 +119,7 @@ def _told(
     if options.table is not None:
         error = report.reconstruction
         row = {
-            "tokenizer": options.name or options.model,
+            _FIRST: options.name or options.model,
             **cells,
             "codes used": f"{report.code_use.used_codes:,}",
             "PSNR, dB": _NOT_MEASURED if error is None else f"{error.psnr:.2f}",

@@ -10,7 +10,7 @@ from te_quant._checks import require
 from te_quant._pretrained import write_atomically
 from te_quant.tables import Table
 
-__all__ = ["put_row"]
+__all__ = ["put_row", "require_table"]
 
 
 def put_row(path: Path, header: Sequence[str], row: Sequence[str], align: str) -> None:
@@ -39,6 +39,17 @@ def put_row(path: Path, header: Sequence[str], row: Sequence[str], align: str) -
     else:
         lines.insert(end, line)
     write_atomically(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+
+
+def require_table(path: Path | None, first_title: str) -> None:
+    """Refuse a file without a table that begins with this title, before anything is measured."""
+    if path is None or not path.exists():
+        return
+    # Not a text at all, perhaps.
+    text = path.read_text(encoding="utf-8", errors="replace")
+    head = f"| {first_title} |"
+    has = any(line.startswith(head) for line in text.splitlines())
+    require(has, str(path), f"a file with a table that begins with {head!r}", "none")
 
 
 def _first_cell(line: str) -> str:

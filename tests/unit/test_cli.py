@@ -1,0 +1,551 @@
+"""The command te-quant, in this process: what it writes, and every mistake in one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("huggingface_hub")
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from te_quant import AutoencoderConfig, VQAutoencoder
+from te_quant.autoencoder import pad_to_divisor
+from te_quant.cli import main
+from te_quant.cli.token_file import compact_dtype
+
+SMALL: dict[str, Any] = {
+    "base_channels": 2,
+    "channel_multipliers": (1, 1, 1),
+    "attention": False,
+    "norm": "channel",
+    "num_codes": 16,
+    "code_dim": 4,
+    "encoder_padding": "circular",
+    "decoder_padding": "circular",
+}
+Run = Callable[..., tuple[int, str, str]]
+
+
+def make(seed: int = 0, **options: Any) -> VQAutoencoder:
+    """A model with random weights that uses several codes."""
+    torch.manual_seed(seed)
+    model = VQAutoencoder(AutoencoderConfig(**{**SMALL, **options})).eval()
+    if "quantizer" not in options:
+        side = 4 * math.ceil(math.sqrt(model.config.num_codes))
+        latents = model.encode(torch.rand(1, model.config.image_channels, side, side) * 2 - 1)
+        model.quantizer.set_codebook(latents.detach().flatten(2)[0].T[: model.config.num_codes].contiguous())
+    return model
+
+
+def picture(path: Path, height: int, width: int, seed: int = 0) -> None:
+    """Noise of whole numbers, as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def pixels_of(path: Path) -> Tensor:
+    """(3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.asarray(Image.open(path)).copy()).movedim(-1, 0) / 127.5 - 1
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in the test's folder; return its status and what it wrote."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> VQAutoencoder:
+    """Saved in the folder ``model``, next to the pictures of ``photos``."""
+    made = make()
+    made.save_pretrained(tmp_path / "model")
+    picture(tmp_path / "photos" / "a.png", 10, 15, seed=1)
+    picture(tmp_path / "photos" / "more" / "b.png", 16, 16, seed=2)
+    picture(tmp_path / "photos" / "c.png", 16, 16, seed=3)
+    return made
+
+
+def test_tokens_are_those_of_the_model(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """Each picture at its own size, padded; in bytes, with the size and what the model is."""
+    status, out, err = run("encode", "model", "photos", "-o", "tokens.safetensors", "--json")
+    assert (status, err) == (0, "")
+    tokens = load_file(tmp_path / "tokens.safetensors")
+    assert sorted(tokens) == ["tokens/a.png", "tokens/c.png", "tokens/more/b.png"]
+    for name, found in tokens.items():
+        images = pixels_of(tmp_path / "photos" / name.removeprefix("tokens/"))[None]
+        assert found.dtype == torch.uint8
+        assert torch.equal(found.long(), model.encode_to_indices(pad_to_divisor(images, 4))[0])
+    with safe_open(tmp_path / "tokens.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["te_quant_tokens"])
+    values = json.loads(out)
+    assert about["images"] == {"a.png": [10, 15], "c.png": [16, 16], "more/b.png": [16, 16]}
+    assert (about["num_codes"], about["stride"], about["model"]) == (16, 4, "model")
+    assert about["identity"] == values["identity"]
+    assert values["images"] == 3
+    assert values["tokens"] == 3 * 4 + 2 * 16
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_decoded_pictures_have_their_first_size(
+    run: Run, model: VQAutoencoder, tmp_path: Path, batch_size: int
+) -> None:
+    """The padding is cut off, and values are rounded to 8 bits."""
+    run("encode", "model", "photos", "-o", "tokens.safetensors", "--batch-size", batch_size)
+    status, _, _ = run("decode", "model", "tokens.safetensors", "-o", "out", "--batch-size", batch_size)
+    assert status == 0
+    for name in ("a.png", "c.png", "more/b.png"):
+        images = pixels_of(tmp_path / "photos" / name)
+        whole = model(pad_to_divisor(images[None], 4)).reconstruction[0, :, : images.shape[1], : images.shape[2]]
+        found = pixels_of(tmp_path / "out" / name)
+        assert found.shape == images.shape
+        assert (found - whole.clamp(-1, 1)).abs().max() <= 0.501 / 127.5
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "dtype"),
+    [
+        (256, torch.uint8),
+        (257, torch.uint16),
+        (2**16, torch.uint16),
+        (2**16 + 1, torch.int32),
+        (2**31, torch.int32),
+        (2**31 + 1, torch.int64),
+    ],
+)
+def test_tokens_take_the_smallest_integers(num_codes: int, dtype: torch.dtype) -> None:
+    """The largest index, K - 1, fits."""
+    assert compact_dtype(num_codes) == dtype
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"downsample": "polyphase", "upsample": "polyphase"},
+        {
+            "quantizer": {
+                "name": "ResidualVectorQuantizer",
+                "num_codes": 16,
+                "code_dim": 4,
+                "num_quantizers": 2,
+                "codebook_update": "ema",
+            }
+        },
+        {"image_channels": 1},
+        {"num_codes": 300},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_models_come_back_too(run: Run, model: VQAutoencoder, tmp_path: Path, options: dict) -> None:
+    """Phases, several indices per token, grey pictures, and more than a byte per token."""
+    other = make(**options)
+    other.save_pretrained(tmp_path / "other")
+    assert run("encode", "other", "photos/c.png", "-o", "t.safetensors")[0] == 0
+    assert run("decode", "other", "t.safetensors", "-o", "out")[0] == 0
+    grey = other.config.image_channels == 1
+    image = Image.open(tmp_path / "photos" / "c.png").convert("L" if grey else "RGB")
+    pixels = torch.from_numpy(np.asarray(image).copy().reshape(16, 16, -1)).movedim(-1, 0)[None] / 127.5 - 1
+    found = np.asarray(Image.open(tmp_path / "out" / "c.png")).reshape(16, 16, -1)
+    expected = (other(pixels).reconstruction[0].clamp(-1, 1) + 1) * 127.5
+    assert np.abs(found - expected.detach().movedim(0, -1).numpy()).max() <= 0.51
+
+
+@pytest.mark.slow
+def test_tiles_give_the_same_tokens(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """For this model tiles are exact; the decoder takes them too."""
+    picture(tmp_path / "large.png", 120, 124)
+    assert run("encode", "model", "large.png", "-o", "whole.safetensors")[0] == 0
+    assert run("encode", "model", "large.png", "-o", "tiles.safetensors", "--tile-size", 116)[0] == 0
+    whole, tiles = (load_file(tmp_path / f"{name}.safetensors")["tokens/large.png"] for name in ("whole", "tiles"))
+    assert (whole == tiles).float().mean() > 0.999
+    assert run("decode", "model", "tiles.safetensors", "-o", "out", "--tile-size", 116)[0] == 0
+    assert pixels_of(tmp_path / "out" / "large.png").shape == (3, 120, 124)
+
+
+def test_another_model_does_not_decode(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """One other code is enough, and nothing is written."""
+    run("encode", "model", "photos", "-o", "tokens.safetensors")
+    model.quantizer.set_codebook(model.quantizer.codebook.roll(1, 0))
+    model.save_pretrained(tmp_path / "other")
+    status, out, err = run("decode", "other", "tokens.safetensors", "-o", "out")
+    assert (status, out) == (2, "")
+    assert err.startswith("te-quant decode: model must be the model that wrote the tokens (model, identity ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_gives_tokens_no_meaning_is_not_compared(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """The place of the model, its encoder, the use of its codes, and weights in a wider dtype."""
+    run("encode", "model", "photos", "-o", "tokens.safetensors")
+    with torch.no_grad():
+        next(model.encoder.parameters()).add_(1)
+    model.quantizer.usage.add_(1)
+    model.double().save_pretrained(tmp_path / "moved")
+    assert run("decode", "moved", "tokens.safetensors", "-o", "out")[0] == 0
+
+
+def interrupt(*_: object, **__: object) -> None:
+    """Half of a file, then the user presses Ctrl-C."""
+    path = next(argument for argument in _ if isinstance(argument, str | Path))
+    Path(path).write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_encode_keeps_the_old_file(
+    run: Run, model: VQAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 130, one line, and no other file."""
+    run("encode", "model", "photos/a.png", "-o", "tokens.safetensors")
+    before = (tmp_path / "tokens.safetensors").read_bytes()
+    files = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("safetensors.torch.save_file", interrupt)
+    status, out, err = run("encode", "model", "photos", "-o", "tokens.safetensors", "--overwrite")
+    assert (status, out, err) == (130, "", "te-quant encode: interrupted\n")
+    assert (tmp_path / "tokens.safetensors").read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_an_interrupted_decode_leaves_no_half_picture(
+    run: Run, model: VQAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder holds whole pictures only; here none."""
+    run("encode", "model", "photos", "-o", "tokens.safetensors")
+    monkeypatch.setattr(Image.Image, "save", lambda self, path, **_: interrupt(path))
+    assert run("decode", "model", "tokens.safetensors", "-o", "out")[0] == 130
+    assert list((tmp_path / "out").rglob("*.*")) == []
+
+
+@pytest.mark.slow
+def test_measure_reports_what_python_reports(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """As JSON the whole report, with everything that our models can tell; and a row of a table."""
+    from te_quant import EquivarianceReport, measure_equivariance
+
+    names = ("photos/c.png", "photos/more/b.png")
+    status, out, _ = run("measure", "model", *names, "--json", "--table", "table.md", "--name", "tiny")
+    report = EquivarianceReport.from_dict(json.loads(out))
+    images = torch.stack([pixels_of(tmp_path / name) for name in names])
+    expected = measure_equivariance(
+        model.encode_to_indices, images, protocol="circular", stride=4, num_codes=16, resamples=0
+    )
+    assert status == 0
+    assert report.aligned.rate == expected.aligned.rate == 1
+    assert report.sub_stride.rate == expected.sub_stride.rate < 1
+    assert report.margin is not None
+    assert report.feature_error is not None
+    assert report.reconstruction is not None
+    rows = (tmp_path / "table.md").read_text().splitlines()
+    assert rows[0].startswith("| tokenizer | images | pixels per token | codes | whole tokens: κ |")
+    assert rows[2].startswith("| tiny | 2 of 16x16, circular | 4 | 16 | 1.000 [1.000, 1.000] |")
+
+
+@pytest.mark.slow
+def test_stability_reports_what_python_reports(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """As JSON the whole report; and a row with the token match of every transform."""
+    from te_quant.stability import StabilityReport, measure_stability
+
+    status, out, _ = run("stability", "model", "photos/c.png", "--json", "--cycles", 2, "--table", "table.md")
+    report = StabilityReport.from_dict(json.loads(out))
+    images = pixels_of(tmp_path / "photos" / "c.png")[None]
+    expected = measure_stability(model.encode_to_indices, model.decode_indices, images, num_codes=16, resamples=0)
+    assert status == 0
+    assert report.settings.cycles == 2
+    rates = {name: found.match.rate for name, found in report.transforms.items()}
+    assert rates == {name: found.match.rate for name, found in expected.transforms.items()}
+    row = (tmp_path / "table.md").read_text().splitlines()[2]
+    assert row.startswith("| model | 1 of 16x16, token match (κ) | 4 | 16 |")
+    assert f" {rates['identity']:.3f} (" in row
+
+
+@pytest.mark.slow
+def test_audit_names_layers(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """As text and as JSON."""
+    status, out, _ = run("audit", "model", "photos/c.png")
+    assert status == 0
+    assert "levels.0.downsample" in out
+    rows = json.loads(run("audit", "model", "photos/c.png", "--json")[1])["rows"]
+    assert any(row["name"].startswith("levels.0.downsample") for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["audit", "stability"])
+def test_reports_are_drawn(run: Run, model: VQAutoencoder, tmp_path: Path, command: str) -> None:
+    """A whole PNG file."""
+    assert run(command, "model", "photos/c.png", "--plot", "report.png")[0] == 0
+    with Image.open(tmp_path / "report.png") as image:
+        image.verify()
+
+
+def test_sizes_are_made_equal(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """--size resizes and cuts, and --limit takes the first."""
+    assert run("encode", "model", "photos", "-o", "t", "--size", 8, "--limit", 2)[0] == 0
+    assert {name: found.shape for name, found in load_file(tmp_path / "t").items()} == {
+        "tokens/a.png": (2, 2),
+        "tokens/c.png": (2, 2),
+    }
+
+
+@pytest.mark.slow
+def test_convert_carries_a_model_to_diffusers_and_back(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """The tokens stay the same, and so does what gives them their meaning."""
+    zeros = {"norm": "group", "encoder_padding": "zeros", "decoder_padding": "zeros"}
+    make(**zeros).save_pretrained(tmp_path / "mine")
+    status, out, _ = run("convert", "mine", "-o", "theirs", "--to", "diffusers", "--json")
+    assert status == 0
+    assert json.loads(out)["files"] == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert run("convert", "theirs", "-o", "back", "--format", "diffusers")[0] == 0
+    run("encode", "mine", "photos", "-o", "mine.safetensors")
+    run("encode", "theirs", "photos", "-o", "theirs.safetensors", "--format", "diffusers")
+    mine, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("mine", "theirs"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert run("decode", "back", "mine.safetensors", "-o", "out")[0] == 0
+
+
+def test_the_file_of_the_weights_stands_for_its_folder(run: Run, model: VQAutoencoder) -> None:
+    """Shells complete to it."""
+    assert run("encode", "model/model.safetensors", "photos", "-o", "t.safetensors")[0] == 0
+
+
+PYTHON = """
+import torch
+from te_quant.adapters import Tokenizer
+
+def load():
+    def encode(images):
+        return (images[:, 0, ::4, ::4] > 0).long()
+    def decode(indices):
+        grey = (indices * 2.0 - 1)[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return grey.expand(-1, 3, -1, -1)
+    return Tokenizer(encode, decode, stride=4, num_codes=2)
+
+def nothing():
+    return None
+"""
+
+
+@pytest.mark.parametrize("place", ["mine.py:load", "mine:load"])
+def test_tokenizers_of_other_libraries_are_measured(
+    run: Run, model: VQAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A function that returns the two functions; each token here is one pixel, which comes back."""
+    (tmp_path / "mine.py").write_text(PYTHON)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    out = run("stability", place, "photos/c.png", "--format", "python", "--json")[1]
+    assert json.loads(out)["transforms"]["identity"]["cycles"][0]["match"]["rate"] == 1
+    report = json.loads(run("measure", place, "photos/c.png", "--format", "python", "--json")[1])
+    assert report["aligned"]["rate"] == 1
+    assert report["reconstruction"] is not None
+
+
+class _CosmosEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return (images[:, 0, ::4, ::4] * self.weight > 0).int(), images
+
+
+class _CosmosDecoder(nn.Module):
+    def forward(self, indices: Tensor) -> Tensor:
+        grey = (indices * 2.0 - 1).unsqueeze(1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return grey.expand(-1, 3, -1, -1)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """The stride is not in them, so it is asked for."""
+    (tmp_path / "di8x8").mkdir()
+    for name, module in (("encoder", _CosmosEncoder()), ("decoder", _CosmosDecoder())):
+        torch.jit.save(torch.jit.script(module), tmp_path / "di8x8" / f"{name}.jit")
+    arguments = ("stability", "di8x8", "photos/c.png", "--format", "cosmos")
+    status, out, _ = run(*arguments, "--stride", 4, "--num-codes", 2, "--json")
+    assert status == 0
+    assert json.loads(out)["settings"]["num_codes"] == 2
+    assert json.loads(out)["transforms"]["identity"]["cycles"][0]["match"]["rate"] == 1
+    assert (
+        run(*arguments)[2]
+        == "te-quant stability: --stride must be given for cosmos, such as 8 for DI8x8, got None.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            "encode nowhere photos -o t",
+            "source must be an existing folder or a hub id 'owner/name', got 'nowhere'.",
+        ),
+        ("encode model nowhere -o t", "images must be files or folders that exist, got nowhere."),
+        ("encode model empty -o t", "images must be a folder with at least one picture (.bmp, .jpeg"),
+        (
+            "encode model text.png -o t",
+            "text.png must be a picture that Pillow can read, got a file of another kind.",
+        ),
+        ("encode model half.png -o t", "half.png must be a whole picture, got a damaged file ("),
+        (
+            "encode model photos photos/a.png other/a.png -o t",
+            "pictures must be of different names, got two of 'a.png'",
+        ),
+        ("encode model photos -o taken", "output must be a new file, got taken, which exists; pass --overwrite"),
+        (
+            "encode model photos -o t --device tpu9",
+            "--device must be a device such as 'cpu' or 'cuda', got 'tpu9'.",
+        ),
+        ("encode model photos -o t --device meta", "--device must be one of this machine ('cpu'"),
+        (
+            "encode model photos -o t --config taken",
+            "--config must be given with a --format of another library, got taken.",
+        ),
+        (
+            "encode model/config.json photos -o t",
+            "model must be a folder, a hub id, or the file model.safetensors",
+        ),
+        ("encode two photos -o t", "model must be one for images of 1 or 3 channels, as files have them, got 2."),
+        ("encode model photos -o t --revision v1", "revision must be None for a local folder, got 'v1'."),
+        (
+            "encode x photos -o t --format te_vqgan",
+            "--config must be given for te_vqgan: model.params of its YAML file",
+        ),
+        ("encode model photos -o t --tile-size 6", "tile_size must be a multiple of the divisor 4, got 6."),
+        ("decode model nowhere -o out", "tokens must be a file that te-quant encode wrote, got none at nowhere."),
+        ("decode model text.png -o out", "text.png must be a file that te-quant encode wrote, got"),
+        ("decode model other.safetensors -o out", "wrote, got a safetensors file of another kind."),
+        (
+            "decode model evil.safetensors -o out",
+            "evil.safetensors image names must be paths inside one folder, got '../x'.",
+        ),
+        ("measure model photos", "images must be of one size, got 10x15 (a.png) and 16x16 (c.png); pass --size"),
+        (
+            "measure model photos/a.png --plot report.txt",
+            "--plot must be a file that ends in one of .pdf, .png, .svg",
+        ),
+        (
+            "measure model photos/c.png --table text.png",
+            "text.png must be a file with a table that begins with '| tok",
+        ),
+        ("stability residual photos/c.png", "model must be one with one index per token, got 2 indices."),
+        (
+            "measure mine.py photos --format python",
+            "model must be 'file.py:function' or 'module:function', got 'mine.py'.",
+        ),
+        (
+            "measure mine.py:no photos --format python",
+            "model must be 'mine.py:function' with a function of mine.py, got",
+        ),
+        (
+            "measure mine.py:nothing photos --format python",
+            "must return a te_quant.adapters.Tokenizer, got NoneType.",
+        ),
+        ("measure no.py:load photos --format python", "model must name a Python file that exists, got no.py."),
+        ("measure no_such:load photos --format python", "No module named 'no_such'"),
+        (
+            "measure model photos --format cosmos --stride 8",
+            "model must be a folder with encoder.jit and decoder.jit, got no",
+        ),
+        ("convert model -o out --to diffusers", "encoder_padding must be 'zeros' for diffusers, got 'circular'."),
+        (
+            "convert model -o model",
+            "output must be a new file, got model/config.json, which exists; pass --overwrite",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    run: Run, model: VQAutoencoder, tmp_path: Path, arguments: str, told: str
+) -> None:
+    """On standard error, with status 2 and without a traceback; nothing is written."""
+    picture(tmp_path / "other" / "a.png", 4, 4)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").write_text("x")
+    (tmp_path / "text.png").write_text("no picture")
+    whole = (tmp_path / "photos" / "a.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "mine.py").write_text(PYTHON)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    about = {"format": 1, "model": "m", "identity": "i", "num_codes": 2, "stride": 1, "images": {"../x": [1, 1]}}
+    evil = {"tokens/../x": torch.zeros(1, 1, dtype=torch.uint8)}
+    save_file(evil, tmp_path / "evil.safetensors", metadata={"te_quant_tokens": json.dumps(about)})
+    if arguments.startswith("encode two"):
+        make(image_channels=2).save_pretrained(tmp_path / "two")
+    if arguments.startswith("stability residual"):
+        levels = {"name": "ResidualVectorQuantizer", "num_codes": 16, "code_dim": 4, "num_quantizers": 2}
+        make(quantizer=levels).save_pretrained(tmp_path / "residual")
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = run(*arguments.split())
+    assert (status, out) == (2, "")
+    assert told in err
+    assert err.startswith(f"te-quant {arguments.split()[0]}: ")
+    assert err.count("\n") == 1
+    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+def test_the_place_of_an_error_is_shown_on_request(run: Run) -> None:
+    """For reports of bugs."""
+    with pytest.raises(FileNotFoundError, match="source must be an existing folder"):
+        run("audit", "nowhere", "nothing", "--traceback")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["measure", "m", "i", "--size", "0"], "argument --size: must be an integer of at least 1, got '0'."),
+        (["measure", "m", "i", "--protocol", "roll"], "argument --protocol: invalid choice: 'roll'"),
+        (["audit", "m", "i", "--format", "cosmos"], "argument --format: invalid choice: 'cosmos'"),
+    ],
+)
+def test_arguments_that_do_not_parse_end_with_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    """As every command does."""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(arguments)
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["PIL", "tqdm", "safetensors", "huggingface_hub", "matplotlib"])
+def test_without_the_extra_it_says_how_to_install_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """Before anything else is done."""
+    monkeypatch.setitem(sys.modules, package, None)
+    told = f"te-quant audit: {package} must be installed to run te-quant audit: pip install 'te_quant[cli]'.\n"
+    assert run("audit", "nowhere", "nothing") == (2, "", told)
+
+
+def test_the_installed_command_is_this_function() -> None:
+    """pyproject.toml names it, and the extra holds what the command needs."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '\n[project.scripts]\nte-quant = "te_quant.cli:main"\n' in text
+    assert re.search(r"^cli = \[.*tqdm", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_module_runs_in_a_fresh_interpreter(model: VQAutoencoder, tmp_path: Path) -> None:
+    """The status of ``python -m te_quant`` reaches the shell, and progress does not mix with JSON."""
+    command = [sys.executable, "-W", "error", "-m", "te_quant"]
+    encode = [*command, "encode", "model", "photos", "-o", "t.safetensors", "--json"]
+    done = subprocess.run(encode, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["images"] == 3
