@@ -85,7 +85,9 @@ class Source(NamedTuple):
             file = self._fetch(name)
             if file is not None:
                 return file
-        raise FileNotFoundError(f"source must hold {' or '.join(names)}, got none in the repository {self.path!r}.")
+        raise FileNotFoundError(
+            f"source must hold {' or '.join(names)}, got none in the repository {self.path!r}."
+        )
 
     def _fetch(self, name: str) -> Path | None:
         """Return a file of the repository, or None if it does not have it."""
@@ -151,7 +153,7 @@ def _safe(path: Path) -> Mapping[str, Tensor]:
 class _Anything:
     """An object that was pickled with the weights; it keeps nothing."""
 
-    def __new__(cls, *args: object) -> _Anything:
+    def __new__(cls, *args: object) -> _Anything:  # noqa: ARG004
         return super().__new__(cls)
 
     def __init__(self, *args: object) -> None:
@@ -172,5 +174,5 @@ def _unpickled(path: Path) -> Any:
         with torch.serialization.safe_globals([(_Anything, name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = (str(error).strip().splitlines() or ["an empty file"])[0]
         raise ValueError(f"{path} must be a file of tensors that torch.save wrote, got {cause}") from error

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from te_quant import _pretrained
 from te_quant._checks import require, require_choice
