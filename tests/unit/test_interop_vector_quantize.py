@@ -206,11 +206,11 @@ def test_several_codebooks_are_refused() -> None:
         ({"affine_param": True, "sync_affine_param": False}, "source must be of 4 tensors, got unexpected"),
         ({"commitment_use_cross_entropy_loss": True}, "commitment_use_cross_entropy_loss must be False, got True"),
         ({"codebook_diversity_loss_weight": 1.0}, "has_codebook_diversity_loss must be False, got True"),
-        ({"orthogonal_reg_weight": 1.0}, "orthogonal_reg_weight must be 0 under ema_update, which undoes it, got 1"),
+        ({"orthogonal_reg_weight": 1.0}, "orthogonal_reg_weight must be 0 under ema_update, which undoes it, got 1"),  # noqa: E501
         ({"ema_update": False}, "learnable_codebook must be True with ema_update=False, got False"),
         ({"eps": 1e-3}, "eps must be 1e-05, got 0.001; pass into="),
         ({"threshold_ema_dead_code": 2}, "threshold_ema_dead_code must be below the average usage of a code, 1, got 2; pass into="),  # noqa: E501
-        ({"stochastic_sample_codes": True}, "stochastic_sample_codes must be False without use_cosine_sim, got True"),
+        ({"stochastic_sample_codes": True}, "stochastic_sample_codes must be False without use_cosine_sim, got True"),  # noqa: E501
         ({"stochastic_sample_codes": True, "straight_through": True, "rotation_trick": False}, "straight_through must be False, got True"),  # noqa: E501
         ({"manual_ema_update": True}, r"manual_ema_update must be False, got True; use accumulate\(\)"),
     ],
@@ -233,7 +233,7 @@ def test_a_source_without_settings_needs_a_quantizer() -> None:
     """Nothing is guessed."""
     state = trained(*CASES["plain"]).state_dict()
     with pytest.raises(
-        TypeError, match="into must be a VectorQuantizer for a .*, which has no settings, got None"
+        TypeError, match=r"into must be a VectorQuantizer for a .*no settings, got None"
     ):
         load_vector_quantize(state)
 
