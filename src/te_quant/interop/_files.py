@@ -174,5 +174,7 @@ def _unpickled(path: Path) -> Any:
         with torch.serialization.safe_globals([(_Anything, name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        cause = (str(error).strip().splitlines() or ["an empty file"])[0]
-        raise ValueError(f"{path} must be a file of tensors that torch.save wrote, got {cause}") from error
+        # Around its reason torch wraps the advice to open the file without the restrictions.
+        reason = str(error.__context__ or error).strip()
+        cause = (reason.splitlines() or ["an empty file"])[0].rstrip(".")
+        raise ValueError(f"{path} must be a file of tensors that torch.save wrote, got {cause}.") from error
