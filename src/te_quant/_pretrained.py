@@ -19,10 +19,14 @@ __all__ = [
     "FORMAT_VERSION",
     "WEIGHTS_FILE",
     "Hub",
+    "download",
     "load",
     "locate",
     "read_config",
     "read_weights",
+    "require_local",
+    "require_repository",
+    "safetensors",
     "save",
     "write_atomically",
 ]
@@ -60,7 +64,7 @@ def save(
     Raises:
         ImportError: safetensors is not installed.
     """
-    save_file = _safetensors().save_file
+    save_file = safetensors().save_file
     folder = Path(folder)
     content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}
     text = json.dumps(content, indent=2) + "\n"
@@ -129,26 +133,54 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
     """
     folder = Path(source)
     if folder.is_dir():
-        require(hub.revision is None, "revision", "None for a local folder", repr(hub.revision))
-        require(hub.token is None, "token", "None for a local folder", "one")
-        require(hub.cache_dir is None, "cache_dir", "None for a local folder", repr(hub.cache_dir))
+        require_local(hub, "folder")
         config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         for path in (config, weights):
             if not path.is_file():
                 raise FileNotFoundError(f"folder must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got none at {path}.")
         return config, weights
-    if not isinstance(source, str) or not _is_repository(source):
-        raise FileNotFoundError(f"source must be an existing folder or a hub id 'owner/name', got {source!r}.")
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(_missing("huggingface_hub", f"load {source!r}, which is no local folder")) from error
+    require_repository(source, "an existing folder")
+    client = _huggingface_hub(str(source))
     downloads = (
-        huggingface_hub.hf_hub_download(repo_id=source, filename=name, **hub._asdict())
+        client.hf_hub_download(repo_id=source, filename=name, **hub._asdict())
         for name in (CONFIG_FILE, WEIGHTS_FILE)
     )
     config, weights = (Path(path) for path in downloads)
     return config, weights
+
+
+def download(repository: str, name: str, hub: Hub, subfolder: str | None = None) -> Path | None:
+    """Return a file of a repository of the hub, or None if the repository does not have it.
+
+    With ``hub.local_files_only`` a repository has what has been downloaded of it.
+
+    Raises:
+        FileNotFoundError: the hub cannot be reached, and the file has not been downloaded before.
+        ImportError: huggingface_hub is not installed.
+    """
+    client = _huggingface_hub(repository)
+    try:
+        path = client.hf_hub_download(repo_id=repository, filename=name, subfolder=subfolder, **hub._asdict())
+    except client.errors.LocalEntryNotFoundError:
+        if hub.local_files_only:
+            return None
+        raise
+    except client.errors.EntryNotFoundError:
+        return None
+    return Path(path)
+
+
+def require_local(hub: Hub, kind: str) -> None:
+    """Refuse options of the hub for a source that is not there; ``kind`` says what it is."""
+    require(hub.revision is None, "revision", f"None for a local {kind}", repr(hub.revision))
+    require(hub.token is None, "token", f"None for a local {kind}", "one")
+    require(hub.cache_dir is None, "cache_dir", f"None for a local {kind}", repr(hub.cache_dir))
+
+
+def require_repository(source: object, otherwise: str) -> None:
+    """Refuse what has not the form of a hub id; ``otherwise`` says what else the source may be."""
+    if not isinstance(source, str) or not _is_repository(source):
+        raise FileNotFoundError(f"source must be {otherwise} or a hub id 'owner/name', got {source!r}.")
 
 
 def read_config(path: Path, class_name: str) -> dict[str, Any]:
@@ -192,7 +224,7 @@ def read_weights(
             shapes or kinds of numbers.
         ImportError: safetensors is not installed.
     """
-    _safetensors()
+    safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -232,12 +264,26 @@ def _is_repository(source: str) -> bool:
     return bool(owner and slash and name) and "/" not in name and not source.startswith((".", "~"))
 
 
-def _safetensors() -> Any:
+def _huggingface_hub(repository: str) -> Any:
     try:
-        import safetensors.torch
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise ImportError(_missing("huggingface_hub", f"load {repository!r}, which is no local folder")) from error
+    return huggingface_hub
+
+
+def safetensors() -> Any:
+    """Return ``safetensors.torch``.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    try:
+        import safetensors.torch as module
     except ImportError as error:
         raise ImportError(_missing("safetensors", "save and load weights")) from error
-    return safetensors.torch
+    return module
 
 
 def _missing(package: str, purpose: str) -> str:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,7 @@ from examples.te_vqgan.stage1.presets import (
 )
 from examples.te_vqgan.stage1.train import CHECKPOINT, Interrupted, train_stage1
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
-from examples.te_vqgan.stage1.unpadded_pool import UNPADDED_MAX_BLUR_POOL
-from te_quant import AutoencoderConfig, VQAutoencoder
-from te_quant.layers import DOWNSAMPLERS, build_downsample
-from te_quant.testing import check_downsample
+from te_quant import VQAutoencoder
 from tests.helpers import numpy_generator
 
 SMOKE = PRESETS["smoke"]
@@ -402,36 +398,9 @@ def test_the_papers_settings_are_those_of_its_authors() -> None:
 def test_the_authors_pooling_is_that_of_their_presets_only() -> None:
     """Other presets keep the library's layer, whose numbers are published."""
     kinds = {preset: settings_for(preset, "mb").model.downsample for preset in PRESETS}
-    assert {preset for preset, kind in kinds.items() if kind == UNPADDED_MAX_BLUR_POOL} == {"paper", "narrow"}
-    assert {kind for kind in kinds.values() if kind != UNPADDED_MAX_BLUR_POOL} == {"max_blur_pool"}
+    assert {preset for preset, kind in kinds.items() if kind == "unpadded_max_blur_pool"} == {"paper", "narrow"}
+    assert {kind for kind in kinds.values() if kind != "unpadded_max_blur_pool"} == {"max_blur_pool"}
     assert settings_for("paper", "vqgan").model.downsample == "strided_conv"
-
-
-def test_the_authors_pooling_pools_without_padding() -> None:
-    """Against loops in float64: the largest of each 2x2 window inside, then 1-4-6-4-1 with the edges repeated."""
-    images = torch.randn(1, 2, 8, 6, dtype=torch.float64)
-    layer = build_downsample(UNPADDED_MAX_BLUR_POOL, 2, padding_mode="zeros")
-    found = layer(images)
-    assert found.shape == (1, 2, 4, 3)
-    taps = [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16]
-    for channel, row, column in product(range(2), range(4), range(3)):
-        total = 0.0
-        for (i, a), (j, b) in product(enumerate(taps), enumerate(taps)):
-            top, left = min(max(2 * row + i - 2, 0), 6), min(max(2 * column + j - 2, 0), 4)
-            total += a * b * images[0, channel, top : top + 2, left : left + 2].max().item()
-        assert found[0, channel, row, column].item() == pytest.approx(total, abs=1e-12)
-    # The library's layer has one more window per axis.
-    assert not torch.allclose(found, build_downsample("max_blur_pool", 2, padding_mode="replicate")(images))
-    with pytest.raises(ValueError, match=r"images sides must be divisible by 2, got shape \(1, 2, 7, 6\)"):
-        layer(images[:, :, :7])
-
-
-def test_the_authors_pooling_holds_what_it_states() -> None:
-    """As every downsampling layer of the library, in an encoder."""
-    check_downsample(DOWNSAMPLERS[UNPADDED_MAX_BLUR_POOL])
-    config = AutoencoderConfig(base_channels=8, code_dim=4, downsample=UNPADDED_MAX_BLUR_POOL, attention=False)
-    assert AutoencoderConfig.from_dict(config.to_dict()) == config
-    assert VQAutoencoder(config).encode(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 4, 4)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ _DOWN: dict[str, ModuleCase] = {
     "strided-conv": _layer(layers.StridedConv, 4, padding_mode="circular"),
     "max-pool": _layer(layers.MaxPool),
     "max-blur-pool": _layer(layers.MaxBlurPool, padding_mode="zeros"),
+    "unpadded-max-blur-pool": _layer(layers.UnpaddedMaxBlurPool),
     "max-blur-pool-circular": _layer(layers.MaxBlurPool, padding_mode="circular"),
     "conv-blur-pool": _layer(layers.ConvBlurPool, 4, padding_mode="replicate"),
     "conv-polyphase-downsample": _layer(layers.ConvPolyphaseDownsample, 4, padding_mode="circular"),

@@ -39,6 +39,9 @@ from te_quant.quantizers import QUANTIZERS, Rows
 from tests.helpers import plain_quantizer
 from tests.unit.grid_oracles import fresh, roll
 
+# These two have layers that replicate the border whatever they are told.
+REPLICATING = ("unpadded_max_blur_pool", "conv_replicate_blur_pool")
+PADDED_AS_TOLD = tuple(kind for kind in get_args(Downsample) if kind not in REPLICATING)
 SMALL = AutoencoderConfig(
     image_channels=1, base_channels=4, norm_groups=2, num_codes=8, code_dim=6, orthogonal_reg=10.0
 )
@@ -168,6 +171,127 @@ def test_attention_is_an_argument_and_not_an_option_to_store() -> None:
         dataclasses.replace(AutoencoderConfig(attention_levels=(1,)), attention=False)
 
 
+def attentions(half: torch.nn.Module) -> set[str]:
+    return {name for name, module in half.named_modules() if isinstance(module, SelfAttention2d)}
+
+
+@pytest.mark.parametrize(
+    ("options", "encoder", "decoder"),
+    [
+        ({"attention_levels": (), "middle_attention": True}, {"middle.attention"}, {"middle.attention"}),
+        (
+            {"attention_levels": (0,), "middle_attention": False},
+            {"levels.0.attention0"},
+            {"levels.2.attention0", "levels.2.attention1"},
+        ),
+        ({"attention": True, "attention_levels": (), "middle_attention": True}, *[{"middle.attention"}] * 2),
+        ({"attention": False, "middle_attention": False}, set(), set()),
+    ],
+)
+def test_attention_in_the_middle_is_independent_of_the_levels(
+    options: dict, encoder: set[str], decoder: set[str]
+) -> None:
+    """Both halves follow the option, and a file keeps it."""
+    config = small(**options)
+    assert attentions(build_encoder(config)) == encoder
+    assert attentions(build_decoder(config)) == decoder
+    assert config.has_middle_attention == ("middle.attention" in encoder)
+    assert AutoencoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_channels_around_the_quantizer_may_differ_from_the_codes() -> None:
+    """1x1 convolutions map between; latents and codes keep C."""
+    config = small(z_channels=10)
+    model = VQAutoencoder(config)
+    assert (model.encoder.to_latents.in_channels, model.encoder.to_latents.out_channels) == (10, 6)
+    assert (model.decoder.from_codes.in_channels, model.decoder.from_codes.out_channels) == (6, 10)
+    output = model(fresh(1, 1, 8, 8, dtype=torch.float32))
+    assert output.latents.shape == output.codes.shape == (1, 6, 2, 2)
+    assert AutoencoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    # Counted: two 3x3 and two 1x1 convolutions are wider than with z_channels = C.
+    wider = conv(8, 10) + conv(10, 6, 1) + conv(6, 10, 1) + conv(10, 8)
+    same = 2 * conv(6, 6, 1) + conv(8, 6) + conv(6, 8)
+    assert count(model) - count(VQAutoencoder(small())) == wider - same
+
+
+def test_widths_are_those_of_the_levels() -> None:
+    """Of the encoder, and of the decoder where they differ; the first convolution has the base width."""
+    config = AutoencoderConfig(widths=(12, 16), decoder_widths=(20, 8), num_codes=8, code_dim=4)
+    assert (config.base_channels, config.channel_multipliers, config.norm_groups) == (12, (), 4)
+    assert (config.stride, config.attention_levels) == (2, (1,))
+    model = VQAutoencoder(config)
+    assert [level.block0.conv2.out_channels for level in model.encoder.levels] == [12, 16]
+    assert [level.block0.conv2.out_channels for level in model.decoder.levels] == [8, 20]
+    assert (model.encoder.conv_in.out_channels, model.decoder.conv_in.out_channels) == (12, 8)
+    assert model(fresh(1, 3, 4, 4, dtype=torch.float32)).reconstruction.shape == (1, 3, 4, 4)
+    own = dataclasses.replace(config, base_channels=4)
+    assert build_encoder(own).conv_in.out_channels == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"widths": (12, 16)}, {"decoder_widths": (8, 16, 32)}, {"widths": (6, 4), "decoder_widths": (4, 6)}],
+)
+def test_configs_with_widths_are_stored(options: dict) -> None:
+    """Only what was given is written, and it comes back equal."""
+    config = AutoencoderConfig(**options, code_dim=4)
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert {"widths", "decoder_widths"} & stored.keys() == options.keys()
+    assert ("channel_multipliers" in stored) == ("widths" not in options)
+    assert AutoencoderConfig.from_dict(stored) == config == pickle.loads(pickle.dumps(config))
+    assert hash(AutoencoderConfig.from_dict(stored)) == hash(config)
+    assert dataclasses.replace(config, code_dim=8).widths == config.widths
+
+
+def test_widths_follow_from_multipliers() -> None:
+    """The default spelling builds the same network, and its files look as they always have."""
+    config = AutoencoderConfig(base_channels=4, channel_multipliers=(1, 3))
+    assert config.widths == config.decoder_widths == (4, 12)
+    absent = {"widths", "decoder_widths", "middle_attention", "z_channels", "quantizer"}
+    assert not absent & config.to_dict().keys()
+    assert dataclasses.replace(config, base_channels=2).widths == (2, 6)
+    spelled = AutoencoderConfig(widths=(4, 12), norm_groups=config.norm_groups)
+    shapes = [
+        {name: tensor.shape for name, tensor in build_encoder(each).state_dict().items()}
+        for each in (config, spelled)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"widths": ()}, ValueError, r"widths must be at least one int, got \(\)"),
+        ({"widths": (0, 8)}, ValueError, "widths entry must be an int >= 1, got 0"),
+        ({"widths": 8}, TypeError, "widths must be a sequence of ints, got 8"),
+        (
+            {"widths": (8, 8), "channel_multipliers": (1, 1)},
+            ValueError,
+            r"channel_multipliers must be left out with widths=\(8, 8\), got \(1, 1\)",
+        ),
+        ({"decoder_widths": (8, 8)}, ValueError, r"decoder_widths must be 3 ints, one per level, got \(8, 8\)"),
+        ({"widths": (8, 12), "norm_groups": 8}, ValueError, r"norm_groups must be a divisor of widths=\(8, 12\)"),
+        (
+            {"decoder_widths": (8, 8, 9), "norm_groups": 8},
+            ValueError,
+            r"norm_groups must be a divisor of decoder_widths=\(8, 8, 9\), got 8",
+        ),
+        ({"widths": (8, 1), "norm": "channel"}, ValueError, "widths must be at least 2 for norm='channel', got"),
+        ({"z_channels": 0}, ValueError, "z_channels must be an int >= 1, got 0"),
+        ({"middle_attention": 1}, TypeError, "middle_attention must be True, False or None, got 1"),
+        (
+            {"attention": False, "middle_attention": True},
+            ValueError,
+            r"attention must be True or None with attention_levels=\(\) and middle_attention=True, got False",
+        ),
+    ],
+)
+def test_widths_and_middles_that_cannot_be_are_refused(options: dict, error: type[Exception], match: str) -> None:
+    """By the name of an option that was given."""
+    with pytest.raises(error, match=match):
+        AutoencoderConfig(**options)
+
+
 @pytest.mark.parametrize(
     ("options", "levels", "groups"),
     [
@@ -215,6 +339,9 @@ OPTIONS = {
     "decoder_padding": "circular",
     "attention": False,
     "attention_levels": (2,),
+    "widths": (12, 20),
+    "decoder_widths": (10, 14),
+    "middle_attention": True,
 }
 
 
@@ -236,7 +363,7 @@ def test_no_error_blames_an_option_that_was_not_given(count: int) -> None:
     assert [names for names in refused if blamed(names) not in names] == []
 
 
-@pytest.mark.parametrize("kind", get_args(Downsample))
+@pytest.mark.parametrize("kind", PADDED_AS_TOLD)
 def test_padding_modes_reach_every_layer_of_their_half(kind: str) -> None:
     """No convolution, blur or pool keeps a mode of its own."""
     model = VQAutoencoder(small(encoder_padding="circular", decoder_padding="reflect", downsample=kind))
@@ -248,7 +375,17 @@ def test_padding_modes_reach_every_layer_of_their_half(kind: str) -> None:
         assert {m.pool_mode for m in half.modules() if isinstance(m, MaxBlurPool)} <= {mode}
 
 
-@pytest.mark.parametrize("kind", get_args(Downsample))
+def test_two_downsamplings_replicate_the_border_whatever_they_are_told() -> None:
+    """As the paper's code does; only the convolution in front of the blur pads with zeros."""
+    for kind, convolved in zip(REPLICATING, (set(), {"zeros"}), strict=True):
+        encoder = build_encoder(small(encoder_padding="zeros", downsample=kind))
+        layers = [level.downsample for level in encoder.levels[:-1]]
+        assert {layer.blur.padding_mode for layer in layers} == {"replicate"}
+        assert {layer.conv.padding_mode for layer in layers if hasattr(layer, "conv")} == convolved
+        assert encoder.conv_in.padding_mode == "zeros"
+
+
+@pytest.mark.parametrize("kind", PADDED_AS_TOLD)
 def test_circular_encoder_commutes_with_stride_multiples(kind: str) -> None:
     """Latents move with the image, attention and GroupNorm included; so do the tokens."""
     model = VQAutoencoder(small(encoder_padding="circular", downsample=kind)).double().eval()

@@ -32,8 +32,10 @@ from tests.unit.grid_oracles import fresh, roll
 
 TOLERANCE = 1e-9
 BROKEN = 1e-4
+# These two replicate the border whatever they are told, so they have a test of their own.
+REPLICATING = ("unpadded_max_blur_pool", "conv_replicate_blur_pool")
 AXES = {
-    "downsample": get_args(Downsample),
+    "downsample": tuple(kind for kind in get_args(Downsample) if kind not in REPLICATING),
     "encoder_padding": PADDING_MODES,
     "norm": NORMS,
     "attention_levels": ((), (1,)),
@@ -296,6 +298,7 @@ def test_receptive_field_is_what_the_gradient_says(kind: str, levels: tuple[int,
     [
         {"norm": "group"},
         {"attention_levels": (0,)},
+        {"middle_attention": True},
         {"downsample": "fourier"},
         {"activation": "filtered"},
         {"activation": "polynomial"},
@@ -310,6 +313,38 @@ def test_receptive_field_is_none_where_all_pixels_are_seen(options: dict) -> Non
         (gradient,) = torch.autograd.grad(encoder(images)[0, :, 5, 5].sum(), images)
         everywhere = bool((gradient != 0).all())
         assert everywhere == (used is not local) == (encoder.equivariance.receptive_field is None)
+
+
+@pytest.mark.parametrize("kind", REPLICATING)
+def test_layers_that_replicate_promise_the_interior_only(kind: str) -> None:
+    """Circular convolutions around them do not help; with GroupNorm nothing is left."""
+    local = {"downsample": kind, "encoder_padding": "circular", "norm": "channel", "attention_levels": ()}
+    encoder = build_encoder(config_of(local)).double()
+    assert encoder.equivariance.group == "interior"
+    assert error_of(encoder, fresh(1, 1, 16, 16), (2, 2)) > BROKEN
+    assert build_encoder(config_of({**local, "norm": "group"})).equivariance.group == "none"
+
+
+def test_attention_in_the_middle_alone_takes_the_interior_away() -> None:
+    """Every token then feels the zeros at the border."""
+    local = {"downsample": "strided_conv", "encoder_padding": "zeros", "norm": "channel", "attention_levels": ()}
+    groups = [
+        build_encoder(config_of(local, middle_attention=middle)).equivariance.group for middle in (None, True)
+    ]
+    assert groups == ["interior", "none"]
+    circular = build_encoder(config_of({**local, "encoder_padding": "circular"}, middle_attention=True)).double()
+    assert circular.equivariance.group == "stride"
+    assert error_of(circular, fresh(1, 1, 16, 16), (2, 4)) < TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{"z_channels": 6}, {"widths": (4, 6), "decoder_widths": (6, 4)}])
+def test_widths_do_not_change_the_contract(options: dict) -> None:
+    """Neither the channels around the quantizer nor those of the levels."""
+    local = {"encoder_padding": "circular", "norm": "channel", "attention_levels": ()}
+    config = AutoencoderConfig(image_channels=1, widths=(4, 4), num_codes=32, code_dim=4, **local)
+    encoder = build_encoder(dataclasses.replace(config, **options)).double()
+    assert encoder.equivariance == build_encoder(config).equivariance
+    assert error_of(encoder, fresh(1, 1, 16, 16), (2, 4)) < TOLERANCE
 
 
 def test_contract_says_what_it_is() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from te_quant.filters import PADDING_MODES
-from te_quant.layers import DOWNSAMPLERS, BlurPool2d, Downsample, build_downsample
+from te_quant.layers import DOWNSAMPLERS, BlurPool2d, ConvBlurPool, Downsample, build_downsample
 from te_quant.testing import image_sides, shifts
 from tests.unit.grid_oracles import blur, convolve, fresh, pad, roll
 
@@ -114,10 +114,11 @@ def test_blur_pool_refuses_options_out_of_range(options: dict, error: type[Excep
         BlurPool2d(**options)
 
 
-def test_builder_knows_the_papers_kinds_and_two_more() -> None:
-    """The two have tests of their own."""
+def test_builder_knows_the_papers_kinds_twice_and_two_more() -> None:
+    """Those two have tests of their own."""
     # Others may have added theirs.
-    assert {*get_args(Downsample)} == {*KINDS, "polyphase", "fourier"} <= DOWNSAMPLERS.keys()
+    kinds = {*KINDS, "unpadded_max_blur_pool", "conv_replicate_blur_pool", "polyphase", "fourier"}
+    assert {*get_args(Downsample)} == kinds <= DOWNSAMPLERS.keys()
 
 
 @pytest.mark.parametrize("mode", PADDING_MODES)
@@ -141,6 +142,38 @@ def test_downsamplings_agree_with_loops(kind: str, mode: str) -> None:
         windows = [padded[:, :, i : i + 6, j : j + 8] for i in (0, 1) for j in (0, 1)]
         expected = blur(np.max(windows, axis=0), pascal(5), 2, mode)
     np.testing.assert_allclose(layer(images).detach().numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_the_pooling_of_the_papers_code_agrees_with_loops(mode: str) -> None:
+    """Only the windows inside the image, then a blur over replicated borders, whatever the mode."""
+    images = fresh(2, 3, 6, 8)
+    array = images.numpy()
+    inside = np.max([array[:, :, i : i + 5, j : j + 7] for i in (0, 1) for j in (0, 1)], axis=0)
+    layer = build_downsample("unpadded_max_blur_pool", 3, padding_mode=mode)
+    expected = blur(inside, pascal(5), 2, "replicate")
+    np.testing.assert_allclose(layer(images).numpy(), expected, atol=1e-12)
+    padded = build_downsample("max_blur_pool", 3, padding_mode="replicate")(images)
+    same = (layer(images) - padded).abs() < 1e-12
+    # With a padded pool the last rows and columns differ, and nothing else does.
+    assert same[..., :-2, :-2].all()
+    assert not same[..., -1, :].all()
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_the_blur_of_the_papers_code_replicates_behind_any_convolution(mode: str) -> None:
+    """The convolution pads as it is told."""
+    layer = build_downsample("conv_replicate_blur_pool", 3, padding_mode=mode).double()
+    images = fresh(2, 3, 6, 8)
+    convolved = convolve(images.numpy(), layer.conv.weight, layer.conv.bias, (1,) * 4, mode)
+    expected = blur(convolved, pascal(5), 2, "replicate")
+    np.testing.assert_allclose(layer(images).detach().numpy(), expected, atol=1e-12)
+
+
+def test_a_blur_of_an_unknown_padding_is_refused() -> None:
+    """By the name of its own option."""
+    with pytest.raises(ValueError, match=r"blur_padding_mode must be one of 'zeros', .* got 'same'"):
+        ConvBlurPool(3, padding_mode="zeros", blur_padding_mode="same")
 
 
 @given(kind=st.sampled_from(KINDS), k=shifts(4))
@@ -181,7 +214,7 @@ def test_zero_padding_puts_no_zero_into_a_maximum() -> None:
     assert layer(images)[..., -1, -1].max() <= -((15 / 16) ** 2)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "fourier"])
+@pytest.mark.parametrize("kind", [*KINDS, "fourier", "unpadded_max_blur_pool", "conv_replicate_blur_pool"])
 def test_downsampling_halves_the_sides(kind: str) -> None:
     """Of no images too."""
     layer = build_downsample(kind, 2, padding_mode="circular").double()
@@ -189,7 +222,7 @@ def test_downsampling_halves_the_sides(kind: str) -> None:
     assert layer.stride == 2
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "fourier"])
+@pytest.mark.parametrize("kind", [*KINDS, "fourier", "unpadded_max_blur_pool", "conv_replicate_blur_pool"])
 @pytest.mark.parametrize(
     ("shape", "match"),
     [

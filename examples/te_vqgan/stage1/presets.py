@@ -15,7 +15,6 @@ from examples.te_vqgan.data.sources import PICTURES, is_pictures
 from examples.te_vqgan.runs.checks import require, require_choice, require_int, require_number
 from examples.te_vqgan.runs.files import read_json_object
 from examples.te_vqgan.stage1.discriminator import DISCRIMINATOR_NORMS
-from examples.te_vqgan.stage1.unpadded_pool import UNPADDED_MAX_BLUR_POOL
 from te_quant import AutoencoderConfig
 
 __all__ = [
@@ -315,7 +314,7 @@ PRESETS["small-fine"] = dataclasses.replace(
 )
 
 # Where a preset is to be what the authors ran, an arm has their layer.
-_AUTHORS_LAYERS: dict[str, dict[str, Any]] = {"mb": {"downsample": UNPADDED_MAX_BLUR_POOL}}
+_AUTHORS_LAYERS: dict[str, dict[str, Any]] = {"mb": {"downsample": "unpadded_max_blur_pool"}}
 _AUTHORS_PRESETS = ("paper", "narrow")
 
 

@@ -26,7 +26,7 @@ PHASE = "phase"
 
 def num_phases(config: AutoencoderConfig) -> int:
     """Return how many phases an encoder chooses from; 0 if it does not choose."""
-    levels = len(config.channel_multipliers) - 1
+    levels = len(config.widths) - 1
     return 4**levels if config.downsample == "polyphase" and levels else 0
 
 
@@ -66,6 +66,6 @@ def decode_images(model: VQAutoencoder, tokens: Tensor, grid: Sequence[int]) -> 
     indices = tokens[:, -grid[0] * grid[1] :].reshape(len(tokens), *grid)
     if not choices:
         return model.decode_indices(indices)
-    levels = len(model.config.channel_multipliers) - 1
+    levels = len(model.config.widths) - 1
     bits = tokens[:, :1] >> torch.arange(2 * levels, device=tokens.device) & 1
     return model.decode_indices(indices, bits.view(-1, levels, 2))

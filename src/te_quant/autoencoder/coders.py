@@ -4,8 +4,8 @@ Shape letters: B batch, I image channels, H W pixels, s stride, L downsamplings,
 w = W/s token grid.
 
 Source: Esser et al. 2021, arXiv:2012.09841. Differs: padding is an option of each half, where the original pads
-    with zeros; the middle has attention only if some level has; where the encoder chooses a phase, the decoder
-    uses it.
+    with zeros; by default the middle has attention only if some level has; where the encoder chooses a phase, the
+    decoder uses it.
 """
 
 from __future__ import annotations
@@ -85,9 +85,8 @@ class Encoder(nn.Module):
         channels = config.base_channels
         self.conv_in = PaddedConv2d(config.image_channels, channels, 3, padding_mode=mode)
         self.levels = nn.ModuleList()
-        last = len(config.channel_multipliers) - 1
-        for level, multiplier in enumerate(config.channel_multipliers):
-            width = config.base_channels * multiplier
+        last = len(config.widths) - 1
+        for level, width in enumerate(config.widths):
             stage = _stage(config, level, channels, width, config.num_res_blocks, mode)
             if level < last:
                 stage.add_module("downsample", build_downsample(config.downsample, width, padding_mode=mode))
@@ -96,8 +95,8 @@ class Encoder(nn.Module):
         self.middle = _middle(config, channels, mode)
         self.norm_out = build_norm(config.norm, channels, norm_groups=config.norm_groups)
         self.activation = build_activation(config.activation, channels)
-        self.conv_out = PaddedConv2d(channels, config.code_dim, 3, padding_mode=mode)
-        self.to_latents = nn.Conv2d(config.code_dim, config.code_dim, 1)
+        self.conv_out = PaddedConv2d(channels, _z_channels(config), 3, padding_mode=mode)
+        self.to_latents = nn.Conv2d(_z_channels(config), config.code_dim, 1)
 
     @property
     def equivariance(self) -> EquivarianceContract:
@@ -166,13 +165,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         mode = config.decoder_padding
-        channels = config.base_channels * config.channel_multipliers[-1]
-        self.from_codes = nn.Conv2d(config.code_dim, config.code_dim, 1)
-        self.conv_in = PaddedConv2d(config.code_dim, channels, 3, padding_mode=mode)
+        channels = config.decoder_widths[-1]
+        self.from_codes = nn.Conv2d(config.code_dim, _z_channels(config), 1)
+        self.conv_in = PaddedConv2d(_z_channels(config), channels, 3, padding_mode=mode)
         self.middle = _middle(config, channels, mode)
         self.levels = nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(config.channel_multipliers))):
-            width = config.base_channels * multiplier
+        for level, width in reversed(list(enumerate(config.decoder_widths))):
             stage = _stage(config, level, channels, width, config.num_res_blocks + 1, mode)
             if level > 0:
                 stage.add_module("upsample", build_upsample(config.upsample, width, padding_mode=mode))
@@ -228,10 +226,10 @@ def build_encoder(config: AutoencoderConfig) -> Encoder:
     """Build the network before the quantizer.
 
     A 3x3 convolution; per level ``num_res_blocks`` residual blocks, attention behind each where the level is
-    listed, and a downsampling except on the last level; residual block, attention, residual block in the
-    middle; norm, activation, a 3x3 and a 1x1 convolution to C channels. ``encoder.with_phases(images)`` returns
-    the latents and the phases, and ``encoder.equivariance`` the shifts that the tokens follow
-    (:class:`~te_quant.contract.EquivarianceContract`).
+    listed, and a downsampling except on the last level; residual block, attention (by default if any level has
+    it), residual block in the middle; norm, activation, a 3x3 and a 1x1 convolution to C channels.
+    ``encoder.with_phases(images)`` returns the latents and the phases, and ``encoder.equivariance`` the shifts
+    that the tokens follow (:class:`~te_quant.contract.EquivarianceContract`).
 
     Shape:
         images: (B, I, H, W) floating point in [-1, 1], sides divisible by ``config.divisor``, and at least twice
@@ -298,10 +296,14 @@ def _stage(
 def _middle(config: AutoencoderConfig, channels: int, mode: PaddingMode) -> Level:
     middle = Level()
     middle.add_module("block0", _block(config, channels, channels, mode))
-    if config.attention_levels:
+    if config.has_middle_attention:
         middle.add_module("attention", _attention(config, channels))
     middle.add_module("block1", _block(config, channels, channels, mode))
     return middle
+
+
+def _z_channels(config: AutoencoderConfig) -> int:
+    return config.code_dim if config.z_channels is None else config.z_channels
 
 
 def _block(config: AutoencoderConfig, channels: int, width: int, mode: PaddingMode) -> ResidualBlock:

@@ -27,13 +27,23 @@ __all__ = ["AutoencoderConfig"]
 
 # Of every GroupNorm in the paper's configuration.
 _GROUPS = 32
-_SEQUENCES = ("channel_multipliers", "attention_levels")
+_WIDTH = 128
+_MULTIPLIERS = (1, 2, 2)
+_SEQUENCES = ("channel_multipliers", "widths", "decoder_widths", "attention_levels")
 
 
 # A default that depends on other options keeps its class, so that `dataclasses.replace` adapts it again. It equals
 # the same value given by the caller.
 class _DefaultLevels(tuple[int, ...]):
     """Attention levels that the caller did not choose: the coarsest one."""
+
+
+class _DefaultWidths(tuple[int, ...]):
+    """Multipliers or widths that the caller did not choose: 1-2-2, or those that follow from the others."""
+
+
+class _DefaultChannels(int):
+    """A base width that the caller did not choose: 128, or the first of the widths."""
 
 
 class _DefaultGroups(int):
@@ -56,13 +66,20 @@ class AutoencoderConfig:
 
     Args:
         image_channels: channels of the images, at least 1.
-        base_channels: width at full resolution; a multiple of ``norm_groups`` for ``norm="group"``, at least 2
-            for ``norm="channel"``.
+        base_channels: width of the encoder's first convolution; a multiple of ``norm_groups`` for
+            ``norm="group"``, at least 2 for ``norm="channel"``. By default 128, or the first of ``widths``.
         channel_multipliers: width of each level divided by ``base_channels``, finest level first. Each level but
-            the last halves the sides: L levels make a stride of 2^(L-1) pixels.
+            the last halves the sides: L levels make a stride of 2^(L-1) pixels. By default 1-2-2; empty if
+            ``widths`` are given.
+        widths: width of each level, finest first, instead of ``channel_multipliers``: ``widths=(96, 128)``. By
+            default ``base_channels`` times each multiplier.
+        decoder_widths: the same for the decoder, where it differs, also finest first; as many as the encoder has.
+            By default those of the encoder.
         num_res_blocks: residual blocks per level of the encoder, at least 1; the decoder has one more per level.
         attention_levels: the levels, counted from 0 (finest), whose residual blocks are each followed by
-            attention; by default the coarsest. If there are any, the middle of encoder and decoder has one too.
+            attention; by default the coarsest.
+        middle_attention: whether the middle of encoder and decoder, behind the coarsest level, has attention.
+            ``None`` is yes if any level has.
         downsample: a name in :data:`te_quant.layers.DOWNSAMPLERS`, to which you can add your own layer.
             ``polyphase`` (with circular padding) makes tokens exact for every integer shift; ``fourier`` needs
             circular padding.
@@ -82,6 +99,8 @@ class AutoencoderConfig:
         dropout: in the residual blocks, in [0, 1).
         num_codes: K, at least 1.
         code_dim: C, at least 1: size of a latent vector and of a code.
+        z_channels: channels of the encoder's last and the decoder's first 3x3 convolution, at least 1; a 1x1
+            convolution on each side of the quantizer maps them to C and back. ``None`` is C.
         metric: see :class:`~te_quant.VectorQuantizer`, as all below.
         codebook_update: ``ema``, or ``gradient`` as in the paper.
         commitment_weight: β, >= 0; 0.25 in the paper.
@@ -96,7 +115,7 @@ class AutoencoderConfig:
             The fields above then show what the quantizer has; one that says something else beyond its default is
             refused.
         attention: ``False`` builds a model without attention, like ``attention_levels=()``; together with levels
-            that contradict it, it is refused. Only ``attention_levels`` is stored.
+            or a ``middle_attention`` that contradict it, it is refused. It is not stored itself.
 
     Raises:
         ValueError: an option is out of range, ``norm_groups`` does not divide ``base_channels``, or two options
@@ -109,10 +128,13 @@ class AutoencoderConfig:
     """
 
     image_channels: int = 3
-    base_channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 2)
+    base_channels: int = _DefaultChannels(_WIDTH)
+    channel_multipliers: tuple[int, ...] = _DefaultWidths(_MULTIPLIERS)
+    widths: tuple[int, ...] = dataclasses.field(default=_DefaultWidths(), kw_only=True)
+    decoder_widths: tuple[int, ...] = dataclasses.field(default=_DefaultWidths(), kw_only=True)
     num_res_blocks: int = 1
     attention_levels: tuple[int, ...] = _DefaultLevels()
+    middle_attention: bool | None = dataclasses.field(default=None, kw_only=True)
     downsample: Downsample | str = "strided_conv"
     upsample: Upsample | str = "nearest"
     encoder_padding: PaddingMode = "replicate"
@@ -123,6 +145,7 @@ class AutoencoderConfig:
     dropout: float = 0.0
     num_codes: int = 256
     code_dim: int = 256
+    z_channels: int | None = dataclasses.field(default=None, kw_only=True)
     metric: Metric = "l2"
     codebook_update: CodebookUpdate = "ema"
     commitment_weight: float = 1.0
@@ -147,37 +170,73 @@ class AutoencoderConfig:
 
     def _adapt_defaults(self) -> None:
         """Fit the options that the caller did not choose to the ones that they depend on."""
-        multipliers = self.channel_multipliers
-        require(len(multipliers) > 0, "channel_multipliers", "at least one int", multipliers)
+        self._resolve_widths()
         if isinstance(self.attention_levels, _DefaultLevels):
-            object.__setattr__(self, "attention_levels", _DefaultLevels((len(multipliers) - 1,)))
-        require_int("base_channels", self.base_channels, 1)
+            object.__setattr__(self, "attention_levels", _DefaultLevels((len(self.widths) - 1,)))
         if isinstance(self.norm_groups, _DefaultGroups):
             # Groups do not matter to another norm, whose stored configs say 32.
-            groups = math.gcd(_GROUPS, self.base_channels) if self.norm == "group" else _GROUPS
+            every = (self.base_channels, *self.widths, *self.decoder_widths)
+            groups = math.gcd(_GROUPS, *every) if self.norm == "group" else _GROUPS
             object.__setattr__(self, "norm_groups", _DefaultGroups(groups))
+
+    def _resolve_widths(self) -> None:
+        """Fill in those of the four options for widths that the caller did not choose."""
+        given = not isinstance(self.widths, _DefaultWidths)
+        if given:
+            _require_each("widths", self.widths)
+            chosen = isinstance(self.channel_multipliers, _DefaultWidths)
+            expected = f"left out with widths={self.widths}"
+            require(chosen, "channel_multipliers", expected, self.channel_multipliers)
+            object.__setattr__(self, "channel_multipliers", _DefaultWidths())
+        elif isinstance(self.channel_multipliers, _DefaultWidths):
+            object.__setattr__(self, "channel_multipliers", _DefaultWidths(_MULTIPLIERS))
+        if isinstance(self.base_channels, _DefaultChannels):
+            object.__setattr__(self, "base_channels", _DefaultChannels(self.widths[0] if given else _WIDTH))
+        require_int("base_channels", self.base_channels, 1)
+        if not given:
+            _require_each("channel_multipliers", self.channel_multipliers)
+            widths = (self.base_channels * multiplier for multiplier in self.channel_multipliers)
+            object.__setattr__(self, "widths", _DefaultWidths(widths))
+        if isinstance(self.decoder_widths, _DefaultWidths):
+            object.__setattr__(self, "decoder_widths", _DefaultWidths(self.widths))
+        _require_each("decoder_widths", self.decoder_widths)
+        same = len(self.decoder_widths) == len(self.widths)
+        require(same, "decoder_widths", f"{len(self.widths)} ints, one per level", self.decoder_widths)
 
     def _resolve_attention(self, attention: bool | None) -> None:
         if attention is None:
             return
         if not isinstance(attention, bool):
             raise TypeError(f"attention must be True, False or None, got {attention!r}.")
-        levels = self.attention_levels
-        if not attention and isinstance(levels, _DefaultLevels):
+        if not attention and isinstance(self.attention_levels, _DefaultLevels):
             object.__setattr__(self, "attention_levels", ())
-            return
-        expected = f"{not attention} or None with attention_levels={levels}"
-        require(bool(levels) == attention, "attention", expected, attention)
+        contradicted = [f"attention_levels={self.attention_levels}"]
+        if self.middle_attention is not None:
+            contradicted.append(f"middle_attention={self.middle_attention}")
+        found = bool(self.attention_levels) or self.has_middle_attention
+        expected = f"{not attention} or None with {' and '.join(contradicted)}"
+        require(found == attention, "attention", expected, attention)
 
     def _check_networks(self) -> None:
+        if self.middle_attention is not None and not isinstance(self.middle_attention, bool):
+            raise TypeError(f"middle_attention must be True, False or None, got {self.middle_attention!r}.")
+        if self.z_channels is not None:
+            require_int("z_channels", self.z_channels, 1)
         for name in ("image_channels", "num_res_blocks", "norm_groups"):
             require_int(name, getattr(self, name), 1)
         require_choice("norm", self.norm, NORMS)
-        if self.norm == "group":
-            divides = self.base_channels % self.norm_groups == 0
-            require(divides, "norm_groups", f"a divisor of base_channels={self.base_channels}", self.norm_groups)
-        else:
-            require(self.base_channels > 1, "base_channels", "at least 2 for norm='channel'", self.base_channels)
+        # Widths that follow from base_channels are multiples of it.
+        every: dict[str, int | tuple[int, ...]] = {"base_channels": self.base_channels}
+        if not isinstance(self.widths, _DefaultWidths) and isinstance(self.base_channels, _DefaultChannels):
+            every = {}
+        every |= {"widths": self.widths, "decoder_widths": self.decoder_widths}
+        for name, value in every.items():
+            widths = value if isinstance(value, tuple) else (value,)
+            if self.norm == "group":
+                divides = all(width % self.norm_groups == 0 for width in widths)
+                require(divides, "norm_groups", f"a divisor of {name}={value}", self.norm_groups)
+            else:
+                require(min(widths) > 1, name, "at least 2 for norm='channel'", value)
         require_choice("downsample", self.downsample, DOWNSAMPLERS)
         require_choice("upsample", self.upsample, UPSAMPLERS)
         require_choice("encoder_padding", self.encoder_padding, PADDING_MODES)
@@ -205,11 +264,9 @@ class AutoencoderConfig:
                 require(mode == "circular" or not demands, demanding, expected, got)
 
     def _check_levels(self) -> None:
-        multipliers, attention = self.channel_multipliers, self.attention_levels
-        for multiplier in multipliers:
-            require_int("channel_multipliers entry", multiplier, 1)
+        attention = self.attention_levels
         for level in attention:
-            require_int("attention_levels entry", level, 0, len(multipliers) - 1)
+            require_int("attention_levels entry", level, 0, len(self.widths) - 1)
         require(len(set(attention)) == len(attention), "attention_levels", "without repetition", attention)
 
     def _check_quantizer(self) -> None:
@@ -270,20 +327,30 @@ class AutoencoderConfig:
     @property
     def stride(self) -> int:
         """Pixels from one token to the next."""
-        return int(2 ** (len(self.channel_multipliers) - 1))
+        return int(2 ** (len(self.widths) - 1))
 
     @property
     def divisor(self) -> int:
         """What the sides of an image must be divisible by."""
         return self.stride
 
+    @property
+    def has_middle_attention(self) -> bool:
+        """Whether the middle of encoder and decoder has attention."""
+        return bool(self.attention_levels) if self.middle_attention is None else self.middle_attention
+
     def to_dict(self) -> dict[str, Any]:
         """Return all options as JSON values: ``from_dict(json.loads(json.dumps(c.to_dict()))) == c``."""
         options = dataclasses.asdict(self)
-        options["norm_groups"] = int(self.norm_groups)
-        if self.quantizer is None:
-            # As files had it before there was another quantizer to describe.
-            del options["quantizer"]
+        options |= {"base_channels": int(self.base_channels), "norm_groups": int(self.norm_groups)}
+        # Options that are left at their defaults stay out, as in files from before they existed.
+        absent = [name for name in ("quantizer", "middle_attention", "z_channels") if options[name] is None]
+        for name in ("widths", "decoder_widths"):
+            absent += [name] if isinstance(getattr(self, name), _DefaultWidths) else []
+        if not self.channel_multipliers:
+            absent.append("channel_multipliers")
+        for name in absent:
+            del options[name]
         return {name: list(value) if name in _SEQUENCES else value for name, value in options.items()}
 
     @classmethod
@@ -306,7 +373,13 @@ class AutoencoderConfig:
 def _tuple_of_ints(name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of ints, got {value!r}.")
-    return value if isinstance(value, _DefaultLevels) else tuple(map(plain, value))
+    return value if isinstance(value, _DefaultLevels | _DefaultWidths) else tuple(map(plain, value))
+
+
+def _require_each(name: str, widths: Sequence[int]) -> None:
+    require(len(widths) > 0, name, "at least one int", widths)
+    for width in widths:
+        require_int(f"{name} entry", width, 1)
 
 
 def quantizer_fields() -> tuple[str, ...]:

@@ -190,7 +190,7 @@ class VQAutoencoder(nn.Module):
                 phases are not integers.
         """
         if phases is not None:
-            require_rank("phases", phases, (3,), f"(B, {len(self.config.channel_multipliers) - 1}, 2)")
+            require_rank("phases", phases, (3,), f"(B, {len(self.config.widths) - 1}, 2)")
             require_integer_tensor("phases", phases)
             stop = 2 if self.decoder.adaptive else 1
             phases = require_in_range("phases", phases, stop, "number of phases of the decoder")

@@ -27,6 +27,7 @@ from te_quant.layers.downsample import (
     MaxBlurPool,
     MaxPool,
     StridedConv,
+    UnpaddedMaxBlurPool,
     build_downsample,
 )
 from te_quant.layers.fourier import FourierDownsample2d, FourierUpsample2d
@@ -78,6 +79,7 @@ __all__ = [
     "ResidualBlock",
     "SelfAttention2d",
     "StridedConv",
+    "UnpaddedMaxBlurPool",
     "Upsample",
     "UpsampleFactory",
     "build_activation",

@@ -1,7 +1,7 @@
-"""Downsampling by two: the four layers of the paper, and two that lose no shift.
+"""Downsampling by two: the four layers of the paper, two of them also as in its code, and two that lose no shift.
 
-Every layer here commutes with circular shifts by multiples of its stride when it pads circularly: output
-pixel u depends on input pixels around s·u in the same way for all u. Below the stride,
+Every layer that pads as it is told commutes with circular shifts by multiples of its stride when it pads
+circularly: output pixel u depends on input pixels around s·u in the same way for all u. Below the stride,
 :class:`ConvPolyphaseDownsample` commutes with every integer shift, and :class:`ConvFourierDownsample` with every
 shift in the sense of :func:`te_quant.shifts.fourier_shift`. The others commute with none; a blur only helps.
 
@@ -36,12 +36,20 @@ __all__ = [
     "MaxBlurPool",
     "MaxPool",
     "StridedConv",
+    "UnpaddedMaxBlurPool",
     "build_downsample",
 ]
 
 
 Downsample: TypeAlias = Literal[
-    "strided_conv", "max_pool", "max_blur_pool", "conv_blur_pool", "polyphase", "fourier"
+    "strided_conv",
+    "max_pool",
+    "max_blur_pool",
+    "unpadded_max_blur_pool",
+    "conv_blur_pool",
+    "conv_replicate_blur_pool",
+    "polyphase",
+    "fourier",
 ]
 """The downsampling layers of this package; :data:`DOWNSAMPLERS` may hold more."""
 
@@ -144,8 +152,8 @@ class MaxBlurPool(nn.Module):
         ValueError: padding_mode is unknown, or a side is odd.
 
     Source: Zhang 2019, arXiv:1904.11486, and the layer MB of the paper. Differs from both: they pool without
-        padding, so that the last row and column of pixels meet fewer windows and no shift is exact; and the blur
-        of the paper's code pads by replication whatever the convolutions do, where this one uses ``padding_mode``.
+        padding, so the blur sees one row and one column less, and no circular shift is exact.
+        :class:`UnpaddedMaxBlurPool` is the layer of the paper's code.
 
     Example:
         >>> MaxBlurPool(padding_mode="circular").reach  # the maximum of 2 pixels, then 5 taps
@@ -172,14 +180,52 @@ class MaxBlurPool(nn.Module):
         return sliding_window(2, after=1, circular=self.pool_mode == "circular")
 
 
+class UnpaddedMaxBlurPool(nn.Module):
+    """The largest value of each 2x2 window inside the image, then a 5-tap blur with stride 2.
+
+    There is one window less along each axis than there are pixels. The blur replicates the border, whatever the
+    convolutions of the model do. Use it to run models that were trained with it; :class:`MaxBlurPool` is exact for
+    more shifts.
+    Exact for: multiples of the stride, away from the border.
+
+    Shape:
+        images: (B, C, H, W), H and W even.
+        result: (B, C, H/2, W/2).
+
+    Raises:
+        ValueError: a side is odd.
+
+    Source: MB of Shin et al. 2021, arXiv:2112.00384, as its authors' code has it.
+
+    Example:
+        >>> UnpaddedMaxBlurPool().reach, UnpaddedMaxBlurPool().exact_for
+        (Reach(size=6, stride=2), 'interior')
+    """
+
+    stride = 2
+    reach, exact_for = derived(lambda self: sliding_window(2).then(statement_of(self.blur)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blur = BlurPool2d(kernel_size=5, stride=2, padding_mode="replicate")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pool, then blur."""
+        _require_even_sides(images)
+        result: Tensor = self.blur(F.max_pool2d(images, 2, stride=1))
+        return result
+
+
 class ConvBlurPool(nn.Module):
     """A 3x3 convolution, then a 5-tap blur with stride 2 and no nonlinearity between.
 
-    Exact for: multiples of the stride, under circular padding.
+    Exact for: multiples of the stride, under circular padding of both.
 
     Args:
         channels: C, at least 1.
         padding_mode: see :func:`te_quant.filters.pad2d`.
+        blur_padding_mode: that of the blur, if it is not that of the convolution; the paper's code replicates the
+            border here whatever the convolutions do (``conv_replicate_blur_pool``).
 
     Shape:
         images: (B, C, H, W), H and W even.
@@ -198,10 +244,16 @@ class ConvBlurPool(nn.Module):
     stride = 2
     reach, exact_for = derived(lambda self: in_series(self.conv, self.blur))
 
-    def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
+    def __init__(
+        self, channels: int, *, padding_mode: PaddingMode, blur_padding_mode: PaddingMode | None = None
+    ) -> None:
         super().__init__()
         self.conv = PaddedConv2d(channels, channels, 3, padding_mode=padding_mode)
-        self.blur = BlurPool2d(kernel_size=5, stride=2, padding_mode=padding_mode)
+        if blur_padding_mode is None:
+            blur_padding_mode = padding_mode
+        else:
+            require_choice("blur_padding_mode", blur_padding_mode, PADDING_MODES)
+        self.blur = BlurPool2d(kernel_size=5, stride=2, padding_mode=blur_padding_mode)
 
     def forward(self, images: Tensor) -> Tensor:
         """Convolve, then blur."""
@@ -295,7 +347,11 @@ DOWNSAMPLERS: dict[Downsample | str, DownsampleFactory] = {
     "strided_conv": StridedConv,
     "max_pool": lambda channels, *, padding_mode: MaxPool(),  # noqa: ARG005
     "max_blur_pool": lambda channels, *, padding_mode: MaxBlurPool(padding_mode=padding_mode),  # noqa: ARG005
+    "unpadded_max_blur_pool": lambda channels, *, padding_mode: UnpaddedMaxBlurPool(),  # noqa: ARG005
     "conv_blur_pool": ConvBlurPool,
+    "conv_replicate_blur_pool": lambda channels, *, padding_mode: ConvBlurPool(
+        channels, padding_mode=padding_mode, blur_padding_mode="replicate"
+    ),
     "polyphase": ConvPolyphaseDownsample,
     "fourier": ConvFourierDownsample,
 }
@@ -309,9 +365,10 @@ def build_downsample(downsample: Downsample | str, channels: int, *, padding_mod
 
     Args:
         downsample: ``strided_conv`` (SC in the paper), ``max_pool`` (MP), ``max_blur_pool`` (MB, but with
-            a padded pool), ``conv_blur_pool`` (CB), ``polyphase``, ``fourier``, or a name added to
-            :data:`DOWNSAMPLERS`. The forward of an adaptive layer such as ``polyphase`` returns a pair, the pixels
-            and the phase.
+            a padded pool), ``unpadded_max_blur_pool`` (MB as in the paper's code), ``conv_blur_pool`` (CB),
+            ``conv_replicate_blur_pool`` (CB as in the paper's code, whose blur replicates the border),
+            ``polyphase``, ``fourier``, or a name added to :data:`DOWNSAMPLERS`. The forward of an adaptive layer
+            such as ``polyphase`` returns a pair, the pixels and the phase.
         channels: C, at least 1.
         padding_mode: see :func:`te_quant.filters.pad2d`.
 

@@ -1,0 +1,176 @@
+"""The weights of other libraries: a file, a folder, or a repository of the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from te_quant import _pretrained
+from te_quant._checks import require, require_type
+
+__all__ = ["Source", "options_of", "tensors_in"]
+
+_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+class Source(NamedTuple):
+    """Where weights are.
+
+    Attributes:
+        path: a file, a folder, or a hub id ``owner/name``.
+        filename: of the weights, inside a folder or repository.
+        subfolder: of a folder or repository.
+        hub: how to download.
+    """
+
+    path: str | os.PathLike[str]
+    filename: str | None = None
+    subfolder: str | None = None
+    hub: _pretrained.Hub = _pretrained.Hub()
+
+    def weights(self, usual: Sequence[str] = ()) -> Path:
+        """Return the file with the weights, downloaded if need be.
+
+        Args:
+            usual: names to look for if there is no ``filename``, the best first. Without any of them a folder must
+                hold only one file of weights.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: several files could be meant, or an option does not fit the kind of source.
+            ImportError: huggingface_hub is not installed.
+        """
+        path = Path(self.path)
+        if path.is_file():
+            for name in ("filename", "subfolder"):
+                value = getattr(self, name)
+                require(value is None, name, "None for a file", repr(value))
+            _pretrained.require_local(self.hub, "file")
+            return path
+        if not path.is_dir():
+            return self._download(usual)
+        _pretrained.require_local(self.hub, "folder")
+        folder = path / (self.subfolder or "")
+        for name in [self.filename] if self.filename else usual:
+            if (folder / name).is_file():
+                return folder / name
+        if self.filename or not folder.is_dir():
+            raise FileNotFoundError(f"source must hold {self.filename or 'weights'}, got none in {folder}.")
+        found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
+        if not found:
+            raise FileNotFoundError(f"source must hold weights ({', '.join(_SUFFIXES)}), got none in {folder}.")
+        require(len(found) == 1, "filename", f"given for {folder}", f"{len(found)} files: {', '.join(found)}")
+        return folder / found[0]
+
+    def beside(self, weights: Path, name: str) -> Path | None:
+        """Return the file ``name`` that lies next to ``weights``, or None."""
+        path = Path(self.path)
+        if path.exists():
+            file = weights.with_name(name)
+            return file if file.is_file() else None
+        return self._fetch(name)
+
+    def _download(self, usual: Sequence[str]) -> Path:
+        _pretrained.require_repository(self.path, "an existing file or folder")
+        names = [self.filename] if self.filename else usual
+        require(len(names) > 0, "filename", f"the weights file in the repository {self.path!r}", None)
+        for name in names:
+            file = self._fetch(name)
+            if file is not None:
+                return file
+        raise FileNotFoundError(f"source must hold {' or '.join(names)}, got none in the repository {self.path!r}.")
+
+    def _fetch(self, name: str) -> Path | None:
+        """Return a file of the repository, or None if it does not have it."""
+        return _pretrained.download(str(self.path), name, self.hub, self.subfolder)
+
+
+def options_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the options in a mapping or a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON.
+        TypeError: there is something else than a mapping.
+    """
+    if isinstance(config, Mapping):
+        return dict(config)
+    require_type("config", config, (str, os.PathLike), "a mapping or the path of a JSON file")
+    try:
+        content = json.loads(Path(config).read_text(encoding="utf-8"))
+    except ValueError as error:
+        cure = "read other formats yourself and pass a mapping"
+        raise ValueError(f"config must be a JSON file, got {os.fspath(config)!r} ({error}); {cure}.") from error
+    require_type("config", content, dict, "an object of options")
+    return dict(content)
+
+
+def tensors_in(path: Path, containers: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Return the tensors of a file, on the CPU.
+
+    A pickle runs nothing: torch's restricted reader builds tensors and plain containers, and whatever else a file
+    names (callbacks, arguments) becomes an object without content.
+
+    Args:
+        path: a safetensors file, or one that ``torch.save`` wrote.
+        containers: entries that may hold the tensors, the best first; without any of them the file itself does.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else than tensors.
+        ImportError: safetensors is not installed.
+    """
+    content = _safe(path) if path.suffix == ".safetensors" else _unpickled(path)
+    for name in containers:
+        inside = content.get(name) if isinstance(content, Mapping) else None
+        if isinstance(inside, Mapping):
+            content = inside
+            break
+    require(isinstance(content, Mapping), str(path), "a mapping of tensors", type(content).__name__)
+    for name, value in content.items():
+        require(isinstance(value, Tensor), f"{path} {name!r}", "a tensor", type(value).__name__)
+    return {str(name): value.detach() for name, value in content.items()}
+
+
+def _safe(path: Path) -> Mapping[str, Tensor]:
+    load_file = _pretrained.safetensors().load_file
+    from safetensors import SafetensorError
+
+    try:
+        tensors: Mapping[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file, got {error}.") from error
+    return tensors
+
+
+class _Anything:
+    """An object that was pickled with the weights; it keeps nothing."""
+
+    def __new__(cls, *args: object) -> _Anything:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except ValueError:
+            # Of before torch 1.6, whose names cannot be listed.
+            names = []
+        # Without an own entry here, every class that a training loop pickled next to its weights would be refused.
+        with torch.serialization.safe_globals([(_Anything, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} must be a file of tensors that torch.save wrote, got {cause}") from error
