@@ -232,9 +232,7 @@ def test_projections_of_a_module_are_refused() -> None:
 def test_a_source_without_settings_needs_a_quantizer() -> None:
     """Nothing is guessed."""
     state = trained(*CASES["plain"]).state_dict()
-    with pytest.raises(
-        TypeError, match=r"into must be a VectorQuantizer for a .*no settings, got None"
-    ):
+    with pytest.raises(TypeError, match=r"into must be a VectorQuantizer for a .*no settings, got None"):
         load_vector_quantize(state)
 
 

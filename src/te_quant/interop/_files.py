@@ -85,7 +85,9 @@ class Source(NamedTuple):
             file = self._fetch(name)
             if file is not None:
                 return file
-        raise FileNotFoundError(f"source must hold {' or '.join(names)}, got none in the repository {self.path!r}.")
+        raise FileNotFoundError(
+            f"source must hold {' or '.join(names)}, got none in the repository {self.path!r}."
+        )
 
     def _fetch(self, name: str) -> Path | None:
         """Return a file of the repository, or None if it does not have it."""

@@ -20,8 +20,8 @@ def tensors_of(source: object) -> dict[str, Tensor]:
     """Return the tensors of a module, a state dict or a file, by name.
 
     Args:
-        source: a module; a state dict, or a mapping that has one under ``"state_dict"``; or the path of a file with
-            either of these.
+        source: a module; a state dict, or a mapping that has one under ``"state_dict"``; or the path of a file
+            with either of these.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -233,9 +233,7 @@ def _blocks(config: AutoencoderConfig) -> dict[str, Any]:
     }
 
 
-def _require_option(
-    config: Mapping[str, Any], name: str, allowed: tuple[object, ...], reason: str = ""
-) -> None:
+def _require_option(config: Mapping[str, Any], name: str, allowed: tuple[object, ...], reason: str = "") -> None:
     value = config[name]
     expected = " or ".join(repr(each) for each in allowed)
     require(value in allowed, f"config {name}", expected, repr(value) + (f"; {reason}" if reason else ""))
