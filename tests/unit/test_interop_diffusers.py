@@ -363,4 +363,5 @@ def test_three_lines_audit_a_model_of_diffusers(folder: Path) -> None:
 
     model = load_diffusers(folder)
     report = audit(model, torch.rand(2, 3, 32, 32) * 2 - 1, run=model.encode)
-    assert report.culprits()["border"].name == "encoder.conv_in"
+    rows = {row.name for row in report.rows}
+    assert {"encoder.conv_in", "encoder.levels.0.downsample.conv", "encoder.middle.attention.norm"} <= rows

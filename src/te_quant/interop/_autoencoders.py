@@ -14,7 +14,7 @@ from torch import Tensor
 
 from te_quant._checks import require
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
-from te_quant.interop._checkpoints import require_names, some
+from te_quant.interop._sources import require_names, some
 from te_quant.interop._layout import Layout, names_of
 
 __all__ = ["build", "facts_of", "quantizer_options", "refuse_other_kinds", "require_agreement", "structure_of"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from te_quant._checks import require, require_int, require_integer_tensor, require_type
 from te_quant._values import require_in_range
-from te_quant.interop._checkpoints import require_names, some, tensors_of
+from te_quant.interop._sources import require_names, some, tensors_of
 from te_quant.quantizers import VectorQuantizer
 from te_quant.quantizers._update import EPSILON
 
@@ -59,8 +59,8 @@ def load_vector_quantize(
             file: safetensors, or a pickle of tensors, also with ``"state_dict"`` in between.
         prefix: of the names of its tensors: ``"vq."`` for ``"vq._codebook.embed"``; each level of a ``ResidualVQ``
             has its own, ``"layers.0."``.
-        into: a new quantizer with your settings, which is filled and returned. None builds one with the settings of
-            the module.
+        into: a new quantizer with your settings, which is filled and returned. None builds one with the settings
+            of the module.
 
     Returns:
         The quantizer, in training mode if the module was.
