@@ -364,4 +364,5 @@ def test_three_lines_audit_a_model_of_diffusers(folder: Path) -> None:
     model = load_diffusers(folder)
     report = audit(model, torch.rand(2, 3, 32, 32) * 2 - 1, run=model.encode)
     rows = {row.name for row in report.rows}
-    assert {"encoder.conv_in", "encoder.levels.0.downsample.conv", "encoder.middle.attention.norm"} <= rows
+    assert "encoder.conv_in" in rows
+    assert report.culprits()["aliasing"].name == "encoder.levels.0.downsample.conv"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from te_quant._checks import require
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
-from te_quant.interop._sources import require_names, some
 from te_quant.interop._layout import Layout, names_of
+from te_quant.interop._sources import require_names, some
 
 __all__ = ["build", "facts_of", "quantizer_options", "refuse_other_kinds", "require_agreement", "structure_of"]
 
