@@ -32,8 +32,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "ema-penalty": {"codebook_update": "ema", "decay": 0.8, "orthogonal_reg": 10.0},
     "ema-active": {"codebook_update": "ema", "orthogonal_reg": 10.0, "orthogonal_active_only": True},
     "ema-cosine": {"codebook_update": "ema", "decay": 0.8, "metric": "cosine"},
+    "ema-cosine-raw": {"codebook_update": "ema", "decay": 0.8, "metric": "cosine_raw"},
     "ema-skip": {"codebook_update": "ema", "nonfinite": "skip"},
     "gradient": {"orthogonal_reg": 10.0},
+    "gradient-dot": {"metric": "dot", "codebook_weight": 0.25},
     "gradient-active": {"orthogonal_reg": 10.0, "orthogonal_active_only": True},
 }
 SUBSETS: dict[str, dict[str, Any]] = {

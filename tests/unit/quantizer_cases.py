@@ -50,6 +50,10 @@ QUANTIZERS: dict[str, Callable[..., Any]] = {
     "vq-skip": partial(_vq, nonfinite="skip"),
     "vq-cosine": partial(_vq, metric="cosine", orthogonal_reg=1.0, orthogonal_active_only=True),
     "vq-cosine-rotation": partial(_vq, metric="cosine", gradient_estimator="rotation_trick"),
+    "vq-cosine-raw": partial(_vq, metric="cosine_raw", gradient_estimator="rotation_trick"),
+    "vq-dot": partial(_vq, metric="dot", orthogonal_reg=1.0),
+    "vq-dot-temperature": partial(_vq, metric="dot", temperature=0.5),
+    "vq-ema-cosine-raw": partial(_vq, codebook_update="ema", metric="cosine_raw", orthogonal_reg=3.0, decay=0.5),
     "vq-ema": partial(_vq, codebook_update="ema"),
     "vq-ema-penalty": partial(_vq, codebook_update="ema", orthogonal_reg=10.0, decay=0.5),
     "vq-ema-subset": partial(

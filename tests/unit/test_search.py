@@ -334,6 +334,7 @@ def test_operators_are_well_registered(copies: bool) -> None:
     if copies:
         codebook[3] = codebook[1]
     torch.library.opcheck(torch.ops.te_quant.search_codes, (latents, codebook))
+    torch.library.opcheck(torch.ops.te_quant.search_codes, (latents, codebook, True))
     torch.library.opcheck(
         torch.ops.te_quant.sample_codes,
         (latents, codebook, torch.tensor(0.5, dtype=torch.float64), None),
@@ -364,16 +365,27 @@ def test_one_code_far_away_does_not_cost_the_others_their_accuracy() -> None:
     long_code=st.sampled_from([1, 5, 100]),
     tiles=st.sampled_from([(7, 35), (16, 64), (1, 3), (64, 4096)]),
     few=st.sampled_from([1, 64]),
+    dot=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(deadline=None, max_examples=200)
 def test_both_searches_find_the_first_nearest_code(
-    n: int, k: int, c: int, batch: tuple[int, int], long_code: int, tiles: tuple[int, int], few: int, seed: int
+    n: int,
+    k: int,
+    c: int,
+    batch: tuple[int, int],
+    long_code: int,
+    tiles: tuple[int, int],
+    few: int,
+    dot: bool,
+    seed: int,
 ) -> None:
     """The CPU's and the other devices', on small integers: their arithmetic is exact, and ties abound."""
     generator = torch.Generator().manual_seed(seed)
     latents, codebook = (torch.randint(-2, 3, (rows, c), generator=generator).float() for rows in (n, k))
     expected = torch.cdist(latents.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    if dot:
+        expected = -(latents.double() @ codebook.double().T)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, "MAX_TILE_CODES", tiles[0])
         patch.setattr(grouped, "_MAX_TILE_LONG_CODES", tiles[0] // 2 + 1)
@@ -382,7 +394,7 @@ def test_both_searches_find_the_first_nearest_code(
         patch.setattr(grouped, "_MAX_ROWS", batch[1])
         patch.setattr(shared, "CPU_TILE", tiles[1])
         patch.setattr(grouped, "_FEW_GROUPS", few)
-        found = [grouped.grouped_argmin(latents, codebook), tiled_argmin(latents, codebook, 0.0, None)]
+        found = [grouped.grouped_argmin(latents, codebook, dot), tiled_argmin(latents, codebook, 0.0, None, dot)]
     first = [int((row == row.min()).nonzero()[0]) for row in expected]
     assert found[0].tolist() == found[1].tolist() == first
 

@@ -64,6 +64,17 @@ def test_parts_of_the_codes_are_joined(multiprocessors: int) -> None:
     assert len({int(index) // 256 for index in found}) == 6
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_largest_products_are_found(multiprocessors: int) -> None:
+    """The same kernel without norms; the nearest code is usually another."""
+    generator = torch.Generator().manual_seed(0)
+    latents, codebook = (torch.randn(count, 24, generator=generator).to(DEVICE) for count in (70, 300))
+    center = tiles.center_of(codebook)
+    found = fused_argmin(latents, codebook, center, multiprocessors, dot=True).cpu()
+    assert torch.equal(found, (latents.double() @ codebook.double().T).argmax(1).cpu())
+    assert (found != search(latents, codebook)).any()
+
+
 @pytest.mark.parametrize(("n", "k", "c"), [(3, 70, 1100), (1, 2000, 12), (64, 1030, 5), (65, 300, 257)])
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
 def test_long_codes_and_few_latents(n: int, k: int, c: int, multiprocessors: int) -> None:
@@ -189,9 +200,9 @@ def test_operator_dispatches_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is wanted the operator calls it, and equal codes still give the first."""
     calls = []
 
-    def counted(latents: Tensor, codebook: Tensor, center: Tensor) -> Tensor:
+    def counted(latents: Tensor, codebook: Tensor, center: Tensor, dot: bool = False) -> Tensor:
         calls.append(len(latents))
-        return fused_argmin(latents, codebook, center, 1)
+        return fused_argmin(latents, codebook, center, 1, dot=dot)
 
     monkeypatch.setattr(fused, "fused_argmin", counted)
     monkeypatch.setattr(operators, "_fused_wanted", lambda device, dtype: True)

@@ -360,7 +360,8 @@ def test_off_does_not_look() -> None:
         ({"num_codes": 4.0}, TypeError, "num_codes must be an int >= 1, got 4.0."),
         ({"code_dim": 0}, ValueError, "code_dim must be an int >= 1, got 0."),
         ({"code_dim": -3}, ValueError, "code_dim must be an int >= 1, got -3."),
-        ({"metric": "dot"}, ValueError, "metric must be one of 'l2', 'cosine', got 'dot'."),
+        ({"metric": "euclidean"}, ValueError, "metric must be one of 'l2', 'cosine', 'cosine_raw', 'dot', got 'euclidean'."),  # noqa: E501
+        ({"metric": "dot", "codebook_update": "ema"}, ValueError, "codebook_update must be 'gradient' with metric='dot', got 'ema'."),  # noqa: E501
         ({"codebook_update": "sgd"}, ValueError, "codebook_update must be one of 'gradient', 'ema', got 'sgd'."),
         ({"commitment_weight": -0.1}, ValueError, "commitment_weight must be a finite number >= 0, got -0.1."),
         ({"commitment_weight": math.nan}, ValueError, "commitment_weight must be a finite number >= 0, got nan."),

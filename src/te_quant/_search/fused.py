@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from te_quant._search import tiles
+
 __all__ = ["Tiling", "fused_argmin", "kernel_of", "tiling_for"]
 
 
@@ -176,6 +178,7 @@ def fused_argmin(
     center: Tensor,
     multiprocessors: int | None = None,
     tiling: Tiling | None = None,
+    dot: bool = False,
 ) -> Tensor:
     """Return the index of the code nearest to each row.
 
@@ -185,6 +188,7 @@ def fused_argmin(
         center: (C,), any point amid the codes.
         multiprocessors: how many the device has; read from the device if ``None``.
         tiling: ``None`` is :func:`tiling_for` the precision that torch's own product would use.
+        dot: take the code of the largest product instead.
 
     Returns:
         (N,) int64.
@@ -201,7 +205,7 @@ def fused_argmin(
         # The norms are those of the rounded codes, so scores are distances between rounded points: what rounding
         # changes then shrinks with the distance.
         centered = centered.to(torch.bfloat16)
-    half_norms = centered.float().square().sum(1).mul_(0.5)
+    origin, half_norms = tiles.origin_of(center, dot), tiles.half_norms_of(centered.float(), dot)
     if multiprocessors is None:
         multiprocessors = torch.cuda.get_device_properties(latents.device).multi_processor_count
     blocks, code_tiles = triton.cdiv(rows, tiling.rows), triton.cdiv(codes, tiling.codes)
@@ -218,7 +222,7 @@ def fused_argmin(
             latents.contiguous(),
             centered,
             half_norms,
-            center.contiguous(),
+            origin.contiguous(),
             lowest,
             nearest,
             rows,

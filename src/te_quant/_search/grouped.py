@@ -32,8 +32,13 @@ _MAX_SCRATCH = 3 << 20
 _kept = threading.local()
 
 
-def grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
+def grouped_argmin(latents: Tensor, codebook: Tensor, dot: bool = False) -> Tensor:
     """Return the index of the nearest code for each row, on a CPU.
+
+    Args:
+        latents: z.
+        codebook: e.
+        dot: take the code of the largest product z·e instead.
 
     Shape:
         latents: (N, C). codebook: (K, C). Returns (N,) int64.
@@ -54,7 +59,7 @@ def grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
     torch.sub(codebook, center, out=centered[:codes])
     if filled > codes:
         centered[codes:] = 0
-    half_norms = centered.square().sum(1, keepdim=True).mul_(0.5)
+    origin, half_norms = tiles.origin_of(center, dot), tiles.half_norms_of(centered, dot).unsqueeze(1)
     if filled > codes:
         # What fills the last groups is infinitely far.
         half_norms[codes:] = torch.inf
@@ -71,7 +76,7 @@ def grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
     for row in range(0, rows, batch_rows):
         count = min(batch_rows, rows - row)
         batch = vectors[: count * size].view(count, size)
-        torch.sub(latents[row : row + count], center, out=batch)
+        torch.sub(latents[row : row + count], origin, out=batch)
         best = minima[: groups * count].view(groups, count)
         for first in range(0, count, tile_rows):
             tile = batch[first : first + tile_rows]

@@ -11,6 +11,9 @@ expanded form is not:
   at an offset of 1,000;
 - ties go to the lowest index, also between equal codes (:mod:`te_quant._search.ties`).
 
+The code of the largest product z·e is found in the same way without the norms: the codes are shifted too, which
+changes the products of a latent with all codes by the same number, but the latents are not.
+
 A CPU searches by groups of codes (:mod:`te_quant._search.grouped`) unless one tile holds all scores. An
 accelerator minimises whole tiles (:mod:`te_quant._search.tiled`), or does everything in one kernel where
 :data:`FUSED` asks for it (:mod:`te_quant._search.fused`).
@@ -40,39 +43,51 @@ FUSED = "TE_QUANT_FUSED_SEARCH"
 
 _library = torch.library.Library("te_quant", "FRAGMENT")
 _library.define(
-    "search_codes(Tensor latents, Tensor codebook) -> Tensor",
+    "search_codes(Tensor latents, Tensor codebook, bool dot=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "sample_codes(Tensor latents, Tensor codebook, Tensor temperature, Generator? generator) -> Tensor",
+    "sample_codes(Tensor latents, Tensor codebook, Tensor temperature, Generator? generator, bool dot=False)"
+    " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 
 
-def search_codes(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Return the index of the code nearest to each row of ``latents``: (N, C), (K, C) -> (N,) int64."""
+def search_codes(latents: Tensor, codebook: Tensor, *, dot: bool = False) -> Tensor:
+    """Return the index of the code nearest to each row of ``latents``: (N, C), (K, C) -> (N,) int64.
+
+    With ``dot`` that of the largest product z·e; ties go to the lowest index too.
+    """
     if wants_plain():
-        return plain_search(latents.detach(), codebook.detach())
-    result: Tensor = torch.ops.te_quant.search_codes(latents.detach(), codebook.detach())
+        return plain_search(latents.detach(), codebook.detach(), dot=dot)
+    result: Tensor = torch.ops.te_quant.search_codes(latents.detach(), codebook.detach(), dot)
     return result
 
 
 def sample_codes(
-    latents: Tensor, codebook: Tensor, temperature: float, generator: torch.Generator | None = None
+    latents: Tensor,
+    codebook: Tensor,
+    temperature: float,
+    generator: torch.Generator | None = None,
+    *,
+    dot: bool = False,
 ) -> Tensor:
-    """Draw a code for each row with probability ∝ exp(-‖z - e‖² / (2 · temperature)): -> (N,) int64."""
+    """Draw a code for each row with probability ∝ exp(-‖z - e‖² / (2 · temperature)): -> (N,) int64.
+
+    With ``dot`` the probability is ∝ exp(z·e / temperature).
+    """
     if wants_plain():
-        return plain_search(latents.detach(), codebook.detach(), temperature, generator)
+        return plain_search(latents.detach(), codebook.detach(), temperature, generator, dot)
     # A tensor, because a compiler would make another graph for every number given to an operator. On the CPU,
     # where reading it waits for no device.
     scale = torch.ones((), dtype=torch.float64, device="cpu") * temperature
-    result: Tensor = torch.ops.te_quant.sample_codes(latents.detach(), codebook.detach(), scale, generator)
+    result: Tensor = torch.ops.te_quant.sample_codes(latents.detach(), codebook.detach(), scale, generator, dot)
     return result
 
 
-def _search(latents: Tensor, codebook: Tensor) -> Tensor:
+def _search(latents: Tensor, codebook: Tensor, dot: bool = False) -> Tensor:
     if latents.device.type == "cpu" and len(latents) * len(codebook) > tiles.CPU_TILE:
-        indices = grouped_argmin(latents, codebook)
+        indices = grouped_argmin(latents, codebook, dot)
     elif _fused_wanted(latents.device.type, latents.dtype):
         # Triton is no dependency: CUDA builds of torch for Linux bring it along.
         try:
@@ -80,9 +95,9 @@ def _search(latents: Tensor, codebook: Tensor) -> Tensor:
         except ImportError as error:
             raise ImportError(f"{FUSED} must be 0 or unset where triton cannot be imported, got 1.") from error
 
-        indices = fused_argmin(latents, codebook, tiles.center_of(codebook))
+        indices = fused_argmin(latents, codebook, tiles.center_of(codebook), dot=dot)
     else:
-        indices = tiled_argmin(latents, codebook, 0.0, None)
+        indices = tiled_argmin(latents, codebook, 0.0, None, dot)
     first = first_of_equals(codebook)
     return indices if first is None else first[indices]
 
@@ -101,8 +116,14 @@ def _fused_wanted(device: str, dtype: torch.dtype) -> bool:
     return wanted == "1" and dtype == torch.float32
 
 
-def _sample(latents: Tensor, codebook: Tensor, temperature: Tensor, generator: torch.Generator | None) -> Tensor:
-    return tiled_argmin(latents, codebook, float(temperature), generator)
+def _sample(
+    latents: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    generator: torch.Generator | None,
+    dot: bool = False,
+) -> Tensor:
+    return tiled_argmin(latents, codebook, float(temperature), generator, dot)
 
 
 def _indices_like(latents: Tensor, codebook: Tensor, *_: object) -> Tensor:  # noqa: ARG001

@@ -14,7 +14,11 @@ __all__ = ["plain_search"]
 
 
 def plain_search(
-    latents: Tensor, codebook: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
+    latents: Tensor,
+    codebook: Tensor,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    dot: bool = False,
 ) -> Tensor:
     """Return the index of the nearest code, or of a drawn one, for each row, from a table of all N x K scores.
 
@@ -25,13 +29,17 @@ def plain_search(
         codebook: e.
         temperature: 0 takes the nearest code; above, code e has probability ∝ exp(-‖z - e‖² / (2 · temperature)).
         generator: of the draws; the global one if None.
+        dot: compare by the product z·e, with probabilities ∝ exp(z·e / temperature).
 
     Shape:
         latents: (N, C). codebook: (K, C). Returns (N,) int64.
     """
     center = tiles.center_of(codebook)
     centered = codebook - center
-    scores = torch.addmm(0.5 * centered.square().sum(1), latents - center, centered.T, alpha=-1)
+    if dot:
+        scores = -(latents @ centered.T)
+    else:
+        scores = torch.addmm(0.5 * centered.square().sum(1), latents - center, centered.T, alpha=-1)
     if temperature:
         # Gumbel-max: -log of an exponential variate is a Gumbel variate.
         scores = scores + temperature * torch.empty_like(scores).exponential_(generator=generator).log()

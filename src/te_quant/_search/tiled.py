@@ -17,7 +17,11 @@ __all__ = ["tiled_argmin"]
 
 
 def tiled_argmin(
-    latents: Tensor, codebook: Tensor, temperature: float, generator: torch.Generator | None
+    latents: Tensor,
+    codebook: Tensor,
+    temperature: float,
+    generator: torch.Generator | None,
+    dot: bool = False,
 ) -> Tensor:
     """Return the index of the nearest code, or of a drawn one, for each row.
 
@@ -26,6 +30,7 @@ def tiled_argmin(
         codebook: e.
         temperature: 0 takes the nearest code; above, code e has probability ∝ exp(-‖z - e‖² / (2 · temperature)).
         generator: of the draws; the global one if None.
+        dot: compare by the product z·e, with probabilities ∝ exp(z·e / temperature).
 
     Shape:
         latents: (N, C). codebook: (K, C). Returns (N,) int64.
@@ -33,14 +38,14 @@ def tiled_argmin(
     rows, codes = latents.shape[0], codebook.shape[0]
     center = tiles.center_of(codebook)
     centered = codebook - center
-    half_norms = centered.square().sum(1).mul_(0.5)
+    origin, half_norms = tiles.origin_of(center, dot), tiles.half_norms_of(centered, dot)
     tile_codes = min(codes, tiles.MAX_TILE_CODES)
     budget = tiles.CPU_TILE if latents.device.type == "cpu" else tiles.DEVICE_TILE
     tile_rows = max(1, min(rows, budget // tile_codes))
     buffer = latents.new_empty(tile_rows * tile_codes)
     indices = torch.empty(rows, dtype=torch.int64, device=latents.device)
     for row in range(0, rows, tile_rows):
-        tile = latents[row : row + tile_rows] - center
+        tile = latents[row : row + tile_rows] - origin
         best: Tensor | None = None
         chosen = indices[row : row + tile_rows]
         for code in range(0, codes, tile_codes):

@@ -1,13 +1,14 @@
-"""What all searches share: the sizes of their tiles, and the point from which they measure distances.
+"""What all searches share: the sizes of their tiles, the point from which they measure, and what they minimise.
 
 Shape letters: K codes, C code size.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["CPU_TILE", "DEVICE_TILE", "MAX_TILE_CODES", "center_of"]
+__all__ = ["CPU_TILE", "DEVICE_TILE", "MAX_TILE_CODES", "center_of", "half_norms_of", "origin_of"]
 
 # Elements of the score buffer. On a CPU 4 MiB of float32 stay in cache; on an accelerator launches cost more than
 # memory, and 32 MiB is still independent of N and K.
@@ -25,3 +26,13 @@ def center_of(codebook: Tensor) -> Tensor:
     # refused on CUDA where deterministic algorithms are asked for.
     some = codebook[:: max(1, len(codebook) // _CENTER_CODES)]
     return some.sort(0).values[(len(some) - 1) // 2]
+
+
+def origin_of(center: Tensor, dot: bool) -> Tensor:
+    """Return the point from which latents are measured: the ``center`` (C,) of the codes, or zero for products."""
+    return torch.zeros_like(center) if dot else center
+
+
+def half_norms_of(centered: Tensor, dot: bool) -> Tensor:
+    """Return what is added to minus the product with each code: (K, C) -> (K,); nothing where products decide."""
+    return centered.new_zeros(len(centered)) if dot else centered.square().sum(1).mul_(0.5)

@@ -16,7 +16,7 @@ from te_quant._checks import require, require_generator, require_int, require_nu
 from te_quant._precision import full_precision, widen
 from te_quant._values import require_in_range
 from te_quant.quantizers._distributed import reshard_owners
-from te_quant.quantizers._lifecycle import kmeans, replacements
+from te_quant.quantizers._lifecycle import replacements
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import Batch, record, restart, revive
 from te_quant.quantizers.base import NO_CODE, NonfiniteMode, Quantized, Quantizer
@@ -68,7 +68,7 @@ class Lifecycle:
             return
         revived = rows.new_zeros(0, dtype=torch.bool)
         if isinstance(part, VectorQuantizer) and self.iterations is not None:
-            centers = kmeans(rows, part._table(), self.iterations, part.project, self.generator, self.group)
+            centers = part._kmeans(rows, self.iterations, self.generator, self.group)
             if centers is not None:
                 restart(part._state(), centers)
         elif isinstance(part, VectorQuantizer):

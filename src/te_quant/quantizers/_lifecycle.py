@@ -28,10 +28,11 @@ def kmeans(
     project: Callable[[Tensor], Tensor],
     generator: torch.Generator | None,
     group: ProcessGroup | None,
+    search: Callable[[Tensor, Tensor], Tensor] = search_codes,
 ) -> Tensor | None:
     """Lloyd's algorithm from K random rows: (N, C), (K, C) -> (K, C); None if no process has any row.
 
-    An empty cluster keeps its centre.
+    ``search`` chooses the centre of each row. An empty cluster keeps its centre.
     """
     start = sample_rows(rows, table.shape[0], generator, group)
     if not len(start):
@@ -39,7 +40,7 @@ def kmeans(
     centers = torch.cat([start, table[start.shape[0] :]])
     ones = torch.ones_like(rows[:, :1])
     for _ in range(iterations):
-        chosen = search_codes(rows, centers)
+        chosen = search(rows, centers)
         counts = all_reduce_sum(row_sums(chosen, ones, len(table)), group)
         sums = all_reduce_sum(row_sums(chosen, rows, len(table)), group)
         centers = project(torch.where(counts > 0, sums / counts.clamp_min(1), centers))

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CodebookUpdate", "Metric", "VectorQuantizer"]
 
-Metric: TypeAlias = Literal["l2", "cosine"]
+Metric: TypeAlias = Literal["l2", "cosine", "cosine_raw", "dot"]
 CodebookUpdate: TypeAlias = Literal["gradient", "ema"]
 
 
@@ -63,8 +63,11 @@ class VectorQuantizer(Quantizer):
     Args:
         num_codes: K, at least 1.
         code_dim: C, at least 1.
-        metric: ``"l2"`` (Eq. 3), or ``"cosine"``: latents and codes are scaled to unit length before everything
-            else, so the returned codes have unit length too.
+        metric: which code a latent takes. ``"l2"``: the nearest one (Eq. 3). ``"cosine"``: latents and codes are
+            scaled to unit length before everything else, so the returned codes have unit length too.
+            ``"cosine_raw"``: the code at the smallest angle, but codes, losses and averages are those of the
+            vectors as they are. ``"dot"``: the code of the largest product z·e, also with vectors as they are.
+            Means of latents do not maximise products, so ``"dot"`` needs ``codebook_update="gradient"``.
         codebook_update: ``"ema"``: the codebook is a buffer that starts at latents of the first training pass and
             follows moving averages of the latents between two passes. It needs no optimizer, and feels the
             penalty with the same λ (:mod:`te_quant.quantizers._penalized_means` says how). ``"gradient"``: it is a
@@ -79,8 +82,9 @@ class VectorQuantizer(Quantizer):
         orthogonal_max_codes: while training, the penalty looks at a random subset of at most this many codes.
         gradient_estimator: ``"straight_through"`` or ``"rotation_trick"``: how the gradient passes to the
             latents.
-        temperature: 0 takes the nearest code. Above 0, while training, a code is drawn with probability
-            proportional to exp(-‖z - e‖² / (2 · temperature)).
+        temperature: 0 takes the code that ``metric`` says. Above 0, while training, a code is drawn with
+            probability proportional to exp(-‖z - e‖² / (2 · temperature)), z and e of unit length under both
+            cosines; under ``"dot"`` to exp(z·e / temperature).
         decay: of the moving averages, in [0, 1). Of use under ``"ema"`` and for :meth:`revive_dead_codes`.
         revival_threshold: of use under ``"ema"``, in [0, 1). A code is dead while it is used less than this
             fraction of the average code. Between two steps up to 4,096 dead codes move onto latents of the last
@@ -120,8 +124,9 @@ class VectorQuantizer(Quantizer):
         TypeError: latents are not floating point, or of another dtype than the codebook and not in half precision.
 
     Source: Shin et al. 2021, arXiv:2112.00384, Eq. 3 and 5; van den Oord et al. 2017, arXiv:1711.00937, Eq. 3
-        and appendix A.1. Differs: β is on the commitment term, as in the paper of 2017 and unlike some code
-        (``codebook_weight``); the penalty lasts under ``"ema"``.
+        and appendix A.1; Shi et al. 2024, arXiv:2412.02692 (IBQ), for ``"dot"``. Differs: β is on the commitment
+        term, as in the paper of 2017 and unlike some code (``codebook_weight``); the penalty lasts under
+        ``"ema"``.
 
     Example:
         >>> from te_quant import VectorQuantizer
@@ -170,6 +175,8 @@ class VectorQuantizer(Quantizer):
         )
         require_choice("metric", metric, get_args(Metric))
         require_choice("codebook_update", codebook_update, get_args(CodebookUpdate))
+        follows = metric != "dot" or codebook_update == "gradient"
+        require(follows, "codebook_update", "'gradient' with metric='dot'", repr(codebook_update))
         commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
         codebook_weight = require_number("codebook_weight", codebook_weight, 0.0)
         has_term = codebook_update == "gradient" or codebook_weight == 1
@@ -229,8 +236,8 @@ class VectorQuantizer(Quantizer):
         return self.codebook
 
     def search(self, rows: Rows) -> Tensor:
-        """Return the nearest code of each row."""
-        return search_codes(rows.searchable, self._table())
+        """Return the code of each row that ``metric`` says."""
+        return self._nearest(rows.searchable, self._table())
 
     def look_up(self, indices: Tensor) -> Tensor:
         """Return the rows of the codebook, scaled to unit length under ``"cosine"``."""
@@ -260,10 +267,11 @@ class VectorQuantizer(Quantizer):
         """
         table = self._table()
         if self.training and self.temperature > 0:
-            drawn = sample_codes(rows.searchable, table, self.temperature, generator)
+            latents, codes = self._compared(rows.searchable, table)
+            drawn = sample_codes(latents, codes, self.temperature, generator, dot=self.metric == "dot")
             indices = refuse_redraw(drawn, generator)
         else:
-            indices = search_codes(rows.searchable, table)
+            indices = self._nearest(rows.searchable, table)
         codes = F.embedding(indices, table)
         losses = self._distances(rows, codes)
         penalized = Penalized()
@@ -330,8 +338,9 @@ class VectorQuantizer(Quantizer):
         """Set the codebook to the k-means centres of ``latents``, restart the statistics, forget what is pending.
 
         Starts from K latent vectors drawn from all processes; where there are fewer, the other codes keep their
-        values. Under ``"cosine"`` this is spherical k-means. All processes must call it together, between any two
-        steps.
+        values. Under ``"cosine"`` this is spherical k-means; under ``"cosine_raw"`` latents choose by angle and
+        the centres are their means; under ``"dot"`` it is that of ``"l2"``. All processes must call it together,
+        between any two steps.
 
         Args:
             latents: as for ``forward``.
@@ -347,7 +356,7 @@ class VectorQuantizer(Quantizer):
         rows = self._counted_rows(latents, mask, "kmeans_init")
         group = self._group.resolve()
         with full_precision(latents.device):
-            centers = kmeans(rows, self._table(), iterations, self.project, generator, group)
+            centers = self._kmeans(rows, iterations, generator, group)
         if centers is not None:
             restart(self._state(), centers)
 
@@ -449,6 +458,30 @@ class VectorQuantizer(Quantizer):
         codebook = gathered(self.codebook)
         # Whatever else toggles requires_grad.
         return self.project(widen(codebook.detach() if self.frozen else codebook))
+
+    def _compared(self, vectors: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C) latents and (K, C) codes as the search wants them."""
+        if self.metric == "cosine_raw":
+            return unit_rows(vectors), unit_rows(table)
+        return vectors, table
+
+    def _nearest(self, vectors: Tensor, table: Tensor) -> Tensor:
+        return search_codes(*self._compared(vectors, table), dot=self.metric == "dot")
+
+    def _kmeans(
+        self,
+        rows: Tensor,
+        iterations: int,
+        generator: torch.Generator | None,
+        group: ProcessGroup | None,
+    ) -> Tensor | None:
+        """The centres of (N, C) projected rows; see :func:`~te_quant.quantizers._lifecycle.kmeans`."""
+
+        def search(vectors: Tensor, centers: Tensor) -> Tensor:
+            # Not by products: long centres would take the latents of others, and the means never settle.
+            return search_codes(*self._compared(vectors, centers))
+
+        return kmeans(rows, self._table(), iterations, self.project, generator, group, search)
 
     def _counted_rows(self, latents: Tensor, mask: Tensor | None, method: str) -> Tensor:
         self._refuse_frozen(method)
