@@ -175,6 +175,7 @@ def test_other_models_come_back_too(run: Run, model: VQAutoencoder, tmp_path: Pa
 @pytest.mark.slow
 def test_tiles_give_the_same_tokens(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
     """For this model tiles are exact; the decoder takes them too."""
+    make(base_channels=4, channel_multipliers=(1, 2, 2)).save_pretrained(tmp_path / "model")
     picture(tmp_path / "large.png", 120, 124)
     assert run("encode", "model", "large.png", "-o", "whole.safetensors")[0] == 0
     assert run("encode", "model", "large.png", "-o", "tiles.safetensors", "--tile-size", 116)[0] == 0

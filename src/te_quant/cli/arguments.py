@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from te_quant import __version__
+from te_quant._version import __version__
 from te_quant.shifts import PROTOCOLS
 
 __all__ = ["FORMATS", "Options", "build_parser"]
@@ -43,6 +43,8 @@ class Options:
     stride: int | None = None
     num_codes: int | None = None
     protocol: str = "circular"
+    window: int | None = None
+    sub_stride_shifts: int | None = None
     cycles: int = 1
     to: str = "te_quant"
     plot: Path | None = None
@@ -105,7 +107,20 @@ def _measure(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentPa
         "--protocol",
         choices=PROTOCOLS,
         default="circular",
-        help="how the content moves (default: what leaves on one side enters on the other)",
+        help="how the content moves: around the image (circular, the default), on constant ground (canvas), or as "
+        "if the camera moved (crop)",
+    )
+    parser.add_argument(
+        "--window",
+        type=_positive,
+        metavar="N",
+        help="pixels along each side that the tokenizer sees (canvas, crop)",
+    )
+    parser.add_argument(
+        "--sub-stride-shifts",
+        type=_positive,
+        metavar="N",
+        help="how many shifts below a token are drawn (default: all up to a stride of 8, 64 above)",
     )
     parser.add_argument(
         "--batch-size", type=_positive, default=16, metavar="N", help="images at once (default 16)"

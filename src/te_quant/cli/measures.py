@@ -11,7 +11,7 @@ from te_quant.autoencoder import VQAutoencoder
 from te_quant.cli.arguments import Options
 from te_quant.cli.files import require_plot, write_plot
 from te_quant.cli.models import device_of, load_autoencoder, load_tokenizer
-from te_quant.cli.pictures import find_pictures, read_batch
+from te_quant.cli.pictures import Picture, find_pictures, read_batch
 from te_quant.cli.rows import put_row, require_table
 from te_quant.equivariance import EquivarianceReport, audit, measure_equivariance
 from te_quant.quantizers import VectorQuantizer
@@ -27,9 +27,10 @@ _FIRST = "tokenizer"
 def run_audit(options: Options) -> tuple[str, dict[str, Any]]:
     """Audit the encoder."""
     require_plot(options.plot)
+    pictures = find_pictures(options.images, options.limit)
     model = load_autoencoder(options)
     report = audit(
-        model.encoder, _images(options, model), batch_size=options.batch_size, progress=options.progress
+        model.encoder, _images(pictures, options, model), batch_size=options.batch_size, progress=options.progress
     )
     if options.plot is not None:
         write_plot(report.plot(), options.plot)
@@ -40,14 +41,18 @@ def measure(options: Options) -> tuple[str, dict[str, Any]]:
     """Measure equivariance, and put a row into a table if one is named."""
     require_plot(options.plot)
     require_table(options.table, _FIRST)
+    pictures = find_pictures(options.images, options.limit)
     tokenizer, model = load_tokenizer(options)
     report = measure_equivariance(
         tokenizer.encode,
-        _images(options, model),
+        _images(pictures, options, model),
         stride=tokenizer.stride,
         num_codes=tokenizer.num_codes,
         protocol=options.protocol,  # type: ignore[arg-type]
+        canvas_size=options.window,
+        sub_stride_shifts=options.sub_stride_shifts,
         batch_size=options.batch_size,
+        progress=options.progress,
         **_more(tokenizer, model),
     )
     settings = report.settings
@@ -63,11 +68,12 @@ def stability(options: Options) -> tuple[str, dict[str, Any]]:
     """Measure token stability, and put a row into a table if one is named."""
     require_plot(options.plot)
     require_table(options.table, _FIRST)
+    pictures = find_pictures(options.images, options.limit)
     tokenizer, model = load_tokenizer(options)
     report = measure_stability(
         tokenizer.encode,
         tokenizer.decode,
-        _images(options, model),
+        _images(pictures, options, model),
         cycles=options.cycles,
         num_codes=tokenizer.num_codes,
         batch_size=options.batch_size,
@@ -81,9 +87,8 @@ def stability(options: Options) -> tuple[str, dict[str, Any]]:
     return _told(options, report, {**facts, **matches})
 
 
-def _images(options: Options, model: VQAutoencoder | None) -> Tensor:
+def _images(pictures: list[Picture], options: Options, model: VQAutoencoder | None) -> Tensor:
     channels = 3 if model is None else model.config.image_channels
-    pictures = find_pictures(options.images, options.limit)
     return read_batch(pictures, channels, options.size).to(device_of(options.device))
 
 
