@@ -15,6 +15,7 @@ from torch import Tensor
 from te_quant._checks import require
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
 from te_quant.interop._layout import Layout, names_of
+from te_quant.interop._sources import require_names, some
 
 __all__ = ["build", "facts_of", "quantizer_options", "refuse_other_kinds", "require_agreement", "structure_of"]
 
@@ -32,7 +33,7 @@ def refuse_other_kinds(state: Mapping[str, Tensor]) -> None:
     """Refuse the tensors of models that look alike and compute something else."""
     for ending, meaning in _OTHER_KINDS:
         found = [name for name in state if name.endswith(ending)]
-        require(not found, "source", "a VQGAN with GroupNorm and a codebook", f"{_some(found)}: {meaning}")
+        require(not found, "source", "a VQGAN with GroupNorm and a codebook", f"{some(found)}: {meaning}")
     bare = "encoder.conv_in.weight" in state and "encoder.conv_in.bias" not in state
     meaning = "no 'encoder.conv_in.bias', as in Open-MAGVIT2 and the VQGAN of MaskGIT, whose blocks differ"
     require(not bare, "source", "a VQGAN whose convolutions have biases", meaning)
@@ -140,11 +141,8 @@ def build(
     # Statistics start as in a new quantizer.
     own = {name: tensor for name, tensor in own.items() if name not in _statistics(model)}
     names = {name: names_of(name, layout, len(model.config.widths)) for name in own}
-    wanted = {theirs for each in names.values() for theirs in each}
-    missing = sorted(wanted - state.keys())
-    require(not missing, "source", f"complete ({len(wanted)} tensors)", f"none named {_some(missing)}")
-    surplus = sorted(state.keys() - wanted)
-    require(not surplus, "source", f"of {len(wanted)} tensors", f"unexpected {_some(surplus)}")
+    # In the order of the network.
+    require_names("source", state, dict.fromkeys(theirs for each in names.values() for theirs in each))
     weights = {}
     for name, expected in own.items():
         parts = [_as_convolution(state[theirs], expected) for theirs in names[name]]
@@ -177,8 +175,3 @@ def _largest(state: Mapping[str, Tensor], template: str) -> int:
     pattern = re.compile(template.replace(r"\{\}", r"(\d+)") + r"\.")
     found = (pattern.match(name) for name in state)
     return max((int(match.groups()[-1]) for match in found if match), default=-1)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -153,7 +153,7 @@ def _safe(path: Path) -> Mapping[str, Tensor]:
 class _Anything:
     """An object that was pickled with the weights; it keeps nothing."""
 
-    def __new__(cls, *args: object) -> _Anything:
+    def __new__(cls, *args: object) -> _Anything:  # noqa: ARG004
         return super().__new__(cls)
 
     def __init__(self, *args: object) -> None:
@@ -174,5 +174,7 @@ def _unpickled(path: Path) -> Any:
         with torch.serialization.safe_globals([(_Anything, name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} must be a file of tensors that torch.save wrote, got {cause}") from error
+        # Around its reason torch wraps the advice to open the file without the restrictions.
+        reason = str(error.__context__ or error).strip()
+        cause = (reason.splitlines() or ["an empty file"])[0].rstrip(".")
+        raise ValueError(f"{path} must be a file of tensors that torch.save wrote, got {cause}.") from error

@@ -84,16 +84,16 @@ def load_diffusers(
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: an option has no counterpart here (``norm_type="spatial"``, other blocks, attention on different
-            levels of the two halves), a tensor is missing, unexpected or of another shape, or a file is damaged.
+        ValueError: an option has no counterpart here (``norm_type="spatial"``, other blocks, attention on other
+            levels of the decoder), a tensor is missing, unexpected or of another shape, or a file is damaged.
         ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
 
     Example:
         >>> from te_quant import AutoencoderConfig, VQAutoencoder
         >>> zeros = {"encoder_padding": "zeros", "decoder_padding": "zeros"}
         >>> model = VQAutoencoder(AutoencoderConfig(widths=(8, 16), code_dim=4, num_codes=32, **zeros))
-        >>> save_diffusers(model, folder)  # doctest: +SKIP
-        >>> load_diffusers(folder).config.widths  # doctest: +SKIP
+        >>> save_diffusers(model, "tokenizer")
+        >>> load_diffusers("tokenizer").config.widths
         (8, 16)
     """
     hub = _pretrained.Hub(revision, token, cache_dir, local_files_only)
@@ -109,10 +109,10 @@ def load_diffusers(
 
 
 def save_diffusers(model: VQAutoencoder, folder: str | os.PathLike[str]) -> None:
-    """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``, which ``VQModel.from_pretrained`` reads.
+    """Write the files that ``VQModel.from_pretrained`` of diffusers reads.
 
-    Its tokens are those of ``model``, and its images agree up to rounding. Losses and dropout are not kept, because
-    diffusers has its own.
+    They are ``config.json`` and ``diffusion_pytorch_model.safetensors``. Tokens of the ``VQModel`` are those of
+    ``model``, and images agree up to rounding. Losses and dropout are not kept, because diffusers has its own.
 
     Args:
         model: zero padding in both halves, ``strided_conv``, ``nearest``, GroupNorm, SiLU, equal widths of both

@@ -51,16 +51,17 @@ def load_llamagen(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> VQAutoencoder:
-    """Return a tokenizer of LlamaGen (VQ-8, VQ-16 and others) as an autoencoder of this library, in evaluation mode.
+    """Return a tokenizer of LlamaGen as an autoencoder of this library, in evaluation mode.
 
-    Tokens are those of the original, and images agree up to rounding. Of several sets of weights in one file,
-    ``ema`` comes before ``model``, as in its own code. The entropy loss (``entropy_loss_ratio``) is not kept.
+    VQ-8, VQ-16 and other sizes are read. Tokens are those of the original, and images agree up to rounding. Of
+    several sets of weights in one file, ``ema`` comes before ``model``, as in its own code. The entropy loss
+    (``entropy_loss_ratio``) is not kept.
 
     Args:
-        source: a checkpoint (``vq_ds16_c2i.pt``), a folder with one, or a hub id ``owner/name``.
+        source: a checkpoint (``vq_ds16_c2i.pt``), its folder, or a hub id ``owner/name``.
         config: the ``ModelArgs``, as a mapping or a JSON file; by default those of the published tokenizers. The
-            weights tell all but the metric (``codebook_l2_norm``, True by default), ``commit_loss_beta`` (0.25) and
-            ``dropout_p`` (0).
+            weights tell all but the metric (``codebook_l2_norm``, True by default), ``commit_loss_beta`` (0.25)
+            and ``dropout_p`` (0).
         filename: of the checkpoint inside a folder or repository; needed unless a folder has only one.
         subfolder: of the folder or repository.
         device: where to put the model; None is the CPU.

@@ -47,9 +47,9 @@ def load_taming(
 ) -> VQAutoencoder:
     """Return a VQGAN of taming-transformers as an autoencoder of this library, in evaluation mode.
 
-    The ``VQModel`` of latent diffusion has the same layout. Tokens are those of the original, and images agree up to
-    rounding. The structure is read off names and shapes, so no config is needed. The model trains on as the original
-    does: it has β = 0.25 on the codebook term, so ``commitment_weight`` is 1 and ``codebook_weight`` 0.25.
+    The ``VQModel`` of latent diffusion has the same layout. Tokens are those of the original, and images agree up
+    to rounding. The structure is read off names and shapes, so no config is needed. The model trains on as the
+    original does: β = 0.25 is on the codebook term, so ``commitment_weight`` is 1 and ``codebook_weight`` 0.25.
     ``loss.*`` (discriminator and perceptual loss) is left out.
 
     Args:

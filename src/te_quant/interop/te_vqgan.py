@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from te_quant import _pretrained
 from te_quant._checks import require, require_choice
@@ -26,6 +25,8 @@ _KINDS = {
     "maxblurpool": "unpadded_max_blur_pool",
     "convblurpool": "conv_blur_pool",
 }
+# Its cosine similarity chooses a code, whose length stays.
+_METRICS = {"L2": "l2", "cos_sim": "cosine_raw"}
 
 
 def load_te_vqgan(
@@ -93,10 +94,11 @@ def load_te_vqgan(
     options |= _padding(network, kind, padded=padded)
     size = (options.pop("num_codes"), options.pop("code_dim"))
     metric = given.get("distance_measure", "L2")
-    reason = "which compares directions but returns codes of their own length"
-    require(metric == "L2", "config distance_measure", "'L2'", f"{metric!r}, {reason}")
+    require_choice("config distance_measure", metric, _METRICS)
     reg = given.get("ortho_reg_coef", 0.0)
-    options["quantizer"] = quantizer_options(*size, commitment_weight=0.25, orthogonal_reg=reg)
+    options["quantizer"] = quantizer_options(
+        *size, metric=_METRICS[metric], commitment_weight=0.25, orthogonal_reg=reg
+    )
     return build(options, state, layout, device=device, dtype=dtype)
 
 
