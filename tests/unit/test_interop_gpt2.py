@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant import GPT
@@ -154,6 +155,43 @@ class Published(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Those tensors."""
         return dict(self.tensors)
+
+
+def formula(tensors: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """(B, T) tokens to (B, T, V) logits of GPT-2 with two heads, written from its paper."""
+    named = {name.removeprefix("transformer."): tensor.double() for name, tensor in tensors.items()}
+
+    def norm(x: Tensor, part: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], named[f"{part}.weight"], named[f"{part}.bias"], 1e-5)
+
+    def linear(x: Tensor, part: str) -> Tensor:
+        return x @ named[f"{part}.weight"] + named[f"{part}.bias"]
+
+    B, T = tokens.shape
+    hidden_places = torch.ones(T, T, dtype=torch.bool).triu(1)
+    x = named["wte.weight"][tokens] + named["wpe.weight"][:T]
+    for layer in range(2):
+        packed = linear(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn")
+        q, k, v = (part.view(B, T, 2, 8).transpose(1, 2) for part in packed.chunk(3, -1))
+        scores = (q @ k.mT / 8**0.5).masked_fill(hidden_places, -torch.inf)
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, 16)
+        x = x + linear(mixed, f"h.{layer}.attn.c_proj")
+        wide = linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")
+        wide = 0.5 * wide * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)))
+        x = x + linear(wide, f"h.{layer}.mlp.c_proj")
+    return norm(x, "ln_f") @ named["wte.weight"].T
+
+
+@torch.no_grad()
+def test_published_weights_give_the_logits_of_the_formula() -> None:
+    """In float64, without transformers; the start of another token gives others."""
+    model = Published()
+    model.tensors = {name: tensor.double() for name, tensor in model.tensors.items()}
+    tokens = torch.randint(V, (3, 7))
+    wanted = formula(model.tensors, with_start(tokens))[:, :-1]
+    torch.testing.assert_close(load_gpt2(model)(tokens), wanted)
+    other = load_gpt2(model, start_token=START + 1)(tokens)
+    assert (other - wanted).abs().max() > 0.01
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ PADDINGS = [
     ("convblurpool", True, "v2"),
     ("convblurpool", False, "v1"),
 ]
+# The others run in the slow suite.
+FAST = (("strided_conv", True, "v2"), ("maxblurpool", False, "v1"), ("convblurpool", False, "v1"))
 
 
 NARROW = Shape(mult=(1, 1))
@@ -118,8 +120,7 @@ def test_taming_models_agree(shape: Shape, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("down", "replicate", "version"),
-    # Every third runs in the fast suite.
-    [pytest.param(*each, marks=pytest.mark.slow if place % 3 else ()) for place, each in enumerate(PADDINGS)],
+    [pytest.param(*each, marks=() if each in FAST else pytest.mark.slow) for each in PADDINGS],
 )
 def test_models_of_the_papers_code_agree(down: str, replicate: bool, version: str, tmp_path: Path) -> None:
     """All four downsamplings, where its layers pad as its convolutions do, or the blur replicates."""
@@ -536,3 +537,7 @@ def test_configs_that_are_no_options_are_refused(loader: Loader, tmp_path: Path)
         loader(path, config=tmp_path / "model.json")
     with pytest.raises(TypeError, match="config must be a mapping or the path of a JSON file, got 3"):
         loader(path, config=3)
+    with pytest.raises(
+        FileNotFoundError, match=r"config must be a mapping or an existing JSON file, got 'no\.json'"
+    ):
+        loader(path, config="no.json")

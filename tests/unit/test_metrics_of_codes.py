@@ -94,6 +94,17 @@ def test_products_far_from_zero_keep_their_accuracy() -> None:
     assert ((latents @ codes.T).argmax(1) == exact).double().mean() < 0.99
 
 
+@pytest.mark.parametrize("scale", [1e-35, 1e-24, 1e20, 1e36])
+@pytest.mark.parametrize("rows", [100, 6_000])
+def test_products_at_every_scale_of_float32(rows: int, scale: float) -> None:
+    """Where their values would overflow or vanish, the largest is found all the same."""
+    quantizer = spread_vq("dot", codes=256).float()
+    quantizer.set_codebook(quantizer.codebook.detach() * scale)
+    latents = torch.randn(rows, 4)
+    wanted = (latents.double() @ (quantizer.codebook.detach().double() / scale).T).argmax(1)
+    assert (quantizer.encode(latents * scale) == wanted).double().mean() > 0.999
+
+
 @pytest.mark.parametrize("rows", [5, 30_000])
 def test_equal_products_go_to_the_lowest_index(rows: int) -> None:
     """Copies of a code, and a latent of zero, whose products are all equal; in one tile and in groups."""

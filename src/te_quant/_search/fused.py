@@ -204,8 +204,11 @@ def fused_argmin(
     if tiling.precision == "bf16":
         # The norms are those of the rounded codes, so scores are distances between rounded points: what rounding
         # changes then shrinks with the distance.
-        centered = centered.to(torch.bfloat16)
-    origin, half_norms = tiles.origin_of(center, dot), tiles.half_norms_of(centered.float(), dot)
+        centered = centered.to(torch.bfloat16).float()
+    origin = tiles.origin_of(center, dot)
+    factors, half_norms = tiles.factors_of(centered, dot)
+    if tiling.precision == "bf16":
+        factors = factors.to(torch.bfloat16)
     if multiprocessors is None:
         multiprocessors = torch.cuda.get_device_properties(latents.device).multi_processor_count
     blocks, code_tiles = triton.cdiv(rows, tiling.rows), triton.cdiv(codes, tiling.codes)
@@ -220,7 +223,7 @@ def fused_argmin(
     with on_device:
         kernel[(blocks, parts)](
             latents.contiguous(),
-            centered,
+            factors,
             half_norms,
             origin.contiguous(),
             lowest,

@@ -36,11 +36,11 @@ def plain_search(
     """
     center = tiles.center_of(codebook)
     centered = codebook - center
-    if dot:
-        scores = -(latents @ centered.T)
-    else:
-        scores = torch.addmm(0.5 * centered.square().sum(1), latents - center, centered.T, alpha=-1)
-    if temperature:
-        # Gumbel-max: -log of an exponential variate is a Gumbel variate.
-        scores = scores + temperature * torch.empty_like(scores).exponential_(generator=generator).log()
-    return scores.argmin(1)
+    origin = tiles.origin_of(center, dot)
+    if not temperature:
+        factors, terms = tiles.factors_of(centered, dot)
+        return torch.addmm(terms, latents - origin, factors.T, alpha=-1).argmin(1)
+    scores = torch.addmm(tiles.half_norms_of(centered, dot), latents - origin, centered.T, alpha=-1)
+    # Gumbel-max: -log of an exponential variate is a Gumbel variate.
+    noise = torch.empty_like(scores).exponential_(generator=generator).log()
+    return (scores + temperature * noise).argmin(1)

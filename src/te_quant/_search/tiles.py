@@ -1,4 +1,4 @@
-"""What all searches share: the sizes of their tiles, the point from which they measure, and what they minimise.
+"""What all searches share: sizes of tiles, the point and the scale in which they measure, and what they minimise.
 
 Shape letters: K codes, C code size.
 """
@@ -8,7 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["CPU_TILE", "DEVICE_TILE", "MAX_TILE_CODES", "center_of", "half_norms_of", "origin_of"]
+from te_quant._execution import wants_plain
+from te_quant._magnitudes import moderating
+
+__all__ = [
+    "CPU_TILE",
+    "DEVICE_TILE",
+    "MAX_TILE_CODES",
+    "center_of",
+    "factors_of",
+    "half_norms_of",
+    "origin_of",
+]
 
 # Elements of the score buffer. On a CPU 4 MiB of float32 stay in cache; on an accelerator launches cost more than
 # memory, and 32 MiB is still independent of N and K.
@@ -16,8 +27,10 @@ CPU_TILE = 1 << 20
 DEVICE_TILE = 1 << 23
 # The widest tile of codes: wider tiles leave too few rows for an efficient product.
 MAX_TILE_CODES = 4096
-# The middle of the codes is taken from about so many of them.
+# The middle of the codes is taken from about so many of them, and their scale.
 _CENTER_CODES = 16
+# Half squared lengths in between need no scale.
+_SHORT, _LONG = 2.0**-80, 2.0**80
 
 
 def center_of(codebook: Tensor) -> Tensor:
@@ -36,3 +49,23 @@ def origin_of(center: Tensor, dot: bool) -> Tensor:
 def half_norms_of(centered: Tensor, dot: bool) -> Tensor:
     """Return what is added to minus the product with each code: (K, C) -> (K,); nothing where products decide."""
     return centered.new_zeros(len(centered)) if dot else centered.square().sum(1).mul_(0.5)
+
+
+def factors_of(centered: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
+    """Return factors a and terms b of the codes, so that the score of a code for a latent z is b - z·a.
+
+    Scores are ½‖e‖² - z·e, or -z·e with ``dot``, times a constant where codes are so large or small that float32
+    cannot hold their squares.
+
+    Shape:
+        centered: (K, C), codes seen from their middle. Returns (K, C) and (K,).
+    """
+    half_norms = half_norms_of(centered, dot=False)
+    if centered.device.type == "cpu" and not wants_plain() and _SHORT <= float(half_norms.amax()) <= _LONG:
+        return centered, half_norms_of(centered, dot=True) if dot else half_norms
+    # Of most codes, not of the largest: one runaway code would make all others vanish.
+    some = centered[:: max(1, len(centered) // _CENTER_CODES)]
+    sizes = torch.linalg.vector_norm(some, torch.inf, dim=1).sort().values
+    factor = moderating(sizes[(3 * len(some)) // 4])
+    scaled = centered * factor
+    return scaled * factor, half_norms_of(scaled, dot)

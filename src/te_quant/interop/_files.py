@@ -94,16 +94,20 @@ class Source(NamedTuple):
         return _pretrained.download(str(self.path), name, self.hub, self.subfolder)
 
 
-def options_of(config: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
+def options_of(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:
     """Return the options in a mapping or a JSON file.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is not JSON.
         TypeError: there is something else than a mapping.
     """
     if isinstance(config, Mapping):
         return dict(config)
-    require_type("config", config, (str, os.PathLike), "a mapping or the path of a JSON file")
+    if not isinstance(config, (str, os.PathLike)):
+        raise TypeError(f"config must be a mapping or the path of a JSON file, got {config!r}.")
+    if not Path(config).is_file():
+        raise FileNotFoundError(f"config must be a mapping or an existing JSON file, got {os.fspath(config)!r}.")
     try:
         content = json.loads(Path(config).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -134,9 +134,10 @@ def load_gpt2(
     else:
         files = Source(source, filename, subfolder, hub)
         path = files.weights(_WEIGHTS)
-        beside = files.beside(path, _CONFIG) if config is None else None
-        require(config is not None or beside is not None, "config", f"given where no {_CONFIG} lies beside", None)
-        options = options_of(config if beside is None else beside)
+        described = files.beside(path, _CONFIG) if config is None else config
+        if described is None:
+            raise ValueError(f"config must be given where no {_CONFIG} lies beside, got None.")
+        options = options_of(described)
         tensors = tensors_in(path, ("state_dict",))
     if dtype is not None:
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
