@@ -29,6 +29,7 @@ from te_quant import FSQ, LFQ, CodebookUsage, Quantizer, ResidualVectorQuantizer
 
 __all__ = [
     "CONTENDERS",
+    "CURVE_STEPS",
     "DEFAULTS",
     "NONE",
     "OWN",
@@ -57,7 +58,7 @@ _PEAK = 2.0
 RATE = 1e-3
 """Learning rate; the first seed is trained with a third and three times of it too."""
 _BATCH = 32
-_CURVE = 25
+CURVE_STEPS = 25
 """Steps per point of the training curve."""
 
 
@@ -138,7 +139,7 @@ _STEPS = {"quick": 12, "full": 500}
 _TEST_IMAGES = {"quick": 64, "full": 1000}
 # Of the learning rate, for the first seed.
 _FACTORS = {"quick": (1.0,), "full": (1.0, 1 / 3, 3.0)}
-# Half a second a step.
+# From so many codes on vector-quantize-pytorch takes half a second per step: one seed at one rate is enough.
 _SLOW_PEERS = 8192
 
 
@@ -233,10 +234,9 @@ def cells(context: Context) -> list[Cell]:
     result = []
     for grid in GRIDS[context.grid]:
         for name in CONTENDERS:
-            for seed in range(grid.seeds):
-                if grid.K >= _SLOW_PEERS and name.startswith(PEER) and seed:
-                    continue
-                for factor in _FACTORS[context.grid] if seed == 0 else (1.0,):
+            slow = grid.K >= _SLOW_PEERS and name.startswith(PEER)
+            for seed in range(1 if slow else grid.seeds):
+                for factor in (1.0,) if slow or seed else _FACTORS[context.grid]:
                     settings = {
                         "data": grid.data,
                         "K": grid.K,
@@ -389,7 +389,7 @@ def train(
             raise FloatingPointError(f"the error must stay finite, got {errors[-1]} at step {len(errors)}.")
         if layer is not None and indices is not None:
             recent.update(_joint(indices, layer))
-            if len(errors) % _CURVE == 0:
+            if len(errors) % CURVE_STEPS == 0:
                 counts.append(recent.compute().used_codes)
                 recent.reset()
     usage = CodebookUsage(layer.num_codes if layer else 1).to(device)
@@ -402,7 +402,7 @@ def train(
             if layer is not None and indices is not None:
                 usage.update(_joint(indices, layer))
     mse = squares / test[:test_images].numel()
-    curve = [statistics.fmean(errors[start : start + _CURVE]) for start in range(0, len(errors), _CURVE)]
+    curve = [statistics.fmean(errors[start : start + CURVE_STEPS]) for start in range(0, len(errors), CURVE_STEPS)]
     codes = {}
     if layer is not None:
         report = usage.compute()

@@ -26,7 +26,7 @@ from benchmarks.results import Store
 from benchmarks.search import FUSED, search_contender, searches
 from benchmarks.sections import SECTIONS
 from benchmarks.tables import tables
-from benchmarks.targets import TARGETS, Target, judge
+from benchmarks.targets import TARGETS, TRAINING_TARGETS, Target, judge
 from benchmarks.timing import Failure, Limits, Spread, measure, spread
 from examples.te_vqgan.stage1.presets import PRESETS
 from tests.readme_tables import ROOT, first_table
@@ -548,18 +548,34 @@ def test_the_targets_of_training_are_ratios_of_excess_errors() -> None:
         **_trained("mnist", 1024, training.PEER, 0.06),
         **_trained("mnist", 1024, training.PEER_ALIVE, 0.03),
     }
-    verdicts = {target.text: judge(target, measured) for target in TARGETS}
+    verdicts = {target.text: judge(target, measured) for target in TRAINING_TARGETS}
     [defaults] = [verdict for text, verdict in verdicts.items() if text.startswith("error beyond")]
     [better] = [verdict for text, verdict in verdicts.items() if text.startswith("the same / the better")]
-    [used] = [verdict for text, verdict in verdicts.items() if text.startswith("training: share")]
+    [used] = [verdict for text, verdict in verdicts.items() if text.startswith("share")]
     assert (defaults.points, defaults.met) == (1, True)
     assert defaults.worst == pytest.approx(0.02 / 0.05)
     assert (better.met, better.worst) == (False, pytest.approx(1.0))
     assert used.worst == pytest.approx(1023.5 / 1024)
+    [worst] = [verdict for text, verdict in verdicts.items() if "worst other contender" in text]
+    assert (worst.met, worst.worst) == (True, pytest.approx(0.03 / 0.06))
     table = tables({"runs": {}, "cells": measured})["training"]
     assert (
         "| mnist | 1,024, 8 | VectorQuantizer | 0.0300 ± 0.0141 | 20.00 | 1,024 | 7 | 10 | – | 9.0000 |" in table
     )
+
+
+@pytest.mark.slow
+def test_pictures_of_trainings_leave_out_what_is_not_measured(tmp_path: Path) -> None:
+    """A grid without the network that has no quantizer, and contenders without a curve."""
+    measured = {
+        **_trained("mnist", 1024, training.NONE, 0.01),
+        **_trained("mnist", 1024, training.DEFAULTS, 0.02),
+        **_trained("digits", 1024, training.PEER, 0.06),
+    }
+    for cell in measured.values():
+        cell["facts"] = {"curve": [0.3, 0.2], "used_curve": [] if "no quantizer" in cell["contenders"] else [3, 4]}
+    write_plots({"cells": measured}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training-curves.png", "training.png"]
 
 
 @pytest.mark.slow
