@@ -125,7 +125,9 @@ def write_stability(folder: Path, reports: Mapping[str, tuple[str, StabilityRepo
 
 def render(folder: Path) -> None:
     """Write tables and picture from the ``stability.json`` in ``folder``."""
-    found = read_json_object(folder / "stability.json")["tokenizers"]
+    path = folder / "stability.json"
+    require(path.is_file(), "into", "a folder with stability.json", folder)
+    found = read_json_object(path)["tokenizers"]
     reports = {name: StabilityReport.from_dict(entry["report"]) for name, entry in found.items()}
     titles = {name: entry["title"] for name, entry in found.items()}
     write_text_atomically(folder / "stability.md", _tables(titles, reports))
