@@ -1,9 +1,11 @@
 """``python -m benchmarks.paired --before SRC``: the time of a quantizer's step in two versions of the library.
 
 Two processes, one with each version, take turns: before, after, after, before, and so on. What disturbs the
-machine hits both, so the ratio of a pair is worth more than that of two medians. Every size of the quantizer
-benchmark is measured, in evaluation and in training by gradient and by moving averages. Cells that the result file
-holds already are not measured again.
+machine hits both, so the ratio of a pair is worth more than that of two medians. But two processes of the same
+code differ too, for example in where their memory lies. So each cell is measured in several pairs of processes,
+and its interval comes from the means of these. Every size of the quantizer benchmark is measured, in evaluation
+and in training by gradient and by moving averages, the latter also with the revival that a version may have. A
+second call adds only the pairs of processes that the result file lacks.
 
 Shape letters: N latents, K codes, C code size.
 """
@@ -14,9 +16,11 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -24,19 +28,22 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
+import scipy.stats
 import torch
 from tqdm import tqdm
 
 from benchmarks.contest import OURS
-from benchmarks.peers import MODES
+from benchmarks.peers import EMA_REVIVAL, MODES
 from benchmarks.problem import Problem, Size
 from benchmarks.quantizers import quantizer_contender
 from benchmarks.results import stamp
 from benchmarks.sizes import SIZES
+from examples.te_vqgan.runs.files import write_text_atomically
 
-__all__ = ["Timer", "Worker", "compare", "interval", "main"]
+__all__ = ["Timer", "Worker", "compare", "interval", "interval_of_processes", "main", "pooled"]
 
 _ROOT = Path(__file__).parent.parent
+_MODES = (*MODES, EMA_REVIVAL)
 _RESAMPLES = 10_000
 # Otherwise glibc keeps freed memory or returns it, depending on what a process did before, and page faults take up
 # to a quarter of a call, in one process and not in the next.
@@ -104,15 +111,25 @@ def workers(sources: Sequence[Path], threads: int) -> Iterator[list[Worker]]:
 
 
 def interval(ratios: Sequence[float]) -> Interval:
-    """Return the geometric mean and its bootstrap interval, seeded."""
+    """Return the geometric mean of pairs of calls and its bootstrap interval, seeded."""
     logs = np.log(np.asarray(ratios))
     picks = np.random.default_rng(0).integers(len(logs), size=(_RESAMPLES, len(logs)))
     low, high = np.percentile(logs[picks].mean(1), (2.5, 97.5))
     return Interval(*(math.exp(value) for value in (low, logs.mean(), high)))
 
 
+def interval_of_processes(means: Sequence[float]) -> Interval:
+    """Return the geometric mean of the ratios of several pairs of processes and its t interval; NaN below two."""
+    logs = np.log(np.asarray(means))
+    centre = float(logs.mean())
+    half = math.nan
+    if len(logs) > 1:
+        half = float(scipy.stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
+    return Interval(*(math.exp(value) for value in (centre - half, centre, centre + half)))
+
+
 def compare(pair: Sequence[Timer], mode: str, size: Size, *, budget: float, min_pairs: int) -> dict[str, Any]:
-    """Measure one cell: seconds a call of both versions in each pair, and the interval of after / before."""
+    """Measure one cell with one pair: seconds a call of both versions, and the interval of after / before."""
     once = [worker.ask(mode=mode, size=list(size)) for worker in pair]
     calls = max(1, math.ceil(_SAMPLE / min(once)))
     pairs: list[tuple[float, float]] = []
@@ -132,6 +149,22 @@ def compare(pair: Sequence[Timer], mode: str, size: Size, *, budget: float, min_
         "pairs": len(pairs),
         "calls": calls,
     }
+
+
+def pooled(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pool the cells of equal mode and size, each from another pair of processes."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell[name] for name in ("mode", *Size._fields)), []).append(cell)
+    return [
+        {
+            **dict(zip(("mode", *Size._fields), key, strict=True)),
+            **{name: statistics.median(cell[name] for cell in group) for name in ("before_ms", "after_ms")},
+            "ratio": interval_of_processes([cell["ratio"]["mean"] for cell in group])._asdict(),
+            "processes": len(group),
+        }
+        for key, group in groups.items()
+    ]
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
@@ -158,18 +191,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = stamp(device=torch.device("cpu"), grid=options.grid, threads=options.threads, budget=options.budget)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "paired.json"
-    cells: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
     if path.exists() and not options.fresh:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    measured = {(cell["mode"], Size(cell["N"], cell["K"], cell["C"])) for cell in cells}
-    left = [cell for cell in product(MODES, SIZES[options.grid]) if cell not in measured]
-    with workers([options.before, options.after], options.threads) as pair:
-        for mode, size in tqdm(left, unit="cell", file=sys.stderr):
-            cells.append(compare(pair, mode, size, budget=options.budget, min_pairs=options.min_pairs))
-            report = {"stamp": facts, "label": options.label, "cells": cells}
-            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.out / "paired.md").write_text(table(cells), encoding="utf-8")
-    print(table(cells))
+        measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
+    known = Counter((cell["mode"], Size(*(cell[name] for name in Size._fields))) for cell in measured)
+    plan = [
+        [cell for cell in product(_MODES, SIZES[options.grid]) if known[cell] <= number]
+        for number in range(options.processes)
+    ]
+    with tqdm(total=sum(map(len, plan)), unit="cell", file=sys.stderr) as progress:
+        for left in filter(None, plan):
+            with workers([options.before, options.after], options.threads) as pair:
+                for mode, size in left:
+                    measured.append(compare(pair, mode, size, budget=options.budget, min_pairs=options.min_pairs))
+                    cells = pooled(measured)
+                    report = {"stamp": facts, "label": options.label, "cells": cells, "measured": measured}
+                    write_text_atomically(path, json.dumps(report, indent=1, allow_nan=True) + "\n")
+                    progress.update()
+    (options.out / "paired.md").write_text(table(pooled(measured)), encoding="utf-8")
+    print(table(pooled(measured)))
     return 0
 
 
@@ -202,8 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--label", default="", help="what the two versions are, for the result file")
     parser.add_argument("--grid", choices=tuple(SIZES), default="full")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=10.0, metavar="S", help="seconds for each cell")
-    parser.add_argument("--min-pairs", type=int, default=12, help="pairs for each cell, however long they take")
+    parser.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds for each of them")
+    parser.add_argument("--processes", type=int, default=6, help="pairs of processes for each cell")
+    parser.add_argument("--min-pairs", type=int, default=4, help="pairs of samples for each of them")
     parser.add_argument("--fresh", action="store_true", help="measure every cell again")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results" / "paired")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

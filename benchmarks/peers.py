@@ -9,6 +9,7 @@ Shape letters: N latents, K codes, C code size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from te_quant import VectorQuantizer
 
 __all__ = [
     "BYTES_PER_PAIR",
+    "EMA_REVIVAL",
     "MODES",
     "QUANTIZERS",
     "Adapter",
@@ -33,6 +35,8 @@ __all__ = [
 
 MODES = ("eval", "gradient", "ema")
 """Forward in evaluation; forward and backward with the codebook by gradient, and by moving averages."""
+EMA_REVIVAL = "ema, revival"
+"""By moving averages, and unused codes are replaced where the version of this library does that."""
 
 _BETA = 0.25
 _DECAY = 0.99
@@ -110,17 +114,22 @@ class PlainQuantizer(nn.Module):
 
 def _ours(codebook: Tensor, mode: str) -> Adapter:
     K, C = codebook.shape
+    options: dict[str, Any] = {}
+    # Versions that are compared with this one may know no revival.
+    if mode != EMA_REVIVAL and "revival_threshold" in inspect.signature(VectorQuantizer).parameters:
+        options["revival_threshold"] = 0.0
+    by_averages = mode in ("ema", EMA_REVIVAL)
     module = VectorQuantizer(
         K,
         C,
-        codebook_update="ema" if mode == "ema" else "gradient",
+        codebook_update="ema" if by_averages else "gradient",
         commitment_weight=_BETA,
         decay=_DECAY,
-        revival_threshold=0.0,
         channel_dim=-1,
+        **options,
     ).to(codebook.device)
     module.codebook.data.copy_(codebook)
-    if mode == "ema":
+    if by_averages:
         module.code_sums.copy_(codebook)
 
     def forward(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,10 @@
-"""The measurements as pictures: growth on logarithmic axes, and how many times slower the others are."""
+"""The measurements as pictures: growth, how many times slower the others are, and small trainings."""
 
 from __future__ import annotations
 
 import io
 import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,27 @@ from typing import Any
 from benchmarks.contest import OURS
 from benchmarks.peers import MODES, QUANTIZERS
 from benchmarks.targets import ratio
-from benchmarks.training import CONTENDERS, NONE, OWN, RATE, results
+from benchmarks.training import CONTENDERS, CURVE_STEPS, DEFAULTS, NONE, OWN, PEER, PEER_ALIVE, RATE, results
 from examples.te_vqgan.runs.files import write_bytes_atomically
 
 __all__ = ["write_plots"]
 
 _MIB = 2**20
 _DPI = 110
+_MARKERS = "osD^v"
+_CURVES = {
+    NONE: "black",
+    DEFAULTS: "tab:blue",
+    "VectorQuantizer, gradient": "tab:cyan",
+    PEER: "tab:orange",
+    PEER_ALIVE: "tab:red",
+    "diffusers VectorQuantizer": "tab:green",
+}
+"""Contenders whose curves are drawn, with their colours."""
 
 
 def write_plots(document: Mapping[str, Any], folder: Path) -> None:
-    """Write ``growth.png`` and ``ratios.png`` into ``folder``, those that there are measurements for."""
+    """Write the pictures that there are measurements for into ``folder``."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -30,6 +41,7 @@ def write_plots(document: Mapping[str, Any], folder: Path) -> None:
         write_bytes_atomically(folder / "growth.png", _growth(cells))
     if any(key.startswith("training/") for key in cells):
         write_bytes_atomically(folder / "training.png", _training(cells))
+        write_bytes_atomically(folder / "training-curves.png", _training_curves(cells))
     if any(key.startswith("quantizer/") for key in cells):
         write_bytes_atomically(folder / "ratios.png", _ratios(cells))
 
@@ -101,25 +113,70 @@ def _ratios(cells: Mapping[str, Any]) -> bytes:
 
 
 def _training(cells: Mapping[str, Any]) -> bytes:
-    """Error beyond that of the same network without a quantizer, by grid and contender."""
+    """Test error of each contender, divided by that of the same network without a quantizer."""
     from matplotlib import pyplot as plt
 
-    groups = results(cells)
+    groups = [(place, group) for place, group in results(cells).items() if NONE in group]
+    names = [name for name in CONTENDERS if name != NONE and any(name in group for _, group in groups)]
+    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.3 * len(names)), layout="constrained")
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    for number, ((data, K, C), group) in enumerate(groups):
+        base = group[NONE].mean("mse")
+        points = {row: group[name].mean("mse") / base for row, name in enumerate(names) if name in group}
+        known = {row: value for row, value in points.items() if math.isfinite(value)}
+        for row, value in known.items():
+            ratios[names[row]].append(value)
+        label = f"{data}, K = {K:,}, C = {C}"
+        marker = _MARKERS[number % len(_MARKERS)]
+        axes.plot(list(known.values()), list(known), marker, color="gray", markersize=6, alpha=0.7, label=label)
+    for row, name in enumerate(names):
+        if ratios[name]:
+            mean = math.exp(statistics.fmean(map(math.log, ratios[name])))
+            color = "tab:blue" if name in OWN else "tab:orange"
+            axes.plot([mean, mean], [row - 0.35, row + 0.35], color=color, linewidth=4)
+    for name, color in (("te_quant, geometric mean", "tab:blue"), ("others, geometric mean", "tab:orange")):
+        axes.plot([], [], color=color, linewidth=4, label=name)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="test MSE / that without a quantizer (lower is better)")
+    axes.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    return _png(figure)
+
+
+def _training_curves(cells: Mapping[str, Any]) -> bytes:
+    """Training error and codes in use along the training, means over the seeds."""
+    from matplotlib import pyplot as plt
+
+    curves: dict[tuple[str, int, int], dict[str, list[dict[str, Any]]]] = {}
+    for key, cell in cells.items():
+        settings = cell["settings"]
+        if key.startswith("training/") and "facts" in cell and settings["rate"] == RATE:
+            group = curves.setdefault((settings["data"], settings["K"], settings["C"]), {})
+            group.setdefault(settings["quantizer"], []).append(cell["facts"])
+    places = [place for place in results(cells) if place in curves]
     figure, grid = plt.subplots(
-        1, len(groups), figsize=(2.5 + 2.6 * len(groups), 4.6), layout="constrained", squeeze=False, sharey=True
+        2, len(places), figsize=(1 + 2.7 * len(places), 6), layout="constrained", squeeze=False, sharex=True
     )
-    names = [name for name in CONTENDERS if name != NONE and any(name in group for group in groups.values())]
-    for axes, ((data, K, C), group) in zip(grid[0], groups.items(), strict=True):
-        base = group[NONE].mean("mse") if NONE in group else math.nan
-        for place, name in enumerate(names):
-            if name in group:
-                errors = [entry["mse"] - base for entry in group[name].by_rate.get(RATE, ())]
-                color = "tab:blue" if name in OWN else "tab:gray"
-                axes.plot(errors, [place] * len(errors), "o", color=color, markersize=5, alpha=0.8)
-        axes.set(xscale="log", title=f"{data}\nK = {K:,}, C = {C}", xlabel="test MSE beyond\nno quantizer")
-        axes.grid(alpha=0.3)
-    grid[0][0].set_yticks(range(len(names)), names, fontsize="small")
-    grid[0][0].invert_yaxis()
+    for column, place in enumerate(places):
+        for name in _CURVES:
+            found = curves[place].get(name, [])
+            for row, field in enumerate(("curve", "used_curve")):
+                values = [facts[field] for facts in found if facts[field]]
+                if values:
+                    means = [statistics.fmean(step) for step in zip(*values, strict=True)]
+                    steps = [CURVE_STEPS * (number + 1) for number in range(len(means))]
+                    grid[row][column].plot(steps, means, color=_CURVES[name], linewidth=1.5, label=name)
+        grid[0][column].set(yscale="log", ylim=(0.008, 1), title="{}\nK = {:,}, C = {}".format(*place))
+        grid[1][column].set(yscale="log", xlabel="step")
+        for row in range(2):
+            grid[row][column].grid(alpha=0.3)
+    grid[0][0].set_ylabel("training MSE")
+    grid[1][0].set_ylabel(f"codes used in {CURVE_STEPS} steps")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return _png(figure)
 
 

@@ -174,6 +174,14 @@ def _excess(*peers: str) -> Callable[[Cells], Values]:
     return values
 
 
+def _against_worst(cells: Cells) -> Values:
+    for (data, K, C), group in results(cells).items():
+        errors = {name: trained.mean("mse") for name, trained in group.items() if name != NONE}
+        others = [error for name, error in errors.items() if name != DEFAULTS and math.isfinite(error)]
+        if others and math.isfinite(errors.get(DEFAULTS, math.nan)):
+            yield f"{data}, K = {K}, C = {C}", errors[DEFAULTS] / max(others)
+
+
 def _used_share(cells: Cells) -> Values:
     for (data, K, C), group in results(cells).items():
         share = group[DEFAULTS].mean("used") / K if DEFAULTS in group else math.nan
@@ -262,5 +270,6 @@ TARGETS: tuple[Target, ...] = (
         mean=True,
     ),
     Target("training: share of the codes in use at the defaults, K <= 1,024", 0.9, False, _used_share),
+    Target("training: error at the defaults / that of the worst other contender", 1.0, True, _against_worst),
 )
 """In the order of the table."""

@@ -29,6 +29,7 @@ from te_quant import FSQ, LFQ, CodebookUsage, Quantizer, ResidualVectorQuantizer
 
 __all__ = [
     "CONTENDERS",
+    "CURVE_STEPS",
     "DEFAULTS",
     "NONE",
     "OWN",
@@ -57,7 +58,7 @@ _PEAK = 2.0
 RATE = 1e-3
 """Learning rate; the first seed is trained with a third and three times of it too."""
 _BATCH = 32
-_CURVE = 25
+CURVE_STEPS = 25
 """Steps per point of the training curve."""
 
 
@@ -389,7 +390,7 @@ def train(
             raise FloatingPointError(f"the error must stay finite, got {errors[-1]} at step {len(errors)}.")
         if layer is not None and indices is not None:
             recent.update(_joint(indices, layer))
-            if len(errors) % _CURVE == 0:
+            if len(errors) % CURVE_STEPS == 0:
                 counts.append(recent.compute().used_codes)
                 recent.reset()
     usage = CodebookUsage(layer.num_codes if layer else 1).to(device)
@@ -402,7 +403,7 @@ def train(
             if layer is not None and indices is not None:
                 usage.update(_joint(indices, layer))
     mse = squares / test[:test_images].numel()
-    curve = [statistics.fmean(errors[start : start + _CURVE]) for start in range(0, len(errors), _CURVE)]
+    curve = [statistics.fmean(errors[start : start + CURVE_STEPS]) for start in range(0, len(errors), CURVE_STEPS)]
     codes = {}
     if layer is not None:
         report = usage.compute()

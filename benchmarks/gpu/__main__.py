@@ -16,6 +16,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ _LIMITS = Limits(budget=0.5, min_rounds=3, max_rounds=15, sample=0.003, call=4.0
 _REHEARSAL = Limits(budget=0.0, min_rounds=1, max_rounds=1, sample=0.0)
 # The last cell of a part may take so long beyond its deadline before the process is ended.
 _GRACE = 15.0
+# Then it may take so long to write where each of its threads is.
+_TRACEBACK = 3.0
 _UNUSABLE = 3
 _THREADS = 8
 
@@ -93,6 +96,7 @@ def _run_process(options: argparse.Namespace, part: str, deadline: float, site: 
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
         # Deterministic products need it, and it must be set before the first of them.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
@@ -115,8 +119,12 @@ def _run_process(options: argparse.Namespace, part: str, deadline: float, site: 
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """End a process with all that it started, such as a compiler's workers."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """End a process with all that it started, such as a compiler's workers; the log then shows where it was."""
+    process.send_signal(signal.SIGABRT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_TRACEBACK)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     return process.wait()
 
 

@@ -21,6 +21,7 @@ from te_quant._checks import (
     require_rank,
 )
 from te_quant._execution import in_transform, is_exporting
+from te_quant._magnitudes import moderating
 from te_quant._precision import full_precision, widen
 from te_quant._search import sample_codes, search_codes
 
@@ -211,7 +212,9 @@ def orthogonality(codebook: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}.")
     with full_precision(codebook.device):
-        return _orthogonality(F.normalize(widen(codebook), dim=1), mask)
+        codes = widen(codebook)
+        codes = codes * moderating(torch.linalg.vector_norm(codes.detach(), torch.inf, dim=1, keepdim=True))
+        return _orthogonality(F.normalize(codes, dim=1), mask)
 
 
 def _orthogonality(units: Tensor, mask: Tensor | None) -> Tensor:

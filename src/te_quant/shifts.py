@@ -11,6 +11,7 @@ Shape letters: H W the last two axes, pixels or tokens; any axes before them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal, get_args
 
@@ -228,6 +229,8 @@ def _shift_axis(signal: Tensor, amount: float, axis: int) -> Tensor:
     if amount.is_integer():
         return torch.roll(signal, int(amount), dims=axis)
     side = signal.shape[axis]
+    # In float64, and small: float32 would round the product of a large shift and a frequency to whole turns.
+    amount = math.fmod(amount, side)
     # Half spectrum of a real signal: the inverse transform then is real by construction.
     frequencies = torch.fft.rfftfreq(side, dtype=signal.dtype, device=signal.device)
     angle = -2 * torch.pi * amount * frequencies

@@ -556,10 +556,26 @@ def test_the_targets_of_training_are_ratios_of_excess_errors() -> None:
     assert defaults.worst == pytest.approx(0.02 / 0.05)
     assert (better.met, better.worst) == (False, pytest.approx(1.0))
     assert used.worst == pytest.approx(1023.5 / 1024)
+    [worst] = [verdict for text, verdict in verdicts.items() if "worst other contender" in text]
+    assert (worst.met, worst.worst) == (True, pytest.approx(0.03 / 0.06))
     table = tables({"runs": {}, "cells": measured})["training"]
     assert (
         "| mnist | 1,024, 8 | VectorQuantizer | 0.0300 ± 0.0141 | 20.00 | 1,024 | 7 | 10 | – | 9.0000 |" in table
     )
+
+
+@pytest.mark.slow
+def test_pictures_of_trainings_leave_out_what_is_not_measured(tmp_path: Path) -> None:
+    """A grid without the network that has no quantizer, and contenders without a curve."""
+    measured = {
+        **_trained("mnist", 1024, training.NONE, 0.01),
+        **_trained("mnist", 1024, training.DEFAULTS, 0.02),
+        **_trained("digits", 1024, training.PEER, 0.06),
+    }
+    for cell in measured.values():
+        cell["facts"] = {"curve": [0.3, 0.2], "used_curve": [] if "no quantizer" in cell["contenders"] else [3, 4]}
+    write_plots({"cells": measured}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training-curves.png", "training.png"]
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ def test_rehearsal_measures_every_cell(rehearsal: Path, part: str) -> None:
     asked = [cell.key for cell in PARTS[part].cells(CONTEXT)]
     assert asked == sorted(set(asked), key=asked.index)
     for key in asked:
+        assert key in cells, (rehearsal / "log.txt").read_text(encoding="utf-8")
         if part == "right":
             assert cells[key]["status"] == "ok", f"{key}: {cells[key]}"
             continue
@@ -112,6 +113,24 @@ def test_a_part_is_ended_after_its_deadline(tmp_path: Path, monkeypatch: pytest.
     assert command._run_process(options, "tuned", begin - 1, tmp_path) < 0
     assert time.time() - begin < 30
     assert "ended" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_log_says_where_a_hanging_process_was(tmp_path: Path) -> None:
+    """By a traceback of its threads."""
+    log = tmp_path / "log.txt"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import time\nprint('ready', flush=True)\ntime.sleep(60)"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+            start_new_session=True,
+        )
+    while "ready" not in log.read_text(encoding="utf-8"):
+        time.sleep(0.05)
+    assert command._end(process) < 0
+    assert "line 3 in <module>" in log.read_text(encoding="utf-8")
 
 
 def test_it_all_fits_eight_minutes() -> None:

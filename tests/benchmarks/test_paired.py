@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from benchmarks import copies as copies_benchmark
 from benchmarks import paired
@@ -42,7 +43,9 @@ def test_versions_take_turns_and_the_ratio_is_after_by_before() -> None:
     assert order == [0.2, 0.3, 0.3, 0.2, 0.2, 0.3, 0.3, 0.2]
     assert cell["pairs"] == 4
     assert cell["ratio"] == pytest.approx({"low": 1.5, "mean": 1.5, "high": 1.5})
-    assert "| ema | 4 | 3 | 2 | 200 | 300 | 1.500 [1.500, 1.500] |" in paired.table([cell])
+    [row] = paired.pooled([cell, cell])
+    assert row["processes"] == 2
+    assert "| ema | 4 | 3 | 2 | 200 | 300 | 1.500 [1.500, 1.500] |" in paired.table([row])
 
 
 def test_the_interval_holds_the_mean_of_noisy_ratios() -> None:
@@ -56,6 +59,30 @@ def test_the_interval_holds_the_mean_of_noisy_ratios() -> None:
     assert 85 <= held <= 100
 
 
+def test_intervals_over_processes_hold_what_pairs_of_calls_cannot_see() -> None:
+    """Processes of the same code differ by 2 %: their t interval holds 1, the bootstrap of one pair does not."""
+    generator = np.random.default_rng(0)
+    held = {"processes": 0, "calls": 0}
+    for _ in range(200):
+        offsets = generator.normal(0, 0.02, size=6)
+        calls = np.exp(generator.normal(offsets, 0.01, size=(20, 6)))
+        found = paired.interval_of_processes(list(np.exp(np.log(calls).mean(0))))
+        held["processes"] += found.low < 1 < found.high
+        one = paired.interval(list(calls[:, 0]))
+        held["calls"] += one.low < 1 < one.high
+    assert held["processes"] >= 180
+    assert held["calls"] < 60
+
+
+def test_the_interval_over_processes_is_that_of_scipy() -> None:
+    """In logarithms; one pair of processes has none."""
+    means = [1.01, 0.98, 1.05, 1.0]
+    expected = scipy.stats.ttest_1samp(np.log(means), 0).confidence_interval()
+    found = paired.interval_of_processes(means)
+    np.testing.assert_allclose(np.log([found.low, found.high]), expected)
+    assert math.isnan(paired.interval_of_processes([1.1]).low)
+
+
 def test_a_missing_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """And an exit status."""
     assert paired.main([]) == 2
@@ -67,13 +94,16 @@ def test_a_version_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The real processes answer, and a second call measures only what is missing."""
     monkeypatch.setitem(paired.SIZES, "quick", (Size(64, 8, 4),))
     arguments = ["--before", str(ROOT / "src"), "--grid", "quick", "--budget", "0", "--min-pairs", "2"]
-    arguments += ["--out", str(tmp_path)]
+    arguments += ["--out", str(tmp_path), "--processes"]
+    assert paired.main([*arguments, "1"]) == 0
+    arguments.append("2")
     assert paired.main(arguments) == 0
     first = json.loads((tmp_path / "paired.json").read_text(encoding="utf-8"))
-    assert [cell["mode"] for cell in first["cells"]] == ["eval", "gradient", "ema"]
+    assert [cell["mode"] for cell in first["cells"]] == ["eval", "gradient", "ema", "ema, revival"]
+    assert [cell["processes"] for cell in first["cells"]] == [2] * 4
     assert all(cell["ratio"]["low"] <= cell["ratio"]["mean"] <= cell["ratio"]["high"] for cell in first["cells"])
     assert paired.main(arguments) == 0
-    assert json.loads((tmp_path / "paired.json").read_text(encoding="utf-8"))["cells"] == first["cells"]
+    assert json.loads((tmp_path / "paired.json").read_text(encoding="utf-8"))["measured"] == first["measured"]
 
 
 def _benchmarks_page() -> str:

@@ -141,6 +141,16 @@ def test_orthogonality_is_the_sum_over_pairs(seed: int, k: int, c: int, zeros: b
     assert value.item() >= 0
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-13, 1e19, 1e37])
+@pytest.mark.parametrize("k", [3, 9])
+def test_orthogonality_does_not_depend_on_the_scale(scale: float, k: int) -> None:
+    """Each code may have its own; for K <= C and K > C."""
+    codebook = normal(0, k, 5, dtype=torch.float32)
+    lengths = torch.where(torch.arange(k) % 2 == 0, scale, 1.0).unsqueeze(1)
+    expected = orthogonality_oracle(codebook.double(), None)
+    assert orthogonality(codebook * lengths).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_orthogonality_of_orthogonal_codes_is_zero() -> None:
     """Any lengths; for K <= C, and for few codes under a mask of many, where cancellation must not go below 0."""
     for seed in range(50):

@@ -22,6 +22,21 @@ def test_unit_rows_have_the_gradient_of_a_normalisation() -> None:
     torch.library.opcheck(torch.ops.te_quant.unit_rows.default, (rows,))
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-22, 1e19, 1e37])
+def test_rows_of_every_scale_get_unit_length(scale: float) -> None:
+    """Also next to ordinary ones, which keep their bits; the gradient has the inverse scale."""
+    generator = torch.Generator().manual_seed(0)
+    ordinary, upstream = torch.randn(2, 6, 5, generator=generator)
+    rows = torch.cat([ordinary, ordinary * scale]).requires_grad_()
+    units = unit_rows(rows)
+    assert torch.equal(units[:6], unit_rows(ordinary))
+    torch.testing.assert_close(units[6:], units[:6], rtol=0, atol=1e-6)
+    (units * torch.cat([upstream, upstream])).sum().backward()
+    assert rows.grad is not None
+    expected = rows.grad[:6].double() / scale
+    torch.testing.assert_close(rows.grad[6:].double() / expected.abs().max(), expected / expected.abs().max())
+
+
 def test_a_zero_latent_gets_no_gradient_under_cosine() -> None:
     """One blank token must not dominate the gradient of a batch; the others get theirs."""
     quantizer = plain_quantizer(9, 5, metric="cosine")

@@ -199,6 +199,36 @@ def test_large_offsets_are_exact(offset: float) -> None:
     assert wrong > 0.3 if offset else wrong < 0.01
 
 
+@pytest.mark.usefixtures("several_tiles")
+@pytest.mark.parametrize("scale", [1e-35, 1e-24, 1e20, 1e36])
+def test_every_scale_of_float32_is_exact(scale: float) -> None:
+    """Although squares underflow or overflow; the plain expanded form is wrong."""
+    latents, codebook = (tensor * scale for tensor in draw(5, 2_000, 256, 16))
+    found = nearest_code(latents, codebook)
+    assert_nearest(found.clone(), latents.double() / scale, codebook.double() / scale, clear_share=0.99)
+    exact = nearest_code(latents.double(), codebook.double())
+    assert (expanded_argmin(latents, codebook) != exact).float().mean() > 0.3
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e22])
+def test_exported_searches_know_every_scale_too(scale: float) -> None:
+    """They are one expression, which scales without asking."""
+    latents, codebook = (tensor * scale for tensor in draw(5, 200, 64, 8))
+    expected = nearest_code(latents.double(), codebook.double())
+    vmapped = torch.func.vmap(lambda rows: nearest_code(rows, codebook))(latents.unsqueeze(0))
+    assert (vmapped[0] == expected).float().mean() > 0.99
+
+
+@pytest.mark.usefixtures("several_tiles")
+@pytest.mark.parametrize("runaway", [1e22, 1e36])
+def test_the_scale_is_that_of_most_codes(runaway: float) -> None:
+    """A code that ran away does not make the others vanish."""
+    latents, codebook = draw(5, 2_000, 256, 16)
+    expected = nearest_code(latents, codebook[:-1])
+    codebook[-1] = runaway
+    assert torch.equal(nearest_code(latents, codebook), expected)
+
+
 def test_float64_is_kept() -> None:
     """A difference that only float64 can hold decides."""
     codebook = torch.tensor([[1.0], [1.0 + 1e-12]], dtype=torch.float64)

@@ -158,6 +158,14 @@ def test_fourier_shift_by_integers_is_a_roll_bit_by_bit(size, shift):
         assert torch.equal(fourier_shift(latents, amounts), roll(latents, shift))
 
 
+@pytest.mark.parametrize("turns", [10_000, -3])
+def test_fourier_shift_counts_whole_turns_as_none(turns):
+    """In float32 too, which cannot hold the phase of a large shift."""
+    latents = torch.randn(2, 8, 10, generator=torch.Generator().manual_seed(0))
+    moved = fourier_shift(latents, (0.5 + 8 * turns, -0.25 + 10 * turns))
+    torch.testing.assert_close(moved, fourier_shift(latents, (0.5, -0.25)), rtol=0, atol=1e-5)
+
+
 def test_fourier_shift_drops_nyquist_along_the_moved_axis_only():
     """An alternating signal vanishes under half a token, and stays where its axis does not move."""
     rows = torch.tensor([1.0, -1.0]).repeat(4).reshape(8, 1).expand(8, 6).contiguous()

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from te_quant._search import tiles
+
 __all__ = ["Tiling", "fused_argmin", "kernel_of", "tiling_for"]
 
 
@@ -200,8 +202,10 @@ def fused_argmin(
     if tiling.precision == "bf16":
         # The norms are those of the rounded codes, so scores are distances between rounded points: what rounding
         # changes then shrinks with the distance.
-        centered = centered.to(torch.bfloat16)
-    half_norms = centered.float().square().sum(1).mul_(0.5)
+        centered = centered.to(torch.bfloat16).float()
+    factors, half_norms = tiles.factors_of(centered)
+    if tiling.precision == "bf16":
+        factors = factors.to(torch.bfloat16)
     if multiprocessors is None:
         multiprocessors = torch.cuda.get_device_properties(latents.device).multi_processor_count
     blocks, code_tiles = triton.cdiv(rows, tiling.rows), triton.cdiv(codes, tiling.codes)
@@ -216,7 +220,7 @@ def fused_argmin(
     with on_device:
         kernel[(blocks, parts)](
             latents.contiguous(),
-            centered,
+            factors,
             half_norms,
             center.contiguous(),
             lowest,

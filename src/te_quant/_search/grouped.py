@@ -50,11 +50,8 @@ def grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
     sets = -(-codes // unit)
     groups = sets * several
     filled = groups * group
-    centered = codebook.new_empty(filled, size)
-    torch.sub(codebook, center, out=centered[:codes])
-    if filled > codes:
-        centered[codes:] = 0
-    half_norms = centered.square().sum(1, keepdim=True).mul_(0.5)
+    factors, half_norms = (_filled(filled, part) for part in tiles.factors_of(codebook - center))
+    half_norms = half_norms.unsqueeze(1)
     if filled > codes:
         # What fills the last groups is infinitely far.
         half_norms[codes:] = torch.inf
@@ -76,7 +73,7 @@ def grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
         for first in range(0, count, tile_rows):
             tile = batch[first : first + tile_rows]
             for code in range(0, filled, tile_codes):
-                block = centered[code : code + tile_codes]
+                block = factors[code : code + tile_codes]
                 scores = buffer[: len(tile) * len(block)].view(len(block), len(tile))
                 torch.addmm(half_norms[code : code + tile_codes], block, tile.T, alpha=-1, out=scores)
                 places = slice(code // group, (code + len(block)) // group)
@@ -85,7 +82,7 @@ def grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
         nearest = _argmin_by_sets(best, several)
         # Recompute the winning group's scores: reading data that another core wrote is more expensive.
         again = candidates[: count * group * size].view(count, group * size)
-        torch.index_select(centered.view(groups, -1), 0, nearest, out=again)
+        torch.index_select(factors.view(groups, -1), 0, nearest, out=again)
         norms = half_norms.view(groups, 1, group).index_select(0, nearest)
         codes_again = again.view(count, group, size).transpose(1, 2)
         within = torch.baddbmm(norms, batch.unsqueeze(1), codes_again, alpha=-1)
@@ -93,6 +90,11 @@ def grouped_argmin(latents: Tensor, codebook: Tensor) -> Tensor:
     # What fills the last groups is never chosen: where it gives NaN, in a coordinate with an infinite latent, the
     # code that is the centre's median there gives NaN as well, and comes first.
     return indices
+
+
+def _filled(length: int, rows: Tensor) -> Tensor:
+    """Append zeros: (K, ...) -> (length, ...)."""
+    return rows if len(rows) == length else torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])
 
 
 def _uneven(rows: int) -> int:

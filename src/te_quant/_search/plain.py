@@ -31,8 +31,10 @@ def plain_search(
     """
     center = tiles.center_of(codebook)
     centered = codebook - center
+    if not temperature:
+        factors, terms = tiles.factors_of(centered)
+        return torch.addmm(terms, latents - center, factors.T, alpha=-1).argmin(1)
     scores = torch.addmm(0.5 * centered.square().sum(1), latents - center, centered.T, alpha=-1)
-    if temperature:
-        # Gumbel-max: -log of an exponential variate is a Gumbel variate.
-        scores = scores + temperature * torch.empty_like(scores).exponential_(generator=generator).log()
-    return scores.argmin(1)
+    # Gumbel-max: -log of an exponential variate is a Gumbel variate.
+    noise = torch.empty_like(scores).exponential_(generator=generator).log()
+    return (scores + temperature * noise).argmin(1)

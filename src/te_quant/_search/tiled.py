@@ -33,7 +33,11 @@ def tiled_argmin(
     rows, codes = latents.shape[0], codebook.shape[0]
     center = tiles.center_of(codebook)
     centered = codebook - center
-    half_norms = centered.square().sum(1).mul_(0.5)
+    if temperature:
+        # In units of the squared latents, so nothing may be scaled.
+        factors, half_norms = centered, centered.square().sum(1).mul_(0.5)
+    else:
+        factors, half_norms = tiles.factors_of(centered)
     tile_codes = min(codes, tiles.MAX_TILE_CODES)
     budget = tiles.CPU_TILE if latents.device.type == "cpu" else tiles.DEVICE_TILE
     tile_rows = max(1, min(rows, budget // tile_codes))
@@ -44,7 +48,7 @@ def tiled_argmin(
         best: Tensor | None = None
         chosen = indices[row : row + tile_rows]
         for code in range(0, codes, tile_codes):
-            block = centered[code : code + tile_codes]
+            block = factors[code : code + tile_codes]
             scores = buffer[: tile.shape[0] * block.shape[0]].view(tile.shape[0], block.shape[0])
             torch.addmm(half_norms[code : code + tile_codes], tile, block.T, alpha=-1, out=scores)
             if temperature:

@@ -1,13 +1,17 @@
-"""What all searches share: the sizes of their tiles, and the point from which they measure distances.
+"""What all searches share: the sizes of their tiles, and the point and the scale in which they measure distances.
 
 Shape letters: K codes, C code size.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["CPU_TILE", "DEVICE_TILE", "MAX_TILE_CODES", "center_of"]
+from te_quant._execution import wants_plain
+from te_quant._magnitudes import moderating
+
+__all__ = ["CPU_TILE", "DEVICE_TILE", "MAX_TILE_CODES", "center_of", "factors_of"]
 
 # Elements of the score buffer. On a CPU 4 MiB of float32 stay in cache; on an accelerator launches cost more than
 # memory, and 32 MiB is still independent of N and K.
@@ -15,8 +19,10 @@ CPU_TILE = 1 << 20
 DEVICE_TILE = 1 << 23
 # The widest tile of codes: wider tiles leave too few rows for an efficient product.
 MAX_TILE_CODES = 4096
-# The middle of the codes is taken from about so many of them.
+# The middle of the codes is taken from about so many of them, and their scale.
 _CENTER_CODES = 16
+# Half squared lengths in between need no scale.
+_SHORT, _LONG = 2.0**-80, 2.0**80
 
 
 def center_of(codebook: Tensor) -> Tensor:
@@ -25,3 +31,23 @@ def center_of(codebook: Tensor) -> Tensor:
     # refused on CUDA where deterministic algorithms are asked for.
     some = codebook[:: max(1, len(codebook) // _CENTER_CODES)]
     return some.sort(0).values[(len(some) - 1) // 2]
+
+
+def factors_of(centered: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors a and terms b of the codes, so that the score of a code for a latent z is b - z·a.
+
+    Scores are ½‖e‖² - z·e, times a constant where codes are so large or small that float32 cannot hold their
+    squares.
+
+    Shape:
+        centered: (K, C), codes seen from their middle. Returns (K, C) and (K,).
+    """
+    half_norms = centered.square().sum(1).mul_(0.5)
+    if centered.device.type == "cpu" and not wants_plain() and _SHORT <= float(half_norms.amax()) <= _LONG:
+        return centered, half_norms
+    # Of most codes, not of the largest: one runaway code would make all others vanish.
+    some = centered[:: max(1, len(centered) // _CENTER_CODES)]
+    sizes = torch.linalg.vector_norm(some, torch.inf, dim=1).sort().values
+    factor = moderating(sizes[(3 * len(some)) // 4])
+    scaled = centered * factor
+    return scaled * factor, scaled.square().sum(1).mul_(0.5)
