@@ -13,7 +13,7 @@ from torch import Tensor
 
 from te_quant._checks import require, require_int, require_rank
 from te_quant._measuring.data_range import DEFAULT_RANGE, DataRange, warn_of_another_range
-from te_quant._progress import progress as shown_progress
+from te_quant._measuring.progress import progress as shown_progress
 from te_quant.stability.metric import TokenStability
 from te_quant.stability.report import StabilityReport
 from te_quant.stability.round_trip import ImageMap, passes
