@@ -154,7 +154,7 @@ def _tables(titles: Mapping[str, str], reports: Mapping[str, StabilityReport]) -
         return Table([title, *names], rows)
 
     header = ["8-bit round trip", "token match", "on foreground", "images whole", f"left after {_CYCLES} cycles"]
-    header += ["used codes", "perplexity", "PSNR (dB)"]
+    header += ["used codes", "perplexity", "PSNR (dB)", "images"]
     rows = [[labels[name], *_beside(report)] for name, report in reports.items()]
     tables = [
         figures("token match", lambda one: one.match.rate),
@@ -174,14 +174,14 @@ def _beside(report: StabilityReport) -> list[str]:
         f"{report.code_use.used_codes} of {report.settings.num_codes}",
         f"{report.code_use.perplexity:.1f}",
         "" if error is None else f"{error.psnr:.2f}",
+        str(report.settings.num_images),
     ]
 
 
 def _conditions(reports: Sequence[StabilityReport]) -> str:
-    counts = sorted({report.settings.num_images for report in reports})
     sizes = sorted({report.settings.image_size[0] for report in reports})
+    sides = " or ".join(f"{side}x{side}" for side in sizes)
     return (
-        f"{' or '.join(map(str, counts))} test images of {' or '.join(f'{side}x{side}' for side in sizes)} pixels "
-        "for each tokenizer, float32. In brackets 95 % intervals over images; `tokenizers.md` has those of all "
-        "figures."
+        f"Test images of {sides} pixels, float32. In brackets 95 % intervals over images; `tokenizers.md` has those of "
+        "all figures."
     )

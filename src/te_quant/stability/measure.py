@@ -72,8 +72,9 @@ def measure_stability(
         num_codes: K, at least 1. None: the codes are counted that occur.
         data_range: (low, high) of the pixel values, such as (0, 1) or (0, 255). PSNR takes ``high - low`` as its
             peak; 8-bit rounding and JPEG clamp to it. Images that leave it by more than a quarter are refused.
-        ground: value of the ground, in the unit of ``images``. None: the low end of ``data_range``. Where every
-            token differs from it, the report leaves out the foreground.
+        ground: value of the ground, in the unit of ``images``. None: the low end of ``data_range``, if every image
+            shows a token of it; other images, such as photographs, have no ground, and their report has no
+            foreground.
         tau: a token is foreground where a pixel of its cell differs from the ground by more. None: a twentieth of
             ``data_range``, which is 0.1 for [-1, 1].
         batch_size: images per call.
