@@ -19,15 +19,15 @@ from te_quant._checks import (
     require_int,
     require_rank,
 )
-from te_quant._progress import progress as with_progress
-from te_quant._values import require_finite
-from te_quant.equivariance._data_range import (
+from te_quant._measuring.data_range import (
     DEFAULT_RANGE,
     DataRange,
     checked_range,
     ground_and_tau,
     warn_of_another_range,
 )
+from te_quant._measuring.progress import progress as with_progress
+from te_quant._values import require_finite
 from te_quant.equivariance._draw import FractionalShift
 from te_quant.equivariance._measurement import Callables, ImageMap, Measurement
 from te_quant.equivariance.metrics.agreement import mark_foreground

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require
+from te_quant._measuring.float64 import float64
 from te_quant.equivariance._border import border_distances
-from te_quant.equivariance._float64 import float64
 from te_quant.shifts import Shift, fourier_shift, roll
 
 __all__ = [
