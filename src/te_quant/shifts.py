@@ -6,6 +6,8 @@ A shift (dy, dx) moves the *content* down by dy and right by dx, in every functi
 - ``canvas``: content moves on a constant ground and must stay inside (:func:`canvas`);
 - ``crop``: a window moves over a larger image, against the shift (:func:`crop`).
 
+Fractions of a pixel need interpolation: :func:`fourier_shift` wraps around, :func:`lanczos_shift` does not.
+
 Shape letters: H W the last two axes, pixels or tokens; any axes before them.
 """
 

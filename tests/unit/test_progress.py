@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from te_quant._progress import progress
+from te_quant._measuring.progress import progress
 
 
 @pytest.fixture(params=["tqdm", "plain lines"])

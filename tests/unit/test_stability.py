@@ -226,10 +226,19 @@ def test_tokens_may_be_given() -> None:
 
 
 def test_without_a_ground_there_is_no_foreground() -> None:
-    """Photographs: every token differs from the ground, and the columns would be there twice."""
-    report = measured(ground=-3.0)
+    """One image that shows none is enough, unless the ground is given."""
+    tokens = tokens_of(6)
+    tokens[2] = tokens[2].clamp_min(1)
+    options = {"transforms": [Identity()], "resamples": 0, "batch_size": 2}
+    report = measure_stability(encode, decode, cell_images(tokens), **options)
     assert report.transforms["identity"].foreground is None
+    assert report.settings.ground is None
     assert "foreground" not in str(report)
+    given = measure_stability(encode, decode, cell_images(tokens), ground=-1.0, **options)
+    found = given.transforms["identity"].foreground
+    assert found is not None
+    assert found.tokens == int((tokens > 0).sum())
+    assert "foreground" in str(given)
     assert "foreground" in str(measured())
 
 
@@ -391,7 +400,8 @@ def test_the_picture_shows_every_figure() -> None:
     assert [text.get_text() for text in panels[0].get_yticklabels()] == ["identity", "flip horizontal"]
     shown = [text.get_text() for text in panels[0].texts]
     assert shown == [f"{found.match.rate:.2f}" for found in report.transforms.values()]
-    assert len(plot_stability({"a": measured(ground=-3.0), "b": measured(ground=-3.0)}).axes) == 2
+    bare = measure_stability(encode, decode, IMAGES.clamp_min(-0.5), transforms=[Identity()], resamples=0)
+    assert len(plot_stability({"a": bare, "b": bare}).axes) == 2
 
 
 # --- refusals

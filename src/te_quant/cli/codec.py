@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require
-from te_quant._progress import progress
+from te_quant._measuring.progress import progress
 from te_quant.autoencoder import TiledAutoencoder, VQAutoencoder, pad_to_divisor
 from te_quant.cli.arguments import Options
 from te_quant.cli.files import require_new

@@ -26,7 +26,7 @@ from te_quant._measuring.data_range import (
     ground_and_tau,
     warn_of_another_range,
 )
-from te_quant._progress import progress as with_progress
+from te_quant._measuring.progress import progress as with_progress
 from te_quant._values import require_finite
 from te_quant.equivariance._draw import FractionalShift
 from te_quant.equivariance._measurement import Callables, ImageMap, Measurement

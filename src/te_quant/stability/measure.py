@@ -13,7 +13,7 @@ from torch import Tensor
 
 from te_quant._checks import require, require_int, require_rank
 from te_quant._measuring.data_range import DEFAULT_RANGE, DataRange, warn_of_another_range
-from te_quant._progress import progress as shown_progress
+from te_quant._measuring.progress import progress as shown_progress
 from te_quant.stability.metric import TokenStability
 from te_quant.stability.report import StabilityReport
 from te_quant.stability.round_trip import ImageMap, passes
@@ -72,8 +72,9 @@ def measure_stability(
         num_codes: K, at least 1. None: the codes are counted that occur.
         data_range: (low, high) of the pixel values, such as (0, 1) or (0, 255). PSNR takes ``high - low`` as its
             peak; 8-bit rounding and JPEG clamp to it. Images that leave it by more than a quarter are refused.
-        ground: value of the ground, in the unit of ``images``. None: the low end of ``data_range``. Where every
-            token differs from it, the report leaves out the foreground.
+        ground: value of the ground, in the unit of ``images``. None: the low end of ``data_range``, if every image
+            shows a token of it; other images, such as photographs, have no ground, and their report has no
+            foreground.
         tau: a token is foreground where a pixel of its cell differs from the ground by more. None: a twentieth of
             ``data_range``, which is 0.1 for [-1, 1].
         batch_size: images per call.

@@ -65,7 +65,9 @@ class TokenStability(nn.Module):
             :func:`~te_quant.stability.default_transforms`, which need Pillow.
         cycles: how often decoding, transform and encoding are repeated, at least 1.
         data_range: (low, high) of the pixel values.
-        ground: value of the ground, in the unit of the images. None: the low end of ``data_range``.
+        ground: value of the ground, in the unit of the images. None: the low end of ``data_range``, if every image
+            shows a token of it; other images, such as photographs, have no ground, and their report has no
+            foreground.
         tau: a token is foreground where a pixel of its cell differs from the ground by more. None: a twentieth of
             ``data_range``.
         resamples: how often the images are resampled for the 95 % intervals; 0 for none.
@@ -102,6 +104,7 @@ class TokenStability(nn.Module):
         self.cycles = require_int("cycles", cycles, 1)
         self.data_range = checked_range(data_range)
         self.ground, self.tau = ground_and_tau(self.data_range, ground, tau)
+        self._ground_is_given = ground is not None
         self.resamples = require_int("resamples", resamples, 0)
         self.seed = require_int("seed", seed, 0)
         self.reset()
@@ -123,6 +126,8 @@ class TokenStability(nn.Module):
         self._pixels = PixelTally(peak=high - low)
         self._histogram = torch.zeros(self.num_codes or 0, dtype=torch.int64)
         self._images = 0
+        # Of every image so far at least one token shows the ground.
+        self._all_show_ground = True
         # (H, W), h w grid, and whether tokens came from images: the same for all batches.
         self._layout: _Layout | None = None
 
@@ -205,6 +210,7 @@ class TokenStability(nn.Module):
             self._pixels.close()
         self._histogram = _sum(self._histogram, torch.bincount(first.flatten()).cpu())
         self._images += len(first)
+        self._all_show_ground &= not bool(marked.flatten(1).all(1).any())
         self._layout = layout
 
     def synchronized(self, process_group: ProcessGroup | None = None) -> TokenStability:
@@ -222,7 +228,14 @@ class TokenStability(nn.Module):
         if not (dist.is_available() and dist.is_initialized()):
             return total
         states: list[Any] = [None] * dist.get_world_size(process_group)
-        own = (self._tallies, self._pixels, self._histogram, self._images, self._layout)
+        own = (
+            self._tallies,
+            self._pixels,
+            self._histogram,
+            self._images,
+            self._all_show_ground,
+            self._layout,
+        )
         dist.all_gather_object(states, own, group=process_group)
         total.reset()
         for state in states:
@@ -242,9 +255,9 @@ class TokenStability(nn.Module):
         usage.merge(_sum(self._histogram, torch.zeros(1, dtype=torch.int64)))
         image_size, grid, from_images = self._layout
         rounds = [tallies.stability(drawn) for tallies in self._tallies]
-        # Where every token is foreground there is no ground, and the rows would say everything twice.
-        ground = any(one.foreground is not None and one.foreground.tokens < one.match.tokens for one in rounds)
-        if not ground:
+        # Photographs have no ground: their foreground would be all tokens but some dark ones.
+        has_ground = self._ground_is_given or self._all_show_ground
+        if not has_ground:
             rounds = [one.without_foreground() for one in rounds]
         return StabilityReport(
             transforms={
@@ -261,7 +274,7 @@ class TokenStability(nn.Module):
                 tokens_from="images" if from_images else "given tokens",
                 cycles=self.cycles,
                 data_range=self.data_range,
-                ground=self.ground,
+                ground=self.ground if has_ground else None,
                 tau=self.tau,
                 resamples=self.resamples,
                 seed=self.seed,
@@ -274,6 +287,7 @@ class TokenStability(nn.Module):
         pixels: PixelTally,
         histogram: Tensor,
         images: int,
+        all_show_ground: bool,
         layout: _Layout | None,
     ) -> None:
         """Count the images of another process after those of this one."""
@@ -286,6 +300,7 @@ class TokenStability(nn.Module):
         self._pixels.merge(pixels)
         self._histogram = _sum(self._histogram, histogram)
         self._images += images
+        self._all_show_ground &= all_show_ground
         self._layout = layout
 
 

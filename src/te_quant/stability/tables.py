@@ -163,8 +163,7 @@ def _conditions(report: StabilityValues) -> str:
     low, high = s.data_range
     values = "" if s.data_range == DEFAULT_RANGE else f", values in [{low:g}, {high:g}]"
     first = "" if s.tokens_from == "images" else " of given tokens"
-    inked = next(iter(report.transforms.values())).foreground is not None
-    ground = f"; foreground: more than {s.tau:g} from {s.ground:g}" if inked else ""
+    ground = "" if s.ground is None else f"; foreground: more than {s.tau:g} from {s.ground:g}"
     return (
         f"{s.num_images:,} images{first}, {s.image_size[0]}x{s.image_size[1]} pixels, "
         f"{s.grid[0]}x{s.grid[1]} tokens{values}{ground}; "

@@ -45,7 +45,7 @@ class CycleStability(Tabular):
 
     Attributes:
         match: agreement with the first tokens, moved as the transform moves them, over all tokens that count.
-        foreground: the same over tokens that show more than ground; None where every token does.
+        foreground: the same over tokens that show more than ground; None where the images have no ground.
         whole: share of images of which every token that counts came back.
         step: agreement with the tokens of the cycle before, moved once; in the first cycle that is ``match``.
     """
@@ -85,7 +85,7 @@ class TransformStability(Tabular):
 
     @property
     def foreground(self) -> Agreement | None:
-        """Token match after one cycle, over foreground tokens only; None where every token is foreground."""
+        """Token match after one cycle, over foreground tokens only; None where the images have no ground."""
         return self.cycles[0].foreground
 
     @property
@@ -114,7 +114,7 @@ class StabilitySettings:
         tokens_from: ``images``, or ``given tokens``.
         cycles: how often decoding, transform and encoding were repeated.
         data_range: (low, high) of the pixel values.
-        ground: value of the background.
+        ground: value of the background; None where the images have none.
         tau: τ; a token is foreground where a pixel of its cell differs from the ground by more.
         resamples: how often the images were resampled for the intervals.
         seed: of the resampling.
@@ -126,7 +126,7 @@ class StabilitySettings:
     num_images: int
     tokens_from: str
     cycles: int
-    ground: float
+    ground: float | None
     tau: float
     resamples: int
     seed: int

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_floating, require_int, require_rank
-from te_quant._progress import progress as with_progress
+from te_quant._measuring.progress import progress as with_progress
 from te_quant.equivariance.audits._grid import (
     MIN_SIDE,
     first_grid,
