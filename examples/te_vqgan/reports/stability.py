@@ -182,6 +182,6 @@ def _conditions(reports: Sequence[StabilityReport]) -> str:
     sizes = sorted({report.settings.image_size[0] for report in reports})
     sides = " or ".join(f"{side}x{side}" for side in sizes)
     return (
-        f"Test images of {sides} pixels, float32. In brackets 95 % intervals over images; `tokenizers.md` has those of "
-        "all figures."
+        f"Test images of {sides} pixels, float32. In brackets 95 % intervals over images; `tokenizers.md` has "
+        "those of all figures."
     )
