@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import OURS
 from benchmarks.generation import HUGGING_FACE, SUMMED, WHOLE
 from benchmarks.stage1 import REFERENCE
-from benchmarks.targets import TARGETS, Target, Verdict, judge
+from benchmarks.targets import TARGETS, TRAINING_TARGETS, Target, Verdict, judge
 from benchmarks.training import RATE, Trained, results
 from examples.te_vqgan.reports.document import Paragraph, Table, to_markdown
 from examples.te_vqgan.runs.files import write_text_atomically
@@ -208,6 +209,7 @@ def machine_table(document: Document) -> str:
 
 TABLES: dict[str, Callable[[Document], str]] = {
     "targets": targets_table,
+    "targets-training": partial(targets_table, targets=TRAINING_TARGETS),
     "search": _search,
     "quantizer": _quantizer,
     "memory": _memory,
