@@ -503,7 +503,7 @@ def test_a_mistake_is_one_sentence(
 
 def test_the_place_of_an_error_is_shown_on_request(run: Run) -> None:
     """For reports of bugs."""
-    with pytest.raises(FileNotFoundError, match="source must be an existing folder"):
+    with pytest.raises(FileNotFoundError, match="images must be files or folders that exist, got nothing"):
         run("audit", "nowhere", "nothing", "--traceback")
 
 

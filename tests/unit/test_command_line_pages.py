@@ -110,8 +110,8 @@ def test_another_output_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "photos").mkdir()
     write_picture(tmp_path / "photos" / "x.png", torch.zeros(3, 2, 2))
     page = tmp_path / "page.md"
-    page.write_text("```console\n$ te-quant audit nowhere nothing\nte-quant audit: source ... 'nowhere'.\n```\n")
+    page.write_text("```console\n$ te-quant audit nowhere nothing\nte-quant audit: images ... got nothing.\n```\n")
     check(page, tmp_path, capsys)
-    page.write_text("```console\n$ te-quant audit nowhere nothing\nte-quant audit: source ... 'here'.\n```\n")
+    page.write_text("```console\n$ te-quant audit nowhere nothing\nte-quant audit: images ... got something.\n```\n")
     with pytest.raises(AssertionError, match="te-quant audit nowhere nothing"):
         check(page, tmp_path, capsys)

@@ -92,3 +92,15 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
     plain.write_text("x")
     write_atomically(atomic, lambda beside: beside.write_text("x"))
     assert stat.S_IMODE(atomic.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_a_writer_that_hides_its_file_from_others_does_not_decide(tmp_path: Path) -> None:
+    """Safetensors makes files that only their owner may read; the mode is that of a file that Python opens."""
+
+    def hidden(beside: Path) -> None:
+        beside.write_text("x")
+        beside.chmod(0o600)
+
+    (tmp_path / "plain").write_text("x")
+    write_atomically(tmp_path / "atomic", hidden)
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
