@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from te_quant import layers as layers
     from te_quant import quantizers as quantizers
     from te_quant import shifts as shifts
+    from te_quant import stability as stability
     from te_quant import tables as tables
     from te_quant import testing as testing
     from te_quant import usage as usage
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from te_quant.quantizers import ResidualVectorQuantizer as ResidualVectorQuantizer
     from te_quant.quantizers import SimVQ as SimVQ
     from te_quant.quantizers import VectorQuantizer as VectorQuantizer
+    from te_quant.stability import StabilityReport as StabilityReport
+    from te_quant.stability import TokenStability as TokenStability
+    from te_quant.stability import measure_stability as measure_stability
     from te_quant.usage import CodebookUsage as CodebookUsage
     from te_quant.usage import CodebookUsageReport as CodebookUsageReport
 
@@ -80,6 +84,7 @@ _SUBMODULES: dict[str, tuple[str, ...]] = {
         "VectorQuantizer",
     ),
     "shifts": (),
+    "stability": ("StabilityReport", "TokenStability", "measure_stability"),
     "tables": (),
     "testing": (),
     "usage": ("CodebookUsage", "CodebookUsageReport"),

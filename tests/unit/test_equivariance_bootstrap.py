@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from te_quant._measuring import bootstrap
+from te_quant._measuring.bootstrap import ImageSums, Resamples
 from te_quant.equivariance import measure_equivariance, placement_agreement
-from te_quant.equivariance.metrics import _bootstrap
-from te_quant.equivariance.metrics import _pair_tally as _tally
-from te_quant.equivariance.metrics._bootstrap import ImageSums, Resamples
-from te_quant.equivariance.metrics._pair_tally import PairTally
+from te_quant.equivariance.metrics import pair_tally
+from te_quant.equivariance.metrics.pair_tally import PairTally
 
 
 def numpy_intervals(first, second, mask, num_codes, resamples, seed, symmetric):
@@ -47,7 +47,7 @@ def test_intervals_of_an_agreement_match_numpy(num_codes, symmetric, monkeypatch
     n = 7
     if num_codes == 3:
         # Blocks of two codes.
-        monkeypatch.setattr(_tally, "_MOST_ELEMENTS", 2 * 200)
+        monkeypatch.setattr(pair_tally, "_MOST_ELEMENTS", 2 * 200)
     first, second = torch.randint(0, 3, (2, n, 4, 5))
     second = torch.where(torch.rand(n, 4, 5) < 0.6, first, second)
     first, second = ((side * (num_codes // 3)) for side in (first, second))
@@ -95,7 +95,7 @@ def test_interval_of_a_median_is_that_of_the_sorted_resamples(per_image, count, 
     values = torch.randn(n, per_image).mul(2).round() / 2
     values[torch.rand(n, per_image) < 0.3] = math.inf
     values[0] -= 3
-    monkeypatch.setattr(_bootstrap, "_MOST_ELEMENTS", 100 * n)
+    monkeypatch.setattr(bootstrap, "_MOST_ELEMENTS", 100 * n)
     resamples = Resamples(n, count, seed)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.cat(

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from te_quant._measuring.bootstrap import Resamples
 from te_quant.equivariance import Spread, code_margins, measure_equivariance
 from te_quant.equivariance.metrics import margin
-from te_quant.equivariance.metrics._bootstrap import Resamples
 from te_quant.functional import nearest_code
 from te_quant.testing import codebooks, latents_off_boundaries
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from te_quant import GPT, CodebookUsage, GPTConfig, Segment
-from te_quant.equivariance._float64 import float64
+from te_quant._measuring.float64 import float64
 from te_quant.functional import nearest_code, orthogonality, perplexity
 from te_quant.quantizers._distributed import sample_rows
 from tests.unit.quantizer_cases import QUANTIZERS, mostly_slow

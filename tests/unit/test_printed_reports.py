@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from te_quant import CodebookUsage
+from te_quant import CodebookUsage, StabilityReport, measure_stability
 from te_quant.equivariance import (
     EquivarianceReport,
     audit,
@@ -21,6 +21,7 @@ from te_quant.equivariance import (
     measure_equivariance,
     plot_shift_maps,
 )
+from te_quant.stability import Flip, Identity
 from te_quant.tables import Tabular
 from te_quant.testing import equivariance_error
 
@@ -66,8 +67,23 @@ REPORTS: dict[str, Callable[[], Tabular]] = {
     "ConstantImageReport": lambda: constant_image_probe(
         nn.Conv2d(1, 1, 3, padding=1), torch.ones(1, 1, 32, 32), stride=4
     ),
+    "StabilityReport": lambda: stable(),
+    "TransformStability": lambda: stable().transforms["identity"],
+    "CycleStability": lambda: stable().transforms["identity"].cycles[0],
+    "ImageShare": lambda: stable().transforms["identity"].whole,
     "ShiftDifference": lambda: equivariance_error(nn.Conv2d(1, 1, 3, padding=1), torch.rand(1, 1, 8, 8), (2, 0)),
 }
+
+
+def stable() -> StabilityReport:
+    """Two transforms, two cycles."""
+    return measure_stability(
+        lambda x: (x[:, 0, ::4, ::4] > 0).long(),
+        lambda t: (t * 2.0 - 1)[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3),
+        torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1,
+        transforms=[Identity(), Flip()],
+        cycles=2,
+    )
 
 
 def _present(value: Any) -> Any:

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_rank
+from te_quant._measuring.bootstrap import Resamples
+from te_quant._measuring.float64 import float64
 from te_quant._values import require_finite
-from te_quant.equivariance._float64 import float64
-from te_quant.equivariance.metrics._bootstrap import Resamples
-from te_quant.equivariance.metrics._pair_tally import PairTally
 from te_quant.equivariance.metrics.agreement import Agreement, PairCounts, mark_foreground, tokens_of
 from te_quant.equivariance.metrics.margin import MarginTally
 from te_quant.equivariance.metrics.numerical_floor import Variant, variant_tokens
+from te_quant.equivariance.metrics.pair_tally import PairTally
 from te_quant.equivariance.metrics.placement import paste_sprites, placement_pairs
 from te_quant.equivariance.metrics.shift_error import FeatureTally, PixelTally, ShiftError
 from te_quant.equivariance.metrics.sub_stride import sub_stride_pairs, sub_stride_region
 from te_quant.equivariance.report.report import EquivarianceReport
-from te_quant.equivariance.report.values import EquivarianceSettings, ReconstructionError, ShiftAgreement
+from te_quant.equivariance.report.values import EquivarianceSettings, ShiftAgreement, reconstruction_error
 from te_quant.equivariance.views import Views
 from te_quant.shifts import Shift, align, fourier_shift
 from te_quant.usage import CodebookUsage
@@ -131,7 +131,9 @@ class Measurement:
             margin=None if self.margins is None or not s.shifts else self.margins.margin(drawn),
             numerical_floor={name: pooled("floor " + name) for name in self.given.variants},
             code_use=self.usage.compute(),
-            reconstruction=self._reconstruction(drawn),
+            reconstruction=(
+                None if self.given.reconstruct is None else reconstruction_error(self.reconstruction, drawn)
+            ),
             aligned_by_shift=self._by_shift("aligned", s.shifts, drawn),
             sub_stride_by_shift=self._by_shift("sub_stride", s.sub_stride_shifts, drawn),
             settings=s,
@@ -208,20 +210,6 @@ class Measurement:
         if decoded is not None:
             self.reconstruction.add(images, decoded)
 
-    def _reconstruction(self, drawn: Resamples) -> ReconstructionError | None:
-        if self.given.reconstruct is None:
-            return None
-        sums = self.reconstruction.rows
-        total = sums.sum(dim=0, keepdim=True)
-        return ReconstructionError(
-            l1=float(_mean_absolute(total)),
-            mse=float(_mean_square(total)),
-            psnr=float(self.reconstruction.psnr(total)),
-            l1_interval=drawn.interval_of_sums(sums, _mean_absolute),
-            mse_interval=drawn.interval_of_sums(sums, _mean_square),
-            psnr_interval=drawn.interval_of_sums(sums, self.reconstruction.psnr),
-        )
-
     def _by_shift(self, name: str, shifts: tuple[Shift, ...], drawn: Resamples) -> tuple[ShiftAgreement, ...]:
         def decibels(
             tallies: Mapping[_Key, FeatureTally] | Mapping[_Key, PixelTally], shift: Shift
@@ -288,11 +276,3 @@ class Measurement:
     def _foreground(self, images: Tensor) -> Tensor:
         s = self.settings
         return mark_foreground(images, stride=s.stride, ground=s.ground, tau=s.tau)
-
-
-def _mean_absolute(sums: Tensor) -> Tensor:
-    return sums[:, 0] / sums[:, 2]
-
-
-def _mean_square(sums: Tensor) -> Tensor:
-    return sums[:, 1] / sums[:, 2]

@@ -18,14 +18,14 @@ from te_quant._checks import (
     require_int,
     require_rank,
 )
-from te_quant._values import require_finite
-from te_quant.equivariance._data_range import (
+from te_quant._measuring.data_range import (
     DEFAULT_RANGE,
     DataRange,
     checked_range,
     ground_and_tau,
     warn_of_another_range,
 )
+from te_quant._values import require_finite
 from te_quant.equivariance._measurement import Callables, ImageMap, Measurement
 from te_quant.equivariance.metrics.numerical_floor import Variant, check_variants
 from te_quant.equivariance.report.report import EquivarianceReport

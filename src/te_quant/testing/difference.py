@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_choice, require_int, require_rank
+from te_quant._measuring.float64 import float64
 from te_quant.equivariance._border import border_distances
-from te_quant.equivariance._float64 import float64
 from te_quant.shifts import PROTOCOLS, Protocol, Shift, align, canvas, crop, roll
 from te_quant.tables import Table, Tabular
 

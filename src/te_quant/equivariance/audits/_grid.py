@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_quant._measuring.float64 import float64
 from te_quant.equivariance._border import border_distances
-from te_quant.equivariance._float64 import float64
 from te_quant.shifts import Shift, fourier_shift, roll
 
 __all__ = [

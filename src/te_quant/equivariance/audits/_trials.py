@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require
-from te_quant.equivariance._float64 import float64
+from te_quant._measuring.float64 import float64
 from te_quant.equivariance.audits._grid import (
     error_map,
     first_grid,

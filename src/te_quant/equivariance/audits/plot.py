@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from te_quant.equivariance._figure import new_figure
+from te_quant._measuring.figure import new_figure
 from te_quant.equivariance.audits.rows import PARTS, AuditRow, decibels, worst_row
 
 if TYPE_CHECKING:

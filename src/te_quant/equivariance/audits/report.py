@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
-from te_quant.equivariance._json import plain
+from te_quant._measuring.json import plain
 from te_quant.equivariance.audits.plot import plot_audit
 from te_quant.equivariance.audits.rows import PARTS, AuditRow, Part, SkippedModule, decibels, worst_row
 from te_quant.shifts import Shift

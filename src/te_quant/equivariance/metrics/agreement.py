@@ -23,15 +23,15 @@ from te_quant._checks import (
     require_integer_tensor,
     require_rank,
 )
-from te_quant.equivariance._data_range import (
+from te_quant._measuring.bootstrap import NO_INTERVAL, Interval
+from te_quant._measuring.data_range import (
     DEFAULT_RANGE,
     DataRange,
     checked_range,
     ground_and_tau,
     require_within,
 )
-from te_quant.equivariance._text import UNDEFINED, with_interval
-from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, Interval
+from te_quant._measuring.text import UNDEFINED, with_interval
 from te_quant.tables import Table, Tabular
 
 __all__ = [

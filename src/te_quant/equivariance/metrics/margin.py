@@ -23,16 +23,16 @@ from te_quant._checks import (
     require_integer_tensor,
     require_rank,
 )
-from te_quant._values import require_in_range
-from te_quant.equivariance._float64 import float64
-from te_quant.equivariance._text import with_interval
-from te_quant.equivariance.metrics._bootstrap import (
+from te_quant._measuring.bootstrap import (
     NO_INTERVAL,
     ImageSums,
     Interval,
     Resamples,
     percentile_place,
 )
+from te_quant._measuring.float64 import float64
+from te_quant._measuring.text import with_interval
+from te_quant._values import require_in_range
 from te_quant.tables import Table, Tabular
 
 __all__ = ["MARGIN_LABELS", "Margin", "MarginTally", "Spread", "code_margins"]

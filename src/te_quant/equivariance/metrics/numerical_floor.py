@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_int, require_rank, require_type
-from te_quant.equivariance.metrics._bootstrap import Resamples
-from te_quant.equivariance.metrics._pair_tally import PairTally
+from te_quant._measuring.bootstrap import Resamples
 from te_quant.equivariance.metrics.agreement import Agreement, checked_tokens, tokens_of
+from te_quant.equivariance.metrics.pair_tally import PairTally
 
 __all__ = ["DEFAULT_VARIANTS", "Variant", "check_variants", "numerical_floor", "variant_tokens"]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_int, require_rank
-from te_quant.equivariance._data_range import (
+from te_quant._measuring.bootstrap import Resamples
+from te_quant._measuring.data_range import (
     DEFAULT_RANGE,
     DataRange,
     checked_range,
@@ -24,9 +25,8 @@ from te_quant.equivariance._data_range import (
     require_within,
     warn_of_another_range,
 )
-from te_quant.equivariance.metrics._bootstrap import Resamples
-from te_quant.equivariance.metrics._pair_tally import PairTally
 from te_quant.equivariance.metrics.agreement import Agreement, mark_foreground, tokens_of
+from te_quant.equivariance.metrics.pair_tally import PairTally
 from te_quant.shifts import Shift, place
 
 __all__ = ["paste_sprites", "place_sprites", "placement_agreement", "placement_offsets", "placement_pairs"]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from te_quant.equivariance._float64 import float64
-from te_quant.equivariance._text import UNDEFINED, with_interval
-from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, ImageSums, Interval, Resamples
+from te_quant._measuring.bootstrap import NO_INTERVAL, ImageSums, Interval, Resamples
+from te_quant._measuring.float64 import float64
+from te_quant._measuring.text import UNDEFINED, with_interval
 from te_quant.tables import Table, Tabular
 
 __all__ = ["FeatureTally", "PixelTally", "ShiftError"]
@@ -123,6 +123,10 @@ class PixelTally:
     def close(self) -> None:
         """End the batch; what is added next belongs to other images."""
         self._sums.close()
+
+    def merge(self, other: PixelTally) -> None:
+        """Count the images of another tally after those of this one; both must be closed."""
+        self._sums.merge(other._sums)
 
     @property
     def rows(self) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from te_quant._checks import require, require_choice
-from te_quant.equivariance._figure import new_figure
-from te_quant.equivariance.metrics._bootstrap import Interval
+from te_quant._measuring.bootstrap import Interval
+from te_quant._measuring.figure import new_figure
 from te_quant.equivariance.report.values import EquivarianceValues, ShiftAgreement
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
-from te_quant.equivariance._data_range import DEFAULT_RANGE
-from te_quant.equivariance._json import plain
-from te_quant.equivariance.metrics._bootstrap import Interval
+from te_quant._measuring.data_range import DEFAULT_RANGE
+from te_quant._measuring.json import interval, numbers, plain
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import Margin, Spread
 from te_quant.equivariance.metrics.shift_error import ShiftError
@@ -118,48 +117,33 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         for name in ("shifts", "sub_stride_shifts"):
             settings[name] = tuple(_shift(shift) for shift in settings[name])
         settings["image_size"] = _shift(settings["image_size"])
-        settings["data_range"] = _interval(settings.get("data_range", DEFAULT_RANGE))
+        settings["data_range"] = interval(settings.get("data_range", DEFAULT_RANGE))
         error, margin = data["reconstruction"], data["margin"]
         values: dict[str, Any] = {
             "code_use": CodebookUsageReport(
-                num_codes=settings["num_codes"], frequent_share=_FREQUENT_SHARE, **_numbers(data["code_use"])
+                num_codes=settings["num_codes"], frequent_share=_FREQUENT_SHARE, **numbers(data["code_use"])
             ),
-            "reconstruction": None if error is None else ReconstructionError(**_numbers(error)),
+            "reconstruction": None if error is None else ReconstructionError(**numbers(error)),
             "margin": None if margin is None else _margin(margin),
-            "numerical_floor": {name: Agreement(**_numbers(a)) for name, a in data["numerical_floor"].items()},
+            "numerical_floor": {name: Agreement(**numbers(a)) for name, a in data["numerical_floor"].items()},
             "settings": EquivarianceSettings(**settings),
         }
         for kind, labels in ((Agreement, AGREEMENT_LABELS), (ShiftError, ERROR_LABELS)):
             for name in labels:
-                values[name] = None if data[name] is None else kind(**_numbers(data[name]))
+                values[name] = None if data[name] is None else kind(**numbers(data[name]))
         for name in ("aligned_by_shift", "sub_stride_by_shift"):
             values[name] = tuple(_shift_agreement(entry) for entry in data[name])
         return cls(**values)
 
 
-def _numbers(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _number(value) for name, value in data.items()}
-
-
-def _number(value: Any) -> Any:
-    """Read what :func:`plain` has written: strings are NaN or infinities, lists are intervals."""
-    if isinstance(value, str):
-        return float(value)
-    return _interval(value) if isinstance(value, list | tuple) else value
-
-
-def _interval(values: Any) -> Interval:
-    return float(values[0]), float(values[1])
-
-
 def _margin(data: Mapping[str, Any]) -> Margin:
-    spreads = {name: Spread(**_numbers(data[name])) for name in ("margin", "movement", "ratio")}
-    return Margin(**{**_numbers({k: v for k, v in data.items() if k not in spreads}), **spreads})
+    spreads = {name: Spread(**numbers(data[name])) for name in ("margin", "movement", "ratio")}
+    return Margin(**{**numbers({k: v for k, v in data.items() if k not in spreads}), **spreads})
 
 
 def _shift_agreement(data: Mapping[str, Any]) -> ShiftAgreement:
-    values = _numbers({k: v for k, v in data.items() if k not in ("shift", "agreement")})
-    return ShiftAgreement(_shift(data["shift"]), Agreement(**_numbers(data["agreement"])), **values)
+    values = numbers({k: v for k, v in data.items() if k not in ("shift", "agreement")})
+    return ShiftAgreement(_shift(data["shift"]), Agreement(**numbers(data["agreement"])), **values)
 
 
 def _shift(values: Any) -> Shift:

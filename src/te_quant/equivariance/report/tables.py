@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from te_quant._checks import require
-from te_quant.equivariance._data_range import DEFAULT_RANGE
-from te_quant.equivariance._text import NOT_MEASURED
+from te_quant._measuring.data_range import DEFAULT_RANGE
+from te_quant._measuring.text import NOT_MEASURED
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import MARGIN_LABELS
 from te_quant.equivariance.report.values import (

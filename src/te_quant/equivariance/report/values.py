@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from te_quant.equivariance._data_range import DEFAULT_RANGE, DataRange
-from te_quant.equivariance._text import with_interval
-from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, Interval
+from torch import Tensor
+
+from te_quant._measuring.bootstrap import NO_INTERVAL, Interval, Resamples
+from te_quant._measuring.data_range import DEFAULT_RANGE, DataRange
+from te_quant._measuring.text import with_interval
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import Margin
-from te_quant.equivariance.metrics.shift_error import ShiftError
+from te_quant.equivariance.metrics.shift_error import PixelTally, ShiftError
 from te_quant.shifts import Protocol, Shift
 from te_quant.tables import Table, Tabular
 from te_quant.usage import CodebookUsageReport
@@ -22,6 +24,7 @@ __all__ = [
     "EquivarianceValues",
     "ReconstructionError",
     "ShiftAgreement",
+    "reconstruction_error",
 ]
 
 AGREEMENT_LABELS: dict[str, str] = {
@@ -91,6 +94,28 @@ class ReconstructionError(Tabular):
     def summary(self) -> Table:
         """Return the three errors."""
         return Table(["reconstruction", "value"], [[label, text] for label, text in self.texts().items()])
+
+
+def reconstruction_error(pixels: PixelTally, resamples: Resamples) -> ReconstructionError:
+    """Return the three errors of the images in a tally, with their intervals."""
+    sums = pixels.rows
+    total = sums.sum(dim=0, keepdim=True)
+    return ReconstructionError(
+        l1=float(_mean_absolute(total)),
+        mse=float(_mean_square(total)),
+        psnr=float(pixels.psnr(total)),
+        l1_interval=resamples.interval_of_sums(sums, _mean_absolute),
+        mse_interval=resamples.interval_of_sums(sums, _mean_square),
+        psnr_interval=resamples.interval_of_sums(sums, pixels.psnr),
+    )
+
+
+def _mean_absolute(sums: Tensor) -> Tensor:
+    return sums[:, 0] / sums[:, 2]
+
+
+def _mean_square(sums: Tensor) -> Tensor:
+    return sums[:, 1] / sums[:, 2]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from te_quant.equivariance.metrics._bootstrap import NO_INTERVAL, ImageSums, Resamples
+from te_quant._measuring.bootstrap import NO_INTERVAL, ImageSums, Resamples
 from te_quant.equivariance.metrics.agreement import CHANCE_GAP, Agreement, PairCounts
 
 __all__ = ["PairTally"]
@@ -22,23 +22,22 @@ _MOST_ELEMENTS = 2**22
 class PairTally:
     """Pairs of indices of one metric, over all images.
 
-    Frequencies by image are kept as (image, code, count) for the codes that occur, so that memory grows with the
-    tokens and not with N x K.
+    Frequencies are kept as (image, code, count) for the codes that occur, so that memory grows with the tokens and
+    with neither N x K nor K.
 
     Args:
-        num_codes: number of codes, K.
+        num_codes: number of codes, K. None: one more than the largest index.
         by_image: keep the code frequencies of every image, for the interval of κ; False keeps the pooled ones.
     """
 
-    def __init__(self, num_codes: int, *, by_image: bool = True) -> None:
+    def __init__(self, num_codes: int | None, *, by_image: bool = True) -> None:
         self._num_codes, self._by_image = num_codes, by_image
         self._sums = ImageSums()
         self._images = 0
         self._batch = 0
+        # Image and code of every counted token, of the batch; then image, code and count, one entry a column.
         self._open: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._closed: tuple[list[Tensor], list[Tensor]] = ([], [])
-        zeros = torch.zeros(num_codes, dtype=torch.int64)
-        self._pooled = (zeros, zeros.clone())
 
     def add(self, first: Tensor, second: Tensor, mask: Tensor | None = None) -> None:
         """Compare the images of this batch once more.
@@ -57,10 +56,7 @@ class PairTally:
         self._batch = len(first)
         image = torch.arange(len(first), device=first.device).reshape(-1, *(1 for _ in first.shape[1:]))
         for side, codes in enumerate((first, second)):
-            if self._by_image:
-                self._open[side].append((image * self._num_codes + codes)[counted])
-            else:
-                self._pooled[side].add_(torch.bincount(codes[counted], minlength=self._num_codes).cpu())
+            self._open[side].append(torch.stack([(image * self._by_image).expand_as(codes), codes])[:, counted])
 
     def close(self) -> None:
         """End the batch; what is added next belongs to other images."""
@@ -68,18 +64,53 @@ class PairTally:
         for side in (0, 1):
             if not self._open[side]:
                 continue
-            keys, counts = torch.unique(torch.cat(self._open[side]), return_counts=True)
+            image, code = torch.cat(self._open[side], dim=1)
+            # One number for both: columns would be sorted one by one.
+            width = int(code.max()) + 1 if len(code) else 1
+            keys, counts = torch.unique(image * width + code, return_counts=True)
             keys, counts = keys.cpu(), counts.cpu()
-            image, code = keys // self._num_codes + self._images, keys % self._num_codes
-            self._pooled[side].index_add_(0, code, counts)
-            self._closed[side].append(torch.stack([image, code, counts]).to(torch.int32))
+            image, code = keys // width + self._images * self._by_image, keys % width
+            self._append(side, torch.stack([image, code, counts]))
             self._open[side].clear()
         self._images += self._batch
+
+    def merge(self, other: PairTally) -> None:
+        """Count the images of another tally after those of this one; both must be closed."""
+        self._sums.merge(other._sums)
+        for side in (0, 1):
+            for entries in other._closed[side]:
+                offset = torch.tensor([[self._images * self._by_image], [0], [0]])
+                self._append(side, entries + offset)
+        self._images += other._images
+
+    def _append(self, side: int, entries: Tensor) -> None:
+        if self._by_image:
+            # Half the memory, which by image is what grows.
+            self._closed[side].append(entries.to(torch.int32))
+            return
+        _, code, counts = torch.cat([*self._closed[side], entries], dim=1)
+        codes, place = torch.unique(code, return_inverse=True)
+        summed = torch.zeros_like(codes).index_add_(0, place, counts)
+        self._closed[side][:] = [torch.stack([torch.zeros_like(codes), codes, summed])]
+
+    def _pooled(self, side: int, num_codes: int) -> Tensor:
+        """(K,) int64: how often each code occurs."""
+        _, code, counts = torch.cat(self._closed[side], dim=1).long()
+        return torch.zeros(num_codes, dtype=torch.int64).index_add_(0, code, counts)
+
+    def _codes(self) -> int:
+        if self._num_codes is not None:
+            return self._num_codes
+        return 1 + max(
+            [0, *(int(entries[1].max()) for side in self._closed for entries in side if entries.numel())]
+        )
 
     def agreement(self, resamples: Resamples, *, symmetric: bool = False) -> Agreement:
         """Return rate and κ with their intervals; see :meth:`PairCounts.agreement`."""
         sums = self._sums.rows
-        pooled = PairCounts(int(sums[:, 0].sum()), *self._pooled).agreement(symmetric=symmetric)
+        codes = self._codes()
+        counted = PairCounts(int(sums[:, 0].sum()), self._pooled(0, codes), self._pooled(1, codes))
+        pooled = counted.agreement(symmetric=symmetric)
         rate = resamples.interval_of_sums(sums, lambda pooled_sums: pooled_sums[:, 0] / pooled_sums[:, 1])
         kappa = NO_INTERVAL
         if self._by_image and pooled.kappa_defined:
@@ -87,7 +118,7 @@ class PairTally:
 
             def resampled_kappa(times: Tensor) -> Tensor:
                 equal, tokens = (times @ sums).unbind(1)
-                gap = 1 - _coincidences(times, frequencies, self._num_codes, symmetric=symmetric) / tokens.square()
+                gap = 1 - _coincidences(times, frequencies, codes, symmetric=symmetric) / tokens.square()
                 return torch.where(gap > CHANCE_GAP, 1 - (1 - equal / tokens) / gap, torch.nan)
 
             kappa = resamples.interval(resampled_kappa)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require_int
-from te_quant.equivariance._float64 import float64
+from te_quant._measuring.float64 import float64
 
 __all__ = ["NO_INTERVAL", "ImageSums", "Interval", "Resamples", "percentile_place"]
 
@@ -162,6 +162,12 @@ class ImageSums:
             if self._closed:
                 rows = rows + self._closed.pop()
         self._closed.append(rows)
+
+    def merge(self, other: ImageSums) -> None:
+        """Append the images of other sums, which are as closed and as pooled as these."""
+        for rows in other._closed:
+            self._open = rows
+            self.close()
 
     @property
     def rows(self) -> Tensor:
