@@ -183,7 +183,7 @@ class ShiftPixels(Transform):
 
     Tokens are expected to move by the nearest number of whole tokens; half a token counts as none. After a shift
     below half a token they are therefore expected to stay. Only multiples of the stride are met exactly by a
-    tokenizer that is equivariant to whole tokens.
+    tokenizer that is equivariant to whole tokens. Over several cycles every shift is rounded on its own.
 
     Args:
         shift: (dy, dx), down and right.
