@@ -150,3 +150,22 @@ def test_residual_block_refuses_dropout_out_of_range(dropout: float) -> None:
     """Dropping everything would leave nothing to rescale."""
     with pytest.raises(ValueError, match="dropout must be a finite number >= 0 and < 1"):
         ResidualBlock(4, 4, norm_groups=2, dropout=dropout, padding_mode="zeros")
+
+
+@pytest.mark.parametrize(("side", "stored"), [(34, False), (16, True)])
+def test_attention_on_large_grids_stores_no_weights_in_training(side, stored):
+    """A contiguous image must not choose the kernel that keeps (H·W)² numbers; small grids stay as they were."""
+    attention = SelfAttention2d(4, norm_groups=2)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        attention(torch.rand(1, 4, side, side))
+    assert (max(sizes) >= side**4) == stored
+
+
+def test_attention_is_the_same_on_both_sides_of_the_bound():
+    """A grid that is one row too large, against the formula."""
+    attention, images = SelfAttention2d(4, norm_groups=2).double(), torch.rand(1, 4, 33, 32).double()
+    q, k, v = attention.qkv(attention.norm(images)).flatten(2).transpose(1, 2).chunk(3, -1)
+    mixed = torch.softmax(q @ k.transpose(1, 2) / 2, -1) @ v
+    expected = images + attention.out(mixed.transpose(1, 2).reshape(images.shape))
+    torch.testing.assert_close(attention(images), expected, rtol=1e-12, atol=1e-12)

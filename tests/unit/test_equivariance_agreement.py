@@ -132,6 +132,12 @@ def test_mask_keeps_the_marked_tokens_only():
     assert count_pairs(first, second, 3, mask).agreement() == Agreement(1.0, 1.0, True, 2, 0.5)
 
 
+def test_masked_tokens_need_no_code():
+    """Quantizers give -1 to masked tokens, which the mask keeps out of the counts."""
+    tokens = torch.tensor([0, 2, -1])
+    assert count_pairs(tokens, tokens, 3, tokens >= 0).agreement().tokens == 2
+
+
 @quick
 @given(st.integers(1, 3), st.floats(0, 0.9), st.data())
 def test_foreground_tokens_match_a_loop_over_pixels(stride, tau, data):
@@ -204,7 +210,28 @@ def test_tokenizers_may_return_small_integers():
         (
             lambda: count_pairs(torch.zeros(2).long(), torch.zeros(2).long(), 1, torch.ones(1, dtype=torch.bool)),
             ValueError,
-            r"mask must be of shape \(2,\), got \(1,\)",
+            r"mask must be of shape \(2,\) as the first, got shape \(1,\)",
+        ),
+        (
+            lambda: count_pairs(torch.zeros(2).long(), torch.zeros(2).long(), 1, torch.ones(2).long()),
+            TypeError,
+            "mask must be bool, got torch.int64",
+        ),
+        (
+            lambda: count_pairs(torch.tensor([0, 3]), torch.zeros(2).long(), 3),
+            ValueError,
+            r"first must be in \[0, num_codes=3\), got 3",
+        ),
+        (
+            lambda: count_pairs(torch.zeros(2).long(), torch.tensor([0, -1]), 3),
+            ValueError,
+            r"second must be in \[0, num_codes=3\), got -1",
+        ),
+        (lambda: count_pairs(torch.zeros(2).long(), torch.zeros(2).long(), 0), ValueError, "num_codes must be an"),
+        (
+            lambda: PairCounts.zero(1) + PairCounts.zero(4),
+            ValueError,
+            r"other must be of num_codes=1, got 4",
         ),
         (lambda: foreground_tokens(torch.zeros(1, 4, 4), stride=2), ValueError, r"images must be of shape \(B, C"),
         (lambda: foreground_tokens(torch.zeros(1, 1, 4, 4).int(), stride=2), TypeError, "images must be floating"),

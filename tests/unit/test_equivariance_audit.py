@@ -333,9 +333,115 @@ def test_padding_outside_of_a_convolution_is_the_containers():
     assert report.worst("border").unaudited == ("1.0", "1.1")
     assert {s.name for s in report.skipped} == {"1.0", "1.1"}
     assert {s.reason for s in report.skipped} == {
-        "its output is no grid over the image",
-        "its input is no grid over the image",
+        "its output of 18x18 is no grid over images of 16x16",
+        "its input of 18x18 is no grid over images of 16x16",
     }
+
+
+def striding(mode="zeros", wrong=2):
+    """A circular stem, a strided convolution that pads with ``mode``, and one more layer."""
+    return nn.Sequential(conv(1, 2), conv(2, 2, stride=wrong, mode=mode), nn.SiLU(), conv(2, 2))
+
+
+def test_strided_layer_is_named_where_the_sides_fit():
+    """The padding and the aliasing are those of the one layer that has both."""
+    report = audit(striding(), fresh(2, 1, 64, 64))
+    assert report.worst("border").name == report.worst("aliasing").name == "1"
+    assert report.missed() == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "sides", "match"),
+    [
+        pytest.param(
+            striding(),
+            (65, 64),
+            r"images sides must be multiples of the stride 2 of module '1' \(Conv2d\), which gives 33x32, "
+            r"got \(65, 64\); crop them to 64x64",
+            id="one level",
+        ),
+        pytest.param(
+            nn.Sequential(conv(1, 2, stride=2), striding()[1:]),
+            (66, 64),
+            r"multiples of the stride 4 of module '1.1' .* gives 17x16, got \(66, 64\); crop them to 64x64",
+            id="two levels",
+        ),
+        pytest.param(
+            nn.Sequential(nn.AvgPool2d(2), nn.Upsample(size=(65, 64))),
+            (65, 64),
+            r"multiples of the stride 2 of module '0' \(AvgPool2d\), which gives 32x32",
+            id="the model puts the sides right again",
+        ),
+        pytest.param(
+            nn.Sequential(conv(1, 2, stride=4), conv(2, 2, stride=2)),
+            (16, 24),
+            r"at least 4 times the stride 8 of module '1' \(Conv2d\), which gives 2x3, got \(16, 24\)",
+            id="small",
+        ),
+    ],
+)
+def test_sides_that_do_not_fit_are_refused(model, sides, match):
+    """A layer that cannot be audited for its sides would leave the blame to another one."""
+    with pytest.raises(ValueError, match=match):
+        audit(model.double(), fresh(1, 1, *sides))
+
+
+MISSED = {
+    "no padding": (
+        lambda: nn.Sequential(conv(1, 2), nn.Conv2d(2, 2, 3), conv(2, 2, mode="zeros")),
+        [
+            ("1", "its output of 30x30 is no grid over images of 32x32"),
+            ("2", "its input of 30x30 is no grid over images of 32x32"),
+        ],
+    ),
+    "a sequence of tokens": (
+        lambda: nn.Sequential(conv(1, 8), nn.Flatten(2), nn.LayerNorm(1024)),
+        [("1", "its output is no grid over the image"), ("2", "its input is no grid over the image")],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISSED)
+def test_layers_without_a_row_are_in_the_headline(case):
+    """Other sides do not help these, so every form of the report says which they are, and why, before the rest."""
+    build, missed = MISSED[case]
+    report = audit(build().double(), fresh(1, 1, 32, 32))
+    assert [(s.name, s.reason) for s in report.missed()] == missed
+    (first, reason), *_ = missed
+    text = str(report)
+    assert f"Not audited, and in no row: `{first}` (" in text
+    assert reason in " ".join(text.split())
+    assert report.summary().rows[0][0] == first
+    assert set(report.summary().rows[0][2:]) == {"not audited"}
+    assert report.to_markdown().startswith(f"**Not audited, and in no row: `{first}` (")
+    assert "border: none of the audited modules adds more than rounding" in report.to_markdown()
+    assert "Not audited" in report.plot().get_suptitle()
+    assert AuditReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_nothing_is_missed_behind_the_last_grid():
+    """A classifier's pool and head have no positions to lose, and what a row answers for is not missing."""
+    head = nn.Sequential(conv(1, 2), nn.AdaptiveAvgPool2d(1), nn.Conv2d(2, 2, 1), nn.Flatten(), nn.Linear(2, 3))
+    report = audit(head.double(), fresh(1, 1, 16, 16))
+    assert len(report.skipped) == 5
+    assert report.missed() == ()
+    assert "Not audited" not in str(report)
+    outside = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(1, 2, 3)).double()
+    assert audit(outside, fresh(1, 1, 16, 16)).missed() == ()
+
+
+def test_files_of_older_versions_are_read():
+    """They did not say which modules are missed, and a file in which none is does not say it either."""
+    report = audit(nn.Sequential(conv(1, 2), nn.Flatten(), nn.Linear(512, 2)).double(), fresh(1, 1, 16, 16))
+    data = report.to_dict()
+    assert [set(module) for module in data["skipped"]] == [{"name", "kind", "reason"}] * 3
+    assert AuditReport.from_dict(data) == report
+
+
+def test_progress_announces_the_passes(capsys):
+    """One to find the strides, and one per batch."""
+    audit(conv(1, 2), fresh(5, 1, 16, 16), batch_size=2, progress=True)
+    assert capsys.readouterr().err.startswith("audit: 4 passes\n")
 
 
 class Shared(nn.Module):

@@ -58,6 +58,8 @@ def measure(images: Tensor, data_range: tuple[float, float], **options: Any) -> 
 def test_the_range_changes_only_the_unit(data_range: tuple[float, float], protocol: Any) -> None:
     """Ground, foreground, agreements and PSNR are those of the same images in [-1, 1]; L1 is in their unit."""
     images = sprites()
+    # A token of the ground in each, by which images that are no sprites have one.
+    images[..., :2, :2] = -1.0
     expected = measure(images, (-1.0, 1.0), protocol=protocol)
     found = measure(moved(images, data_range), data_range, protocol=protocol)
     assert found.agreements() == expected.agreements()

@@ -135,7 +135,14 @@ def test_every_agreement_matches_loops_over_positions(kind, data, seed):
     steps = testing.shifts(most // 2 * STRIDE, multiple_of=STRIDE, identity=False)
     shifts = data.draw(st.lists(steps, min_size=1, max_size=3, unique=True))
     report = measure_equivariance(
-        tokenize, images, stride=STRIDE, num_codes=NUM_CODES, canvas_size=size, protocol=protocol, shifts=shifts
+        tokenize,
+        images,
+        stride=STRIDE,
+        num_codes=NUM_CODES,
+        canvas_size=size,
+        protocol=protocol,
+        shifts=shifts,
+        ground=-1.0,
     )
     loops = Loops(tokenize, images.numpy(), size, protocol, 0.1)
     below = [(0, 1), (1, 0), (1, 1)]
@@ -168,7 +175,7 @@ def assert_same(first, second) -> None:
 def test_content_alone_is_exactly_equivariant_at_stride_multiples(protocol):
     """A hash of the cell: 1.0 exactly, all over and over ink; position makes it fail (negative control)."""
     images = ink_sprites(4, {"canvas": 8, "circular": 16, "crop": 24}[protocol])
-    options = {"stride": 2, "num_codes": 64, "canvas_size": 16, "protocol": protocol}
+    options = {"stride": 2, "num_codes": 64, "canvas_size": 16, "protocol": protocol, "ground": -1.0}
     report = measure_equivariance(lambda x: cell_hash(x, 2, 64), images, **options)
     assert report.aligned.rate == report.aligned_foreground.rate == 1.0
     assert report.aligned.kappa == report.aligned_foreground.kappa == 1.0
@@ -331,6 +338,7 @@ def test_fourier_form_follows_band_limited_images_and_not_noise():
         "stride": 4,
         "num_codes": 16,
         "protocol": "circular",
+        "ground": -1.0,
         "latents": lambda x: x[:, :, ::4, ::4],
         "quantize": lambda z: ((z[:, 0].clamp(-1, 1) + 1 + 1e-9) * 7.9).long(),
     }
@@ -374,7 +382,7 @@ def polyphase(images: torch.Tensor, stride: int, *, adaptive: bool = True) -> tu
 def test_two_token_shifts_an_axis_are_enough_for_adaptive_polyphase_sampling(stride):
     """The law i(T_t x) = R_k i(x), k = (t + o - o')/s, holds exactly with k in {0, 1}², for all of s² shifts."""
     images = torch.rand(24, 1, 12, 16, dtype=torch.float64) * 2 - 1
-    options = {"stride": stride, "num_codes": 101, "protocol": "circular"}
+    options = {"stride": stride, "num_codes": 101, "protocol": "circular", "ground": -1.0}
     report = measure_equivariance(lambda x: polyphase(x, stride)[0], images, **options)
     assert len(report.sub_stride_by_shift) == stride**2 - 1
     assert report.sub_stride.rate == report.aligned.rate == 1.0
@@ -446,17 +454,56 @@ SPRITES = -torch.ones(2, 1, 8, 8)
         ({"canvas_size": 16.0}, TypeError, "canvas_size must be an int"),
         ({"canvas_size": 32}, ValueError, r"images sides must be half of canvas_size=32, got \(8, 8\)"),
         ({"canvas_size": 8}, ValueError, "images sides must be half of canvas_size=8 under 'canvas'"),
-        ({"protocol": "crop"}, ValueError, "canvas_size must be the side of the window under 'crop', got None"),
+        (
+            {"protocol": "crop"},
+            ValueError,
+            r"images sides must be larger than 9 pixels under 'crop', .* moves by a token, got \(8, 8\)",
+        ),
         (
             {"protocol": "crop", "canvas_size": 9},
             ValueError,
             r"at most the images' sides \(8, 8\)",
         ),
+        (
+            {"protocol": "crop", "canvas_size": (5, 6)},
+            ValueError,
+            r"canvas_size must be multiples of stride=2, got \(5, 6\); pass canvas_size=\(4, 6\)",
+        ),
+        ({"canvas_size": (16, 16, 16)}, ValueError, r"canvas_size must be a side or a pair \(height, width\)"),
+        ({"canvas_size": (16, 0)}, ValueError, r"canvas_size\[1\] must be an int >= 1"),
+        (
+            {"images": SPRITES[..., :4]},
+            ValueError,
+            r"images sides must be equal, .* in the quadrants of a square, got \(8, 4\); pad the images to 8x8",
+        ),
+        (
+            {"tau": 0.1, "protocol": "circular", "images": -SPRITES},
+            ValueError,
+            "ground must be given with tau, as not every image shows a token of the ground -1, got None",
+        ),
+        ({"sub_stride_shifts": "some"}, ValueError, r"sub_stride_shifts must be pairs .*, or 'all', got 'some'"),
+        ({"sub_stride_shifts": 0}, ValueError, "sub_stride_shifts must be an int >= 1, got 0"),
+        ({"sub_stride_shifts": True}, TypeError, "sub_stride_shifts must be an int >= 1, got True"),
+        ({"fractional_shifts": 0}, ValueError, "fractional_shifts must be an int >= 1, got 0"),
+        (
+            {"fractional_shifts": [0.5]},
+            TypeError,
+            r"fractional_shifts must be pairs \(dy, dx\) of numbers, got 0.5",
+        ),
+        ({"fractional_shifts": [(0.5, 2.0)]}, ValueError, "fractional_shifts values must be .* < 2, got 2.0"),
+        ({"fractional_shifts": [(1, 0.0)]}, ValueError, "pairs of which one number at least is not whole"),
+        (
+            {"protocol": "crop", "canvas_size": 2, "fractional_shifts": 1},
+            ValueError,
+            r"fractional_shifts of up to 4 pixels must leave a window of 2x2 inside the images, got \(3, 3\)",
+        ),
+        ({"progress": 1}, TypeError, "progress must be True, False or None, got 1"),
         ({"protocol": "circular", "images": torch.zeros(1, 1, 8, 9)}, ValueError, "multiples of stride=2"),
         (
             {"protocol": "crop", "canvas_size": 8},
             ValueError,
-            "sub_stride_shifts must be given where a shift of stride - 1 = 1 pixels leaves the image",
+            r"sub_stride_shifts of up to 1 pixels must leave a window of 8x8 inside the images, got \(0, 0\) "
+            "pixels of room; pass images of at least 10x10 pixels, a smaller canvas_size, or sub_stride_shifts",
         ),
         ({"shifts": [(0, 0)]}, ValueError, r"shifts must be without the identity, got \(0, 0\)"),
         (
@@ -548,3 +595,22 @@ def test_best_token_shift_refuses_other_shapes(reference, shifted, protocol, mat
     """Rank and shape are checked, and the protocol."""
     with pytest.raises(ValueError, match=match):
         best_token_shift(torch.zeros(reference).long(), torch.zeros(shifted).long(), protocol=protocol)
+
+
+@pytest.mark.parametrize(
+    ("reference", "mask", "error", "match"),
+    [
+        (torch.zeros(1, 2, 2), None, TypeError, "reference must be an integer tensor, got torch.float32"),
+        (torch.zeros(1, 2, 2).long(), torch.ones(1, 2, 2).long(), TypeError, "mask must be bool, got torch.int64"),
+        (
+            torch.zeros(1, 2, 2).long(),
+            torch.ones(2, 2, dtype=torch.bool),
+            ValueError,
+            r"mask must be of shape \(1, 2, 2\) as the reference, got shape \(2, 2\)",
+        ),
+    ],
+)
+def test_best_token_shift_counts_tokens_only(reference, mask, error, match):
+    """An integer mask would count a token as often as its value says."""
+    with pytest.raises(error, match=match):
+        best_token_shift(reference, torch.zeros(1, 2, 2).long(), protocol="circular", mask=mask)

@@ -1,5 +1,7 @@
 """Exact shifts: moved content, valid regions, and the fractional shift of latents."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from te_quant import shifts, testing
-from te_quant.shifts import align, canvas, crop, fourier_shift, place, roll, valid_tokens
+from te_quant.shifts import align, canvas, crop, fourier_shift, lanczos_shift, place, roll, valid_tokens
 
 quick = settings(deadline=None, max_examples=30)
 sides = testing.image_sides(1, largest=7)
@@ -173,6 +175,54 @@ def test_fourier_shift_drops_nyquist_along_the_moved_axis_only():
     torch.testing.assert_close(fourier_shift(rows, (0.0, 0.5)), rows, rtol=0, atol=1e-6)
 
 
+def lanczos_by_loops(signal: np.ndarray, amount: float, radius: int) -> tuple[list[int], list[float]]:
+    """One output at a time, from Lanczos' formula; only those whose whole window lies on the signal."""
+
+    def kernel(t: float) -> float:
+        return float(np.sinc(t) * np.sinc(t / radius)) if abs(t) < radius else 0.0
+
+    places, values = [], []
+    for q in range(len(signal)):
+        window = range(math.floor(q - amount) - radius - 1, math.ceil(q - amount) + radius + 2)
+        weights = {i: kernel(q - amount - i) for i in window if abs(kernel(q - amount - i)) > 1e-15}
+        if all(0 <= i < len(signal) for i in weights):
+            places.append(q)
+            values.append(sum(w * signal[i] for i, w in weights.items()) / sum(weights.values()))
+    return places, values
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(-16, 16), st.integers(-16, 16), st.integers(1, 3))
+def test_lanczos_shift_matches_its_formula(dy, dx, radius):
+    """Values and region, along both axes by quarters of a pixel, against loops in float64."""
+    dy, dx = dy / 4, dx / 4
+    images = torch.rand(1, 12, 11, dtype=torch.float64)
+    moved, (rows, columns) = lanczos_shift(images, (dy, dx), radius=radius)
+    for image, found in zip(images.numpy(), moved.numpy(), strict=True):
+        half = [lanczos_by_loops(column, dy, radius) for column in image.T]
+        assert list(range(12))[rows] == half[0][0]
+        shifted = np.array([values for _, values in half]).T
+        whole = [lanczos_by_loops(row, dx, radius) for row in shifted]
+        assert list(range(11))[columns] == whole[0][0]
+        np.testing.assert_allclose(found, [values for _, values in whole], atol=1e-12)
+
+
+def test_lanczos_shift_keeps_constants_and_moves_smooth_waves():
+    """The taps sum to one; a slow wave lands where it should, a whole shift takes no window."""
+    flat = torch.full((1, 3, 9, 9), -1.0)
+    torch.testing.assert_close(lanczos_shift(flat, (0.3, 0.7))[0], flat[..., :4, :4], rtol=0, atol=1e-6)
+    x = torch.arange(40, dtype=torch.float64)
+    wave = torch.cos(x / 5).expand(8, 40)
+    moved, (rows, columns) = lanczos_shift(wave, (2, -1.25))
+    assert (rows, columns) == (slice(2, 8), slice(1, 36))
+    torch.testing.assert_close(moved, torch.cos((x[columns] + 1.25) / 5).expand(6, 35), rtol=0, atol=1e-2)
+    whole, (rows, columns) = lanczos_shift(wave, (0, 3.0))
+    assert torch.equal(whole, wave[:, :37])
+    assert (rows, columns) == (slice(0, 8), slice(3, 40))
+    assert lanczos_shift(flat.bfloat16(), (0.5, 0))[0].dtype == torch.bfloat16
+    torch.testing.assert_close(lanczos_shift(wave, (0, -1e-300))[0], wave)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
@@ -217,6 +267,14 @@ def test_fourier_shift_drops_nyquist_along_the_moved_axis_only():
         ),
         (lambda: fourier_shift(torch.zeros(2, 2).long(), (0.5, 0)), TypeError, "latents must be floating point"),
         (lambda: fourier_shift(torch.zeros(2, 2), (0.5,)), ValueError, r"shift must be a pair \(dy, dx\)"),
+        (lambda: lanczos_shift(torch.zeros(9, 9).long(), (0.5, 0)), TypeError, "images must be floating point"),
+        (lambda: lanczos_shift(torch.zeros(9, 9), 0.5), TypeError, "shift must be a pair of numbers, got 0.5"),
+        (lambda: lanczos_shift(torch.zeros(9, 9), (0, 0.5), radius=0), ValueError, "radius must be an int >= 1"),
+        (
+            lambda: lanczos_shift(torch.zeros(9, 5), (0, 0.5)),
+            ValueError,
+            r"one that leaves pixels of images of 9x5, whose window is 6 pixels wide, got \(0, 0.5\)",
+        ),
         (
             lambda: fourier_shift(torch.zeros(2, 2), (0.5, float("inf"))),
             ValueError,

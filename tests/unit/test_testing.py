@@ -187,6 +187,119 @@ def test_canvas_and_crop():
     assert error.compared == 7 * 6
 
 
+def decoder(mode):
+    """One token in, 4x4 pixels out."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(2, 4, 2, 2),
+        nn.SiLU(),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode),
+        nn.Upsample(scale_factor=2),
+    ).double()
+
+
+@pytest.mark.parametrize("protocol", ["circular", "crop"])
+def test_decoders_move_many_pixels_per_token(protocol):
+    """Pixels move by the factor times the shift of the tokens; zero padding and another factor fail."""
+    codes = torch.rand(2, 2, 8, 6).double() * 2 - 1
+    options = {"shifts": [(1, 0), (-1, 1)], "protocol": protocol}
+    options |= {"size": (6, 4)} if protocol == "crop" else {}
+    pointwise = decoder("circular")
+    if protocol == "crop":
+        pointwise[2] = nn.Conv2d(4, 4, 1).double()
+    assert_shift_equivariant(pointwise, codes, upsampling=4, **options)
+    with pytest.raises(AssertionError, match=r"at shift \(1, 0\).*at the padding"):
+        assert_shift_equivariant(decoder("zeros"), codes.repeat(1, 1, 4, 4), upsampling=4, shifts=[(1, 0)])
+    with pytest.raises(AssertionError, match=r"at shift \(1, 0\)"):
+        assert_shift_equivariant(pointwise, codes, upsampling=2, **options)
+
+
+def test_decoders_take_indices():
+    """Integer tokens without a channel axis, in any protocol; the place is that of the pixel."""
+    table = torch.rand(7)
+
+    def decode(indices):
+        return table[indices].repeat_interleave(3, 1).repeat_interleave(3, 2)
+
+    indices = torch.randint(0, 7, (2, 4, 5))
+    assert_shift_equivariant(decode, indices, shifts=[(1, -2)], upsampling=3)
+    assert_shift_equivariant(decode, indices, shifts=[(1, -1)], upsampling=3, protocol="crop", size=(2, 3))
+
+    def marks(x):
+        output = decode(x)
+        return (
+            output
+            if x.equal(indices)
+            else output.index_put((torch.tensor(1), *torch.tensor([8, 2])), output.new_tensor(9))
+        )
+
+    error = equivariance_error(marks, indices, (1, 0), upsampling=3)
+    assert (error.position, error.differing) == ((1, 5, 2), 1)
+
+
+def test_stride_and_upsampling_combine():
+    """A network with both moves by their quotient, which has to be whole."""
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Upsample(scale_factor=2)).double()
+    images = torch.rand(1, 1, 16, 16).double()
+    assert_shift_equivariant(model, images, shifts=[(4, -8)], stride=4, upsampling=2)
+    with pytest.raises(
+        ValueError, match="shift must be such that shift \\* upsampling 2 is a multiple of the stride 4"
+    ):
+        assert_shift_equivariant(model, images, shifts=[(1, 0)], stride=4, upsampling=2)
+
+
+@pytest.mark.parametrize(
+    "reduce", [lambda z: z.mean((2, 3)), lambda z: z.mean((1, 2, 3)), lambda z: z.mean((2, 3)).argmax(1)]
+)
+def test_outputs_without_positions_must_not_change(reduce):
+    """(B, K) and (B,), floating or integer."""
+    images = torch.rand(3, 2, 8, 8).double()
+    model = network("circular")
+    assert_shift_equivariant(lambda x: reduce(model(x)), images, shifts=[(1, 0), (2, -3)])
+
+
+def test_what_changes_without_positions_is_not_invariant():
+    """Named as such, with the image and the channel; flat tokens are the likely mistake."""
+    images = torch.rand(3, 1, 8, 8).double()
+    assert_shift_equivariant(lambda x: x.flatten(1).sum(1, keepdim=True), images, shifts=[(0, 1)])
+    weight = torch.arange(8.0, dtype=torch.float64)
+
+    def positions(x):
+        return torch.stack([x.sum((1, 2, 3)), (x * weight).sum((1, 2, 3))], 1)
+
+    error = equivariance_error(positions, images, (0, 1))
+    assert error.is_invariant
+    assert math.isnan(error.near_border)
+    assert error.position[1] == 1
+    message = (
+        r"not invariant at shift \(0, 1\): relative error .* largest at \(\d, 1\).*position \(image, channel\)"
+    )
+    with pytest.raises(
+        AssertionError, match=message + r".*positions in its axis, reshape it to \(B, \.\.\., h, w\)"
+    ):
+        assert_shift_equivariant(positions, images, shifts=[(0, 1)])
+    with pytest.raises(AssertionError, match=r"not invariant .* of 192 indices differ"):
+        assert_shift_equivariant(lambda x: (x > 0.5).flatten(1).long(), images, shifts=[(0, 1)])
+
+
+def test_random_functions_are_called_random():
+    """Dropout in training mode, noise on indices, and a state that changes; not a border, and not NaN."""
+    images = torch.rand(2, 2, 16, 16).double()
+    says = r"not equivariant at shift .* the function is random .* two calls on the same images differ .*eval\(\)"
+    noisy = nn.Sequential(network("circular"), nn.Dropout(0.5))
+    with pytest.raises(AssertionError, match=says):
+        assert_shift_equivariant(noisy, images, shifts=[(0, 1)])
+    assert_shift_equivariant(noisy.eval(), images, shifts=[(0, 1)])
+    with pytest.raises(AssertionError, match=says):
+        assert_shift_equivariant(
+            lambda x: tokens(x) + torch.randint(0, 2, (2, 8, 8)), images, shifts=[(0, 2)], stride=2
+        )
+    with pytest.raises(AssertionError, match=r"not invariant.*the function is random"):
+        assert_shift_equivariant(lambda x: torch.rand(2, 3), images, shifts=[(0, 1)])
+    for steady in (network("zeros"), lambda x: x * math.nan):
+        with pytest.raises(AssertionError, match=r"^(?!.*random)"):
+            assert_shift_equivariant(steady, images, shifts=[(0, 1)])
+
+
 def test_nan_and_infinity_are_differences():
     """Equal infinities pass; NaN never does."""
     images = torch.rand(1, 1, 4, 4)
@@ -251,6 +364,7 @@ def test_function_may_write_into_its_input():
     ("function", "shift", "options", "error", "match"),
     [
         (tokens, (0, 0), {"stride": 0}, ValueError, "stride must be an int >= 1"),
+        (tokens, (0, 0), {"upsampling": 0}, ValueError, "upsampling must be an int >= 1"),
         (tokens, (1, 0), {"stride": 2}, ValueError, "shift must be a multiple of the stride 2, as no token_shift"),
         (tokens, (0, 0), {"protocol": "mirror"}, ValueError, "protocol must be one of"),
         (

@@ -77,6 +77,8 @@ def evaluate_pictures(
         "stride": model.config.stride,
         "num_codes": model.config.num_codes,
         "codebook": vector_quantizer(model).codebook.detach(),
+        # Photographs have no ground; without it new reports would lack figures that the published ones contain.
+        "ground": -1.0,
     }
     whole: dict[str, Any] = common | {
         "reconstruct": lambda images: passes(images).reconstruction,

@@ -3,7 +3,7 @@
 from te_quant.equivariance.audits.auditor import audit
 from te_quant.equivariance.audits.constant_image import ConstantImageReport, constant_image_probe
 from te_quant.equivariance.audits.report import AuditReport
-from te_quant.equivariance.audits.rows import AuditRow, decibels
+from te_quant.equivariance.audits.rows import AuditRow, SkippedModule, decibels
 from te_quant.equivariance.measure import measure_equivariance
 from te_quant.equivariance.metrics.agreement import Agreement, PairCounts, count_pairs, foreground_tokens
 from te_quant.equivariance.metrics.margin import Margin, Spread, code_margins
@@ -29,6 +29,7 @@ __all__ = [
     "ReconstructionError",
     "ShiftAgreement",
     "ShiftError",
+    "SkippedModule",
     "Spread",
     "audit",
     "best_token_shift",

@@ -5,7 +5,7 @@ Shape letters: B batch, C channels, H W sides of what the tokenizer sees, h w to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -17,6 +17,7 @@ from te_quant._checks import require, require_floating, require_rank
 from te_quant._measuring.bootstrap import Resamples
 from te_quant._measuring.float64 import float64
 from te_quant._values import require_finite
+from te_quant.equivariance._draw import FractionalShift
 from te_quant.equivariance.metrics.agreement import Agreement, PairCounts, mark_foreground, tokens_of
 from te_quant.equivariance.metrics.margin import MarginTally
 from te_quant.equivariance.metrics.numerical_floor import Variant, variant_tokens
@@ -34,6 +35,7 @@ __all__ = ["Callables", "ImageMap", "Measurement"]
 
 ImageMap = Callable[[Tensor], Tensor]
 _Key = tuple[str, Shift | None]
+_PLACEMENTS = 5
 _Tally = TypeVar("_Tally", PairTally, FeatureTally, PixelTally)
 
 
@@ -55,14 +57,14 @@ class _Reference:
 
     images: Tensor
     tokens: Tensor
-    foreground: Tensor
+    foreground: Tensor | None
     latents: Tensor | None
     margins: Tensor | None
     decoded: Tensor | None
 
 
 class Measurement:
-    """The sums of one measurement; ``add`` takes any batch, so the split does not matter."""
+    """The sums of one measurement; :meth:`passes` takes any batches, so the split does not matter."""
 
     def __init__(self, views: Views, settings: EquivarianceSettings, given: Callables) -> None:
         self.views, self.settings, self.given = views, settings, given
@@ -75,27 +77,45 @@ class Measurement:
         self.margins = None if given.codebook is None else MarginTally(given.codebook)
         self.usage = CodebookUsage(settings.num_codes)
 
-    def add(self, batch: Tensor) -> None:
-        """Take in one more batch of images."""
+    @property
+    def passes_per_batch(self) -> int:
+        """How often a batch goes through the tokenizer."""
+        s = self.settings
+        shifts = len(s.shifts) + len(s.sub_stride_shifts) + len(s.fractional_shifts)
+        return 1 + (_PLACEMENTS if self.views.sprites else 0) + shifts + len(self.given.variants)
+
+    def passes(self, batches: Iterable[Tensor]) -> Iterator[None]:
+        """Take in batches of images, one pass after the other."""
+        for batch in batches:
+            yield from self._passes(batch)
+            self._close()
+
+    def _passes(self, batch: Tensor) -> Iterator[None]:
         images = self.views.shifted(batch, (0, 0))
         tokens, z = self._tokens(images), self._latents(images)
         margins = None if self.margins is None or z is None else self.margins.margins(z, tokens)
         reference = _Reference(images, tokens, self._foreground(images), z, margins, self._decode(images))
-        if self.views.sprites:
-            self._add_placement(batch)
+        yield
+        if self.views.ground is not None:
+            yield from self._placement(batch, self.views.ground)
         else:
             self._add_reference(images, tokens, reference.decoded)
-        for shift in self.settings.shifts:
+        s = self.settings
+        for shift in s.shifts:
             self._add_aligned(self.views.shifted(batch, shift), shift, reference)
-        for shift in self.settings.sub_stride_shifts:
+            yield
+        for shift in s.sub_stride_shifts:
             self._add_sub_stride(self.views.shifted(batch, shift), shift, reference)
+            yield
+        for amount in s.fractional_shifts:
+            self._add_fractional(self.views.interpolated(batch, amount), amount, reference)
+            yield
         for name, variant in self.given.variants.items():
-            s = self.settings
             other = variant_tokens(
                 name, variant, self.given.tokenize, images, grid=self.views.grid, num_codes=s.num_codes
             )
             self._pair("floor " + name, tokens, other)
-        self._close()
+            yield
 
     def report(self) -> EquivarianceReport:
         """Turn what was summed so far into rates and errors, each with its interval."""
@@ -110,6 +130,9 @@ class Measurement:
         def pooled(name: str) -> Agreement:
             return shown(name) or PairCounts.zero(s.num_codes).agreement()
 
+        def foreground(name: str) -> Agreement | None:
+            return None if s.ground is None else pooled(name)
+
         def error(
             tallies: Mapping[_Key, FeatureTally] | Mapping[_Key, PixelTally], name: str
         ) -> ShiftError | None:
@@ -119,15 +142,18 @@ class Measurement:
             placement=shown("placement"),
             placement_foreground=shown("placement_foreground"),
             aligned=pooled("aligned"),
-            aligned_foreground=pooled("aligned_foreground"),
+            aligned_foreground=foreground("aligned_foreground"),
             sub_stride=pooled("sub_stride"),
-            sub_stride_foreground=pooled("sub_stride_foreground"),
+            sub_stride_foreground=foreground("sub_stride_foreground"),
             sub_stride_fourier=shown("sub_stride_fourier"),
             sub_stride_fourier_foreground=shown("sub_stride_fourier_foreground"),
             feature_error=error(self.features, "aligned"),
             feature_error_sub_stride=error(self.features, "sub_stride"),
             end_to_end=error(self.decoded, "aligned"),
             end_to_end_sub_stride=error(self.decoded, "sub_stride"),
+            fractional=shown("fractional"),
+            feature_error_fractional=error(self.features, "fractional"),
+            end_to_end_fractional=error(self.decoded, "fractional"),
             margin=None if self.margins is None or not s.shifts else self.margins.margin(drawn),
             numerical_floor={name: pooled("floor " + name) for name in self.given.variants},
             code_use=self.usage.compute(),
@@ -139,23 +165,26 @@ class Measurement:
             settings=s,
         )
 
-    def _add_placement(self, batch: Tensor) -> None:
+    def _placement(self, batch: Tensor, ground: float) -> Iterator[None]:
         s = self.settings
-        placed = paste_sprites(batch, canvas_size=s.image_size[0], ground=s.ground)
-        indices = torch.stack([self._tokens(images) for images in placed])
-        for images, tokens in zip(placed, indices, strict=True):
-            self._add_reference(images, tokens, self._decode(images))
-        first, second = placement_pairs(indices, stride=s.stride)
+        indices = []
+        for images in paste_sprites(batch, canvas_size=s.image_size[0], ground=ground):
+            indices.append(self._tokens(images))
+            self._add_reference(images, indices[-1], self._decode(images))
+            yield
+        first, second = placement_pairs(torch.stack(indices), stride=s.stride)
         self._pair("placement", first, second)
-        self._pair("placement_foreground", first, second, self._foreground(batch).unsqueeze(1).expand_as(first))
+        inked = mark_foreground(batch, stride=s.stride, ground=ground, tau=s.tau)
+        self._pair("placement_foreground", first, second, inked.unsqueeze(1).expand_as(first))
 
     def _add_aligned(self, images: Tensor, shift: Shift, reference: _Reference) -> None:
         s = self.settings
         k = (shift[0] // s.stride, shift[1] // s.stride)
         first, second = align(reference.tokens, self._tokens(images), k, protocol=s.protocol)
-        inked, _ = align(reference.foreground, reference.foreground, k, protocol=s.protocol)
         self._pair("aligned", first, second, shift=shift)
-        self._pair("aligned_foreground", first, second, inked)
+        if reference.foreground is not None:
+            inked, _ = align(reference.foreground, reference.foreground, k, protocol=s.protocol)
+            self._pair("aligned_foreground", first, second, inked)
         self._add_decoded("aligned", images, shift, reference)
         moved = self._latents(images)
         if moved is None or reference.latents is None:
@@ -170,7 +199,8 @@ class Measurement:
     def _add_sub_stride(self, images: Tensor, shift: Shift, reference: _Reference) -> None:
         s = self.settings
         tokens, inked = self._tokens(images), self._foreground(images)
-        for suffix, mask in (("", None), ("_foreground", inked)):
+        masks = {"": None} if inked is None else {"": None, "_foreground": inked}
+        for suffix, mask in masks.items():
             pair = sub_stride_pairs(reference.tokens, tokens, protocol=s.protocol, mask=mask)
             self._pair("sub_stride" + suffix, *pair, shift=None if suffix else shift)
         self._add_decoded("sub_stride", images, shift, reference)
@@ -191,9 +221,22 @@ class Measurement:
             name="quantize",
             argument="latents",
         ).to(tokens.device)
-        for suffix, mask in (("", None), ("_foreground", inked)):
+        for suffix, mask in masks.items():
             pair = sub_stride_pairs(codes, tokens, protocol=s.protocol, mask=mask, search=False)
             self._pair("sub_stride_fourier" + suffix, *pair)
+
+    def _add_fractional(self, images: Tensor, shift: FractionalShift, reference: _Reference) -> None:
+        s, key = self.settings, ("fractional", None)
+        first, second, _ = sub_stride_pairs(reference.tokens, self._tokens(images), protocol=s.protocol)
+        self._pair("fractional", first, second)
+        if reference.decoded is not None and (decoded := self._decode(images)) is not None:
+            expected, region = self.views.moved(reference.decoded, shift)
+            self.decoded.setdefault(key, self._pixels()).add(expected, decoded[..., region[0], region[1]])
+        if reference.latents is not None and (moved := self._latents(images)) is not None:
+            expected = fourier_shift(reference.latents, (shift[0] / s.stride, shift[1] / s.stride))
+            rows, columns = sub_stride_region(self.views.grid, s.protocol)
+            tally = self.features.setdefault(key, FeatureTally())
+            tally.add(expected[..., rows, columns], moved[..., rows, columns])
 
     def _add_decoded(self, name: str, images: Tensor, shift: Shift, reference: _Reference) -> None:
         if reference.decoded is None:
@@ -273,6 +316,8 @@ class Measurement:
         require(fits, "latents(images)", f"of grid {self.views.grid}", f"shape {tuple(z.shape)}")
         return require_finite("latents(images)", z).to(images.device)
 
-    def _foreground(self, images: Tensor) -> Tensor:
+    def _foreground(self, images: Tensor) -> Tensor | None:
         s = self.settings
+        if s.ground is None:
+            return None
         return mark_foreground(images, stride=s.stride, ground=s.ground, tau=s.tau)

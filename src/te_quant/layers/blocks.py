@@ -7,10 +7,12 @@ Source: Esser et al. 2021, arXiv:2012.09841, whose encoder and decoder are made 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require_choice, require_int, require_number
+from te_quant._execution import is_exporting
 from te_quant.contract import Group, Reach, Statement, sliding_window
 from te_quant.filters import PADDING_MODES, Margins, PaddingMode, pad2d
 from te_quant.layers.activation import Activation, build_activation
@@ -18,6 +20,9 @@ from te_quant.layers.norm import Norm, build_norm
 from te_quant.layers.stating import both_axes, derived, in_series, statement_of
 
 __all__ = ["PaddedConv2d", "ResidualBlock", "SelfAttention2d"]
+
+# Up to so many pixels attention rounds as in older versions, so that published results stay; weights take 4 MiB.
+_MOST_PLAIN = 1024
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -187,7 +192,8 @@ class SelfAttention2d(nn.Module):
         ValueError: ``norm_groups`` does not divide ``channels``.
 
     Source: Esser et al. 2021, arXiv:2012.09841. Differs: queries, keys and values come from one projection,
-        which is the same function, and the H·W x H·W weights are never stored where a fused kernel exists.
+        which is the same function, and the H·W x H·W weights are not stored above 1,024 pixels, nor below in
+        channels-last format, where torch has a fused kernel.
 
     Example:
         >>> import torch
@@ -208,6 +214,9 @@ class SelfAttention2d(nn.Module):
         """The input plus the projected averages of the values."""
         # (B, 3C, H, W) -> (B, 1 head, H·W, 3C): pixels are the sequence.
         tokens = self.qkv(self.norm(images)).flatten(2).transpose(1, 2).unsqueeze(1)
+        # Fused kernels want each pixel's channels side by side. A graph must not depend on the size of the grid.
+        if not torch.compiler.is_compiling() and not is_exporting() and tokens.shape[2] > _MOST_PLAIN:
+            tokens = tokens.contiguous()
         queries, keys, values = tokens.chunk(3, dim=-1)
         mixed = F.scaled_dot_product_attention(queries, keys, values)
         grid: Tensor = self.out(mixed.squeeze(1).transpose(1, 2).reshape(images.shape))

@@ -5,6 +5,7 @@ Shape letters: B batch, C channels, H W sides of the images, h w sides of the ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,6 +38,7 @@ def assert_shift_equivariant(
     *,
     shifts: Iterable[Shift],
     stride: int = 1,
+    upsampling: int = 1,
     tolerance: float | None = None,
     protocol: Protocol = "circular",
     token_shift: TokenShift | None = None,
@@ -45,48 +47,67 @@ def assert_shift_equivariant(
 ) -> None:
     """Fail at the first shift that the output does not follow.
 
+    An output without positions, (B, K) or (B,), has to be invariant: it must not change. Where the assertion
+    fails, the function is called twice more on the same images, and the message says so if it is random.
+
     Example:
         >>> layer = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, padding_mode="circular").double()
         >>> photos = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
         >>> assert_shift_equivariant(layer, photos, shifts=[(2, 0), (-4, 6)], stride=2)
+        >>> decoder = torch.nn.ConvTranspose2d(8, 3, 4, stride=4).double()
+        >>> codes = torch.rand(2, 8, 6, 6, dtype=torch.float64)
+        >>> assert_shift_equivariant(decoder, codes, shifts=[(1, 0), (0, -2)], upsampling=4)
 
     Args:
-        function: images -> feature map or indices. Put a model in evaluation mode first.
-        images: any images; under ``crop`` larger than the window.
-        shifts: pixel shifts (dy, dx), at least one.
+        function: images -> feature map, indices or numbers; or tokens -> images. Put a model in evaluation mode
+            first.
+        images: any images, or what a decoder takes: codes or indices. Under ``crop`` larger than the window.
+        shifts: shifts (dy, dx) in pixels (in tokens for a decoder), at least one.
         stride: s, pixels from one position of the output to the next.
+        upsampling: positions of the output for one of the input: of a decoder, the pixels per token.
         tolerance: largest ``relative_error`` of a floating output; of indices, the largest share that may differ.
             None: :data:`TOLERANCES` of the dtype of the output, and no index.
         protocol: how images move: ``circular``, ``canvas`` or ``crop``; see :mod:`te_quant.shifts`.
-        token_shift: how far the output has to move, image by image, where that is not ``shift / stride``, as
-            :func:`phase_token_shift` gives for adaptive polyphase layers.
+        token_shift: how far the output has to move, image by image, where that is not ``shift * upsampling /
+            stride``, as :func:`phase_token_shift` gives for adaptive polyphase layers.
         fill: value of the ground, under ``canvas``.
         size: (height, width) of the window, under ``crop``.
 
     Shape:
-        images: (B, C, H, W). function: -> (B, ..., h, w), floating point or integer.
+        images: (B, C, H, W), or (B, H, W) integer. function: -> (B, ..., h, w), (B, K) or (B,), floating point or
+        integer.
 
     Raises:
         AssertionError: the output does not move with the images. The message names the shift, the position, the
-            size of the error and the likely cause.
-        ValueError: there is no shift, a shift is no multiple of the stride, the output has another shape after
-            the shift, or no position is valid in both.
+            size of the error and the likely cause, which may be that the function is random.
+        ValueError: there is no shift, a shift does not move the output by whole positions, the output has another
+            shape after the shift, or no position is valid in both.
     """
     amounts = list(shifts)
     require(len(amounts) > 0, "shifts", "at least one", "none")
     if tolerance is not None:
         tolerance = require_number("tolerance", tolerance, 0)
-    options: dict[str, Any] = {"protocol": protocol, "token_shift": token_shift, "fill": fill, "size": size}
+    options: dict[str, Any] = {"protocol": protocol, "fill": fill, "size": size}
     for shift in amounts:
-        error = equivariance_error(function, images, shift, stride=stride, **options)
+        factors: dict[str, Any] = {"stride": stride, "upsampling": upsampling, "token_shift": token_shift}
+        error = equivariance_error(function, images, shift, **factors, **options)
         allowed = tolerance
         if allowed is None:
             allowed = 0.0 if error.is_indices else TOLERANCES[error.dtype]
-        if (error.rate if error.is_indices else error.relative_error) > allowed:
-            raise AssertionError(_complaint(error, allowed, stride))
+        if _size(error) > allowed:
+            noise = equivariance_error(function, images, (0, 0), **options)
+            # NaN differs from itself without any randomness.
+            random = allowed < _size(noise) < math.inf
+            look = _randomness(noise) if random else f"Where to look: {_suspect(error, stride)}."
+            raise AssertionError(f"{_complaint(error, allowed)} {look}")
 
 
-def _complaint(error: ShiftDifference, allowed: float, stride: int) -> str:
+def _size(error: ShiftDifference) -> float:
+    """Return what the tolerance bounds."""
+    return error.rate if error.is_indices else error.relative_error
+
+
+def _complaint(error: ShiftDifference, allowed: float) -> str:
     expected, actual = error.expected, error.actual
     if error.is_indices:
         size = f"{error.differing} of {error.compared} indices differ ({allowed:.3g} of them may)"
@@ -94,6 +115,28 @@ def _complaint(error: ShiftDifference, allowed: float, stride: int) -> str:
     else:
         size = f"relative error {error.relative_error:.3g} (tolerance {allowed:.3g} for {error.dtype})"
         values = f"largest at {error.position}: expected {expected:.6g}, got {actual:.6g}"
+    kind = "invariant" if error.is_invariant else "equivariant"
+    where = f"{error.where()} of the output for unshifted images"
+    return f"not {kind} at shift {error.shift}: {size}; {values} ({where})."
+
+
+def _randomness(noise: ShiftDifference) -> str:
+    by = f"{noise.differing} of {noise.compared} indices"
+    if not noise.is_indices:
+        by = f"a relative error of {noise.relative_error:.3g}"
+    return (
+        f"But the function is random or changes its own state: two calls on the same images differ by {by}. "
+        "Call model.eval(), or fix the seed inside the function, and try again."
+    )
+
+
+def _suspect(error: ShiftDifference, stride: int) -> str:
+    audit = "te_quant.equivariance.audit names the module"
+    if error.is_invariant:
+        return (
+            "an output without positions must not change; if it has positions in its axis, reshape it to "
+            f"(B, ..., h, w). {audit}"
+        )
     if any(part % stride for part in error.shift):
         look = "the shift is no multiple of the stride, so at the downsampling layers"
     # Nearer to all of it than to the share that an error without any place would have there.
@@ -101,8 +144,4 @@ def _complaint(error: ShiftDifference, allowed: float, stride: int) -> str:
         look = f"{error.near_border:.0%} of the error lies beside the border, so at the padding"
     else:
         look = "the error lies all over the map, so at the stride, normalisation, attention and absolute positions"
-    where = "position (image, ..., row, column) of the output for unshifted images"
-    return (
-        f"not equivariant at shift {error.shift}: {size}; {values} ({where}). Where to look: {look}. "
-        "te_quant.equivariance.audit names the module."
-    )
+    return f"{look}. {audit}"

@@ -35,14 +35,15 @@ class ShiftDifference(Tabular):
         differing: values (or indices) that are not bitwise equal.
         compared: values compared.
         position: (image, ..., row, column) in f(x): of the largest difference, or for indices the first one;
-            None if nothing differs.
+            None if nothing differs. Of an invariant output (image, channel) or (image,).
         expected: the value of f(x) there.
         actual: the value of f(T x) where it should have moved to.
         near_border: share of the squared error (of the differing indices) within an eighth of the side, or one
-            position, from the border of f(x) or of f(T x); NaN if nothing differs.
-        border_area: share of such positions.
+            position, from the border of f(x) or of f(T x); NaN if nothing differs, and without positions.
+        border_area: share of such positions; NaN without positions.
         is_indices: whether the output is an integer tensor.
         dtype: of the output.
+        is_invariant: whether the output has no positions, so that it has to stay as it is.
     """
 
     shift: Shift
@@ -57,11 +58,18 @@ class ShiftDifference(Tabular):
     border_area: float
     is_indices: bool
     dtype: torch.dtype
+    is_invariant: bool = False
 
     @property
     def rate(self) -> float:
         """Share of values that differ."""
         return self.differing / self.compared
+
+    def where(self) -> str:
+        """Return what the entries of ``position`` count."""
+        if self.is_invariant:
+            return "position (image, channel)"
+        return "position (image, ..., row, column)"
 
     def summary(self) -> Table:
         """Return by how much, how often and where f(T x) differs."""
@@ -72,11 +80,12 @@ class ShiftDifference(Tabular):
         ]
         if self.position is not None:
             rows += [
-                ["position (image, ..., row, column)", str(self.position)],
+                [self.where(), str(self.position)],
                 ["value expected there", f"{self.expected:.6g}"],
                 ["value found", f"{self.actual:.6g}"],
-                ["share of the error near the border", f"{self.near_border:.0%}"],
             ]
+            if not self.is_invariant:
+                rows.append(["share of the error near the border", f"{self.near_border:.0%}"])
         return Table(["f(T x) against T f(x)", "value"], rows)
 
 
@@ -87,6 +96,7 @@ def equivariance_error(
     shift: Shift,
     *,
     stride: int = 1,
+    upsampling: int = 1,
     protocol: Protocol = "circular",
     token_shift: TokenShift | None = None,
     fill: float = -1.0,
@@ -94,32 +104,41 @@ def equivariance_error(
 ) -> ShiftDifference:
     """Compare f(T x) with f(x), moved by the same shift in positions of the output.
 
+    An output without positions, (B, K) or (B,), is compared as it is. The function has to return the same for the
+    same images; of a random one the noise is measured too.
+
     Example:
         >>> layer = torch.nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular").double()
         >>> equivariance_error(layer, torch.rand(1, 1, 8, 8).double(), (3, -2)).relative_error < 1e-12
         True
 
     Args:
-        function: images -> feature map or indices. Put a model in evaluation mode first.
-        images: any images; under ``crop`` larger than the window.
-        shift: (dy, dx) in pixels, down and right.
+        function: images -> feature map, indices or numbers; or tokens -> images. Put a model in evaluation mode
+            first.
+        images: any images, codes or indices; under ``crop`` larger than the window.
+        shift: (dy, dx) in pixels (in tokens for a decoder), down and right.
         stride: s, pixels from one position of the output to the next.
+        upsampling: positions of the output for one of the input: of a decoder, the pixels per token.
         protocol: how images move, see :mod:`te_quant.shifts`.
-        token_shift: how far the output has to move, image by image, where that is not ``shift / stride``; see
-            :func:`phase_token_shift`. None: ``shift`` must be a multiple of the stride.
+        token_shift: how far the output has to move, image by image, where that is not ``shift * upsampling /
+            stride``; see :func:`phase_token_shift`. None: that must be whole.
         fill: value of the ground, under ``canvas``.
         size: (height, width) of the window, under ``crop``.
 
     Shape:
-        images: (B, C, H, W). function: -> (B, ..., h, w), floating point or integer.
+        images: (B, C, H, W), or (B, H, W) integer. function: -> (B, ..., h, w), (B, K) or (B,), floating point or
+        integer.
 
     Raises:
         ValueError: the shift is no multiple of the stride, the output has another shape after the shift, or no
             position is valid in both.
         TypeError: the output is no tensor, or is complex or boolean.
     """
-    require_rank("images", images, (4,), "(B, C, H, W)")
+    whole_numbers = isinstance(images, Tensor) and not images.is_floating_point()
+    expected = "(B, C, H, W), or (B, H, W) of integers"
+    require_rank("images", images, (3, 4) if whole_numbers else (4,), expected)
     stride = require_int("stride", stride, 1)
+    upsampling = require_int("upsampling", upsampling, 1)
     require_choice("protocol", protocol, PROTOCOLS)
     first, second = (_view(images, t, protocol, fill, size) for t in ((0, 0), shift))
     # The function may keep or overwrite what it is given.
@@ -128,9 +147,12 @@ def equivariance_error(
     shown = f"{tuple(reference.shape)} and {tuple(moved.shape)}"
     require(fits, "function(images)", "of one shape (B, ..., h, w) and dtype before and after the shift", shown)
     if token_shift is None:
-        whole = shift[0] % stride == 0 and shift[1] % stride == 0
-        require(whole, "shift", f"a multiple of the stride {stride}, as no token_shift is given", shift)
-        steps = [(shift[0] // stride, shift[1] // stride)] * len(images)
+        dy, dx = shift[0] * upsampling, shift[1] * upsampling
+        multiple = f"a multiple of the stride {stride}, as no token_shift is given"
+        if upsampling > 1:
+            multiple = f"such that shift * upsampling {upsampling} is {multiple}"
+        require(dy % stride == 0 and dx % stride == 0, "shift", multiple, shift)
+        steps = [(dy // stride, dx // stride)] * len(images)
     else:
         law = token_shift(first, second, shift)
         fits = isinstance(law, Tensor) and law.shape == (len(images), 2) and not law.is_floating_point()
@@ -182,14 +204,21 @@ def _output(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     if not isinstance(output, Tensor) or output.is_complex() or output.dtype == torch.bool:
         actual = output.dtype if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"function(images) must be a floating-point or integer tensor, got {actual}.")
-    require(output.ndim >= 3, "function(images)", "of shape (B, ..., h, w)", f"shape {tuple(output.shape)}")
+    expected = "of shape (B, ..., h, w), or (B, K) or (B,) without positions"
+    fits = output.ndim >= 3 or (output.ndim > 0 and len(output) == len(images))
+    require(fits, "function(images)", expected, f"shape {tuple(output.shape)}")
     return output
 
 
 def _compare(
     reference: Tensor, moved: Tensor, steps: list[Shift], shift: Shift, protocol: Protocol
 ) -> ShiftDifference:
-    is_indices = not reference.is_floating_point()
+    is_indices, is_invariant = not reference.is_floating_point(), reference.ndim < 3
+    if is_invariant:
+        # One position per image, which stays where it is.
+        shape = reference.shape
+        reference, moved = (output.reshape(len(output), -1, 1, 1) for output in (reference, moved))
+        steps = [(0, 0)] * len(steps)
     near = _near_border(reference)
     compared = differing = area = 0
     weight = beside = largest = score = 0.0
@@ -218,6 +247,8 @@ def _compare(
                 # Aligned positions are counted from the first one that is valid in both.
                 inner[-2:] = [p + max(0, -k) for p, k in zip(inner[-2:], step, strict=True)]
             place = (image, *inner)
+    if is_invariant and place is not None:
+        place = place[: len(shape)]
     require(compared > 0, "shift", "one that leaves positions valid in both", shift)
     # An infinity is no scale: everything would be small beside it.
     scale = float(float64(reference).abs().nan_to_num(nan=0.0, posinf=0.0).max())
@@ -230,10 +261,11 @@ def _compare(
         position=place,
         expected=values[0],
         actual=values[1],
-        near_border=beside / weight if differing else math.nan,
-        border_area=area / compared,
+        near_border=beside / weight if differing and not is_invariant else math.nan,
+        border_area=math.nan if is_invariant else area / compared,
         is_indices=is_indices,
         dtype=reference.dtype,
+        is_invariant=is_invariant,
     )
 
 

@@ -6,7 +6,7 @@ Shape letters: B batch, C channels, H W sides of the image, h w sides of a featu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import product
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_quant._checks import require
 from te_quant._measuring.float64 import float64
 from te_quant.equivariance._border import border_distances
 from te_quant.shifts import Shift, fourier_shift, roll
@@ -22,8 +23,11 @@ __all__ = [
     "Amount",
     "error_map",
     "first_grid",
+    "first_map",
+    "has_positions",
     "map_tensors",
     "near_border",
+    "refuse_sides",
     "stride_of",
     "token_amount",
 ]
@@ -50,16 +54,67 @@ def stride_of(value: object, sides: tuple[int, int], batch: int) -> Fraction | N
 
 def first_grid(values: object, sides: tuple[int, int], batch: int) -> Tensor | None:
     """The first grid among nested tuples, lists and mappings, in their order; None without one."""
+    return next((value for value in _tensors(values) if stride_of(value, sides, batch) is not None), None)
+
+
+def first_map(values: object, batch: int) -> Tensor | None:
+    """The first floating (B, C, h, w) tensor, whatever its sides; None without one."""
+    maps = (v for v in _tensors(values) if v.ndim == 4 and v.is_floating_point() and v.shape[0] == batch)
+    return next(maps, None)
+
+
+def has_positions(values: object) -> bool:
+    """Whether a floating tensor in there holds more than one position: (B, N, D), (B, C, h, w) or larger."""
+    return any(
+        value.is_floating_point() and value.ndim >= 3 and (value.ndim == 3 or math.prod(value.shape[2:]) > 1)
+        for value in _tensors(values)
+    )
+
+
+def refuse_sides(module: str, source: Tensor, result: Tensor, sides: tuple[int, int]) -> None:
+    """Refuse images whose sides keep the output of a module from being a grid, and name sides that do not.
+
+    Args:
+        module: what the error calls the module.
+        source: the grid that it was given.
+        result: its output, which is no grid.
+        sides: (H, W) of the images.
+
+    Raises:
+        ValueError: other sides would help.
+
+    Shape:
+        source: (B, ·, h, w). result: (B, ·, h', w').
+    """
+    h, w = (int(side) for side in result.shape[2:])
+    gives = f"of {module}, which gives {h}x{w}"
+    ratio = Fraction(sides[0], h)
+    if ratio == Fraction(sides[1], w) and ratio.denominator == 1:
+        # One position is a mean over the image, in which nothing can move.
+        fits = max(h, w) == 1 or min(h, w) >= MIN_SIDE
+        require(fits, "images sides", f"at least {MIN_SIDE} times the stride {ratio} {gives}", sides)
+        return
+    before = [int(side) for side in source.shape[2:]]
+    step = max(1, round(before[0] / h))
+    rounded = all(
+        new in (old // step, -(-old // step)) for old, new in zip(before, (h, w), strict=True)
+    )  # floor or ceiling of the quotient: what a stride leaves of sides that it does not divide
+    if step > 1 and rounded:
+        stride = step * Fraction(sides[0], before[0])
+        cure = "x".join(str(side // stride * stride) for side in sides)
+        fits = all(side % stride == 0 for side in sides)
+        require(fits, "images sides", f"multiples of the stride {stride} {gives}", f"{sides}; crop them to {cure}")
+
+
+def _tensors(values: object) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and mappings, in their order."""
     if isinstance(values, Tensor):
-        return None if stride_of(values, sides, batch) is None else values
-    if isinstance(values, Mapping):
-        values = list(values.values())
-    if isinstance(values, list | tuple):
+        yield values
+    elif isinstance(values, Mapping):
+        yield from _tensors(list(values.values()))
+    elif isinstance(values, list | tuple):
         for value in values:
-            found = first_grid(value, sides, batch)
-            if found is not None:
-                return found
-    return None
+            yield from _tensors(value)
 
 
 def map_tensors(values: Any, change: Any) -> Any:

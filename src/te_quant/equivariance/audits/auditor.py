@@ -6,21 +6,32 @@ Shape letters: B batch, C channels, H W sides of the image, h w sides of a featu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_floating, require_int, require_rank
-from te_quant.equivariance.audits._grid import MIN_SIDE, first_grid, map_tensors, stride_of
+from te_quant._measuring.progress import progress as with_progress
+from te_quant.equivariance.audits._grid import (
+    MIN_SIDE,
+    first_grid,
+    first_map,
+    has_positions,
+    map_tensors,
+    refuse_sides,
+    stride_of,
+)
 from te_quant.equivariance.audits._trials import Trial, UnitSums
 from te_quant.equivariance.audits.report import AuditReport
 from te_quant.equivariance.audits.rows import AuditRow, SkippedModule
 from te_quant.shifts import Shift, roll
 
 __all__ = ["audit"]
+
+_FIXED_SIDES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def audit(
@@ -32,6 +43,7 @@ def audit(
     sub_stride_shifts: Iterable[Shift] | None = None,
     whole: Collection[str] = (),
     batch_size: int = 4,
+    progress: bool | None = None,
 ) -> AuditReport:
     """Show images and circularly shifted images to a model and report where equivariance is lost.
 
@@ -63,6 +75,9 @@ def audit(
     A module with children has a row too where a child cannot be audited alone (the padding stands outside of the
     convolution, attention works on sequences), where it loses something and none of the children does, and where
     it is taken as a whole: its class name says attention, or ``whole`` names it. The last kind hides its children.
+    A module that maps positions to positions and is in no row, such as a convolution without padding or a layer on
+    a sequence of tokens, is named first in every form of the report: the worst of the audited modules need not be
+    the worst of the model then.
 
     The model is put into evaluation mode; its training flags, its hooks and the random state are as before
     afterwards, also if it fails. All shifts of a batch go through the model at once, so normalisation by
@@ -77,7 +92,8 @@ def audit(
 
     Args:
         module: the model.
-        images: what it takes, H and W at least four times its stride. Photographs show more than noise.
+        images: what it takes, H and W multiples of its stride and at least four times as large. Photographs show
+            more than noise.
         run: calls the model, as ``lambda x: vq.encode(x)``; the module itself if None.
         shifts: whole shifts (dy, dx), multiples of the largest stride and at most a quarter of the sides. None:
             one stride down and one to the right.
@@ -85,6 +101,8 @@ def audit(
             the right.
         whole: names of modules to be taken as one.
         batch_size: images at once; each is shown once more for each shift.
+        progress: whether to write the number of passes and a progress bar to standard error. None: if that is a
+            terminal. One pass finds the strides, and one per batch measures.
 
     Shape:
         images: (B, C, H, W) floating point.
@@ -92,8 +110,8 @@ def audit(
             a tuple, list or mapping is judged by the first grid in it. All grids among its inputs are moved.
 
     Raises:
-        ValueError: no module maps grid to grid, sides are too small, a shift is out of range or ``whole`` has
-            an unknown name.
+        ValueError: no module maps grid to grid, sides are too small or do not fit the stride of a module, a shift
+            is out of range or ``whole`` has an unknown name.
         TypeError: module is no module, or images are not floating point.
     """
     if not isinstance(module, nn.Module):
@@ -109,17 +127,22 @@ def audit(
     auditor = _Auditor(module, (int(images.shape[2]), int(images.shape[3])), frozenset(whole))
     devices = [images.device] if images.device.type == "cuda" else []
     flags = [(child, child.training) for child in module.modules()]
+    batches = torch.split(images, batch_size)
+
+    def passes() -> Iterator[list[Tensor]]:
+        yield [images[:1]]
+        auditor.plan(shifts, sub_stride_shifts)
+        for batch in batches:
+            yield [batch, *(roll(batch, t) for t in (*auditor.shifts, *auditor.sub_shifts))]
+
+    views = with_progress(passes(), total=1 + len(batches), description="audit", show=progress)
     handles = auditor.attach()
     try:
         module.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            auditor.look([images[:1]])
-            call(images[:1].clone())
-            auditor.plan(shifts, sub_stride_shifts)
-            for batch in torch.split(images, batch_size):
-                views = [batch, *(roll(batch, t) for t in (*auditor.shifts, *auditor.sub_shifts))]
-                auditor.look(views)
-                call(torch.cat(views))
+            for shown in views:
+                auditor.look(shown)
+                call(torch.cat(shown))
     finally:
         for handle in handles:
             handle.remove()
@@ -138,6 +161,7 @@ class _Call:
     whole: bool
     children: int = 0
     failed: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
 
 
@@ -239,11 +263,7 @@ class _Auditor:
             parent.children += 1
         source, result = (first_grid(v, self.sides, self.batch) for v in (call.inputs, output))
         if source is None or result is None:
-            reason = f"its {'input' if source is None else 'output'} is no grid over the image"
-            self.skipped[call.name] = SkippedModule(call.name, type(call.module).__name__, reason)
-            if parent is not None:
-                parent.failed.append(call.name)
-                parent.rows += call.rows
+            self._skip(call, parent, source, output)
             return
         for grid in (source, result):
             stride = stride_of(grid, self.sides, self.batch)
@@ -252,6 +272,28 @@ class _Auditor:
             parent.rows += [*call.rows, call.name]
         if self.measuring:
             self._measure(call, source, result)
+
+    def _skip(self, call: _Call, parent: _Call | None, source: Tensor | None, output: object) -> None:
+        kind = type(call.module).__name__
+        found = first_map(call.inputs if source is None else output, self.batch)
+        # Sides that a module chooses by itself say nothing about the images.
+        if source is not None and found is not None and not isinstance(call.module, _FIXED_SIDES):
+            refuse_sides(f"module {call.name!r} ({kind})", source, found, self.sides)
+        which, over = "input" if source is None else "output", "the image"
+        if found is not None:
+            which += " of {}x{}".format(*found.shape[2:])
+            over = "images of {}x{}".format(*self.sides)
+        self.skipped[call.name] = SkippedModule(call.name, kind, f"its {which} is no grid over {over}")
+        if not call.missed and has_positions(call.inputs) and has_positions(output):
+            call.missed.append(call.name)
+        if parent is not None:
+            parent.failed.append(call.name)
+            parent.rows += call.rows
+            parent.missed += call.missed
+            return
+        # No module around it has a row.
+        for name in call.missed:
+            self.skipped[name] = replace(self.skipped[name], missed=True)
 
     def _measure(self, call: _Call, source: Tensor, result: Tensor) -> None:
         if call.children and not call.whole:

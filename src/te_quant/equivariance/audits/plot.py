@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +28,16 @@ _BEST = 80.0
 _WORST = -40.0
 _STEP = 10
 _LONGEST = 48
+# Characters of the headline in one line.
+_CAPTION = 130
 
 
-def plot_audit(rows: Sequence[AuditRow]) -> Figure:
+def plot_audit(rows: Sequence[AuditRow], *, headline: str = "") -> Figure:
     """Draw one line per module, in the order of execution: the error after it, and what it adds, by part.
 
     Args:
         rows: of a report, in the order of execution.
+        headline: what readers must know before the rest.
 
     Returns:
         A figure that belongs to no window; use its ``savefig``.
@@ -41,6 +45,8 @@ def plot_audit(rows: Sequence[AuditRow]) -> Figure:
     places = range(len(rows))
     figure = new_figure(10.5, 1.9 + 0.17 * max(4, len(rows)))
     after, added = figure.subplots(1, 2, sharey=True)
+    if headline:
+        figure.suptitle(textwrap.fill(headline, _CAPTION), fontsize=9, color=_COLOURS["border"])
     exact = _exact_line(rows)
     for label, field, colour, dash in (
         ("whole strides", "whole_error", "#000000", "-"),

@@ -29,7 +29,7 @@ class AuditReport(Tabular):
 
     Attributes:
         rows: the audited modules, in the order in which they finished.
-        skipped: the modules that were called but not audited alone.
+        skipped: the modules that were called but not audited alone; :meth:`missed` returns those that matter.
         stride: the largest stride in the model (least common multiple), pixels.
         image_size: (H, W).
         num_images: how many images were shown.
@@ -45,6 +45,10 @@ class AuditReport(Tabular):
     shifts: tuple[Shift, ...]
     sub_stride_shifts: tuple[Shift, ...]
 
+    def missed(self) -> tuple[SkippedModule, ...]:
+        """Return the modules whose losses are in no row; with any, the worst row need not be the worst module."""
+        return tuple(module for module in self.skipped if module.missed)
+
     def worst(self, part: Part) -> AuditRow | None:
         """Return the row of the module that adds most to one part, the first of equals.
 
@@ -52,7 +56,7 @@ class AuditReport(Tabular):
             part: ``border``, ``global`` or ``aliasing``.
 
         Returns:
-            None if no module adds more than rounding.
+            None if no audited module adds more than rounding.
         """
         return worst_row(self.rows, part)
 
@@ -66,14 +70,15 @@ class AuditReport(Tabular):
         most = sorted(losing, key=lambda row: max(row.part(part) for part in PARTS), reverse=True)[:_MOST_LISTED]
         listed = [row for row in losing if row in most]
         header = ["module", "kind", *(f"adds: {part}" for part in PARTS)]
-        cells = [
+        cells = [[row.title(), row.kind, *["not audited"] * len(PARTS)] for row in self.missed()[:_MOST_LISTED]]
+        cells += [
             [row.title(), row.description(), *(row.text(getattr(row, f"{part}_error")) for part in PARTS)]
             for row in listed
         ]
         return Table(header, cells, "ll" + "r" * len(PARTS), self._note(len(losing), len(listed)))
 
     def to_markdown(self, *, losses_only: bool = False) -> str:
-        """Name the culprits, then give the rows in dB (more is better; ``exact``: below rounding).
+        """Name missed modules and culprits, then give the rows in dB (more is better; ``exact``: below rounding).
 
         Args:
             losses_only: leave out modules that add nothing.
@@ -90,7 +95,10 @@ class AuditReport(Tabular):
             ]
             for row in rows
         ]
-        found = "".join(f"- {part}: {_culprit(part, row)}\n" for part, row in self.culprits().items())
+        nothing = f"none {'of the audited modules ' if self.missed() else ''}adds more than rounding"
+        found = "".join(f"- {part}: {_culprit(part, row) or nothing}\n" for part, row in self.culprits().items())
+        if self.missed():
+            found = f"**{self._headline()}**\n\n{found}"
         note = f"In dB, more is better. {self._conditions()}"
         return f"{found}\n{Table(header, cells, 'll' + 'r' * 6, note).to_markdown()}"
 
@@ -100,10 +108,20 @@ class AuditReport(Tabular):
         if last.sub_stride_error is not None:
             output += f", sub-stride shifts {last.text(last.sub_stride_error)}"
         left = f" {losing - listed} more add less." if losing > listed else ""
+        headline = f"{self._headline()} " if self.missed() else ""
         return (
-            f"In dB, more is better. {losing} of {len(self.rows)} modules add more than rounding.{left} Error "
-            f"after the last module: {output}. {self._conditions()}"
+            f"{headline}In dB, more is better. {losing} of {len(self.rows)} modules add more than rounding.{left} "
+            f"Error after the last module: {output}. {self._conditions()}"
         )
+
+    def _headline(self) -> str:
+        """Name the first missed module with its reason; empty where no module is missed."""
+        missed = self.missed()
+        if not missed:
+            return ""
+        first, more = missed[0], len(missed) - 1
+        others = f", and {more} more {'modules' if more > 1 else 'module'}" if more else ""
+        return f"Not audited, and in no row: `{first.title()}` ({first.kind}), as {first.reason}{others}."
 
     def _conditions(self) -> str:
         height, width = self.image_size
@@ -121,11 +139,15 @@ class AuditReport(Tabular):
         Raises:
             ImportError: matplotlib is not installed (``te_quant[plot]``).
         """
-        return plot_audit(self.rows)
+        return plot_audit(self.rows, headline=self._headline())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for strict JSON: NaN and infinities become the strings that ``float`` reads."""
         values: dict[str, Any] = plain(asdict(self))
+        for module in values["skipped"]:
+            # Files say it only where it holds, so that those of older versions stay the same.
+            if not module["missed"]:
+                del module["missed"]
         return {"format": FORMAT, **values}
 
     @classmethod
@@ -138,13 +160,14 @@ class AuditReport(Tabular):
         require(data.get("format") == FORMAT, "format", str(FORMAT), repr(data.get("format")))
         values = _fields(cls, {name: value for name, value in data.items() if name != "format"})
         values["rows"] = tuple(AuditRow(**_fields(AuditRow, row)) for row in data["rows"])
-        values["skipped"] = tuple(SkippedModule(**_fields(SkippedModule, row)) for row in data["skipped"])
+        skipped = ({"missed": False} | row for row in data["skipped"])
+        values["skipped"] = tuple(SkippedModule(**_fields(SkippedModule, row)) for row in skipped)
         return cls(**values)
 
 
 def _culprit(part: Part, row: AuditRow | None) -> str:
     if row is None:
-        return "none adds more than rounding"
+        return ""
     return f"`{row.title()}` ({row.description()}) at {decibels(row.part(part)):.1f} dB"
 
 

@@ -94,11 +94,24 @@ class AuditRow:
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """A module that was called but not audited, and why."""
+    """A module that was called but not audited, and why.
+
+    Attributes:
+        name: path of the module, with ``#2`` and so on from its second call.
+        kind: its class.
+        reason: why it could not be audited.
+        missed: whether it maps positions to positions and is in no module that has a row, so that no row contains
+            what it loses.
+    """
 
     name: str
     kind: str
     reason: str
+    missed: bool = False
+
+    def title(self) -> str:
+        """Return the path of the module, or that it is the whole model."""
+        return self.name or "(the model)"
 
 
 def worst_row(rows: Sequence[AuditRow], part: Part) -> AuditRow | None:

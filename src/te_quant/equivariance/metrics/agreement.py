@@ -21,6 +21,7 @@ from te_quant._checks import (
     require_floating,
     require_int,
     require_integer_tensor,
+    require_mask,
     require_rank,
 )
 from te_quant._measuring.bootstrap import NO_INTERVAL, Interval
@@ -32,6 +33,7 @@ from te_quant._measuring.data_range import (
     require_within,
 )
 from te_quant._measuring.text import UNDEFINED, with_interval
+from te_quant._values import require_in_range
 from te_quant.tables import Table, Tabular
 
 __all__ = [
@@ -131,7 +133,13 @@ class PairCounts:
         return cls(0, empty, empty)
 
     def __add__(self, other: PairCounts) -> PairCounts:
-        """Pool two sets of pairs."""
+        """Pool two sets of pairs.
+
+        Raises:
+            ValueError: they have other numbers of codes.
+        """
+        fits = other.first.shape == self.first.shape
+        require(fits, "other", f"of num_codes={len(self.first)}", len(other.first))
         return PairCounts(self.equal + other.equal, self.first + other.first, self.second + other.second)
 
     def agreement(self, *, symmetric: bool = False) -> Agreement:
@@ -161,11 +169,15 @@ def count_pairs(first: Tensor, second: Tensor, num_codes: int, mask: Tensor | No
     Args:
         first: indices of x.
         second: indices of the shifted x, aligned with ``first``.
-        num_codes: K; all indices lie in [0, K).
+        num_codes: K; all indices that count lie in [0, K).
         mask: True where a position counts; None counts all.
 
     Shape:
-        first, second: one shape, int64. mask: the same, bool.
+        first, second: one shape, integer. mask: the same, bool.
+
+    Raises:
+        ValueError: shapes differ, or an index that counts lies outside [0, K).
+        TypeError: the indices are not integer, or the mask is not bool.
 
     Example:
         >>> count_pairs(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), num_codes=2).equal
@@ -174,9 +186,12 @@ def count_pairs(first: Tensor, second: Tensor, num_codes: int, mask: Tensor | No
     require_integer_tensor("first", first)
     require_integer_tensor("second", second)
     require(second.shape == first.shape, "second", f"of shape {tuple(first.shape)}", tuple(second.shape))
+    num_codes = require_int("num_codes", num_codes, 1)
     if mask is not None:
-        require(mask.shape == first.shape, "mask", f"of shape {tuple(first.shape)}", tuple(mask.shape))
+        require_mask("mask", mask, first.shape, first.device, "first")
         first, second = first[mask], second[mask]
+    first = require_in_range("first", first, num_codes, "num_codes")
+    second = require_in_range("second", second, num_codes, "num_codes")
     return PairCounts(
         int((first == second).sum()),
         torch.bincount(first.reshape(-1), minlength=num_codes).cpu(),

@@ -90,7 +90,9 @@ def _require_placeable(sprites: Tensor, canvas_size: int, stride: int) -> None:
     stride = require_int("stride", stride, 1)
     canvas_size = require_int("canvas_size", canvas_size, 4)
     aligned = canvas_size % (4 * stride) == 0
-    require(aligned, "canvas_size", f"a multiple of 4 * stride = {4 * stride}", canvas_size)
+    step = 4 * stride
+    cure = f"{canvas_size}; pad the sprites to {-(-canvas_size // step) * step // 2} pixels of ground"
+    require(aligned, "canvas_size", f"a multiple of 4 * stride = {step}", cure)
     half = canvas_size // 2
     sides = tuple(sprites.shape[-2:])
     require(sides == (half, half), "sprites", f"of shape (B, C, {half}, {half})", f"shape {tuple(sprites.shape)}")

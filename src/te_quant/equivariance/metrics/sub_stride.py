@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from te_quant._checks import require, require_choice, require_rank
+from te_quant._checks import require, require_choice, require_integer_tensor, require_mask, require_rank
 from te_quant.shifts import PROTOCOLS, Protocol, roll
 
 __all__ = ["best_token_shift", "sub_stride_pairs", "sub_stride_region"]
@@ -54,8 +54,14 @@ def best_token_shift(
         (adaptive polyphase): its law is k = (t + o - o')/s, and t + o - o' lies strictly between -s and 2s.
 
         The maximum over four candidates lifts the rate, and κ, of unrelated tokens slightly above chance.
+
+    Raises:
+        ValueError: shapes differ, or the protocol is unknown.
+        TypeError: the tokens are not integer, or the mask is not bool.
     """
     require_rank("reference", reference, (3,), "(B, h, w)")
+    require_integer_tensor("reference", reference)
+    require_integer_tensor("shifted", shifted)
     require(
         shifted.shape == reference.shape,
         "shifted",
@@ -63,6 +69,8 @@ def best_token_shift(
         tuple(shifted.shape),
     )
     rows, columns = sub_stride_region((reference.shape[1], reference.shape[2]), protocol)
+    if mask is not None:
+        require_mask("mask", mask, reference.shape, reference.device, "reference")
     moved = torch.stack([roll(reference, k) for k in _CANDIDATES])
     equal = moved == shifted
     if mask is not None:

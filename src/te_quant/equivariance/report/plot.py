@@ -29,12 +29,15 @@ _SHORT = {
     "sub_stride_foreground": "sub-stride\nforeground",
     "sub_stride_fourier": "sub-stride\nFourier",
     "sub_stride_fourier_foreground": "sub-stride\nFourier fg.",
+    "fractional": "fractional\nshifts",
 }
 _SHORT_ERRORS = {
     "feature_error": "features\nwhole-token shifts",
     "feature_error_sub_stride": "features\nsub-stride shifts",
+    "feature_error_fractional": "features\nfractional shifts",
     "end_to_end": "end to end PSNR\nwhole-token shifts",
     "end_to_end_sub_stride": "end to end PSNR\nsub-stride shifts",
+    "end_to_end_fractional": "end to end PSNR\nfractional shifts",
 }
 _MAP_VALUES = ("agreement", "feature_error", "end_to_end")
 _MAP_TITLES = {"agreement": "equal indices", "feature_error": "feature error, dB", "end_to_end": "PSNR, dB"}
@@ -90,7 +93,9 @@ def plot_reports(reports: Mapping[str, EquivarianceValues]) -> Figure:
     for position, (name, report) in enumerate(reports.items()):
         axes = figure.add_subplot(grid[len(panels) + position // columns, position % columns])
         _draw_map(axes, report, report.sub_stride_by_shift, "agreement")
-        axes.set_title(f"{name}\nequal indices by sub-stride shift\n{_beside(report)}", fontsize=9)
+        drawn = f", {len(report.sub_stride_by_shift)} drawn" if report.settings.sub_stride_drawn else ""
+        title = f"{name}\nequal indices by sub-stride shift{drawn}\n{_beside(report)}"
+        axes.set_title(title, fontsize=9)
     return figure
 
 

@@ -38,6 +38,8 @@ __all__ = ["EquivarianceReport"]
 FORMAT = 3
 # Lacks the intervals of the medians of margins; they read as not measured.
 _FORMER = 2
+# What reports without fractional shifts lack.
+_FRACTIONAL = ("fractional", "feature_error_fractional", "end_to_end_fractional")
 # The share above which CodebookUsage calls a code frequent by default.
 _FREQUENT_SHARE = 1e-3
 
@@ -50,16 +52,17 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         placement: the paper's metric (five places, ten pairs); None where no sprites were given.
         placement_foreground: the same over tokens that show ink.
         aligned: agreement after shifts by whole tokens.
-        aligned_foreground: the same over tokens that show ink.
+        aligned_foreground: the same over tokens that show ink; None where the images have no ground.
         sub_stride: agreement after shifts below one token, at the best token shift in {0, 1}² of each image.
-        sub_stride_foreground: the same over tokens that show ink.
+        sub_stride_foreground: the same over tokens that show ink; None where the images have no ground.
         sub_stride_fourier: agreement with the quantized Fourier-shifted latents; None without ``latents``.
         sub_stride_fourier_foreground: the same over tokens that show ink.
         feature_error: how far latents after a shift by whole tokens are from the shifted latents, in dB; None
             without ``latents``.
         feature_error_sub_stride: the same for shifts below one token, against the Fourier-shifted latents.
         end_to_end: PSNR of decode(encode(T_t x)) against T_t decode(encode(x)) over the pixels valid in both, for
-            shifts by whole tokens; None without ``reconstruct``. Compare with StyleGAN3's EQ-T.
+            shifts by whole tokens; None without ``reconstruct``. StyleGAN3's EQ-T, with the width of
+            ``data_range`` as peak, over encoded images and these shifts.
         end_to_end_sub_stride: the same for shifts below one token.
         margin: how far tokens are from another code, beside how far shifts by whole tokens move them; None
             without ``codebook``.
@@ -70,6 +73,11 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         aligned_by_shift: agreement and errors for each shift by whole tokens.
         sub_stride_by_shift: agreement and errors for each shift below one token.
         settings: the conditions.
+        fractional: agreement after shifts by fractions of a pixel, at the best token shift in {0, 1}² of each
+            image; None without ``fractional_shifts``.
+        feature_error_fractional: the error of the latents after these, against the Fourier-shifted latents.
+        end_to_end_fractional: the PSNR after these, over the pixels that the interpolation of the decoded image
+            determines: StyleGAN3's EQ-T_frac.
     """
 
     def summary(self) -> Table:
@@ -99,6 +107,13 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         # Reports of images in [-1, 1] stay as they were before the range was an option.
         if self.settings.data_range == DEFAULT_RANGE:
             del values["settings"]["data_range"]
+        # And reports of all whole shifts as before the others could be measured.
+        if not self.settings.sub_stride_drawn:
+            del values["settings"]["sub_stride_drawn"]
+        if not self.settings.fractional_shifts:
+            for name in _FRACTIONAL:
+                del values[name]
+            del values["settings"]["fractional_shifts"]
         return {"format": FORMAT, **values}
 
     @classmethod
@@ -111,11 +126,13 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         known = data.get("format") in (_FORMER, FORMAT)
         expected = f"{_FORMER} or {FORMAT} (measure again: another format lacks fields)"
         require(known, "format", expected, repr(data.get("format")))
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {n for n in _FRACTIONAL if n not in data}
         require(set(data) == names | {"format"}, "report fields", f"{sorted(names | {'format'})}", sorted(data))
         settings = dict(data["settings"])
         for name in ("shifts", "sub_stride_shifts"):
             settings[name] = tuple(_shift(shift) for shift in settings[name])
+        fractions = settings.get("fractional_shifts", ())
+        settings["fractional_shifts"] = tuple(interval(shift) for shift in fractions)
         settings["image_size"] = _shift(settings["image_size"])
         settings["data_range"] = interval(settings.get("data_range", DEFAULT_RANGE))
         error, margin = data["reconstruction"], data["margin"]
@@ -130,7 +147,7 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         }
         for kind, labels in ((Agreement, AGREEMENT_LABELS), (ShiftError, ERROR_LABELS)):
             for name in labels:
-                values[name] = None if data[name] is None else kind(**numbers(data[name]))
+                values[name] = None if data.get(name) is None else kind(**numbers(data[name]))
         for name in ("aligned_by_shift", "sub_stride_by_shift"):
             values[name] = tuple(_shift_agreement(entry) for entry in data[name])
         return cls(**values)

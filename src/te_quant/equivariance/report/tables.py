@@ -22,6 +22,8 @@ from te_quant.tables import Table, Tabular
 __all__ = ["ComparisonTable", "comparison_table", "report_table", "summary_table"]
 
 _INTERVAL = re.compile(r" \[[^]]*\]")
+# More shifts are counted, not listed.
+_MOST_SHIFTS = 24
 # What short tables leave out.
 _LONG_ROWS = (
     *MARGIN_LABELS[1:],
@@ -116,8 +118,13 @@ def _comparison(reports: Mapping[str, EquivarianceValues], *, short: bool = Fals
     rows = []
     for field in fields(EquivarianceSettings):
         settings = [getattr(report.settings, field.name) for report in values]
-        if any(setting != settings[0] for setting in settings):
-            rows.append([field.name.replace("_", " "), *(_setting(setting) for setting in settings)])
+        # That they were drawn is said with the shifts.
+        if field.name != "sub_stride_drawn" and any(setting != settings[0] for setting in settings):
+            texts = [_setting(setting) for setting in settings]
+            if field.name == "sub_stride_shifts":
+                drawn = zip(values, texts, strict=True)
+                texts = [_drawn(r.settings) if r.settings.sub_stride_drawn else text for r, text in drawn]
+            rows.append([field.name.replace("_", " "), *texts])
     for label, texts in _measured(values):
         if any(text != NOT_MEASURED for text in texts):
             rows.append([label, *texts])
@@ -167,12 +174,21 @@ def _conditions(s: EquivarianceSettings, *, intervals: bool = True) -> str:
     if not intervals:
         sampled = "intervals in to_markdown()"
     values = "" if s.data_range == DEFAULT_RANGE else f"values in {_setting(s.data_range)}, "
+    below = _drawn(s) if s.sub_stride_drawn else str(len(s.sub_stride_shifts))
+    fractions = f", {len(s.fractional_shifts)} fractional shifts" if s.fractional_shifts else ""
+    ground = "no ground given, hence no foreground"
+    if s.ground is not None:
+        ground = f"foreground: more than {s.tau:g} from {s.ground:g}"
     return (
         f"Protocol `{s.protocol}`, {s.num_images:,} images, {values}{_setting(s.image_size)} pixels, "
-        f"stride {s.stride}, K = {s.num_codes}; {len(s.shifts)} whole-token and {len(s.sub_stride_shifts)} "
-        f"sub-stride shifts; foreground: more than {s.tau:g} from {s.ground:g}. Code use and reconstruction over "
+        f"stride {s.stride}, K = {s.num_codes}; {len(s.shifts)} whole-token and {below} "
+        f"sub-stride shifts{fractions}; {ground}. Code use and reconstruction over "
         f"{s.reference_images}; {sampled}."
     )
+
+
+def _drawn(s: EquivarianceSettings) -> str:
+    return f"{len(s.sub_stride_shifts)} of {s.stride**2 - 1} (stratified draw, seed {s.seed})"
 
 
 def _cell(agreement: Agreement | None) -> str:
@@ -183,9 +199,13 @@ def _cell(agreement: Agreement | None) -> str:
 
 def _setting(value: object) -> str:
     if not isinstance(value, tuple):
-        return str(value)
-    if value and isinstance(value[0], tuple):
+        return "none" if value is None else str(value)
+    if not value:
+        return "none"
+    if isinstance(value[0], tuple):
+        if len(value) > _MOST_SHIFTS:
+            return f"{len(value)} shifts"
         return " ".join(f"({dy},{dx})" for dy, dx in value)
-    if value and isinstance(value[0], float):
+    if isinstance(value[0], float):
         return f"[{value[0]:g}, {value[1]:g}]"
     return "x".join(str(side) for side in value)

@@ -10,6 +10,7 @@ from torch import Tensor
 from te_quant._measuring.bootstrap import NO_INTERVAL, Interval, Resamples
 from te_quant._measuring.data_range import DEFAULT_RANGE, DataRange
 from te_quant._measuring.text import with_interval
+from te_quant.equivariance._draw import FractionalShift
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import Margin
 from te_quant.equivariance.metrics.shift_error import PixelTally, ShiftError
@@ -36,12 +37,15 @@ AGREEMENT_LABELS: dict[str, str] = {
     "sub_stride_foreground": "sub-stride, foreground",
     "sub_stride_fourier": "sub-stride (Fourier)",
     "sub_stride_fourier_foreground": "sub-stride (Fourier), foreground",
+    "fractional": "fractional (best token shift)",
 }
 ERROR_LABELS: dict[str, str] = {
     "feature_error": "features, whole tokens",
     "feature_error_sub_stride": "features, sub-stride (Fourier)",
+    "feature_error_fractional": "features, fractional (Fourier)",
     "end_to_end": "end to end PSNR, whole tokens",
     "end_to_end_sub_stride": "end to end PSNR, sub-stride",
+    "end_to_end_fractional": "end to end PSNR, fractional",
 }
 
 
@@ -128,7 +132,7 @@ class EquivarianceSettings:
         stride: s, pixels per token.
         num_codes: number of codes, K.
         num_images: images (or sprites) given.
-        ground: value of the background.
+        ground: value of the ground; None where the images have none.
         tau: τ; a token is foreground where a pixel of its cell differs from the ground by more.
         shifts: pixel shifts of the aligned agreement, multiples of s.
         sub_stride_shifts: pixel shifts of the sub-stride agreement.
@@ -136,6 +140,9 @@ class EquivarianceSettings:
         resamples: how often the images were resampled for the intervals.
         seed: of the resampling.
         data_range: (low, high) of the pixel values.
+        sub_stride_drawn: whether ``sub_stride_shifts`` are a stratified draw, by ``seed``, from the s² - 1 that
+            there are.
+        fractional_shifts: pixel shifts by fractions.
     """
 
     protocol: Protocol
@@ -143,7 +150,7 @@ class EquivarianceSettings:
     stride: int
     num_codes: int
     num_images: int
-    ground: float
+    ground: float | None
     tau: float
     shifts: tuple[Shift, ...]
     sub_stride_shifts: tuple[Shift, ...]
@@ -151,6 +158,8 @@ class EquivarianceSettings:
     resamples: int
     seed: int
     data_range: DataRange = DEFAULT_RANGE
+    sub_stride_drawn: bool = False
+    fractional_shifts: tuple[FractionalShift, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,9 +172,9 @@ class EquivarianceValues:
     placement: Agreement | None
     placement_foreground: Agreement | None
     aligned: Agreement
-    aligned_foreground: Agreement
+    aligned_foreground: Agreement | None
     sub_stride: Agreement
-    sub_stride_foreground: Agreement
+    sub_stride_foreground: Agreement | None
     sub_stride_fourier: Agreement | None
     sub_stride_fourier_foreground: Agreement | None
     feature_error: ShiftError | None
@@ -179,6 +188,9 @@ class EquivarianceValues:
     aligned_by_shift: tuple[ShiftAgreement, ...] = field(repr=False)
     sub_stride_by_shift: tuple[ShiftAgreement, ...] = field(repr=False)
     settings: EquivarianceSettings
+    fractional: Agreement | None = None
+    feature_error_fractional: ShiftError | None = None
+    end_to_end_fractional: ShiftError | None = None
 
     def agreements(self) -> dict[str, Agreement]:
         """Return the measured agreements by field name, in the order of the table."""
