@@ -112,6 +112,6 @@ def test_another_output_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture
     page = tmp_path / "page.md"
     page.write_text("```console\n$ te-quant audit nowhere nothing\nte-quant audit: images ... got nothing.\n```\n")
     check(page, tmp_path, capsys)
-    page.write_text("```console\n$ te-quant audit nowhere nothing\nte-quant audit: images ... got something.\n```\n")
+    page.write_text("```console\n$ te-quant audit nowhere nothing\nte-quant audit: images ... got more.\n```\n")
     with pytest.raises(AssertionError, match="te-quant audit nowhere nothing"):
         check(page, tmp_path, capsys)
