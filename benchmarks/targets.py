@@ -161,15 +161,24 @@ def _paddings(cells: Cells) -> Values:
 
 
 def _excess(*peers: str) -> Callable[[Cells], Values]:
-    """Error beyond that of the network without a quantizer: ours at its defaults / the best of ``peers``."""
+    """Error beyond that of the network without a quantizer: ours at its defaults / the best of ``peers``.
+
+    Images on which the best peer does as well as no quantizer say nothing, and are left out: its excess has to be
+    more than twice its standard error over the seeds.
+    """
 
     def values(cells: Cells) -> Values:
         for (data, K, C), group in results(cells).items():
-            errors = {name: trained.mean("mse") for name, trained in group.items()}
-            excess = {name: error - errors.get(NONE, math.nan) for name, error in errors.items()}
-            theirs = [excess[name] for name in peers if math.isfinite(excess.get(name, math.nan))]
-            if theirs and math.isfinite(excess.get(DEFAULTS, math.nan)):
-                yield f"{data}, K = {K}, C = {C}", excess[DEFAULTS] / min(theirs)
+            known = {name for name in (DEFAULTS, NONE, *peers) if name in group}
+            known = {name for name in known if math.isfinite(group[name].mean("mse"))}
+            theirs = known & set(peers)
+            if not theirs or not {DEFAULTS, NONE} <= known:
+                continue
+            best = min(theirs, key=lambda name: group[name].mean("mse"))
+            ours, excess = (group[name].mean("mse") - group[NONE].mean("mse") for name in (DEFAULTS, best))
+            if excess > 2 * math.hypot(*(group[name].standard_error("mse") for name in (best, NONE))):
+                # A geometric mean needs positive ratios.
+                yield f"{data}, K = {K}, C = {C}", max(ours / excess, 0.01)
 
     return values
 
@@ -260,7 +269,8 @@ TARGETS: tuple[Target, ...] = (
 
 TRAINING_TARGETS: tuple[Target, ...] = (
     Target(
-        "error beyond that without a quantizer at the defaults, mean: VectorQuantizer / vector-quantize-pytorch",
+        "error beyond that without a quantizer, where the peer has any, at the defaults, mean: VectorQuantizer / "
+        "vector-quantize-pytorch",
         0.5,
         True,
         _excess(PEER),

@@ -277,6 +277,11 @@ class Trained(NamedTuple):
         values = [entry[name] for entry in self.by_rate.get(RATE, ())]
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
+    def standard_error(self, name: str) -> float:
+        """The standard error of the mean; 0 with one seed, which has none."""
+        deviation = self.deviation(name)
+        return deviation / math.sqrt(len(self.by_rate[RATE])) if math.isfinite(deviation) else 0.0
+
 
 def results(cells: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, int, int], dict[str, Trained]]:
     """Group the cells of this section by grid and contender, in their order."""

@@ -564,6 +564,19 @@ def test_the_targets_of_training_are_ratios_of_excess_errors() -> None:
     )
 
 
+@pytest.mark.parametrize(("peer", "points"), [(0.0105, 0), (0.009, 0), (0.03, 1)])
+def test_a_peer_that_costs_nothing_is_no_yardstick(peer: float, points: int) -> None:
+    """Its excess has to be more than twice its standard error over the seeds, by hand 0.002 here."""
+    measured = {
+        **_trained("digits", 1024, training.NONE, 0.009),
+        **_trained("digits", 1024, training.NONE, 0.011, seed=1),
+        **_trained("digits", 1024, training.DEFAULTS, 0.02),
+        **_trained("digits", 1024, training.PEER, peer),
+    }
+    [target] = [target for target in TRAINING_TARGETS if target.text.startswith("error beyond")]
+    assert judge(target, measured).points == points
+
+
 @pytest.mark.slow
 def test_pictures_of_trainings_leave_out_what_is_not_measured(tmp_path: Path) -> None:
     """A grid without the network that has no quantizer, and contenders without a curve."""
