@@ -115,9 +115,18 @@ def test_refuses_float64_under_autocast(name: str) -> None:
 def test_refuses_half_precision_for_a_float64_codebook(name: str) -> None:
     """Half precision is computed in float32, under autocast too."""
     quantizer = build(name).double()
-    message = "latents must be torch.float64 as the quantizer, got torch.bfloat16."
+    message = "latents must be torch.float64 as the quantizer, got torch.bfloat16; convert one of the two."
     with torch.autocast("cpu"), pytest.raises(TypeError, match=exactly(message)):
         quantizer(torch.zeros(2, quantizer.code_dim, dtype=torch.bfloat16))
+
+
+def test_latents_of_the_other_layout_name_the_cure(name: str) -> None:
+    """C may lie in the last axis."""
+    quantizer = build(name)
+    size = quantizer.code_dim
+    message = f"latents axis 1 must be code_dim={size}, as axis -1 is, got {size + 1}; pass channel_dim=-1."
+    with pytest.raises(ValueError, match=exactly(message)):
+        quantizer(torch.zeros(2, size + 1, size))
 
 
 def test_refuses_indices_without_a_token_axis(name: str) -> None:

@@ -547,13 +547,19 @@ class Quantizer(nn.Module):
         require_rank("latents", latents, (2, 3, 4, 5), shape)
         require_floating("latents", latents)
         axis = 1 if self.channel_dim == 1 else latents.ndim - 1
+        other = -1 if self.channel_dim == 1 else 1
+        if latents.shape[axis] != self.code_dim and latents.shape[other] == self.code_dim:
+            expected = f"code_dim={self.code_dim}, as axis {other} is"
+            require(False, f"latents axis {axis}", expected, f"{latents.shape[axis]}; pass channel_dim={other}")
         require_axis("latents", latents, axis, self.code_dim, "code_dim")
         if self.reference is not None:
             require_device("latents", latents, self.reference.device, "quantizer")
         # Half precision is computed in float32, which a codebook in float64 does not fit.
         widened = latents.dtype in HALF and self.dtype != torch.float64
         if self.dtype is not None and latents.dtype != self.dtype and not widened:
-            raise TypeError(f"latents must be {self.dtype} as the quantizer, got {latents.dtype}.")
+            raise TypeError(
+                f"latents must be {self.dtype} as the quantizer, got {latents.dtype}; convert one of the two."
+            )
 
     def _kept(self, latents: Tensor, mask: Tensor | None) -> Tensor | None:
         """(N, 1) bool, the rows that count; refuse a mask that does not fit."""

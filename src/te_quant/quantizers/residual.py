@@ -64,7 +64,8 @@ class ResidualVectorQuantizer(CombinedQuantizer):
     levels are scaled: by half of the distance between two levels after an :class:`~te_quant.FSQ`, because
     rounding leaves no more than that, and by 1/2 after an :class:`~te_quant.LFQ` or codes of unit length. Only
     the first FSQ bounds the latents by tanh, so its sum approximates tanh(z); the later ones clamp. Odd levels
-    fit, because even ones are not symmetric about zero.
+    fit, because even ones are not symmetric about zero. Put fixed codes first: a learnt codebook leaves residuals
+    of no known size, so fixed codes after it are not scaled and may be too far apart.
 
     Args:
         num_codes, code_dim, num_quantizers: K of each codebook, C and Q, each at least 1.
@@ -74,12 +75,13 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         quantizer_dropout: a share in [0, 1] of the elements of axis 0, drawn at random. In training each of them
             uses only its first n levels, n uniform in 1..L. ``True`` is all of them, ``False`` none. Afterwards
             the first few indices decode well without the others: ``decode(indices[..., :n])``.
-        codebook_update: ``"gradient"`` or ``"ema"``, as for :class:`~te_quant.VectorQuantizer`. Under ``"ema"``
-            all codebooks move together between two steps. Not with ``stages``.
+        codebook_update: ``"gradient"`` or ``"ema"``, as for :class:`~te_quant.VectorQuantizer`. That one has other
+            defaults: ``"ema"``, commitment weight 1 and decay 0.9, with which more codes are used here too. Under
+            ``"ema"`` all codebooks move together between two steps. Not with ``stages``.
         commitment_weight: β of the commitment term, >= 0. The codebook term has weight 1. Not with ``stages``.
         orthogonal_reg: λ of the orthogonality penalty, the mean over the codebooks, >= 0. Not with ``stages``.
         gradient_estimator: ``"straight_through"`` or ``"rotation_trick"``, from the latents to the sum of codes;
-            that of every stage.
+            must equal that of every stage.
         decay: of the moving averages, in [0, 1). Not with ``stages``.
         revival_threshold: under ``"ema"``, as for :class:`~te_quant.VectorQuantizer`. Not with ``stages``.
         channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
