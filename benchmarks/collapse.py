@@ -98,7 +98,7 @@ _DEFAULT = Setup("the defaults", _vq())
 CASES: tuple[Case, ...] = (
     Case("gradient and random start", _RANDOM, _DEFAULT),
     Case(
-        "the same, without leaving gradients",
+        "random start, gradient training kept",
         _RANDOM,
         Setup("kmeans_init(latents) before the first step", _vq(**_GRADIENT), _from_data),
     ),
@@ -117,7 +117,7 @@ CASES: tuple[Case, ...] = (
         ),
     ),
     Case(
-        "moving averages that nothing revives",
+        "moving averages without revival",
         Setup("revival_threshold=0", _vq(revival_threshold=0.0)),
         _DEFAULT,
     ),
@@ -127,7 +127,7 @@ CASES: tuple[Case, ...] = (
         Setup("revival_threshold=0, decay=0.9", _vq(revival_threshold=0.0)),
     ),
     Case(
-        "nothing holds the latents",
+        "no commitment loss",
         Setup("commitment_weight=0", _vq(commitment_weight=0.0)),
         _DEFAULT,
     ),
@@ -152,7 +152,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         texts = (case.failing.text, case.cured.text)
         failing, cured = (f"`{text}`" if "=" in text or "(" in text else text for text in texts)
         rows.append([case.name, failing, codes[0], errors[0], cured, codes[1], errors[1]])
-    header = ("what goes wrong", "failing", "codes used", "test MSE", "cure", "codes used", "test MSE")
+    header = ("problem", "failing", "codes used", "test MSE", "cure", "codes used", "test MSE")
     return to_markdown([Table(header, rows)])
 
 
