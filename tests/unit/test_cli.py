@@ -291,8 +291,9 @@ def test_audit_names_layers(run: Run, model: VQAutoencoder, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["audit", "stability"])
 def test_reports_are_drawn(run: Run, model: VQAutoencoder, tmp_path: Path, command: str) -> None:
-    """A whole PNG file."""
-    assert run(command, "model", "photos/c.png", "--plot", "report.png")[0] == 0
+    """A whole PNG file, which replaces another one only on request."""
+    (tmp_path / "report.png").write_text("x")
+    assert run(command, "model", "photos/c.png", "--plot", "report.png", "--overwrite")[0] == 0
     with Image.open(tmp_path / "report.png") as image:
         image.verify()
 
@@ -442,6 +443,13 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
             "measure model photos/a.png --plot report.txt",
             "--plot must be a file that ends in one of .pdf, .png, .svg",
         ),
+        *(
+            (
+                f"{command} model photos/c.png --plot taken.png",
+                "--plot must be a new file, got taken.png, which exists; pass --overwrite to replace it.",
+            )
+            for command in ("audit", "measure", "stability")
+        ),
         (
             "measure model photos/c.png --table text.png",
             "text.png must be a file with a table that begins with '| tok",
@@ -478,7 +486,8 @@ def test_a_mistake_is_one_sentence(
     """On standard error, with status 2 and without a traceback; nothing is written."""
     picture(tmp_path / "other" / "a.png", 4, 4)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "taken").write_text("x")
+    for name in ("taken", "taken.png"):
+        (tmp_path / name).write_text("x")
     (tmp_path / "text.png").write_text("no picture")
     whole = (tmp_path / "photos" / "a.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])

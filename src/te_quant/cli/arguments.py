@@ -190,6 +190,10 @@ def _images(parser: argparse.ArgumentParser) -> None:
 
 def _output(parser: argparse.ArgumentParser, metavar: str, does: str) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar=metavar, help=does)
+    _overwrite(parser)
+
+
+def _overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
@@ -204,6 +208,7 @@ def _batches(parser: argparse.ArgumentParser) -> None:
 
 def _reports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the report into a PNG, PDF or SVG file")
+    _overwrite(parser)
 
 
 def _row(parser: argparse.ArgumentParser) -> None:

@@ -17,21 +17,32 @@ __all__ = ["require_new", "require_plot", "write_plot"]
 _PLOTS = (".pdf", ".png", ".svg")
 
 
-def require_new(paths: Iterable[Path], *, overwrite: bool) -> None:
+def require_new(paths: Iterable[Path], *, overwrite: bool, name: str = "output") -> None:
     """Refuse files that exist.
 
+    Args:
+        paths: the files that the command will write.
+        overwrite: whether it may replace them.
+        name: what an error calls them.
+
     Raises:
-        ValueError: one does, and ``overwrite`` is False.
+        ValueError: one exists, and ``overwrite`` is False.
     """
     for path in paths:
         new = overwrite or not path.exists()
-        require(new, "output", "a new file", f"{path}, which exists; pass --overwrite to replace it")
+        require(new, name, "a new file", f"{path}, which exists; pass --overwrite to replace it")
 
 
-def require_plot(path: Path | None) -> None:
-    """Refuse a file whose ending no plot can have, before anything is measured."""
-    fits = path is None or path.suffix.lower() in _PLOTS
-    require(fits, "--plot", f"a file that ends in one of {', '.join(_PLOTS)}", path)
+def require_plot(path: Path | None, *, overwrite: bool) -> None:
+    """Refuse, before anything is measured, a file that exists or whose ending no plot can have.
+
+    Raises:
+        ValueError: the ending is another one, or the file exists and ``overwrite`` is False.
+    """
+    if path is None:
+        return
+    require(path.suffix.lower() in _PLOTS, "--plot", f"a file that ends in one of {', '.join(_PLOTS)}", path)
+    require_new([path], overwrite=overwrite, name="--plot")
 
 
 def write_plot(figure: Figure, path: Path) -> None:

@@ -26,7 +26,7 @@ _FIRST = "tokenizer"
 
 def run_audit(options: Options) -> tuple[str, dict[str, Any]]:
     """Audit the encoder."""
-    require_plot(options.plot)
+    require_plot(options.plot, overwrite=options.overwrite)
     pictures = find_pictures(options.images, options.limit)
     model = load_autoencoder(options)
     report = audit(
@@ -39,7 +39,7 @@ def run_audit(options: Options) -> tuple[str, dict[str, Any]]:
 
 def measure(options: Options) -> tuple[str, dict[str, Any]]:
     """Measure equivariance, and put a row into a table if one is named."""
-    require_plot(options.plot)
+    require_plot(options.plot, overwrite=options.overwrite)
     require_table(options.table, _FIRST)
     pictures = find_pictures(options.images, options.limit)
     tokenizer, model = load_tokenizer(options)
@@ -66,7 +66,7 @@ def measure(options: Options) -> tuple[str, dict[str, Any]]:
 
 def stability(options: Options) -> tuple[str, dict[str, Any]]:
     """Measure token stability, and put a row into a table if one is named."""
-    require_plot(options.plot)
+    require_plot(options.plot, overwrite=options.overwrite)
     require_table(options.table, _FIRST)
     pictures = find_pictures(options.images, options.limit)
     tokenizer, model = load_tokenizer(options)
