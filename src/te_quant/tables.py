@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from te_quant._checks import require
+from te_quant._measuring.text import name_end
 
 __all__ = ["Table", "Tabular"]
 
@@ -27,7 +28,9 @@ class Table:
     """A header, rows of cells, and an optional note below them.
 
     ``print(table)`` aligns the columns and keeps within 100 characters per line: texts that are too long end in an
-    ellipsis, and columns that do not fit follow in a second block. A notebook shows the same as an HTML table.
+    ellipsis, or begin with one if they are names without spaces, such as the path of a module, because similar
+    paths differ at their end. Columns that do not fit follow in a second block. A notebook shows the same as an
+    HTML table.
 
     Args:
         header: the title of each column.
@@ -106,7 +109,7 @@ class Table:
         for column in columns:
             width, text = widths[column], cells[column]
             if len(text) > width:
-                text = text[: width - 1] + "…"
+                text = text[: width - 1] + "…" if " " in text else name_end(text, width)
             padded.append(text.ljust(width) if self.align[column] == "l" else text.rjust(width))
         return _GAP.join(padded).rstrip()
 

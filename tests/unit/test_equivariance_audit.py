@@ -16,7 +16,7 @@ from te_quant import AutoencoderConfig, VQAutoencoder, build_encoder
 from te_quant.equivariance.audits.auditor import audit
 from te_quant.equivariance.audits.constant_image import constant_image_probe
 from te_quant.equivariance.audits.report import AuditReport
-from te_quant.equivariance.audits.rows import decibels
+from te_quant.equivariance.audits.rows import SkippedModule, decibels
 from te_quant.layers import MaxPool, SelfAttention2d
 from tests.unit.grid_oracles import convolve, fresh, normalize
 
@@ -665,6 +665,29 @@ def test_report_is_a_table():
     assert "- aliasing: none adds more than rounding" in table
     assert "| 1 | SiLU | 1 |" in table
     assert "SiLU" not in report.to_markdown(losses_only=True)
+
+
+def test_rows_of_similar_paths_print_differently():
+    """A path is cut in front: its end tells the convolutions of a block apart."""
+    report = small_report()
+    row = replace(report.rows[0], kind="PaddedConv2d", padding="pads (circular)")
+    paths = [f"tokenizer.encoder.levels.1.block0.conv{number}" for number in (1, 2)]
+    lines = str(replace(report, rows=tuple(replace(row, name=path) for path in paths))).splitlines()[2:4]
+    assert [line.split()[0][-13:] for line in lines] == [path[-13:] for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(1, "1 module was not audited on its own."), (2, "2 modules were not audited on their own.")],
+)
+def test_modules_without_a_row_are_counted(count, told):
+    """In the singular and in the plural, as the images are."""
+    report = small_report()
+    assert "audited on" not in str(report)
+    skipped = (SkippedModule("2", "Linear", "it has no positions"),) * count
+    text = " ".join(str(replace(report, skipped=skipped, num_images=count)).split())
+    assert text.endswith(told)
+    assert f" {count} image{'s' * (count - 1)} of 16x16 pixels" in text
 
 
 def test_decibels_of_nothing_and_of_everything():

@@ -137,6 +137,23 @@ def test_photographs_choose_their_window(sides: tuple[int, int], stride: int, wi
     assert report.aligned.rate == 1.0
 
 
+@pytest.mark.parametrize(
+    ("images", "shifts", "told"),
+    [
+        (1, 1, "`circular`, 1 image, 8x8 pixels, stride 2, K = 8; 2 whole-token and 1 sub-stride shift, 1 frac"),
+        (2, 2, "`circular`, 2 images, 8x8 pixels, stride 2, K = 8; 2 whole-token and 2 sub-stride shifts, 2 frac"),
+    ],
+)
+def test_one_shift_is_singular(images: int, shifts: int, told: str) -> None:
+    """As everything that a report counts."""
+    below = [(0, 1), (1, 0)][:shifts]
+    options: dict[str, Any] = {"sub_stride_shifts": below, "fractional_shifts": shifts, "protocol": "circular"}
+    report = measure(noise(images, 1, 8, 8), 2, shifts=[(2, 0), (0, 2)], **options)
+    text = " ".join(str(report).split())
+    assert told in text
+    assert f" fractional shift{'s' * (shifts - 1)};" in text
+
+
 @pytest.mark.parametrize("protocol", ["crop", "circular"])
 def test_photographs_have_no_foreground(protocol: Any) -> None:
     """Unless their ground is given: no figures, no rows, and a note that says why."""

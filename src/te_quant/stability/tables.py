@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from te_quant._checks import require
 from te_quant._measuring.data_range import DEFAULT_RANGE
-from te_quant._measuring.text import NOT_MEASURED
+from te_quant._measuring.text import NOT_MEASURED, counted
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.stability.values import StabilityValues
 from te_quant.tables import Table, Tabular
@@ -165,7 +165,7 @@ def _conditions(report: StabilityValues) -> str:
     first = "" if s.tokens_from == "images" else " of given tokens"
     ground = "" if s.ground is None else f"; foreground: more than {s.tau:g} from {s.ground:g}"
     return (
-        f"{s.num_images:,} images{first}, {s.image_size[0]}x{s.image_size[1]} pixels, "
+        f"{counted(s.num_images, 'image')}{first}, {s.image_size[0]}x{s.image_size[1]} pixels, "
         f"{s.grid[0]}x{s.grid[1]} tokens{values}{ground}; "
         f"{intervals if s.resamples > 0 and s.num_images > 1 else 'no intervals'}."
     )

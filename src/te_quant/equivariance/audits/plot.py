@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from te_quant._measuring.figure import new_figure
+from te_quant._measuring.text import name_end
 from te_quant.equivariance.audits.rows import PARTS, AuditRow, decibels, worst_row
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _BEST = 80.0
 # Worse than this is drawn here.
 _WORST = -40.0
 _STEP = 10
-_LONGEST = 48
+_LONGEST = 49
 # Characters of the headline in one line.
 _CAPTION = 130
 
@@ -153,9 +154,7 @@ def _decibels(row: AuditRow, error: float | None, exact: float) -> float:
 
 
 def _label(row: AuditRow) -> str:
-    name = row.name or "(the model)"
-    short = name if len(name) <= _LONGEST else "…" + name[-_LONGEST:]
-    return f"{short} ({row.kind})"
+    return f"{name_end(row.title(), _LONGEST)} ({row.kind})"
 
 
 def _mark_strides(axes: Any, rows: Sequence[AuditRow], exact: float) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
 from te_quant._measuring.json import plain
+from te_quant._measuring.text import counted
 from te_quant.equivariance.audits.plot import plot_audit
 from te_quant.equivariance.audits.rows import PARTS, AuditRow, Part, SkippedModule, decibels, worst_row
 from te_quant.shifts import Shift
@@ -29,7 +30,7 @@ class AuditReport(Tabular):
 
     Attributes:
         rows: the audited modules, in the order in which they finished.
-        skipped: the modules that were called but not audited alone; :meth:`missed` returns those that matter.
+        skipped: the modules that were called but not audited on their own; :meth:`missed` returns those that matter.
         stride: the largest stride in the model (least common multiple), pixels.
         image_size: (H, W).
         num_images: how many images were shown.
@@ -125,9 +126,11 @@ class AuditReport(Tabular):
 
     def _conditions(self) -> str:
         height, width = self.image_size
-        left_out = f" {len(self.skipped)} modules were not audited alone." if self.skipped else ""
+        skipped = len(self.skipped)
+        verb = "was not audited on its own" if skipped == 1 else "were not audited on their own"
+        left_out = f" {counted(skipped, 'module')} {verb}." if skipped else ""
         return (
-            f"{self.num_images} images of {height}x{width} pixels, circular shifts; stride {self.stride}; "
+            f"{counted(self.num_images, 'image')} of {height}x{width} pixels, circular shifts; stride {self.stride}; "
             f"whole shifts {_shifts(self.shifts)}, sub-stride shifts {_shifts(self.sub_stride_shifts)}.{left_out}"
         )
 

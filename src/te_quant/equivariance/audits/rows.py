@@ -51,7 +51,7 @@ class AuditRow:
         global_error: the error that it adds away from borders, by statistics, attention or absolute positions.
         aliasing_error: the error that it adds at shifts below its own stride; None if it has none.
         floor: a part below it is rounding.
-        unaudited: modules inside which could not be audited alone, so that this row answers for them.
+        unaudited: modules inside which could not be audited on their own, so that this row answers for them.
     """
 
     name: str

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from te_quant._checks import require
 from te_quant._measuring.data_range import DEFAULT_RANGE
-from te_quant._measuring.text import NOT_MEASURED
+from te_quant._measuring.text import NOT_MEASURED, counted
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import MARGIN_LABELS
 from te_quant.equivariance.report.values import (
@@ -174,15 +174,17 @@ def _conditions(s: EquivarianceSettings, *, intervals: bool = True) -> str:
     if not intervals:
         sampled = "intervals in to_markdown()"
     values = "" if s.data_range == DEFAULT_RANGE else f"values in {_setting(s.data_range)}, "
-    below = _drawn(s) if s.sub_stride_drawn else str(len(s.sub_stride_shifts))
-    fractions = f", {len(s.fractional_shifts)} fractional shifts" if s.fractional_shifts else ""
+    below = counted(len(s.sub_stride_shifts), "sub-stride shift")
+    if s.sub_stride_drawn:
+        below = f"{_drawn(s)} sub-stride shifts"
+    fractions = f", {counted(len(s.fractional_shifts), 'fractional shift')}" if s.fractional_shifts else ""
     ground = "no ground given, hence no foreground"
     if s.ground is not None:
         ground = f"foreground: more than {s.tau:g} from {s.ground:g}"
     return (
-        f"Protocol `{s.protocol}`, {s.num_images:,} images, {values}{_setting(s.image_size)} pixels, "
-        f"stride {s.stride}, K = {s.num_codes}; {len(s.shifts)} whole-token and {below} "
-        f"sub-stride shifts{fractions}; {ground}. Code use and reconstruction over "
+        f"Protocol `{s.protocol}`, {counted(s.num_images, 'image')}, {values}{_setting(s.image_size)} pixels, "
+        f"stride {s.stride}, K = {s.num_codes}; {len(s.shifts)} whole-token and {below}"
+        f"{fractions}; {ground}. Code use and reconstruction over "
         f"{s.reference_images}; {sampled}."
     )
 
