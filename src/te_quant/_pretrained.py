@@ -140,7 +140,8 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
         config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         for path in (config, weights):
             if not path.is_file():
-                raise FileNotFoundError(f"folder must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got none at {path}.")
+                expected = f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+                raise FileNotFoundError(f"folder must hold {expected}, got none at {path}{_other_library(config)}.")
         return config, weights
     require_repository(source, "an existing folder")
     paths = []
@@ -148,13 +149,28 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
         found = download(str(source), name, hub)
         if found is None:
             expected = f"a hub id whose repository holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-            reason = ", or it was not downloaded before and nothing else was asked" if _is_offline(hub) else ""
+            offline = ", or it was not downloaded before and offline mode allows no download"
+            reason = _other_library(paths[0]) if paths else ""
+            reason = reason or (offline if _is_offline(hub) else "")
             raise FileNotFoundError(
                 f"source must be {expected}, got {_place(str(source), hub)} without {name}{reason}."
             )
         paths.append(found)
     config, weights = paths
     return config, weights
+
+
+def _other_library(config: Path) -> str:
+    """Say how to load what diffusers has written; empty for anything else."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # This only adds to an error; there is no such file, or it is no JSON.
+        return ""
+    if not isinstance(content, dict) or content.get("_class_name") != "VQModel":
+        return ""
+    cure = "load it with te_quant.interop.load_diffusers, in a shell with --format diffusers"
+    return f"; {CONFIG_FILE} names a VQModel of diffusers: {cure}"
 
 
 def download(repository: str, name: str, hub: Hub, subfolder: str | None = None) -> Path | None:

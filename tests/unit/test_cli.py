@@ -432,7 +432,10 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
         ),
         ("encode model photos -o t --tile-size 6", "tile_size must be a multiple of the divisor 4, got 6."),
         ("decode model nowhere -o out", "tokens must be a file that te-quant encode wrote, got none at nowhere."),
-        ("decode model text.png -o out", "text.png must be a file that te-quant encode wrote, got"),
+        (
+            "decode model text.png -o out",
+            "text.png must be a safetensors file that te-quant encode wrote, got a damaged file or one of another",
+        ),
         ("decode model other.safetensors -o out", "wrote, got a safetensors file of another kind."),
         (
             "decode model evil.safetensors -o out",

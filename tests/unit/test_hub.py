@@ -226,6 +226,33 @@ def test_every_answer_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     assert "\n" not in str(got.value)
 
 
+def test_offline_says_that_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file may exist on the hub, which was not asked."""
+
+    def refuse(**_: object) -> str:
+        raise answer(hub.errors.LocalEntryNotFoundError)
+
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    told = "got 'owner/name' without config.json, or it was not downloaded before and offline mode allows no download."
+    with pytest.raises(FileNotFoundError, match=re.escape(told)):
+        VQAutoencoder.from_pretrained("owner/name", local_files_only=True)
+
+
+def test_repositories_of_diffusers_name_their_loader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The repository has a config, but no weights of the name that this library writes."""
+    (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
+
+    def fetch(*, filename: str, **_: object) -> str:
+        if filename != "config.json":
+            raise answer(hub.errors.EntryNotFoundError)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    told = "without model.safetensors; config.json names a VQModel of diffusers: load it with"
+    with pytest.raises(FileNotFoundError, match=re.escape(told)):
+        VQAutoencoder.from_pretrained("owner/name")
+
+
 @pytest.mark.slow
 def test_the_variable_of_the_hub_is_enough(model: VQAutoencoder, repository: _Repository) -> None:
     """HF_HUB_OFFLINE=1 and HF_HUB_CACHE in the environment of a fresh interpreter."""

@@ -245,6 +245,14 @@ def test_configs_that_do_not_fit_are_refused(changes: dict[str, Any], match: str
         load_diffusers(folder)
 
 
+def test_folders_of_this_library_name_their_loader(tmp_path: Path) -> None:
+    """Its only file of weights is found, and its config has other keys."""
+    VQAutoencoder(expressible()).save_pretrained(tmp_path)
+    match = "config must be the options of a VQModel of diffusers, got those of a model of te_quant; use VQAutoenc"
+    with pytest.raises(ValueError, match=match):
+        load_diffusers(tmp_path)
+
+
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = dict(safetensors.load_file(folder / WEIGHTS))
     change(tensors)

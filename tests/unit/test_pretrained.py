@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,24 @@ def test_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"folder must hold config.json and model.safetensors.*{name}"):
         VQAutoencoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"_class_name": "VQModel"}', "names a VQModel of diffusers: load it with te_quant.interop.load_diffusers"),
+        ('{"_class_name": "UNet2DModel"}', "model.safetensors."),
+        ("[]", "model.safetensors."),
+        ("no JSON", "model.safetensors."),
+    ],
+)
+def test_folders_of_diffusers_name_their_loader(folder: Path, content: str, told: str) -> None:
+    """Where a loader can read them; other folders are refused as before."""
+    (folder / "config.json").write_text(content)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(told)) as got:
+        VQAutoencoder.from_pretrained(folder)
+    assert ("diffusers" in str(got.value)) == ("diffusers" in told)
 
 
 @pytest.mark.parametrize("make", [str, Path])

@@ -96,13 +96,13 @@ def read_tokens(path: Path) -> tuple[TokenFile, dict[str, ImageTokens]]:
 
     if not path.is_file():
         raise FileNotFoundError(f"tokens must be a file that te-quant encode wrote, got none at {path}.")
-    expected = "a file that te-quant encode wrote"
+    expected = "a safetensors file that te-quant encode wrote"
     try:
         with safe_open(path, framework="pt") as file:
             stored = (file.metadata() or {}).get(_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} must be {expected}, got {error}.") from error
+        raise ValueError(f"{path} must be {expected}, got a damaged file or one of another kind.") from error
     require(stored is not None, str(path), expected, "a safetensors file of another kind")
     content: dict[str, Any] = json.loads(str(stored))
     version = content.pop("format", None)

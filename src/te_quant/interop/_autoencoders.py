@@ -51,7 +51,8 @@ def structure_of(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
 
     def shape(own: str) -> tuple[int, ...]:
         name = names_of(own, layout, levels)[0]
-        require(name in state, "source", f"with {name!r}", f"{len(state)} tensors without it")
+        if name not in state:
+            raise ValueError(f"source must hold a tensor {name!r}, got {len(state)} others; check the format.")
         return tuple(state[name].shape)
 
     def has_attention(half: str, level: int) -> bool:

@@ -149,6 +149,9 @@ def save_diffusers(model: VQAutoencoder, folder: str | os.PathLike[str]) -> None
 
 def _own_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Translate the options of a VQModel to those of an AutoencoderConfig."""
+    own = "class_name" in config and "_class_name" not in config
+    cure = "those of a model of te_quant; use VQAutoencoder.from_pretrained, in a shell --format te_quant"
+    require(not own, "config", "the options of a VQModel of diffusers", cure)
     kind = config.get("_class_name", "VQModel")
     require(kind == "VQModel", "config _class_name", "'VQModel'", repr(kind))
     given = {name: value for name, value in config.items() if not name.startswith("_")}
