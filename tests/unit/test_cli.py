@@ -446,6 +446,37 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
             "measure model photos/a.png --plot report.txt",
             "--plot must be a file that ends in one of .pdf, .png, .svg",
         ),
+        (
+            "measure model photos/c.png --window 40",
+            "--window must be given with --protocol crop or canvas, got --window 40 under circular.",
+        ),
+        (
+            "measure model photos/c.png --window 40 --protocol canvas",
+            "images sides must be half of --window 40 under canvas, got 16x16; pass --size 20 to resize and cut",
+        ),
+        (
+            "measure model photos/c.png --protocol canvas --size 12",
+            "images sides must be multiples of 8, got 12x12; pass --size 8 to resize and cut them.",
+        ),
+        (
+            "measure model photos/c.png --window 40 --protocol crop",
+            "--window must be at most 10 in images of 16x16, got 40; pass --window 8, or larger images.",
+        ),
+        (
+            "measure model photos/c.png --window 4 --protocol crop --size 8",
+            "images sides must be at least 10 under crop, got 8x8; pass larger images.",
+        ),
+        (
+            "measure model photos/c.png --window 10 --protocol crop",
+            "--window must be a multiple of 4, got 10; pass --window 8.",
+        ),
+        *(
+            (
+                f"{command} model photos/a.png",
+                f"images sides must be multiples of 4{more}, got 10x15; pass --size {size} to resize and cut them.",
+            )
+            for command, more, size in (("audit", ", at least 16", 16), ("measure", "", 8), ("stability", "", 8))
+        ),
         *(
             (
                 f"{command} model photos/c.png --plot taken.png",

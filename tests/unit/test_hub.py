@@ -244,7 +244,7 @@ def test_repositories_of_diffusers_name_their_loader(monkeypatch: pytest.MonkeyP
 
     def fetch(*, filename: str, **_: object) -> str:
         if filename != "config.json":
-            raise answer(hub.errors.EntryNotFoundError)
+            raise answer(hub.errors.RemoteEntryNotFoundError)
         return str(tmp_path / filename)
 
     monkeypatch.setattr(hub, "hf_hub_download", fetch)

@@ -13,7 +13,9 @@ from te_quant.cli.files import require_plot, write_plot
 from te_quant.cli.models import device_of, load_autoencoder, load_tokenizer
 from te_quant.cli.pictures import Picture, find_pictures, read_batch
 from te_quant.cli.rows import put_row, require_table
+from te_quant.cli.sizes import require_protocol, require_sides
 from te_quant.equivariance import EquivarianceReport, audit, measure_equivariance
+from te_quant.equivariance.audits._grid import MIN_SIDE
 from te_quant.quantizers import VectorQuantizer
 from te_quant.stability import StabilityReport, measure_stability
 
@@ -29,9 +31,9 @@ def run_audit(options: Options) -> tuple[str, dict[str, Any]]:
     require_plot(options.plot, overwrite=options.overwrite)
     pictures = find_pictures(options.images, options.limit)
     model = load_autoencoder(options)
-    report = audit(
-        model.encoder, _images(pictures, options, model), batch_size=options.batch_size, progress=options.progress
-    )
+    images = _images(pictures, options, model)
+    require_sides(_sides(images), model.config.stride, MIN_SIDE)
+    report = audit(model.encoder, images, batch_size=options.batch_size, progress=options.progress)
     if options.plot is not None:
         write_plot(report.plot(), options.plot)
     return str(report), report.to_dict()
@@ -43,9 +45,11 @@ def measure(options: Options) -> tuple[str, dict[str, Any]]:
     require_table(options.table, _FIRST)
     pictures = find_pictures(options.images, options.limit)
     tokenizer, model = load_tokenizer(options)
+    images = _images(pictures, options, model)
+    require_protocol(_sides(images), options.window, options.protocol, tokenizer.stride)
     report = measure_equivariance(
         tokenizer.encode,
-        _images(pictures, options, model),
+        images,
         stride=tokenizer.stride,
         num_codes=tokenizer.num_codes,
         protocol=options.protocol,  # type: ignore[arg-type]
@@ -70,10 +74,12 @@ def stability(options: Options) -> tuple[str, dict[str, Any]]:
     require_table(options.table, _FIRST)
     pictures = find_pictures(options.images, options.limit)
     tokenizer, model = load_tokenizer(options)
+    images = _images(pictures, options, model)
+    require_sides(_sides(images), tokenizer.stride)
     report = measure_stability(
         tokenizer.encode,
         tokenizer.decode,
-        _images(pictures, options, model),
+        images,
         cycles=options.cycles,
         num_codes=tokenizer.num_codes,
         batch_size=options.batch_size,
@@ -90,6 +96,10 @@ def stability(options: Options) -> tuple[str, dict[str, Any]]:
 def _images(pictures: list[Picture], options: Options, model: VQAutoencoder | None) -> Tensor:
     channels = 3 if model is None else model.config.image_channels
     return read_batch(pictures, channels, options.size).to(device_of(options.device))
+
+
+def _sides(images: Tensor) -> tuple[int, int]:
+    return images.shape[-2], images.shape[-1]
 
 
 def _more(tokenizer: Tokenizer, model: VQAutoencoder | None) -> dict[str, Any]:
