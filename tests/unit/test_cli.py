@@ -185,6 +185,21 @@ def test_tiles_give_the_same_tokens(run: Run, model: VQAutoencoder, tmp_path: Pa
     assert pixels_of(tmp_path / "out" / "large.png").shape == (3, 120, 124)
 
 
+@pytest.mark.parametrize(("norm", "tile", "warns"), [("group", 8, True), ("channel", 112, False)])
+def test_tiles_that_change_tokens_are_announced(
+    run: Run, tmp_path: Path, norm: str, tile: int, warns: bool
+) -> None:
+    """On standard error, also without progress; a model whose tiles are exact says nothing."""
+    make(norm=norm, channel_multipliers=(1, 1)).save_pretrained(tmp_path / "model")
+    picture(tmp_path / "x.png", 16, 16)
+    status, out, err = run("encode", "model", "x.png", "-o", "t", "--tile-size", tile, "--quiet")
+    assert status == 0
+    assert "warning" not in out
+    told = f"te-quant encode: warning: pictures larger than a tile of {tile} pixels get other tokens than without"
+    assert err.startswith(told) == warns
+    assert err.count("\n") == int(warns)
+
+
 def test_another_model_does_not_decode(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
     """One other code is enough, and nothing is written."""
     run("encode", "model", "photos", "-o", "tokens.safetensors")

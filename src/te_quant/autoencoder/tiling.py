@@ -24,7 +24,7 @@ from te_quant.autoencoder.coders import require_divisible
 from te_quant.autoencoder.model import VQAutoencoder
 from te_quant.filters import PaddingMode, in_format_of
 
-__all__ = ["TiledAutoencoder"]
+__all__ = ["TiledAutoencoder", "has_exact_tokens"]
 
 # The overlap is this part of a tile where no overlap makes tiles exact.
 _SHARE = 4
@@ -149,6 +149,11 @@ class TiledAutoencoder:
         size, overlap = self.tile_size // stride, self.overlap // stride
         rows, columns = (_spans(side, size, overlap, circular=mode == "circular") for side in grid)
         return _Plan(grid, rows, columns, source, target)
+
+
+def has_exact_tokens(model: VQAutoencoder) -> bool:
+    """Whether tiles with the default overlap have the tokens of the whole image, up to rounding."""
+    return _local_reach(model)[0] is not None
 
 
 def _local_reach(model: VQAutoencoder) -> tuple[int | None, int | None]:

@@ -202,7 +202,11 @@ def _batches(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=_positive, default=16, metavar="N", help="images at once (default 16)"
     )
     parser.add_argument(
-        "--tile-size", type=_positive, metavar="N", help="work in tiles of N pixels, to save memory"
+        "--tile-size",
+        type=_positive,
+        metavar="N",
+        help="work in tiles of N pixels, to save memory; layers that read the whole image, such as GroupNorm and "
+        "attention, see only the tile then, which changes the tokens",
     )
 
 

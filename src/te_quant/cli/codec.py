@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from torch import Tensor
 from te_quant._checks import require
 from te_quant._measuring.progress import progress
 from te_quant.autoencoder import TiledAutoencoder, VQAutoencoder, pad_to_divisor
+from te_quant.autoencoder.tiling import has_exact_tokens
 from te_quant.cli.arguments import Options
 from te_quant.cli.files import require_new
 from te_quant.cli.models import device_of, identity, load_autoencoder
@@ -36,6 +38,12 @@ def encode(options: Options) -> tuple[str, dict[str, Any]]:
     pictures = find_pictures(options.images, options.limit)
     model = load_autoencoder(options)
     config, device = model.config, device_of(options.device)
+    if options.tile_size is not None and not has_exact_tokens(model):
+        sys.stderr.write(
+            f"te-quant encode: warning: pictures larger than a tile of {options.tile_size} pixels get other tokens "
+            "than without --tile-size, because this encoder has layers that read the whole image, such as "
+            "GroupNorm or attention.\n"
+        )
     read = (
         (picture.name, read_picture(picture.path, config.image_channels, options.size))
         for picture in progress(
