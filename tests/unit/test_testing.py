@@ -3,6 +3,7 @@
 import builtins
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -245,6 +246,46 @@ def test_stride_and_upsampling_combine():
         ValueError, match="shift must be such that shift \\* upsampling 2 is a multiple of the stride 4"
     ):
         assert_shift_equivariant(model, images, shifts=[(1, 0)], stride=4, upsampling=2)
+
+
+def enlarge(images):
+    """One position becomes four by four, of which the first keeps the value."""
+    return nn.functional.interpolate(images, scale_factor=4) * torch.linspace(0, 1, images.shape[-1] * 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "told"),
+    [
+        (nn.AvgPool2d(4), {}, "The output is 4x2 for images of 16x8; pass stride=4."),
+        (nn.AvgPool2d(4), {"stride": 2}, "The output is 4x2 for images of 16x8; pass stride=4."),
+        (network("zeros"), {"stride": 2}, "The output is 16x8 for images of 16x8; pass stride=1."),
+        (enlarge, {}, "The output is 64x32 for an input of 16x8; pass upsampling=4."),
+        (enlarge, {"stride": 2}, "The output is 64x32 for an input of 16x8; pass stride=1 and upsampling=4."),
+    ],
+)
+def test_a_call_with_another_stride_is_named(function, options, told):
+    """Before any layer is: the sides of the output say that the call is wrong."""
+    images = torch.rand(1, 2, 16, 8).double()
+    with pytest.raises(AssertionError, match=re.escape(told)) as got:
+        assert_shift_equivariant(function, images, shifts=[(2, 0)], **options)
+    assert "Where to look" not in str(got.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (network("zeros", 2), {"stride": 2}),
+        (nn.Conv2d(2, 2, 3).double(), {}),
+        (nn.Conv2d(2, 2, (1, 3), (1, 2), (0, 1)).double(), {}),
+        (enlarge, {"upsampling": 4}),
+        (network("zeros", 2), {"token_shift": lambda x, _, __: torch.ones(len(x), 2, dtype=torch.int64)}),
+    ],
+    ids=["stride", "no padding", "one axis", "upsampling", "law"],
+)
+def test_a_call_that_fits_blames_layers(function, options):
+    """Negative control: the sides agree with the call, or show no stride."""
+    with pytest.raises(AssertionError, match="Where to look"):
+        assert_shift_equivariant(function, torch.rand(1, 2, 16, 8).double(), shifts=[(2, 2)], **options)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def assert_shift_equivariant(
 
     Raises:
         AssertionError: the output does not move with the images. The message names the shift, the position, the
-            size of the error and the likely cause, which may be that the function is random.
+            size of the error and the likely cause, which may be that the function is random, or that the sides of the output show
+            another ``stride`` or ``upsampling``.
         ValueError: there is no shift, a shift does not move the output by whole positions, the output has another
             shape after the shift, or no position is valid in both.
     """
@@ -98,7 +99,8 @@ def assert_shift_equivariant(
             noise = equivariance_error(function, images, (0, 0), **options)
             # NaN differs from itself without any randomness.
             random = allowed < _size(noise) < math.inf
-            look = _randomness(noise) if random else f"Where to look: {_suspect(error, stride)}."
+            call = _other_call(error, stride, upsampling) if token_shift is None else ""
+            look = _randomness(noise) if random else call or f"Where to look: {_suspect(error, stride)}."
             raise AssertionError(f"{_complaint(error, allowed)} {look}")
 
 
@@ -128,6 +130,26 @@ def _randomness(noise: ShiftDifference) -> str:
         f"But the function is random or changes its own state: two calls on the same images differ by {by}. "
         "Call model.eval(), or fix the seed inside the function, and try again."
     )
+
+
+def _other_call(error: ShiftDifference, stride: int, upsampling: int) -> str:
+    """Name the stride or the upsampling that the sides of the output show; empty where the given ones agree."""
+    if error.output_sides is None:
+        return ""
+    sides = list(zip(error.input_sides, error.output_sides, strict=True))
+    if any(before * upsampling == behind * stride for before, behind in sides):
+        return ""
+    (height, width), (h, w) = error.input_sides, error.output_sides
+    larger = height >= h
+    # Other sides, such as those behind a convolution without padding, show neither.
+    factors = {before / behind if larger else behind / before for before, behind in sides}
+    factor = factors.pop()
+    if factors or not factor.is_integer():
+        return ""
+    right = {"stride": int(factor) if larger else 1, "upsampling": 1 if larger else int(factor)}
+    given = {"stride": stride, "upsampling": upsampling}
+    cure = " and ".join(f"{name}={value}" for name, value in right.items() if value != given[name])
+    return f"The output is {h}x{w} for {'images' if larger else 'an input'} of {height}x{width}; pass {cure}."
 
 
 def _suspect(error: ShiftDifference, stride: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class ShiftDifference(Tabular):
         is_indices: whether the output is an integer tensor.
         dtype: of the output.
         is_invariant: whether the output has no positions, so that it has to stay as it is.
+        input_sides: (H, W) of what the function was given.
+        output_sides: (h, w) of f(x); None without positions.
     """
 
     shift: Shift
@@ -59,6 +61,8 @@ class ShiftDifference(Tabular):
     is_indices: bool
     dtype: torch.dtype
     is_invariant: bool = False
+    input_sides: tuple[int, int] = (0, 0)
+    output_sides: tuple[int, int] | None = None
 
     @property
     def rate(self) -> float:
@@ -158,7 +162,10 @@ def equivariance_error(
         fits = isinstance(law, Tensor) and law.shape == (len(images), 2) and not law.is_floating_point()
         require(fits, "token_shift(...)", f"an integer tensor of shape {(len(images), 2)}", law)
         steps = [(int(dy), int(dx)) for dy, dx in law.tolist()]
-    return _compare(reference, moved, steps, shift, protocol)
+    found = _compare(reference, moved, steps, shift, protocol)
+    return replace(
+        found, input_sides=_sides(first), output_sides=None if found.is_invariant else _sides(reference)
+    )
 
 
 def phase_token_shift(offsets: Callable[[Tensor], Tensor], stride: int) -> TokenShift:
@@ -197,6 +204,10 @@ def _view(images: Tensor, shift: Shift, protocol: Protocol, fill: float, size: t
     if size is None:
         raise ValueError("size must be (height, width) under the crop protocol, got None.")
     return crop(images, shift, size=size)
+
+
+def _sides(values: Tensor) -> tuple[int, int]:
+    return values.shape[-2], values.shape[-1]
 
 
 def _output(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
