@@ -626,13 +626,15 @@ def small_report():
     return audit(nn.Sequential(conv(1, 2, mode="zeros"), nn.SiLU()), fresh(1, 1, 16, 16))
 
 
-def test_report_survives_json():
-    """Strict JSON, and the same report from it."""
+def test_report_survives_json(tmp_path):
+    """Strict JSON, and the same report from it, also from a file."""
     report = small_report()
     text = json.dumps(report.to_dict(), allow_nan=False)
     assert json.loads(text)["rows"][0]["border_error"] == report.rows[0].border_error
     assert AuditReport.from_dict(json.loads(text)) == report
     assert AuditReport.from_dict(report.to_dict()) == report
+    report.save(tmp_path / "audit.json")
+    assert AuditReport.load(str(tmp_path / "audit.json")) == report
 
 
 def test_report_is_frozen():

@@ -12,12 +12,14 @@ import torch
 
 from te_quant import equivariance
 from te_quant.equivariance import (
+    AuditReport,
     EquivarianceReport,
     comparison_table,
     measure_equivariance,
     plot_reports,
     plot_shift_maps,
 )
+from te_quant.stability import StabilityReport
 
 
 def make_report(*, num_codes: int = 4, full: bool = True, **options) -> EquivarianceReport:
@@ -46,6 +48,29 @@ def test_strict_json_round_trip(num_codes, full):
     assert again.to_dict() == report.to_dict()
     assert repr(again) == repr(report)
     assert math.isnan(again.aligned.kappa) == (num_codes == 1)
+
+
+def test_files_of_reports_are_read(tmp_path):
+    """As StabilityReport and AuditReport do; the JSON of the command is such a file."""
+    report, path = make_report(), tmp_path / "report.json"
+    report.save(path)
+    assert repr(EquivarianceReport.load(str(path))) == repr(report)
+    path.write_text(json.dumps(report.to_dict(), indent=2))
+    assert repr(EquivarianceReport.load(path)) == repr(report)
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [("[1]", "got list."), ("half", r"got another file \(Expecting value"), ("{}", "format must be 2 or 3")],
+)
+@pytest.mark.parametrize("kind", [EquivarianceReport, StabilityReport, AuditReport])
+def test_files_without_a_report_are_refused(kind, text, got, tmp_path):
+    """By their name, and what they hold."""
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    got = got if kind is EquivarianceReport else got.replace("2 or 3", "1")
+    with pytest.raises(ValueError, match=got):
+        kind.load(path)
 
 
 def test_infinite_psnr_survives_json():

@@ -1,12 +1,17 @@
-"""Reports as values for strict JSON, which knows neither tuples nor infinities, and back."""
+"""Reports as values for strict JSON, which knows neither tuples nor infinities, as files, and back."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-__all__ = ["interval", "numbers", "plain"]
+from te_quant._checks import require
+
+__all__ = ["interval", "numbers", "plain", "read_report", "write_report"]
 
 
 def plain(value: Any) -> Any:
@@ -28,6 +33,26 @@ def numbers(data: Mapping[str, Any]) -> dict[str, Any]:
 def interval(values: Any) -> tuple[float, float]:
     """Read a pair of numbers."""
     return float(values[0]), float(values[1])
+
+
+def write_report(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+    """Write what the ``to_dict`` of a report returns."""
+    Path(path).write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what :func:`write_report` has written, for the ``from_dict`` of a report.
+
+    Raises:
+        ValueError: the file holds no object in JSON.
+    """
+    expected = "a report in JSON"
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} must be {expected}, got another file ({error}).") from error
+    require(isinstance(data, dict), os.fspath(path), expected, type(data).__name__)
+    return dict(data)
 
 
 def _number(value: Any) -> Any:

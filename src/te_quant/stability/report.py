@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
-from te_quant._measuring.json import interval, numbers, plain
+from te_quant._measuring.json import interval, numbers, plain, read_report, write_report
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.report.values import ReconstructionError
 from te_quant.stability.plot import plot_stability
@@ -99,7 +97,7 @@ class StabilityReport(StabilityValues, Tabular):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_dict` as JSON; :meth:`load` reads it."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_report(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StabilityReport:
@@ -108,9 +106,7 @@ class StabilityReport(StabilityValues, Tabular):
         Raises:
             ValueError: the file holds no report of this format.
         """
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        require(isinstance(data, dict), f"{os.fspath(path)}", "a report in JSON", type(data).__name__)
-        return cls.from_dict(data)
+        return cls.from_dict(read_report(path))
 
 
 def _cycle(data: Mapping[str, Any]) -> CycleStability:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
-from te_quant._measuring.json import plain
+from te_quant._measuring.json import plain, read_report, write_report
 from te_quant._measuring.text import counted
 from te_quant.equivariance.audits.plot import plot_audit
 from te_quant.equivariance.audits.rows import PARTS, AuditRow, Part, SkippedModule, decibels, worst_row
@@ -30,7 +31,8 @@ class AuditReport(Tabular):
 
     Attributes:
         rows: the audited modules, in the order in which they finished.
-        skipped: the modules that were called but not audited on their own; :meth:`missed` returns those that matter.
+        skipped: the modules that were called but not audited on their own; :meth:`missed` returns those that
+            matter.
         stride: the largest stride in the model (least common multiple), pixels.
         image_size: (H, W).
         num_images: how many images were shown.
@@ -130,8 +132,8 @@ class AuditReport(Tabular):
         verb = "was not audited on its own" if skipped == 1 else "were not audited on their own"
         left_out = f" {counted(skipped, 'module')} {verb}." if skipped else ""
         return (
-            f"{counted(self.num_images, 'image')} of {height}x{width} pixels, circular shifts; stride {self.stride}; "
-            f"whole shifts {_shifts(self.shifts)}, sub-stride shifts {_shifts(self.sub_stride_shifts)}.{left_out}"
+            f"{counted(self.num_images, 'image')} of {height}x{width} pixels, circular shifts; "
+            f"stride {self.stride}; whole shifts {_shifts(self.shifts)}, sub-stride shifts {_shifts(self.sub_stride_shifts)}.{left_out}"
         )
 
     def plot(self) -> Figure:
@@ -166,6 +168,19 @@ class AuditReport(Tabular):
         skipped = ({"missed": False} | row for row in data["skipped"])
         values["skipped"] = tuple(SkippedModule(**_fields(SkippedModule, row)) for row in skipped)
         return cls(**values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_dict` as JSON; :meth:`load` reads it."""
+        write_report(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AuditReport:
+        """Read what :meth:`save` has written.
+
+        Raises:
+            ValueError: the file holds no report of this format.
+        """
+        return cls.from_dict(read_report(path))
 
 
 def _culprit(part: Part, row: AuditRow | None) -> str:

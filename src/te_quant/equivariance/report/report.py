@@ -6,13 +6,14 @@ collapsed to one code agrees perfectly.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
 from te_quant._measuring.data_range import DEFAULT_RANGE
-from te_quant._measuring.json import interval, numbers, plain
+from te_quant._measuring.json import interval, numbers, plain, read_report, write_report
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import Margin, Spread
 from te_quant.equivariance.metrics.shift_error import ShiftError
@@ -151,6 +152,19 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         for name in ("aligned_by_shift", "sub_stride_by_shift"):
             values[name] = tuple(_shift_agreement(entry) for entry in data[name])
         return cls(**values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_dict` as JSON; :meth:`load` reads it."""
+        write_report(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EquivarianceReport:
+        """Read what :meth:`save` has written.
+
+        Raises:
+            ValueError: the file holds no report of this format.
+        """
+        return cls.from_dict(read_report(path))
 
 
 def _margin(data: Mapping[str, Any]) -> Margin:
