@@ -141,10 +141,12 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
         for path in (config, weights):
             if not path.is_file():
                 expected = f"{CONFIG_FILE} and {WEIGHTS_FILE}"
-                raise FileNotFoundError(f"folder must hold {expected}, got none at {path}{_other_library(config)}.")
+                raise FileNotFoundError(
+                    f"folder must hold {expected}, got none at {path}{_other_library(config)}."
+                )
         return config, weights
     require_repository(source, "an existing folder")
-    paths = []
+    paths: list[Path] = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         found = download(str(source), name, hub)
         if found is None:

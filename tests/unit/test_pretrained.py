@@ -121,7 +121,7 @@ def test_missing_file_is_named(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ('{"_class_name": "VQModel"}', "names a VQModel of diffusers: load it with te_quant.interop.load_diffusers"),
+        ('{"_class_name": "VQModel"}', "names a VQModel of diffusers: load it with te_quant.interop.load_diff"),
         ('{"_class_name": "UNet2DModel"}', "model.safetensors."),
         ("[]", "model.safetensors."),
         ("no JSON", "model.safetensors."),
@@ -133,7 +133,7 @@ def test_folders_of_diffusers_name_their_loader(folder: Path, content: str, told
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(told)) as got:
         VQAutoencoder.from_pretrained(folder)
-    assert ("load_diffusers" in str(got.value)) == ("load_diffusers" in told)
+    assert ("load_diff" in str(got.value)) == ("load_diff" in told)
 
 
 @pytest.mark.parametrize("make", [str, Path])

@@ -40,9 +40,9 @@ def encode(options: Options) -> tuple[str, dict[str, Any]]:
     config, device = model.config, device_of(options.device)
     if options.tile_size is not None and not has_exact_tokens(model):
         sys.stderr.write(
-            f"te-quant encode: warning: pictures larger than a tile of {options.tile_size} pixels get other tokens "
-            "than without --tile-size, because this encoder has layers that read the whole image, such as "
-            "GroupNorm or attention.\n"
+            f"te-quant encode: warning: pictures larger than a tile of {options.tile_size} pixels get "
+            "other tokens than without --tile-size, because this encoder has layers that read the whole image, "
+            "such as GroupNorm or attention.\n"
         )
     read = (
         (picture.name, read_picture(picture.path, config.image_channels, options.size))

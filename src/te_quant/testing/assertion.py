@@ -79,8 +79,8 @@ def assert_shift_equivariant(
 
     Raises:
         AssertionError: the output does not move with the images. The message names the shift, the position, the
-            size of the error and the likely cause, which may be that the function is random, or that the sides of the output show
-            another ``stride`` or ``upsampling``.
+            size of the error and the likely cause, which may be that the function is random, or that the sides of
+            the output show another ``stride`` or ``upsampling``.
         ValueError: there is no shift, a shift does not move the output by whole positions, the output has another
             shape after the shift, or no position is valid in both.
     """

@@ -72,9 +72,10 @@ def audit(
     on, they do not add up to the error at the end. What pointwise nonlinearities lose behind a downsampling, where
     the content has moved by a fraction of a position, is in the error after them and in none of the parts.
 
-    A module with children has a row too where a child cannot be audited on its own (the padding stands outside of the
-    convolution, attention works on sequences), where it loses something and none of the children does, and where
-    it is taken as a whole: its class name says attention, or ``whole`` names it. The last kind hides its children.
+    A module with children has a row too where a child cannot be audited on its own (the padding stands outside of
+    the convolution, attention works on sequences), where it loses something and none of the children does, and
+    where it is taken as a whole: its class name says attention, or ``whole`` names it. The last kind hides its
+    children.
     A module that maps positions to positions and is in no row, such as a convolution without padding or a layer on
     a sequence of tokens, is named first in every form of the report: the worst of the audited modules need not be
     the worst of the model then.
