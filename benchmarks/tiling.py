@@ -44,7 +44,7 @@ _HEIGHT, _WIDTH, _TILE = 384, 512, 128
 _OVERLAPS = (None, 64, 0)
 _NEAR = 8
 _CROP, _BATCH, _STEPS = 64, 8, 400
-# Attention without a fused kernel for its strides stores (h·w)² numbers, which limits the image.
+# Attention takes minutes over the 256 x 256 positions of a larger image.
 _MEMORY_SIDES = {"GroupNorm, attention": 512, "GroupNorm": 1024, LOCAL: 1024}
 _WAYS = {"whole": None, "tiled": 256}
 _MIB = 2**20
