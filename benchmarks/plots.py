@@ -118,7 +118,7 @@ def _training(cells: Mapping[str, Any]) -> bytes:
 
     groups = [(place, group) for place, group in results(cells).items() if NONE in group]
     names = [name for name in CONTENDERS if name != NONE and any(name in group for _, group in groups)]
-    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.3 * len(names)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 1.8 + 0.3 * len(names)), layout="constrained")
     ratios: dict[str, list[float]] = {name: [] for name in names}
     for number, ((data, K, C), group) in enumerate(groups):
         base = group[NONE].mean("mse")
@@ -138,11 +138,11 @@ def _training(cells: Mapping[str, Any]) -> bytes:
         axes.plot([], [], color=color, linewidth=4, label=name)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="test MSE / that without a quantizer (lower is better)")
-    axes.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+    axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return _png(figure)
 
 
@@ -169,7 +169,7 @@ def _training_curves(cells: Mapping[str, Any]) -> bytes:
                     means = [statistics.fmean(step) for step in zip(*values, strict=True)]
                     steps = [CURVE_STEPS * (number + 1) for number in range(len(means))]
                     grid[row][column].plot(steps, means, color=_CURVES[name], linewidth=1.5, label=name)
-        grid[0][column].set(yscale="log", ylim=(0.008, 1), title="{}\nK = {:,}, C = {}".format(*place))
+        grid[0][column].set(yscale="log", ylim=(None, 1), title="{}\nK = {:,}, C = {}".format(*place))
         grid[1][column].set(yscale="log", xlabel="step")
         for row in range(2):
             grid[row][column].grid(alpha=0.3)

@@ -1,12 +1,35 @@
-"""The benchmark of tiles: its measures on known cases, and where seams lie."""
+"""The benchmark of tiles: its measures on known cases, and its published tables."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import tiling
 from te_quant import AutoencoderConfig, VQAutoencoder
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "tiling"
+
+
+def test_tables_are_those_of_the_measurements() -> None:
+    """Written from the JSON file next to them."""
+    document = json.loads((FOLDER / "tiling.json").read_text(encoding="utf-8"))
+    assert tiling.table(document["cells"]) == (FOLDER / "tiling.md").read_text(encoding="utf-8")
+    assert tiling.memory_table(document["memory"]) == (FOLDER / "memory.md").read_text(encoding="utf-8")
+
+
+def test_published_tiles_are_exact_where_the_library_says_so() -> None:
+    """Without layers that read the image, at the default overlap: every token; without overlap some differ."""
+    cells = json.loads((FOLDER / "tiling.json").read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        exact = cell["equal_near"] == cell["equal_far"] == 1.0 and cell["max_near"] < 1e-4
+        if cell["model"] != tiling.LOCAL or cell["overlap"] == 0:
+            assert not exact
+        elif not cell["given"]:
+            assert exact
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def sample_rows(rows: Tensor, count: int, generator: torch.Generator | None, gro
         rows: (N, C) of this rank; N may be 0.
         count: how many, at least 1.
         generator: this rank's randomness.
-        group: None for this process alone.
+        group: None for only this process.
 
     Returns:
         (min(count, total N), C) in random order.

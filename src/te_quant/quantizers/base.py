@@ -54,7 +54,7 @@ class Losses(NamedTuple):
     Attributes:
         codebook: moves the codes towards the latents. Zero where no code is learnt by gradient.
         commitment: moves the latents towards the codes.
-        regularization: what is asked of the codebook or of its use; zero at the optimum.
+        regularization: the penalty on the codebook, or on how evenly it is used; zero at the optimum.
     """
 
     codebook: Tensor
@@ -102,8 +102,8 @@ class QuantizerOutput(NamedTuple):
         codebook_loss: (), moves the codes towards the latents. Zero where the codebook is not learnt by
             gradient.
         commitment_loss: (), moves the latents towards the codes.
-        regularization_loss: (), what is asked of the codebook or of its use, >= 0 and zero at the optimum: the
-            orthogonality penalty of :class:`~te_quant.VectorQuantizer` and
+        regularization_loss: (), the penalty on the codebook, or on how evenly it is used, >= 0 and zero at the
+            optimum: the orthogonality penalty of :class:`~te_quant.VectorQuantizer` and
             :class:`~te_quant.ResidualVectorQuantizer`, the entropy terms of :class:`~te_quant.LFQ`.
         codes: the codes without gradient, in the quantizer's dtype; bit-equal to ``decode(indices)`` until the
             codebook moves.

@@ -33,8 +33,8 @@ class FSQ(TensorFreeQuantizer):
     nothing. To see which codes are used, count the indices with :class:`~te_quant.CodebookUsage`.
 
     Args:
-        levels: L of each channel, each at least 2, product below 2^63; the paper advises 5 or more a channel, for
-            instance (8, 5, 5, 5) for about 2^10 codes and (7, 5, 5, 5, 5) for about 2^12.
+        levels: L of each channel, each at least 2, product below 2^63; the paper advises 5 or more per channel,
+            for instance (8, 5, 5, 5) for about 2^10 codes and (7, 5, 5, 5, 5) for about 2^12.
         channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
         nonfinite: what to do about NaN and infinite latents, as for :class:`~te_quant.VectorQuantizer`. Vectors
             that are skipped are quantized as if zero. Under ``"off"`` NaN becomes the lowest level.

@@ -58,7 +58,7 @@ class LFQ(TensorFreeQuantizer):
         nonfinite: what to do about NaN and infinite latents, as for :class:`~te_quant.VectorQuantizer`. Vectors
             that are skipped are quantized as if zero. Under ``"off"`` NaN becomes -1.
         process_group: while training, the mean assignment is that over all its processes. ``None`` is
-            torch.distributed's default group, looked up at each call, and this process alone when there is none.
+            torch.distributed's default group, looked up at each call, and only this process when there is none.
 
     Shape:
         latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the module's dtype; under

@@ -85,10 +85,11 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         decay: of the moving averages, in [0, 1). Not with ``stages``.
         revival_threshold: under ``"ema"``, as for :class:`~te_quant.VectorQuantizer`. Not with ``stages``.
         channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
-            That of every stage.
+            Must equal that of every stage.
         nonfinite: what to do about NaN and infinite latents, as for :class:`~te_quant.VectorQuantizer`.
         process_group: the processes over which statistics are summed. ``None`` is torch.distributed's default
-            group, looked up at each call, and only this process when there is none. That of every stage.
+            group, looked up at each call, and only this process when there is none. Must equal that of every
+            stage.
         generator: randomness of the initial codebooks; the global one if ``None``. Not with ``stages``.
 
     Shape:
@@ -244,15 +245,15 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         return _residual_steps.partial_sums(self._level_codes(indices))[-1]
 
     def project(self, vectors: Tensor) -> Tensor:
-        """As the first stage."""
+        """Project as the first stage does."""
         return self._parts()[0].project(vectors)
 
     def project_residual(self, vectors: Tensor) -> Tensor:
-        """As the first stage."""
+        """Project as the first stage does."""
         return self._parts()[0].project_residual(vectors)
 
     def to_code_units(self, projected: Tensor) -> Tensor:
-        """As the first stage."""
+        """Project as the first stage does."""
         return self._parts()[0].to_code_units(projected)
 
     def quantize(self, rows: Rows, generator: torch.Generator | None) -> Quantized:

@@ -44,7 +44,7 @@ class SimVQ(Quantizer):
         channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
         nonfinite: what to do about NaN and infinite latents, as for :class:`~te_quant.VectorQuantizer`.
         process_group: the processes over which ``usage`` is summed. ``None`` is torch.distributed's default
-            group, looked up at each call, and this process alone when there is none.
+            group, looked up at each call, and only this process when there is none.
         generator: randomness of the coefficients; the global one if ``None``.
 
     Shape:

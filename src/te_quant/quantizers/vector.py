@@ -63,7 +63,7 @@ class VectorQuantizer(Quantizer):
     Args:
         num_codes: K, at least 1.
         code_dim: C, at least 1.
-        metric: which code a latent takes. ``"l2"``: the nearest one (Eq. 3). ``"cosine"``: latents and codes are
+        metric: how codes are compared. ``"l2"``: the nearest one (Eq. 3). ``"cosine"``: latents and codes are
             scaled to unit length before everything else, so the returned codes have unit length too.
             ``"cosine_raw"``: the code at the smallest angle, but codes, losses and averages are those of the
             vectors as they are. ``"dot"``: the code of the largest product z·e, also with vectors as they are.
@@ -85,7 +85,7 @@ class VectorQuantizer(Quantizer):
         temperature: 0 takes the code that ``metric`` says. Above 0, while training, a code is drawn with
             probability proportional to exp(-‖z - e‖² / (2 · temperature)), z and e of unit length under both
             cosines; under ``"dot"`` to exp(z·e / temperature).
-        decay: of the moving averages, in [0, 1). Of use under ``"ema"`` and for :meth:`revive_dead_codes`.
+        decay: of the moving averages, in [0, 1). Used only under ``"ema"`` and for :meth:`revive_dead_codes`.
         revival_threshold: of use under ``"ema"``, in [0, 1). A code is dead while it is used less than this
             fraction of the average code. Between two steps up to 4,096 dead codes move onto latents of the last
             training pass. At first no code has been used, so this is how the codebook starts. 0 leaves dead codes
@@ -98,7 +98,7 @@ class VectorQuantizer(Quantizer):
             accelerators, where looking means waiting for the device. With several processes prefer
             ``"skip"``: where one process raises, the others wait for it in the next collective.
         process_group: the processes over which statistics are summed and random rows are drawn. ``None`` is
-            torch.distributed's default group, looked up at each call, and this process alone when there is none.
+            torch.distributed's default group, looked up at each call, and only this process when there is none.
         generator: randomness of the initial codebook; the global one if ``None``.
 
     Shape:
