@@ -308,6 +308,7 @@ def test_plot_draws_what_the_report_says():
     assert drawn.mask[0, 0]
     for entry in report.sub_stride_by_shift:
         assert drawn[entry.shift] == entry.agreement.rate
+    assert shift_map.get_title().startswith("equal indices by sub-stride shift\n")
     assert "perplexity" in shift_map.get_title()
     assert "PSNR" in shift_map.get_title()
     picture = io.BytesIO()

@@ -392,7 +392,9 @@ def test_the_picture_shows_every_figure() -> None:
     """One panel each, and a mark per transform and report."""
     pytest.importorskip("matplotlib")
     report = measured(spoilt, transforms=[Identity(), Flip()], cycles=2, resamples=9)
-    panels = report.plot().axes
+    figure = report.plot()
+    panels = figure.axes
+    assert figure.legends[0].get_title().get_text() == "lines: 95 % intervals; vertical line: chance level"
     titles = [panel.get_title().replace("\n", " ") for panel in panels]
     assert titles[0] == "share of tokens that return"
     assert titles[-1] == "tokens that are left after 2 cycles"

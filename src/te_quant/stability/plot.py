@@ -29,7 +29,7 @@ _Panel = tuple[str, Callable[[TransformStability], "_Shown | None"]]
 def plot_stability(reports: Mapping[str, StabilityValues]) -> Figure:
     """Draw reports side by side: one row per transform, panels for all tokens, foreground and whole images.
 
-    Lines through the marks are 95 % intervals. The short upright line is what chance gives with the same code
+    Lines through the marks are 95 % intervals. The short vertical line is the chance level for the same code
     frequencies. The legend carries the code use and the reconstruction error, without which a match means little.
 
     Args:
@@ -57,7 +57,7 @@ def plot_stability(reports: Mapping[str, StabilityValues]) -> Figure:
     only = len(reports) == 1
     labels = [beside(report) if only else f"{name}: {beside(report)}" for name, report in reports.items()]
     handles = axes[0].get_legend_handles_labels()[0]
-    note = "lines: 95 % intervals; upright line: what chance gives"
+    note = "lines: 95 % intervals; vertical line: chance level"
     figure.legend(
         handles, labels, loc="outside lower center", frameon=False, fontsize=8, title=note, title_fontsize=8
     )

@@ -133,7 +133,8 @@ class AuditReport(Tabular):
         left_out = f" {counted(skipped, 'module')} {verb}." if skipped else ""
         return (
             f"{counted(self.num_images, 'image')} of {height}x{width} pixels, circular shifts; "
-            f"stride {self.stride}; whole shifts {_shifts(self.shifts)}, sub-stride shifts {_shifts(self.sub_stride_shifts)}.{left_out}"
+            f"stride {self.stride}; whole shifts {_shifts(self.shifts)}, "
+            f"sub-stride shifts {_shifts(self.sub_stride_shifts)}.{left_out}"
         )
 
     def plot(self) -> Figure:

@@ -94,8 +94,8 @@ def plot_reports(reports: Mapping[str, EquivarianceValues]) -> Figure:
         axes = figure.add_subplot(grid[len(panels) + position // columns, position % columns])
         _draw_map(axes, report, report.sub_stride_by_shift, "agreement")
         drawn = f", {len(report.sub_stride_by_shift)} drawn" if report.settings.sub_stride_drawn else ""
-        title = f"{name}\nequal indices by sub-stride shift{drawn}\n{_beside(report)}"
-        axes.set_title(title, fontsize=9)
+        heading = [f"equal indices by sub-stride shift{drawn}", _beside(report)]
+        axes.set_title("\n".join([name, *heading] if name else heading), fontsize=9)
     return figure
 
 

@@ -97,7 +97,8 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         Raises:
             ImportError: matplotlib is not installed (``te_quant[plot]``).
         """
-        return plot_reports({"measured": self})
+        # The panel then says what it shows, as there is nothing to tell apart.
+        return plot_reports({"": self})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for strict JSON: NaN and infinities become the strings that ``float`` reads."""
