@@ -413,9 +413,11 @@ def _wrong_latents(promise: str, factory: QuantizerFactory) -> None:
             for method in (quantizer, quantizer.encode):
                 with _refused(promise, ValueError, message):
                     method(torch.zeros(shape))
+    # No other axis has the size of the codes, or the refusal would propose it.
+    other = factory().code_dim + 1
     for channel_dim, wrong, axis in (
-        (1, (2, 67, 3, 4), 1),
-        (-1, (2, 3, 67), 2),
+        (1, (2, 67, 3, other), 1),
+        (-1, (2, other, 67), 2),
         (1, (5, 67), 1),
         (-1, (5, 67), 1),
     ):
@@ -432,7 +434,7 @@ def _wrong_latents(promise: str, factory: QuantizerFactory) -> None:
     with _refused(promise, TypeError, "latents must be a tensor, got list."):
         quantizer([[0.0]])  # type: ignore[arg-type]
     if quantizer.reference is not None:
-        with _refused(promise, TypeError, "latents must be torch.float32 as the quantizer, got torch.float64."):
+        with _refused(promise, TypeError, "latents must be torch.float32 as the quantizer, got torch.float64"):
             quantizer(torch.zeros(2, c, dtype=torch.float64))
         with _refused(promise, ValueError, "latents must be on cpu as the quantizer, got meta."):
             quantizer(torch.zeros(2, c, device="meta"))
