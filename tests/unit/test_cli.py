@@ -343,6 +343,13 @@ def test_the_file_of_the_weights_stands_for_its_folder(run: Run, model: VQAutoen
     assert run("encode", "model/model.safetensors", "photos", "-o", "t.safetensors")[0] == 0
 
 
+def test_one_picture_is_singular(run: Run, model: VQAutoencoder) -> None:
+    """In what both commands print."""
+    out = run("encode", "model", "photos/c.png", "-o", "t", "--size", 4)[1]
+    assert out.startswith("t: 1 token of 1 image as uint8, 1 of 16 codes used")
+    assert run("decode", "model", "t", "-o", "out")[1] == "out: 1 picture\n"
+
+
 PYTHON = """
 import torch
 from te_quant.adapters import Tokenizer

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from te_quant._checks import require
 from te_quant._measuring.progress import progress
+from te_quant._measuring.text import counted
 from te_quant.autoencoder import TiledAutoencoder, VQAutoencoder, pad_to_divisor
 from te_quant.autoencoder.tiling import has_exact_tokens
 from te_quant.cli.arguments import Options
@@ -68,7 +69,7 @@ def encode(options: Options) -> tuple[str, dict[str, Any]]:
     used = len(torch.cat([image.indices.flatten() for image in found.values()]).unique())
     dtype = str(compact_dtype(about.num_codes)).removeprefix("torch.")
     text = (
-        f"{output}: {tokens:,} tokens of {len(found):,} images as {dtype}, "
+        f"{output}: {counted(tokens, 'token')} of {counted(len(found), 'image')} as {dtype}, "
         f"{used:,} of {about.num_codes:,} codes used"
     )
     values = {"output": str(output), "images": len(found), "tokens": tokens, "codes_used": used, "dtype": dtype}
@@ -96,7 +97,10 @@ def decode(options: Options) -> tuple[str, dict[str, Any]]:
         ):
             height, width = image.size
             write_picture(folder / names[name], pixels[:, :height, :width])
-    return f"{folder}: {len(found):,} pictures", {"output": str(folder), "pictures": [names[n] for n in found]}
+    return f"{folder}: {counted(len(found), 'picture')}", {
+        "output": str(folder),
+        "pictures": [names[n] for n in found],
+    }
 
 
 def convert(options: Options) -> tuple[str, dict[str, Any]]:
