@@ -82,7 +82,7 @@ def _gpt(pairs: CaptionedImages, **changes: Any) -> GPT:
 
 
 # Of an image tokenizer that chooses no phase, as far as it is read.
-PLAIN = {"channel_multipliers": (1,), "downsample": "none"}
+PLAIN = {"widths": (8,), "downsample": "none"}
 
 
 class _Codes:

@@ -29,6 +29,7 @@ from te_quant.layers import (
     PolyphaseUpsample2d,
     PolyphaseUpsampleConv,
 )
+from tests.helpers import exactly
 
 HALF = [torch.float16, torch.bfloat16]
 DTYPES = [*HALF, torch.float32, torch.float64]
@@ -281,7 +282,8 @@ def test_quantizer_without_tensors_follows_conversions(name: str, dtype: torch.d
 def test_quantizer_without_tensors_refuses_latents_of_another_dtype(name: str) -> None:
     """By name, as a quantizer with a codebook does."""
     quantizer = SUBJECTS[name]().double()
-    with pytest.raises(TypeError, match=r"^latents must be torch.float64 as the quantizer, got torch.float32\.$"):
+    message = "latents must be torch.float64 as the quantizer, got torch.float32; convert one of the two."
+    with pytest.raises(TypeError, match=exactly(message)):
         quantizer(torch.zeros(2, 4))
 
 

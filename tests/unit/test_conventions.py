@@ -16,6 +16,12 @@ def calls_in(path: Path) -> list[tuple[str, ast.Call]]:
     return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
+def test_names_of_test_files_are_unique() -> None:
+    """Two files of one name cannot be collected together."""
+    names = [path.name for path in FILES if path.name.startswith("test_")]
+    assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_generator_is_seeded_by_the_system(path: Path) -> None:
     """``default_rng()`` and ``Generator.seed()`` take their seed from the operating system: it never repeats."""
