@@ -172,7 +172,7 @@ def test_other_models_come_back_too(run: Run, model: VQAutoencoder, tmp_path: Pa
     assert np.abs(found - expected.detach().movedim(0, -1).numpy()).max() <= 0.51
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tiles_give_the_same_tokens(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
     """For this model tiles are exact; the decoder takes them too."""
     make(base_channels=4, channel_multipliers=(1, 2, 2)).save_pretrained(tmp_path / "model")
