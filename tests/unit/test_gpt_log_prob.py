@@ -93,7 +93,7 @@ def test_log_prob_of_half_precision_is_float32(dtype: torch.dtype) -> None:
         under_autocast = gpt.log_prob(tokens)
     for got in (under_autocast, gpt.to(dtype).log_prob(tokens)):
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(got, wanted, rtol=0.01, atol=0.01)
 
 
 def test_log_prob_of_a_network_with_nan_is_nan() -> None:
