@@ -7,7 +7,6 @@ trainings are kept in the result file.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
 import sys
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from benchmarks.results import stamp
 from benchmarks.training import RATE, Layer, Network, library_layer, train
 from examples.te_vqgan.reports.document import Table, to_markdown
+from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from te_quant import VectorQuantizer
 
@@ -180,10 +180,9 @@ def figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         axes.set_axis_off()
     drawn.supxlabel("step")
     drawn.supylabel(f"codes used in 25 steps, of {K}")
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    content = encode_png(drawn, dpi=_DPI)
     plt.close(drawn)
-    return buffer.getvalue()
+    return content
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

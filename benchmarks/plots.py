@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from benchmarks.contest import OURS
 from benchmarks.peers import MODES, QUANTIZERS
 from benchmarks.targets import ratio
 from benchmarks.training import CONTENDERS, CURVE_STEPS, DEFAULTS, NONE, OWN, PEER, PEER_ALIVE, RATE, results
+from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.runs.files import write_bytes_atomically
 
 __all__ = ["write_plots"]
@@ -183,8 +183,6 @@ def _training_curves(cells: Mapping[str, Any]) -> bytes:
 def _png(figure: Any) -> bytes:
     from matplotlib import pyplot as plt
 
-    buffer = io.BytesIO()
-    # Without the version of the program that drew it: equal numbers give equal files.
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    content = encode_png(figure, dpi=_DPI)
     plt.close(figure)
-    return buffer.getvalue()
+    return content

@@ -161,7 +161,7 @@ def test_the_command_writes_tables_data_and_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large effects are confirmed, the reverse of a stated one is contradicted, equal arms are not resolved."""
-    monkeypatch.setattr("examples.te_vqgan.reports.hypotheses.document._png", lambda _: b"png")
+    monkeypatch.setattr("examples.te_vqgan.reports.hypotheses.document.encode_png", lambda _, dpi: b"png")
     levels = {"te_vqgan": 0.95, "vqgan": 0.7, "k16": 0.95, "stride_exact": 0.7}
     results = _results(levels, rules=("paper", "2", "16", "38", "all"), spread=0.004)
     words = _written(tmp_path / "runs", results)

@@ -9,7 +9,6 @@ Shape letters: B images, H W pixels.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import warnings
 from collections import OrderedDict
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.runs.checks import require, require_choice, require_int
 from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
 from examples.te_vqgan.runs.provenance import git_commit, versions
@@ -180,10 +180,7 @@ def render(folder: Path) -> None:
     tables = [f"**{title}**\n\n{_modules(report)}" for title, report in reports.items()]
     write_text_atomically(folder / "modules.md", "\n".join(tables))
     for name, report in zip(audits, reports.values(), strict=True):
-        content = io.BytesIO()
-        # Without the date and the version a figure is a function of its data.
-        report.plot().savefig(content, format="png", dpi=100, metadata={"Software": None})
-        write_bytes_atomically(folder / f"{name}.png", content.getvalue())
+        write_bytes_atomically(folder / f"{name}.png", encode_png(report.plot(), dpi=100))
 
 
 def _summary(reports: dict[str, AuditReport]) -> str:

@@ -5,7 +5,6 @@ Reads the ``results.json`` that ``report`` wrote, so that a published comparison
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.te_vqgan.data.sources import is_pictures
+from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named, read_results
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
@@ -68,10 +68,7 @@ def write_comparison(folder: Path) -> None:
     counted = [run for run in runs if "exactness" in run]
     if counted:
         write_text_atomically(folder / "exactness.md", exactness(counted))
-    buffer = io.BytesIO()
-    # Without the date and the version a figure is a function of its data.
-    scatter(runs).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    write_bytes_atomically(folder / "comparison.png", buffer.getvalue())
+    write_bytes_atomically(folder / "comparison.png", encode_png(scatter(runs), dpi=110))
 
 
 def comparison(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.te_vqgan.reports.compare import agreement_cell, draw_agreement
+from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
@@ -48,10 +48,7 @@ def write_family(folder: Path) -> None:
     require(path.is_file(), "results", "a folder with results.json", str(folder))
     results = read_json_object(path)
     write_text_atomically(folder / "family.md", family_table(results))
-    buffer = io.BytesIO()
-    # Without the date and the version a figure is a function of its data.
-    family_scatter(results["runs"]).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    write_bytes_atomically(folder / "family.png", buffer.getvalue())
+    write_bytes_atomically(folder / "family.png", encode_png(family_scatter(results["runs"]), dpi=110))
 
 
 def family_table(results: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ Shape letters: A arms, B images, S side of a crop, h w token grid.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from examples.te_vqgan.reports.document import (
     to_markdown,
 )
 from examples.te_vqgan.reports.figures import code_colors
+from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.reports.results import by_arm, commands
 from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -89,11 +89,8 @@ def add_pictures(results: dict[str, Any], collected: Mapping[str, Any], out: Pat
 def render_pictures(results: Mapping[str, Any], folder: Path) -> None:
     """Write the report, its tables and its figure."""
     tensors, _ = load_checkpoint(folder / results["samples"])
-    content = io.BytesIO()
-    # Without the date and the version a figure is a function of its data.
     figure = draw_pictures(results, {name: np.asarray(tensor) for name, tensor in tensors.items()})
-    figure.savefig(content, format="png", metadata={"Software": None})
-    pictures = {_FIGURE: content.getvalue()}
+    pictures = {_FIGURE: encode_png(figure, photographs=True)}
     write_bytes_atomically(folder / _FIGURE, pictures[_FIGURE])
     blocks = _blocks(results)
     title = f"Tokenizers of {results['runs'][0]['settings']['data']}"

@@ -6,7 +6,6 @@ be written anew without the runs, and so that runs of several machines can be br
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from examples.te_vqgan.reports.findings import findings
 from examples.te_vqgan.reports.generation.report import generation_blocks, generation_figures, generation_tables
 from examples.te_vqgan.reports.generation.tables import full_size, generations, shown_rule
 from examples.te_vqgan.reports.pictures import add_pictures, render_pictures
+from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.reports.results import (
     METRICS,
     by_arm,
@@ -121,7 +121,7 @@ def render(folder: Path) -> None:
     samples = {title: _samples(folder / name) for title, name in results["samples"].items()}
     generated = {arm: _samples(folder / name) for arm, name in results.get("generated", {}).items()}
     figures = _figures(results, samples) | generation_figures(results, generated)
-    pictures = {name: _png(figure, photographs=name in _PHOTOGRAPHS) for name, figure in figures.items()}
+    pictures = {name: encode_png(figure, photographs=name in _PHOTOGRAPHS) for name, figure in figures.items()}
     for name, content in pictures.items():
         write_bytes_atomically(folder / name, content)
     blocks = _blocks(results)
@@ -326,17 +326,3 @@ def _took(seconds: float | None) -> str:
 def _samples(path: Path) -> dict[str, NDArray[Any]]:
     tensors, _ = load_checkpoint(path)
     return {name: np.asarray(tensor) for name, tensor in tensors.items()}
-
-
-def _png(figure: Figure, *, photographs: bool) -> bytes:
-    """Draw a figure; of a diagram the 256 colours that it has most of, which takes a third of the bytes."""
-    from PIL import Image
-
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    if photographs:
-        return content.getvalue()
-    smaller = io.BytesIO()
-    diagram = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    diagram.save(smaller, format="png", optimize=True)
-    return smaller.getvalue()

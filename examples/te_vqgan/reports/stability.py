@@ -5,7 +5,6 @@ Shape letters: B images, S canvas side.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from examples.te_vqgan.data.pictures import PictureSource
 from examples.te_vqgan.data.rows import ImageRows
 from examples.te_vqgan.data.sources import DigitSource
+from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.runs.checks import require, require_int
 from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
 from examples.te_vqgan.runs.provenance import git_commit, versions
@@ -133,10 +133,7 @@ def render(folder: Path) -> None:
     write_text_atomically(folder / "stability.md", _tables(titles, reports))
     parts = [f"**{name}**, {titles[name]}\n\n{report.to_markdown()}" for name, report in reports.items()]
     write_text_atomically(folder / "tokenizers.md", "\n".join(parts))
-    content = io.BytesIO()
-    # Without the date and the version a figure is a function of its data.
-    plot_stability(reports).savefig(content, format="png", dpi=110, metadata={"Software": None})
-    write_bytes_atomically(folder / "stability.png", content.getvalue())
+    write_bytes_atomically(folder / "stability.png", encode_png(plot_stability(reports), dpi=110))
 
 
 def _tables(titles: Mapping[str, str], reports: Mapping[str, StabilityReport]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from examples.te_vqgan.reports.hypotheses.plan import (
     Group,
     planned_groups,
 )
+from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.reports.results import read_results
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
@@ -38,7 +38,7 @@ from examples.te_vqgan.stage1.presets import ARMS
 from examples.te_vqgan.stage2.rules import rule_title
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 __all__ = ["interim", "label", "write_hypotheses"]
 
@@ -66,7 +66,7 @@ def write_hypotheses(folder: Path, into: Path, *, command: str) -> None:
     write_text_atomically(into / "hypotheses.json", json.dumps(_plain(results, found, command), indent=1) + "\n")
     write_text_atomically(into / "hypotheses.md", to_markdown(_blocks(results, found)))
     for name, figure in figures.items():
-        write_bytes_atomically(into / name, _png(figure))
+        write_bytes_atomically(into / name, encode_png(figure, dpi=110))
 
 
 def interim(folder: Path) -> str:
@@ -250,10 +250,3 @@ def _signed(value: float) -> str:
 
 def _probability(value: float) -> str:
     return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # Without the date and the version a figure is a function of its data.
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
