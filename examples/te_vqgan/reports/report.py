@@ -291,8 +291,10 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_effect(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what digits do not have, and what the discriminator would be like where none is trained."""
+    """Leave out what digits do not have, and what parts would be like that a training does without."""
     without = ["max_reduction"]
+    if settings["round_trip_weight"] == 0:
+        without += [name for name in settings if name.startswith("round_trip_")]
     if settings["adversarial_weight"] == 0:
         without += ["adversarial_delta", *(name for name in settings if name.startswith("discriminator_"))]
     return {name: value for name, value in settings.items() if name not in without}

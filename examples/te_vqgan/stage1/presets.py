@@ -67,6 +67,8 @@ class Stage1Settings:
         discriminator_channels: width of its first layer, a multiple of 4.
         discriminator_layers: how many of its layers halve the sides, at least 1.
         discriminator_norm: ``"group"`` or ``"batch"``.
+        round_trip_weight: of the loss that lets pictures be read back, :func:`~.round_trip.round_trip_loss`.
+        round_trip_margin: its margin, in (0, 1).
         codebook_init: ``"uniform"`` (the paper's) or ``"kmeans"``, on the latents of the first batches.
         bf16: compute encoder and decoder in bfloat16 (quantizer and losses stay in float32).
         log_every: a line in the log after so many steps.
@@ -101,6 +103,8 @@ class Stage1Settings:
     discriminator_channels: int = 32
     discriminator_layers: int = 2
     discriminator_norm: str = "group"
+    round_trip_weight: float = 0.0
+    round_trip_margin: float = 0.3
     codebook_init: str = "uniform"
     bf16: bool = False
     log_every: int = 5
@@ -119,7 +123,7 @@ class Stage1Settings:
             require_int(name, getattr(self, name), 0)
         for name in ("learning_rate", "codebook_lr_factor", "clip_norm", "perceptual_weight"):
             require_number(name, getattr(self, name), 0.0)
-        for name in ("l1_weight", "l2_weight", "adversarial_weight", "adversarial_delta"):
+        for name in ("l1_weight", "l2_weight", "adversarial_weight", "adversarial_delta", "round_trip_weight"):
             require_number(name, getattr(self, name), 0.0)
         require(self.adversarial_delta > 0, "adversarial_delta", "above 0", self.adversarial_delta)
         require_int("discriminator_channels", self.discriminator_channels, 4)
@@ -132,6 +136,7 @@ class Stage1Settings:
         require_int("discriminator_layers", self.discriminator_layers, 1)
         require_choice("discriminator_norm", self.discriminator_norm, DISCRIMINATOR_NORMS)
         require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
+        require_number("round_trip_margin", self.round_trip_margin, 0.0, 1.0)
         require_choice("perceptual", self.perceptual, PERCEPTUAL)
         require_choice("codebook_init", self.codebook_init, ("uniform", "kmeans"))
         require(
@@ -152,6 +157,8 @@ class Stage1Settings:
             f"a multiple of log_every={self.log_every}",
             self.validate_every,
         )
+        euclidean = self.round_trip_weight == 0 or self.model.metric == "l2"
+        require(euclidean, "model.metric", "'l2' with a round_trip_weight", repr(self.model.metric))
         divisor = self.model.divisor
         require(self.canvas_size % divisor == 0, "canvas_size", f"a multiple of {divisor}", self.canvas_size)
         self._check_pictures()

@@ -24,6 +24,7 @@ from examples.te_vqgan.stage1.losses import (
 )
 from examples.te_vqgan.stage1.perceptual import load_perceptual
 from examples.te_vqgan.stage1.presets import Stage1Settings
+from examples.te_vqgan.stage1.round_trip import round_trip_loss, rounded
 from te_quant import Quantizer, VQAutoencoder
 from te_quant.functional import perplexity
 
@@ -143,6 +144,10 @@ class Stage1Trainer:
         loss = rebuilt + output.loss
         numbers = {"reconstruction_loss": rebuilt, "codebook_loss": output.codebook_loss}
         numbers |= {"commitment_loss": output.commitment_loss, "orthogonal_loss": output.regularization_loss}
+        if settings.round_trip_weight > 0:
+            returned = self._round_trip(reconstruction, output.indices)
+            loss = loss + settings.round_trip_weight * returned
+            numbers["round_trip_loss"] = returned
         judged = settings.adversarial_weight > 0 and self.step >= settings.adversarial_start
         if judged:
             adversarial = self._adversarial(rebuilt, reconstruction)
@@ -191,6 +196,12 @@ class Stage1Trainer:
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.step = facts["step"]
+
+    def _round_trip(self, reconstruction: Tensor, indices: Tensor) -> Tensor:
+        with autocast(self.settings, self.device):
+            latents = self.model.encode(rounded(reconstruction))
+        codebook = vector_quantizer(self.model).codebook
+        return round_trip_loss(latents.float(), codebook, indices, margin=self.settings.round_trip_margin)
 
     def _adversarial(self, rebuilt: Tensor, reconstruction: Tensor) -> Tensor:
         weight: float | Tensor = self.settings.adversarial_weight

@@ -1,0 +1,171 @@
+"""The loss that lets a tokenizer read its own pictures back, and the measurement of how far it does."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from examples.te_vqgan.stage1.presets import settings_for
+from examples.te_vqgan.stage1.round_trip import measure_round_trips, round_trip_loss, rounded
+from examples.te_vqgan.stage1.trainer import Stage1Trainer
+
+CPU = torch.device("cpu")
+
+
+def test_rounding_gives_eight_bits_and_passes_the_gradient() -> None:
+    """Values beyond the range are clipped, and only they have no gradient."""
+    images = torch.tensor([-3.0, -1.0, -0.5, 0.0039, 0.9999, 1.5], requires_grad=True)
+    levels = (rounded(images).detach() + 1) * 127.5
+    torch.testing.assert_close(levels, torch.tensor([0.0, 0.0, 64.0, 128.0, 255.0, 255.0]))
+    rounded(images).sum().backward()
+    assert images.grad is not None
+    assert images.grad[[0, 2, 3, 4, 5]].tolist() == [0, 1, 1, 1, 0]
+
+
+def _oracle(latents: Tensor, codebook: Tensor, indices: Tensor, margin: float) -> float:
+    rows = np.moveaxis(latents.double().numpy(), 1, -1).reshape(-1, latents.shape[1])
+    codes = codebook.double().numpy()
+    total = 0.0
+    for row, index in zip(rows, indices.flatten().tolist(), strict=True):
+        distances = ((row - codes) ** 2).sum(1)
+        own, other = distances[index], np.delete(distances, index).min()
+        total += max(0.0, (own - other) / (own + other) + margin)
+    return total / len(rows)
+
+
+@given(st.integers(0, 10_000), st.floats(0.05, 0.95), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_the_loss_is_that_of_its_formula_at_every_scale(seed: int, margin: float, scale: float) -> None:
+    """An oracle with loops in float64; a factor on latents and codes changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(2, 3, 2, 2, generator=generator)
+    codebook = torch.randn(5, 3, generator=generator)
+    indices = torch.randint(5, (2, 2, 2), generator=generator)
+    found = round_trip_loss(scale * latents, scale * codebook, indices, margin=margin)
+    assert float(found) == pytest.approx(_oracle(latents, codebook, indices, margin), rel=1e-4, abs=1e-6)
+
+
+def test_the_loss_is_zero_on_the_codes_and_largest_on_others() -> None:
+    """And its gradient moves a latent to its code and away from the nearest other one."""
+    codebook = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    indices = torch.tensor([[[0, 1, 2]]])
+    on_codes = codebook.T.reshape(1, 2, 1, 3)
+    assert float(round_trip_loss(on_codes, codebook, indices, margin=0.3)) == 0
+    assert float(round_trip_loss(on_codes, codebook, indices.roll(1, 2), margin=0.3)) == pytest.approx(1.3)
+    between = torch.full((1, 2, 1, 1), 0.4, requires_grad=True)
+    round_trip_loss(between, codebook, torch.tensor([[[0]]]), margin=0.5).backward()
+    assert between.grad is not None
+    assert bool((between.grad > 0).all())
+
+
+class Grey:
+    """Rows of images whose three channels have one of 16 levels."""
+
+    def __init__(self, count: int) -> None:
+        levels = torch.randint(16, (count, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+        levels[:, :, 0, 0] = 0
+        self.images = (2 * levels / 15 - 1).expand(-1, 3, -1, -1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fixed(self, start: int, stop: int) -> Tensor:
+        """Return images by their places."""
+        return self.images[start:stop]
+
+
+class Levels:
+    """A tokenizer of grey levels whose decoder raises the level where ``wrong`` says so, and never again."""
+
+    training = False
+    config = types.SimpleNamespace(stride=1)
+
+    def __init__(self, wrong: Tensor | None = None, turned: bool = False) -> None:
+        self.wrong, self.turned = wrong, turned
+
+    def eval(self) -> None:
+        """Nothing differs."""
+
+    def train(self, mode: bool) -> None:
+        """Nothing differs."""
+
+    def quantizer(self, latents: Tensor) -> Any:
+        """One code for each level."""
+        return types.SimpleNamespace(indices=((latents[:, 0] + 1) * 7.5).round().long())
+
+    def encode_with_phases(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images and a phase."""
+        turned = self.turned and bool((images[:, 0, 0, 0] > -1).all())
+        return images, torch.full((len(images), 1, 2), int(turned))
+
+    def decode_indices(self, indices: Tensor, phases: Tensor) -> Tensor:
+        """Grey images, once with errors."""
+        assert phases.shape == (len(indices), 1, 2)
+        if self.wrong is not None:
+            indices, self.wrong = (indices + self.wrong) % 16, None
+        return (2 * indices / 15 - 1).unsqueeze(1).expand(-1, 3, -1, -1)
+
+
+def _measured(model: Levels) -> dict[str, Any]:
+    return measure_round_trips(model, Grey(8), 8, CPU)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_that_reads_itself_back_keeps_everything() -> None:
+    """Eight bits hold sixteen levels."""
+    found = _measured(Levels())
+    assert found == {"images": 8, "match": [1.0] * 3, "ink": 1.0, "whole": 1.0, "phases": 1.0}
+
+
+def test_planted_errors_are_counted_where_they_are() -> None:
+    """Two of 16 tokens in each of two images, one on the ground; what has changed once comes back afterwards."""
+    wrong = torch.zeros(8, 4, 4, dtype=torch.int64)
+    wrong[:2, 0, 0] = wrong[:2, 1, 1] = 1
+    found = _measured(Levels(wrong))
+    marked = int((Grey(8).images[:, 0] > -1).sum())
+    on_ink = int((Grey(8).images[:2, 0, 1, 1] > -1).sum())
+    assert found["match"] == [1 - 4 / 128, 1.0, 1.0]
+    assert found["ink"] == pytest.approx(1 - on_ink / marked)
+    assert (found["whole"], found["phases"]) == (0.75, 1.0)
+
+
+def test_an_image_with_another_phase_is_not_whole() -> None:
+    """Even where all of its tokens are the same."""
+    wrong = torch.zeros(8, 4, 4, dtype=torch.int64)
+    wrong[:, 0, 0] = 1
+    assert _measured(Levels(wrong))["phases"] == 1
+    found = _measured(Levels(wrong, turned=True))
+    assert (found["phases"], found["whole"]) == (0.0, 0.0)
+
+
+def test_training_with_the_loss_reaches_the_decoder() -> None:
+    """And without it the step is another one; both log what they minimise."""
+    steps = {}
+    for weight in (0.0, 1.0):
+        settings = settings_for("smoke", "integer_exact", {"round_trip_weight": weight, "seed": 3})
+        trainer = Stage1Trainer(settings, CPU)
+        trainer.initialize(lambda _: torch.zeros(4, 3, 32, 32))
+        images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        numbers = trainer.train_step(images)
+        assert ("round_trip_loss" in numbers) == (weight > 0)
+        steps[weight] = (float(numbers["loss"]), [p.grad.clone() for p in trainer.model.decoder.parameters()])
+    assert steps[1.0][0] > steps[0.0][0]
+    assert not all(torch.equal(*pair) for pair in zip(steps[0.0][1], steps[1.0][1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"round_trip_weight": -1.0}, "round_trip_weight must be a finite number >= 0"),
+        ({"round_trip_margin": 1.5}, "round_trip_margin must be a finite number in"),
+    ],
+)
+def test_wrong_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    """By name."""
+    with pytest.raises(ValueError, match=message):
+        settings_for("smoke", "vqgan", changes)
