@@ -25,7 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant import _pretrained
-from te_quant._checks import require, require_axis, require_device, require_int, require_number, require_type
+from te_quant._checks import (
+    require,
+    require_axis,
+    require_int,
+    require_mask,
+    require_number,
+    require_type,
+)
 from te_quant._precision import AUTOCAST_DEVICES, widen
 from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
 from te_quant.gpt.config import GPTConfig, Segment
@@ -87,7 +94,7 @@ class GPT(nn.Module):
     Raises:
         ValueError: the order names a segment twice or one that is not there, there are more tokens than it has, or
             one lies outside its vocabulary (accelerators leave that to their kernels, so as not to wait).
-        TypeError: tokens are not integers.
+        TypeError: tokens are not integers, or a mask is not bool.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -340,7 +347,8 @@ class GPT(nn.Module):
             ValueError: an option is out of range or contradicts another, the prompt does not fit the order,
                 guidance has no condition, dropout is at work, or logits have NaN or +inf; an accelerator looks at
                 them once, at the end.
-            TypeError: the prompt or its lengths are not integers, or an option has the wrong type.
+            TypeError: the prompt or its lengths are not integers, its mask is not bool, or an option has the
+                wrong type.
 
         Source: the published code of Shin et al. 2021, arXiv:2112.00384, keeps a tenth of the logits of all
             segments together: ``top_k=int(0.1 * (text vocabulary + text length + K))``.
@@ -369,7 +377,7 @@ class GPT(nn.Module):
         ending = None if stop_token is None else _ending(stop_token, layout, first, P + new)
         predict = self._predictor(layout, sequence, use_cache)
         if guidance_scale != 1 and B and first < P + new:
-            span = _drawn_span(layout, firsts, P + new)
+            span = _drawn_span(layout, firsts, P + new, guidance_scale)
             rest = self._layout(layout.names[layout.spans.index(span) :])
             unconditional = self._predictor(rest, sequence, use_cache, skipped=span.begin)
             predict = _guided(predict, unconditional, guidance_scale)
@@ -430,9 +438,7 @@ class GPT(nn.Module):
         """The tokens, checked, and (B, T, D), what the network says before each of them."""
         tokens = layout.checked("tokens", tokens, self.start.device)
         if mask is not None:
-            require_device("mask", mask, tokens.device, "tokens")
-            require(mask.dtype == torch.bool, "mask", "of dtype torch.bool", mask.dtype)
-            _require_shape("mask", mask, tokens)
+            require_mask("mask", mask, tuple(tokens.shape), tokens.device, "tokens")
             mask = mask[:, :-1]
         return tokens, self._read(layout, tokens[:, :-1], mask)[:, : tokens.shape[1]]
 
@@ -574,15 +580,23 @@ def _guided(
     return lambda begin, end: guided_logits(conditional(begin, end), unconditional(begin, end), scale)
 
 
-def _drawn_span(layout: Layout, firsts: Sequence[int], last: int) -> Span:
+def _drawn_span(layout: Layout, firsts: Sequence[int], last: int, scale: float) -> Span:
     """The segment in which every row begins to be drawn; all before it is the condition of guidance."""
     spans = {layout.at(column) for column in firsts if column < last}
     names = sorted(span.segment.name for span in spans)
-    expected = "complete up to the same segment in every row with guidance_scale"
-    require(len(spans) == 1, "prompt", expected, f"rows that go on in {names}")
+    expected = f"complete up to the same segment in every row with guidance_scale={scale:g}"
+    require(len(spans) == 1, "prompt", expected, f"rows that go on in {names}; generate them in separate calls")
     (span,) = spans
-    expected = "at least one complete segment with guidance_scale, which is the condition"
-    require(span.begin > 0, "prompt", expected, f"a part of {names[0]!r}")
+    name, columns = span.segment.name, span.end
+    require(
+        len(layout.spans) > 1,
+        "order",
+        f"at least two segments with guidance_scale={scale:g}, the condition first",
+        f"{layout.names}; pass guidance_scale=1",
+    )
+    expected = f"the {columns} tokens of {name!r} at least, the condition of guidance_scale={scale:g}"
+    cure = f"generate {name!r} with guidance_scale=1 first"
+    require(span.begin > 0, "prompt", expected, f"{min(firsts)}; {cure}")
     return span
 
 
