@@ -91,7 +91,8 @@ class ProductQuantizer(CombinedQuantizer):
         process_group: ProcessGroup | None = None,
     ) -> None:
         wanted = {"channel_dim": channel_dim, "nonfinite": nonfinite, "process_group": process_group}
-        given = require_parts("quantizers", quantizers, **wanted)
+        reuse = "pass it once with num_groups=G to serve all groups"
+        given = require_parts("quantizers", quantizers, reuse=reuse, **wanted)
         if num_groups is not None:
             num_groups = require_int("num_groups", num_groups, 1)
             require(len(given) == 1, "num_groups", "None where several quantizers are given", num_groups)
