@@ -25,6 +25,7 @@ from te_quant import (
     VectorQuantizer,
     VQAutoencoder,
 )
+from te_quant.quantizers._combined import CombinedQuantizer
 from te_quant.testing import QUANTIZER_CHECKS
 from tests.helpers import exactly
 from tests.unit.quantizer_cases import state_of
@@ -549,3 +550,21 @@ def test_grouped_residual_quantization_beside_vector_quantize_pytorch() -> None:
     output = ours(latents)
     torch.testing.assert_close(output.codes, quantized)
     assert torch.equal(output.indices, torch.cat(list(indices), dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda bare: bare._parts(), "Bare must define _parts()."),
+        (lambda bare: bare._lengths(), "Bare must define _lengths()."),
+        (lambda bare: bare.kmeans_init(torch.zeros(3, 2)), "Bare must define _visit(rows, lifecycle)."),
+    ],
+)
+def test_a_subclass_says_which_step_it_lacks(step: Callable[[Any], object], message: str) -> None:
+    """As :class:`te_quant.Quantizer` does."""
+
+    class Bare(CombinedQuantizer):
+        reference = dtype = None
+
+    with pytest.raises(NotImplementedError, match=exactly(message)):
+        step(Bare([FSQ((3, 3))], 2))
