@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -34,7 +34,9 @@ from te_quant._checks import (
     require_type,
 )
 from te_quant._precision import AUTOCAST_DEVICES, widen
+from te_quant._pretrained import Report
 from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
+from te_quant.gpt.card import gpt_card
 from te_quant.gpt.config import GPTConfig, Segment
 from te_quant.gpt.former_names import with_present_names
 from te_quant.gpt.sampling import Ending, Sampler, extend, guided_logits
@@ -394,6 +396,72 @@ class GPT(nn.Module):
             ImportError: safetensors is not installed (``te_quant[hub]``).
         """
         _pretrained.save(folder, "GPT", self.config.to_dict(), self.state_dict())
+
+    def model_card(
+        self,
+        repo_id: str,
+        *,
+        reports: Mapping[str, Report] | None = None,
+        license_name: str | None = None,
+    ) -> str:
+        """Return a README for the hub: how to load the model, what it is, and the tables of your measurements.
+
+        Args:
+            repo_id: ``owner/name``, for the title and the code.
+            reports: title to report: anything with a method ``to_markdown()``, such as a
+                :class:`~te_quant.tables.Table`.
+            license_name: identifier of the licence as the hub knows it, such as ``"mit"``.
+
+        Raises:
+            ValueError: a report has no ``to_markdown``.
+            TypeError: another argument is of the wrong kind.
+
+        Example:
+            >>> gpt = GPT(GPTConfig((Segment("image", 16, (4, 4), "axial"),), width=32, depth=2, num_heads=2))
+            >>> gpt.model_card("me/digits-gpt").splitlines()[6]
+            '# digits-gpt'
+        """
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return gpt_card(self.config, parameters, repo_id=repo_id, reports=reports or {}, license_name=license_name)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes, and a model card, to a repository of the hub, in one commit.
+
+        Args:
+            repo_id: ``owner/name``; the repository is made if it does not exist.
+            card: content of ``README.md``, which is replaced. None writes :meth:`model_card` into a repository
+                that has none, and otherwise leaves it as it is.
+            private: whether a new repository is private; None follows the settings of the owner.
+            token: of an account that may write; None reads the one that is stored on this machine.
+            revision: branch, made if it does not exist; None is the default one.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: ``repo_id`` is not of the form ``owner/name``.
+            ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
+        """
+        return _pretrained.push(
+            repo_id,
+            self.save_pretrained,
+            card=card,
+            default_card=lambda: self.model_card(repo_id),
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
 
     @classmethod
     def from_pretrained(
