@@ -58,7 +58,8 @@ class ProductQuantizer(CombinedQuantizer):
             where masked. ``decode`` wants all of them.
 
     Attributes:
-        quantizers: the quantizers that were given.
+        quantizers: the quantizers that were given. Each is set by itself, for example
+            ``quantizer.quantizers[0].set_codebook(codes)``.
         num_quantizers: Q, the number of indices of a token: G, or more where a quantizer inside has several.
         num_codes: the largest K inside.
         codebook_sizes: K of each of the Q indices.

@@ -101,7 +101,8 @@ class ResidualVectorQuantizer(CombinedQuantizer):
             A stage with several indices has them next to each other.
 
     Attributes:
-        stages: one quantizer for each level, or one for all if shared.
+        stages: one quantizer for each level, or one for all if shared. Each is set by itself, for example
+            ``quantizer.stages[0].set_codebook(codes)``.
         num_quantizers: Q, the number of indices of a token: L, or more where a stage has several.
         num_codes: K; the largest one where stages differ.
         codebook_sizes: K of each of the Q indices.
