@@ -1,11 +1,12 @@
 """``python -m benchmarks.paired --before SRC``: the time of a quantizer's step in two versions of the library.
 
-Two processes, one with each version, take turns: before, after, after, before, and so on. What disturbs the
-machine hits both, so the ratio of a pair is worth more than that of two medians. But two processes of the same
-code differ too, for example in where their memory lies. So each cell is measured in several pairs of processes,
-and its interval comes from the means of these. Every size of the quantizer benchmark is measured, in evaluation
-and in training by gradient and by moving averages, the latter also with the revival that a version may have. A
-second call adds only the pairs of processes that the result file lacks.
+Both versions run in one process, on the same latents, and take turns: before, after, after, before, and so on.
+What disturbs the machine hits both, so the ratio of a pair is worth more than that of two medians. Two processes
+of the same code would differ by several percent, mostly in where their memory lies. Within one that difference is
+small but not zero, so each cell is measured in several processes and its interval comes from their means. Every
+size of the quantizer benchmark is measured, in evaluation and in training by gradient and by moving averages, the
+latter also with the revival that a version may have. A second call adds only the processes that the result file
+lacks. The noise of it all shows where a version is compared with itself.
 
 Shape letters: N latents, K codes, C code size.
 """
@@ -16,16 +17,21 @@ import argparse
 import json
 import math
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
+from unittest import mock
 
 import numpy as np
 import scipy.stats
@@ -40,20 +46,32 @@ from benchmarks.results import stamp
 from benchmarks.sizes import SIZES
 from examples.te_vqgan.runs.files import write_text_atomically
 
-__all__ = ["Timer", "Worker", "compare", "interval", "interval_of_processes", "main", "pooled"]
+__all__ = [
+    "PACKAGES",
+    "Timer",
+    "Version",
+    "Worker",
+    "compare",
+    "interval",
+    "interval_of_processes",
+    "main",
+    "pooled",
+]
 
 _ROOT = Path(__file__).parent.parent
 _MODES = (*MODES, EMA_REVIVAL)
-_RESAMPLES = 10_000
+_RESAMPLES = 2_000
 # Otherwise glibc keeps freed memory or returns it, depending on what a process did before, and page faults take up
 # to a quarter of a call, in one process and not in the next.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 # Seconds that a sample should take at least.
-_SAMPLE = 0.1
+_SAMPLE = 0.005
+PACKAGES = ("te_quant_before", "te_quant")
+"""What the version before and that after are called in a worker."""
 
 
 class Interval(NamedTuple):
-    """A geometric mean of ratios with the ends of its 95 % interval."""
+    """What ratios are on average, with the ends of its 95 % interval."""
 
     low: float
     mean: float
@@ -68,15 +86,18 @@ class Timer(Protocol):
 
 
 class Worker:
-    """A process that times calls with one version of the library.
+    """A process that times calls with two versions of the library.
 
     Args:
-        source: the folder that holds ``te_quant``.
+        sources: the folders that hold ``te_quant``, before and after.
         threads: of torch.
     """
 
-    def __init__(self, source: Path, threads: int) -> None:
-        paths = [str(source), str(_ROOT)]
+    def __init__(self, sources: Sequence[Path], threads: int) -> None:
+        before, after = map(str, sources)
+        self._folder = tempfile.TemporaryDirectory()
+        _rename(Path(before) / "te_quant", Path(self._folder.name) / PACKAGES[0])
+        paths = [after, str(_ROOT), self._folder.name]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.paired", "--worker", "--threads", str(threads)],
             env={**os.environ, **_KEEP_MEMORY, "PYTHONPATH": os.pathsep.join(paths)},
@@ -96,30 +117,46 @@ class Worker:
             raise RuntimeError(f"a worker must answer, got exit status {self.process.wait()}.")
         return json.loads(answer)
 
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        # Waits, and closes the pipes.
+        self.process.communicate()
+        self._folder.cleanup()
 
-@contextmanager
-def workers(sources: Sequence[Path], threads: int) -> Iterator[list[Worker]]:
-    """One for each source, ended afterwards."""
-    started = [Worker(source, threads) for source in sources]
-    try:
-        yield started
-    finally:
-        for worker in started:
-            worker.process.kill()
-            # Waits, and closes the pipes.
-            worker.process.communicate()
+
+class Version(NamedTuple):
+    """One of the two versions of a worker, which times its calls only."""
+
+    worker: Worker
+    package: str
+
+    def ask(self, **question: Any) -> Any:
+        """Pass the question on."""
+        return self.worker.ask(package=self.package, **question)
+
+
+def _rename(package: Path, copy: Path) -> None:
+    """Copy a package under the name of ``copy``, operators included: it can be imported next to the original."""
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in copy.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(rf"\b{PACKAGES[1]}\b", copy.name, text), encoding="utf-8")
 
 
 def interval(ratios: Sequence[float]) -> Interval:
-    """Return the geometric mean of pairs of calls and its bootstrap interval, seeded."""
+    """Return the median of pairs of calls and its bootstrap interval, seeded.
+
+    A median, because now and then a call takes several times as long as its neighbours.
+    """
     logs = np.log(np.asarray(ratios))
     picks = np.random.default_rng(0).integers(len(logs), size=(_RESAMPLES, len(logs)))
-    low, high = np.percentile(logs[picks].mean(1), (2.5, 97.5))
-    return Interval(*(math.exp(value) for value in (low, logs.mean(), high)))
+    low, high = np.percentile(np.median(logs[picks], axis=1), (2.5, 97.5))
+    return Interval(*(math.exp(value) for value in (low, np.median(logs), high)))
 
 
 def interval_of_processes(means: Sequence[float]) -> Interval:
-    """Return the geometric mean of the ratios of several pairs of processes and its t interval; NaN below two."""
+    """Return the geometric mean of the ratios of several processes and its t interval; NaN below two."""
     logs = np.log(np.asarray(means))
     centre = float(logs.mean())
     half = math.nan
@@ -129,7 +166,7 @@ def interval_of_processes(means: Sequence[float]) -> Interval:
 
 
 def compare(pair: Sequence[Timer], mode: str, size: Size, *, budget: float, min_pairs: int) -> dict[str, Any]:
-    """Measure one cell with one pair: seconds a call of both versions, and the interval of after / before."""
+    """Measure one cell in one process: seconds a call of both versions, and the interval of after / before."""
     once = [worker.ask(mode=mode, size=list(size)) for worker in pair]
     calls = max(1, math.ceil(_SAMPLE / min(once)))
     pairs: list[tuple[float, float]] = []
@@ -152,7 +189,7 @@ def compare(pair: Sequence[Timer], mode: str, size: Size, *, budget: float, min_
 
 
 def pooled(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pool the cells of equal mode and size, each from another pair of processes."""
+    """Pool the cells of equal mode and size, each from another process."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell[name] for name in ("mode", *Size._fields)), []).append(cell)
@@ -201,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     with tqdm(total=sum(map(len, plan)), unit="cell", file=sys.stderr) as progress:
         for left in filter(None, plan):
-            with workers([options.before, options.after], options.threads) as pair:
+            with closing(Worker([options.before, options.after], options.threads)) as worker:
+                pair = [Version(worker, package) for package in PACKAGES]
                 for mode, size in left:
                     measured.append(compare(pair, mode, size, budget=options.budget, min_pairs=options.min_pairs))
                     cells = pooled(measured)
@@ -215,20 +253,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _work(questions: IO[str]) -> None:
     """Build what a question with ``mode`` describes and answer how long a call takes; then time calls."""
-    call = None
+    calls: dict[str, Callable[[int], object]] = {}
+    problem: Problem | None = None
     for line in questions:
         question = json.loads(line)
+        package = question["package"]
         if "mode" in question:
             size = Size(*question["size"])
-            call = quantizer_contender(OURS, question["mode"], Problem(size, torch.device("cpu"))).call
-            call(0)
-        if call is None:
+            if problem is None or problem.size != size:
+                calls.clear()
+                problem = Problem(size, torch.device("cpu"))
+            quantizer = import_module(package).VectorQuantizer
+            with mock.patch("benchmarks.peers.VectorQuantizer", quantizer):
+                calls[package] = quantizer_contender(OURS, question["mode"], problem).call
+            calls[package](0)
+        if package not in calls:
             raise RuntimeError("the first question must describe a call, got none.")
-        calls = question.get("calls", 1)
+        count = question.get("calls", 1)
         start = time.perf_counter()
-        for number in range(calls):
-            call(number)
-        print(json.dumps((time.perf_counter() - start) / calls), flush=True)
+        for number in range(count):
+            calls[package](number)
+        print(json.dumps((time.perf_counter() - start) / count), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -243,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--grid", choices=tuple(SIZES), default="full")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds for each of them")
-    parser.add_argument("--processes", type=int, default=6, help="pairs of processes for each cell")
+    parser.add_argument("--processes", type=int, default=6, help="processes for each cell")
     parser.add_argument("--min-pairs", type=int, default=4, help="pairs of samples for each of them")
     parser.add_argument("--fresh", action="store_true", help="measure every cell again")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results" / "paired")

@@ -92,7 +92,7 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
         image than the one trained on, and is NaN where z is not finite.
     """
     _require_same_shape(latents, codes)
-    if is_exporting() or (torch.compiler.is_compiling() and in_transform()):
+    if is_exporting() or in_transform():
         # Adding zero leaves the codes as they are, and a gradient has its path.
         path = latents - latents.detach()
         return codes.detach() + torch.where(latents.isfinite(), path, 0.0)
@@ -107,15 +107,10 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     """Eager mode's: a copy, with derivatives backward and forward."""
 
-    generate_vmap_rule = True
-
+    # With a setup_context of its own, which only transforms need, torch would inspect its signature at each call.
     @staticmethod
-    def forward(latents: Tensor, codes: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, latents: Tensor, codes: Tensor) -> Tensor:  # noqa: ARG004
         return codes.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Nothing is needed."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004

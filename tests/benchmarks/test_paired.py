@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,11 @@ def test_versions_take_turns_and_the_ratio_is_after_by_before() -> None:
     assert "| ema | 4 | 3 | 2 | 200 | 300 | 1.500 [1.500, 1.500] |" in paired.table([row])
 
 
+def test_a_call_that_is_disturbed_does_not_count() -> None:
+    """The median of the pairs stays where a mean would follow."""
+    assert paired.interval([1.02] * 9 + [30.0]).mean == pytest.approx(1.02)
+
+
 def test_the_interval_holds_the_mean_of_noisy_ratios() -> None:
     """In about 95 of 100 experiments; never is a band of no width taken for one."""
     generator = np.random.default_rng(0)
@@ -87,6 +94,25 @@ def test_a_missing_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     """And an exit status."""
     assert paired.main([]) == 2
     assert capsys.readouterr().err == "error: --before must be the folder with the other te_quant, got none.\n"
+
+
+@pytest.mark.slow
+def test_both_versions_compute_with_their_own_operators(tmp_path: Path) -> None:
+    """An error in one's search is not the other's, although both are in one process."""
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    search = tmp_path / "src" / "te_quant" / "_search" / "operators.py"
+    text = search.read_text(encoding="utf-8")
+    raising = "def _search(*arguments: Any) -> Tensor:\n    raise ArithmeticError\n\n\ndef _unused("
+    marked = text.replace("def _search(", raising)
+    assert marked != text
+    search.write_text(marked, encoding="utf-8")
+    question = {"mode": "eval", "size": [8, 4, 2]}
+    good, bad = ROOT / "src", tmp_path / "src"
+    for sources, fails in (((bad, good), 0), ((good, bad), 1)):
+        with closing(paired.Worker(sources, 1)) as worker:
+            assert paired.Version(worker, paired.PACKAGES[1 - fails]).ask(**question) > 0
+            with pytest.raises(RuntimeError, match="a worker must answer"):
+                paired.Version(worker, paired.PACKAGES[fails]).ask(**question)
 
 
 @pytest.mark.slow

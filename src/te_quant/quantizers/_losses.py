@@ -89,14 +89,14 @@ def _sum_of_squares(vectors: Tensor, codes: Tensor, weights: Tensor | None) -> T
 class _Distance(torch.autograd.Function):
     """A mean square whose value is known, with its gradient to ``one``; plain code would keep the differences."""
 
+    # With a setup_context of its own, which only transforms need, torch would inspect its signature at each call.
     @staticmethod
-    def forward(one: Tensor, other: Tensor, weights: Tensor | None, size: int | Tensor, value: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(
+        ctx: Any, one: Tensor, other: Tensor, weights: Tensor | None, size: int | Tensor, value: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(one, other)
+        ctx.weights, ctx.size = weights, size
         return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        ctx.save_for_backward(*inputs[:2])
-        ctx.weights, ctx.size = inputs[2:4]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
