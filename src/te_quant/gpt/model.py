@@ -418,8 +418,8 @@ class GPT(nn.Module):
 
         Example:
             >>> gpt = GPT(GPTConfig((Segment("image", 16, (4, 4), "axial"),), width=32, depth=2, num_heads=2))
-            >>> gpt.model_card("me/digits-gpt").splitlines()[6]
-            '# digits-gpt'
+            >>> "# digits-gpt" in gpt.model_card("me/digits-gpt").splitlines()
+            True
         """
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return gpt_card(self.config, parameters, repo_id=repo_id, reports=reports or {}, license_name=license_name)
