@@ -3,10 +3,13 @@
 Both versions run in one process, on the same latents, and take turns: before, after, after, before, and so on.
 What disturbs the machine hits both, so the ratio of a pair is worth more than that of two medians. Two processes
 of the same code would differ by several percent, mostly in where their memory lies. Within one that difference is
-small but not zero, so each cell is measured in several processes and its interval comes from their means. Every
-size of the quantizer benchmark is measured, in evaluation and in training by gradient and by moving averages, the
-latter also with the revival that a version may have. A second call adds only the processes that the result file
-lacks. The noise of it all shows where a version is compared with itself.
+smaller, but not zero: what is built first gets other memory than what comes second, a few percent faster or
+slower. So each cell is measured in several processes, in half of which the version after is built first, and its
+interval comes from their means.
+
+Every size of the quantizer benchmark is measured, in evaluation and in training by gradient and by moving
+averages, the latter also with the revival that a version may have. A second call adds only the processes that the
+result file lacks. How much is noise shows where a version is compared with itself.
 
 Shape letters: N latents, K codes, C code size.
 """
@@ -165,9 +168,21 @@ def interval_of_processes(means: Sequence[float]) -> Interval:
     return Interval(*(math.exp(value) for value in (centre - half, centre, centre + half)))
 
 
-def compare(pair: Sequence[Timer], mode: str, size: Size, *, budget: float, min_pairs: int) -> dict[str, Any]:
-    """Measure one cell in one process: seconds a call of both versions, and the interval of after / before."""
-    once = [worker.ask(mode=mode, size=list(size)) for worker in pair]
+def compare(
+    pair: Sequence[Timer], mode: str, size: Size, *, budget: float, min_pairs: int, first: int = 0
+) -> dict[str, Any]:
+    """Measure one cell in one process: seconds a call of both versions, and the interval of after / before.
+
+    Args:
+        pair: the versions before and after.
+        mode: of the quantizer.
+        size: N, K and C.
+        budget: seconds.
+        min_pairs: calls of each, whatever the budget.
+        first: 0 or 1, which version is built first and gets the memory that comes first.
+    """
+    built = {place: pair[place].ask(mode=mode, size=list(size)) for place in (first, 1 - first)}
+    once = list(built.values())
     calls = max(1, math.ceil(_SAMPLE / min(once)))
     pairs: list[tuple[float, float]] = []
     end = time.monotonic() + budget
@@ -185,6 +200,7 @@ def compare(pair: Sequence[Timer], mode: str, size: Size, *, budget: float, min_
         "ratio": ratio._asdict(),
         "pairs": len(pairs),
         "calls": calls,
+        "first": first,
     }
 
 
@@ -237,11 +253,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number in range(options.processes)
     ]
     with tqdm(total=sum(map(len, plan)), unit="cell", file=sys.stderr) as progress:
-        for left in filter(None, plan):
+        for number, left in enumerate(plan):
+            if not left:
+                continue
             with closing(Worker([options.before, options.after], options.threads)) as worker:
                 pair = [Version(worker, package) for package in PACKAGES]
                 for mode, size in left:
-                    measured.append(compare(pair, mode, size, budget=options.budget, min_pairs=options.min_pairs))
+                    budget, min_pairs = options.budget, options.min_pairs
+                    measured.append(
+                        compare(pair, mode, size, budget=budget, min_pairs=min_pairs, first=number % 2)
+                    )
                     cells = pooled(measured)
                     report = {"stamp": facts, "label": options.label, "cells": cells, "measured": measured}
                     write_text_atomically(path, json.dumps(report, indent=1, allow_nan=True) + "\n")

@@ -10,7 +10,7 @@ import torch
 
 from te_quant import VectorQuantizer
 
-__all__ = ["exactly", "numpy_generator", "plain_quantizer"]
+__all__ = ["exactly", "not_finite", "numpy_generator", "plain_quantizer"]
 
 plain_quantizer = partial(
     VectorQuantizer, codebook_update="gradient", commitment_weight=0.25, decay=0.99, revival_threshold=0.0
@@ -21,6 +21,12 @@ plain_quantizer = partial(
 def exactly(message: str) -> str:
     """Return a pattern for ``match=`` that the whole message must equal."""
     return f"^{re.escape(message)}$"
+
+
+def not_finite(bad: int, total: int) -> str:
+    """Return what a quantizer says about ``bad`` of ``total`` latent values."""
+    found = f"latents must be finite, got {bad} NaN or infinite of {total} values"
+    return f"{found}; build the quantizer with nonfinite='skip' to leave such vectors out."
 
 
 def numpy_generator() -> np.random.Generator:

@@ -6,20 +6,21 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from te_quant._checks import require
+from te_quant._checks import require, require_type
 
 __all__ = [
     "CONFIG_FILE",
     "FORMAT_VERSION",
     "WEIGHTS_FILE",
     "Hub",
+    "Report",
     "download",
     "load",
     "locate",
@@ -31,6 +32,7 @@ __all__ = [
     "safetensors",
     "save",
     "write_atomically",
+    "write_card",
 ]
 
 _Config = TypeVar("_Config")
@@ -57,6 +59,14 @@ class Hub(NamedTuple):
     token: str | bool | None = None
     cache_dir: str | Path | None = None
     local_files_only: bool = False
+
+
+class Report(Protocol):
+    """Anything that writes itself as Markdown: the reports of this library, or your own."""
+
+    def to_markdown(self) -> str:
+        """Return tables."""
+        ...
 
 
 def save(
@@ -267,6 +277,52 @@ def push(
             repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
         )
     return str(commit.commit_url)
+
+
+def write_card(
+    repo_id: str,
+    *,
+    tags: Sequence[str],
+    summary: str,
+    code: str,
+    facts: str,
+    reports: Mapping[str, Report],
+    license_name: str | None,
+) -> str:
+    """Return the README of a repository, of any model.
+
+    Args:
+        repo_id: ``owner/name``.
+        tags: for the search of the hub.
+        summary: what the model is, in a sentence or two.
+        code: how to load and call it, in Python.
+        facts: a table of its properties, in Markdown.
+        reports: title to report.
+        license_name: identifier of the licence, if there is one.
+
+    Raises:
+        ValueError: a report has no ``to_markdown``.
+        TypeError: another argument is of the wrong kind.
+    """
+    require_type("repo_id", repo_id, str, "a hub id 'owner/name'")
+    require_type("reports", reports, Mapping, "a mapping from titles to reports")
+    for title, report in reports.items():
+        has = callable(getattr(report, "to_markdown", None))
+        require(has, f"reports[{title!r}]", "a report with to_markdown()", type(report).__name__)
+    header = ["library_name: te_quant", "tags:", *(f"- {tag}" for tag in tags)]
+    if license_name is not None:
+        require_type("license_name", license_name, str, "an identifier of the hub such as 'mit', or None")
+        header.insert(0, f"license: {license_name}")
+    sections = [
+        "---\n" + "\n".join(header) + "\n---\n",
+        f"# {repo_id.rpartition('/')[2]}\n",
+        f"{summary}\n",
+        f"```python\n{code}```\n",
+        facts,
+    ]
+    for title, report in reports.items():
+        sections += [f"## {title}\n", report.to_markdown().rstrip() + "\n"]
+    return "\n".join(sections)
 
 
 def require_local(hub: Hub, kind: str) -> None:

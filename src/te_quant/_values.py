@@ -18,32 +18,42 @@ from te_quant._execution import in_transform, is_exporting, wants_plain
 __all__ = ["may_be_true", "require_finite", "require_in_range"]
 
 _library = torch.library.Library("te_quant", "FRAGMENT")
-_library.define("check_finite(Tensor values, str name) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    "check_range(Tensor values, str name, SymInt stop, str stop_name, SymInt start=0) -> Tensor",
+    "check_finite(Tensor values, str name, str cure='') -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.define(
+    "check_range(Tensor values, str name, SymInt stop, str stop_name, SymInt start=0, str cure='') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def require_finite(name: str, tensor: Tensor) -> Tensor:
-    """Refuse NaN and infinities. Reads the values: waits for the device. Carries no gradient."""
+def require_finite(name: str, tensor: Tensor, cure: str = "") -> Tensor:
+    """Refuse NaN and infinities. Reads the values: waits for the device. Carries no gradient.
+
+    ``cure`` ends the message, after a semicolon.
+    """
     if is_exporting():
         return tensor.detach()
     if torch.compiler.is_compiling() or in_transform():
-        checked: Tensor = torch.ops.te_quant.check_finite(tensor.detach(), name)
+        checked: Tensor = torch.ops.te_quant.check_finite(tensor.detach(), name, cure)
         return checked
-    _refuse_nonfinite(tensor, name)
+    _refuse_nonfinite(tensor, name, cure)
     return tensor.detach()
 
 
-def require_in_range(name: str, tensor: Tensor, stop: int, stop_name: str, start: int = 0) -> Tensor:
-    """Refuse integers outside ``[start, stop)``. Reads the values: waits for the device."""
+def require_in_range(
+    name: str, tensor: Tensor, stop: int, stop_name: str, start: int = 0, cure: str = ""
+) -> Tensor:
+    """Refuse integers outside ``[start, stop)``. Reads the values: waits for the device.
+
+    ``cure`` ends the message, after a semicolon, where an integer is below ``start``.
+    """
     if is_exporting():
         return tensor
     if torch.compiler.is_compiling() or in_transform():
-        checked: Tensor = torch.ops.te_quant.check_range(tensor, name, stop, stop_name, start)
+        checked: Tensor = torch.ops.te_quant.check_range(tensor, name, stop, stop_name, start, cure)
         return checked
-    _refuse_outside(tensor, name, stop, stop_name, start)
+    _refuse_outside(tensor, name, stop, stop_name, start, cure)
     return tensor
 
 
@@ -54,7 +64,7 @@ def may_be_true(condition: Tensor) -> bool:
     return bool(condition.any())
 
 
-def _refuse_nonfinite(tensor: Tensor, name: str) -> None:
+def _refuse_nonfinite(tensor: Tensor, name: str, cure: str) -> None:
     # There are no values on the meta device. Elsewhere a finite sum proves finite terms and costs one pass without
     # a mask; the reverse does not hold (a sum of finite numbers may overflow), so only a suspicious sum is looked
     # at term by term.
@@ -62,24 +72,30 @@ def _refuse_nonfinite(tensor: Tensor, name: str) -> None:
         return
     nonfinite = int(tensor.isfinite().logical_not().sum())
     if nonfinite:
-        raise ValueError(f"{name} must be finite, got {nonfinite} NaN or infinite of {tensor.numel()} values.")
+        found = f"{nonfinite} NaN or infinite of {tensor.numel()} values"
+        raise ValueError(f"{name} must be finite, got {found}{_behind(cure)}.")
 
 
-def _refuse_outside(tensor: Tensor, name: str, stop: int, stop_name: str, start: int) -> None:
+def _refuse_outside(tensor: Tensor, name: str, stop: int, stop_name: str, start: int, cure: str) -> None:
     if tensor.is_meta or not tensor.numel():
         return
     low, high = (int(v) for v in torch.aminmax(tensor))
     if low < start or high >= stop:
-        raise ValueError(f"{name} must be in [{start}, {stop_name}={stop}), got {low if low < start else high}.")
+        found = f"{low}{_behind(cure)}" if low < start else high
+        raise ValueError(f"{name} must be in [{start}, {stop_name}={stop}), got {found}.")
 
 
-def _check_finite(values: Tensor, name: str) -> Tensor:
-    _refuse_nonfinite(values, name)
+def _behind(cure: str) -> str:
+    return f"; {cure}" if cure else ""
+
+
+def _check_finite(values: Tensor, name: str, cure: str = "") -> Tensor:
+    _refuse_nonfinite(values, name, cure)
     return values.clone()
 
 
-def _check_range(values: Tensor, name: str, stop: int, stop_name: str, start: int = 0) -> Tensor:
-    _refuse_outside(values, name, stop, stop_name, start)
+def _check_range(values: Tensor, name: str, stop: int, stop_name: str, start: int = 0, cure: str = "") -> Tensor:
+    _refuse_outside(values, name, stop, stop_name, start, cure)
     return values.clone()
 
 

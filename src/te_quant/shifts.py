@@ -116,7 +116,8 @@ def crop(images: Tensor, shift: Shift, *, size: tuple[int, int]) -> Tensor:
     require(height >= 1 and width >= 1, "size", "at least 1 pixel each way", (height, width))
     top, left = (sides[0] - height) // 2 - dy, (sides[1] - width) // 2 - dx
     inside = 0 <= top <= sides[0] - height and 0 <= left <= sides[1] - width
-    require(inside, "shift", f"one that keeps a {height}x{width} window inside {sides}", (dy, dx))
+    cure = "pass larger images, or a smaller window or shift"
+    require(inside, "shift", f"one that keeps a {height}x{width} window inside {sides}", f"{(dy, dx)}; {cure}")
     return images[..., top : top + height, left : left + width]
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CodebookUsage", "CodebookUsageReport"]
 
+_COUNTED = "count indices[indices >= 0], without masked tokens and levels left out"
+
 
 @dataclass(frozen=True)
 class CodebookUsageReport(Tabular):
@@ -114,7 +116,7 @@ class CodebookUsage(nn.Module):
     def update(self, indices: Tensor) -> None:
         """Count ``indices``: any shape, integer, in [0, K).
 
-        Where tokens are masked, count ``indices[mask]``: the index -1 of the others is refused.
+        The index -1 of masked tokens and of levels left out is refused: count ``indices[indices >= 0]``.
 
         Raises:
             ValueError: an index is out of range, or on another device.
@@ -124,7 +126,7 @@ class CodebookUsage(nn.Module):
         if self.histogram.is_meta:
             self._move(indices.device)
         require_device("indices", indices, self.histogram.device, "histogram")
-        indices = require_in_range("indices", indices, self.num_codes, "num_codes")
+        indices = require_in_range("indices", indices, self.num_codes, "num_codes", cure=_COUNTED)
         self.histogram += torch.bincount(indices.flatten(), minlength=self.num_codes)
 
     def merge(self, histogram: Tensor) -> None:

@@ -26,24 +26,28 @@ ROOT = Path(__file__).parents[2]
 class Stub:
     """A worker whose calls take a known time."""
 
-    def __init__(self, seconds: float, order: list[float]) -> None:
+    def __init__(self, seconds: float, order: list[float], built: list[float]) -> None:
         self.seconds = seconds
         self.order = order
+        self.built = built
 
     def ask(self, **question: object) -> Any:
         """Answer as :class:`benchmarks.paired.Worker` does."""
-        if "calls" in question:
-            self.order.append(self.seconds)
+        (self.order if "calls" in question else self.built).append(self.seconds)
         return self.seconds
 
 
 def test_versions_take_turns_and_the_ratio_is_after_by_before() -> None:
     """Each goes first in half of the pairs."""
     order: list[float] = []
-    pair: list[Any] = [Stub(0.2, order), Stub(0.3, order)]
+    built: list[float] = []
+    pair: list[Any] = [Stub(0.2, order, built), Stub(0.3, order, built)]
     cell = paired.compare(pair, "ema", Size(4, 3, 2), budget=0.0, min_pairs=4)
     assert order == [0.2, 0.3, 0.3, 0.2, 0.2, 0.3, 0.3, 0.2]
     assert cell["pairs"] == 4
+    assert built == [0.2, 0.3]
+    paired.compare(pair, "ema", Size(4, 3, 2), budget=0.0, min_pairs=4, first=1)
+    assert built == [0.2, 0.3, 0.3, 0.2]
     assert cell["ratio"] == pytest.approx({"low": 1.5, "mean": 1.5, "high": 1.5})
     [row] = paired.pooled([cell, cell])
     assert row["processes"] == 2
@@ -127,6 +131,7 @@ def test_a_version_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first = json.loads((tmp_path / "paired.json").read_text(encoding="utf-8"))
     assert [cell["mode"] for cell in first["cells"]] == ["eval", "gradient", "ema", "ema, revival"]
     assert [cell["processes"] for cell in first["cells"]] == [2] * 4
+    assert [cell["first"] for cell in first["measured"]] == [0] * 4 + [1] * 4
     assert all(cell["ratio"]["low"] <= cell["ratio"]["mean"] <= cell["ratio"]["high"] for cell in first["cells"])
     assert paired.main(arguments) == 0
     assert json.loads((tmp_path / "paired.json").read_text(encoding="utf-8"))["measured"] == first["measured"]

@@ -1152,6 +1152,12 @@ def test_a_plain_vector_quantizer_needs_no_description() -> None:
             "FSQ option must be one of levels, .*, got 'level'",
         ),
         ({"quantizer": {"name": "FSQ", "levels": [1]}}, ValueError, r"levels\[0\] must be an int >= 2, got 1"),
+        ({"quantizer": {"name": "FSQ"}}, ValueError, "FSQ options must be complete, with levels, got {}"),
+        (
+            {"quantizer": {"name": "LFQ"}},
+            ValueError,
+            r"^code_dim must be at most 62 with the quantizer LFQ, .* got 256; pass code_dim=10 for 1,024 codes",
+        ),
         (
             {"quantizer": {"name": "FSQ", "levels": [3], "channel_dim": -1}},
             ValueError,

@@ -184,6 +184,7 @@ def test_value_operators_are_well_registered() -> None:
         torch.library.opcheck(torch.ops.te_quant.check_finite, (values, "x"))
     torch.library.opcheck(torch.ops.te_quant.check_range, (torch.tensor([0, 1]), "i", 2, "K"))
     torch.library.opcheck(torch.ops.te_quant.check_range, (torch.tensor([-1, 1]), "i", 2, "K", -1))
+    torch.library.opcheck(torch.ops.te_quant.check_finite, (torch.zeros(2), "x", "wait"))
 
 
 def test_value_checks_are_operators_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +206,15 @@ OUT_OF_RANGE = "i must be in [0, K=2), got 2."
         (lambda: _values.require_in_range("i", torch.tensor([0, 2]), 2, "K"), OUT_OF_RANGE),
         (lambda: torch.ops.te_quant.check_finite(torch.tensor([math.nan]), "x"), NOT_FINITE),
         (lambda: torch.ops.te_quant.check_range(torch.tensor([0, 2]), "i", 2, "K"), OUT_OF_RANGE),
+        (lambda: _values.require_finite("x", torch.tensor([math.inf]), "wait"), f"{NOT_FINITE[:-1]}; wait."),
+        (
+            lambda: _values.require_in_range("i", torch.tensor([-1, 0]), 2, "K", cure="wait"),
+            "i must be in [0, K=2), got -1; wait.",
+        ),
+        # The cure is one for small integers.
+        (lambda: _values.require_in_range("i", torch.tensor([0, 2]), 2, "K", cure="wait"), OUT_OF_RANGE),
     ],
-    ids=["require_finite", "require_in_range", "check_finite", "check_range"],
+    ids=["require_finite", "require_in_range", "check_finite", "check_range", "cure", "low", "high"],
 )
 def test_value_operators_raise_as_the_functions_do(
     call: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch

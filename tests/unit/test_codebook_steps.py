@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from te_quant import Quantizer, ResidualVectorQuantizer, SimVQ
+from te_quant import FSQ, ProductQuantizer, Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant._execution import recomputation
 from te_quant.quantizers import _residual_steps
 from tests.helpers import exactly, plain_quantizer
@@ -579,6 +579,40 @@ def test_a_frozen_codebook_cannot_be_set() -> None:
     message = "set_codebook must be called on a quantizer that is not frozen, got a frozen one."
     with pytest.raises(RuntimeError, match=exactly(message)):
         plain_quantizer(11, 6).freeze().set_codebook(torch.zeros(11, 6))
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    **{name: QUANTIZERS[name] for name in ("rvq", "rvq-shared", "rvq-ema", "rvq-ema-shared-dropout")},
+    "product": lambda: ProductQuantizer([VectorQuantizer(11, 6), FSQ((3, 5))]),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_one_codebook_of_a_combined_quantizer_is_set(name: str) -> None:
+    """As that of a quantizer by itself: it has the new statistics, and the others go on with what is pending."""
+    quantizer = PARTS[name]()
+    latents = torch.randn(50, quantizer.code_dim)
+    quantizer(latents)
+    first, *others = quantizer.quantizers if name == "product" else quantizer.stages
+    before = [state_of(other) for other in others]
+    codes = torch.randn(11, 6)
+    first.set_codebook(codes)
+    for other, state in zip(others, before, strict=True):
+        assert all(torch.equal(state[entry], value) for entry, value in other.state_dict().items())
+    indices = quantizer.encode(latents)
+    shown = quantizer.decode(indices)[:, :6] if name == "product" else quantizer.decode(indices[:, :1])
+    assert torch.equal(shown, codes[indices[:, 0]])
+    # Saving and loading between the two steps changes nothing.
+    loaded = PARTS[name]()
+    loaded.load_state_dict(state_of(quantizer))
+    for each in (quantizer, loaded):
+        torch.manual_seed(1)
+        each(latents)
+        each.apply_pending()
+    assert all(torch.equal(value, loaded.state_dict()[entry]) for entry, value in quantizer.state_dict().items())
+    quantizer.freeze()
+    with pytest.raises(RuntimeError, match=r"^set_codebook must be called on a quantizer that is not frozen"):
+        first.set_codebook(codes)
 
 
 # States of other versions and of the other update

@@ -25,6 +25,7 @@ from te_quant import (
     VectorQuantizer,
     VQAutoencoder,
 )
+from te_quant.quantizers._combined import CombinedQuantizer
 from te_quant.testing import QUANTIZER_CHECKS
 from tests.helpers import exactly
 from tests.unit.quantizer_cases import state_of
@@ -263,13 +264,15 @@ def test_the_first_indices_are_those_of_all(name: str) -> None:
     latents = torch.randn(2, quantizer.code_dim, 3, 2, dtype=torch.float64)
     indices = quantizer.encode(latents)
     if not isinstance(quantizer, ResidualVectorQuantizer):
-        message = f"indices axis 3 must be one of {quantizer.num_quantizers}, the indices of whole parts, got 1"
+        whole = f"{quantizer.num_quantizers}, because a ProductQuantizer needs all of its indices"
+        message = f"indices axis 3 must be {whole}, got 1"
         with pytest.raises(ValueError, match=f"^{message}"):
             quantizer.decode(indices[..., :1])
         return
     for count in range(1, quantizer.num_quantizers + 1):
         if name == "residual of products" and count % 2:
-            message = f"num_quantizers must be one of 2, 4, the indices of whole parts, got {count}."
+            whole = "one of 2, 4, because a ProductQuantizer needs all of its indices"
+            message = f"num_quantizers must be {whole}, got {count}."
             with pytest.raises(ValueError, match=exactly(message)):
                 quantizer.encode(latents, num_quantizers=count)
             continue
@@ -343,7 +346,12 @@ def test_each_place_refuses_the_indices_of_a_larger_codebook() -> None:
             ValueError,
             "decay must be left out where stages are given, which have their own, got 0.5.",
         ),
-        (lambda: ResidualVectorQuantizer(), TypeError, "num_codes must be an int >= 1, got None."),
+        (
+            lambda: ResidualVectorQuantizer(),
+            TypeError,
+            "stages must be given, or num_codes, code_dim and num_quantizers, got none of them.",
+        ),
+        (lambda: ResidualVectorQuantizer(4, 4), TypeError, "num_quantizers must be an int >= 1, got None."),
         (
             lambda: ResidualVectorQuantizer(stages=FSQ((3, 3))),  # type: ignore[arg-type]
             TypeError,
@@ -383,7 +391,14 @@ def test_each_place_refuses_the_indices_of_a_larger_codebook() -> None:
         (
             lambda: ProductQuantizer([LFQ(2)] * 2),
             ValueError,
-            "quantizers[1] must be another quantizer than those before it, got one of them again.",
+            "quantizers[1] must be another quantizer than those before it, got one of them again; pass it once "
+            "with num_groups=G to serve all groups, or pass copy.deepcopy of it.",
+        ),
+        (
+            lambda: ResidualVectorQuantizer(stages=[FSQ((3, 3))] * 2),
+            ValueError,
+            "stages[1] must be another quantizer than those before it, got one of them again; pass sizes with "
+            "shared_codebook=True to share a codebook, or pass copy.deepcopy of it.",
         ),
         (
             lambda: ProductQuantizer([LFQ(2), LFQ(3)], num_groups=2),
@@ -535,3 +550,21 @@ def test_grouped_residual_quantization_beside_vector_quantize_pytorch() -> None:
     output = ours(latents)
     torch.testing.assert_close(output.codes, quantized)
     assert torch.equal(output.indices, torch.cat(list(indices), dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda bare: bare._parts(), "Bare must define _parts()."),
+        (lambda bare: bare._lengths(), "Bare must define _lengths()."),
+        (lambda bare: bare.kmeans_init(torch.zeros(3, 2)), "Bare must define _visit(rows, lifecycle)."),
+    ],
+)
+def test_a_subclass_says_which_step_it_lacks(step: Callable[[Any], object], message: str) -> None:
+    """As :class:`te_quant.Quantizer` does."""
+
+    class Bare(CombinedQuantizer):
+        reference = dtype = None
+
+    with pytest.raises(NotImplementedError, match=exactly(message)):
+        step(Bare([FSQ((3, 3))], 2))

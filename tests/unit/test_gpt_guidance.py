@@ -245,13 +245,20 @@ def test_logits_that_do_not_fit_are_refused(arguments: Any, error: type, match: 
             3,
             {"guidance_scale": 2.0},
             ValueError,
-            "prompt must be at least one complete segment .*a part of 'text'",
+            f"prompt must be the {TEXT.length} tokens of 'text' at least, the condition of guidance_scale=2, "
+            "got 3; generate 'text' with guidance_scale=1 first",
+        ),
+        (
+            3,
+            {"guidance_scale": 2.0, "order": ("text",)},
+            ValueError,
+            r"order must be at least two segments with guidance_scale=2, .*got \('text',\); pass guidance_scale=1",
         ),
         (
             5,
             {"guidance_scale": 2.0, "prompt_lengths": torch.tensor([5, 4])},
             ValueError,
-            r"prompt must be complete up to the same segment .*go on in \['image', 'text'\]",
+            r"prompt must be complete up to the same segment .*go on in \['image', 'text'\]; generate them in sep",
         ),
     ],
     ids=lambda value: "" if isinstance(value, (dict, type)) else str(value)[:30],

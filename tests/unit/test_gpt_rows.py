@@ -257,8 +257,8 @@ def test_given_tokens_stay_after_the_end_of_a_row() -> None:
     [
         (
             {"prompt_mask": torch.ones(2, 3)},
-            ValueError,
-            "prompt_mask must be of dtype torch.bool, got torch.float32",
+            TypeError,
+            "^prompt_mask must be bool, got torch.float32",
         ),
         (
             {"prompt_mask": torch.ones(2, 4, dtype=torch.bool)},

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from te_quant import measure_equivariance
+from te_quant import GPT, GPTConfig, Segment, measure_equivariance
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
+from te_quant.tables import Table
 
 hub = pytest.importorskip("huggingface_hub")
 SMALL = AutoencoderConfig(base_channels=4, channel_multipliers=(1, 2), attention=False, num_codes=8, code_dim=4)
@@ -251,6 +252,65 @@ def test_repositories_of_diffusers_name_their_loader(monkeypatch: pytest.MonkeyP
     told = "without model.safetensors; config.json names a VQModel of diffusers: load it with"
     with pytest.raises(FileNotFoundError, match=re.escape(told)):
         VQAutoencoder.from_pretrained("owner/name")
+
+
+# A GPT
+
+
+@pytest.fixture
+def gpt() -> GPT:
+    segments = (Segment("text", 40, (6,), "learned"), Segment("image", 1600, (4, 3), "axial"))
+    return GPT(GPTConfig(segments, width=8, depth=1, num_heads=2)).eval()
+
+
+def test_a_pushed_gpt_is_loaded_offline(gpt: GPT, repository: _Repository) -> None:
+    """In one commit with its card, and the same bits come back."""
+    url = gpt.push_to_hub("owner/name", private=True, token="secret", revision="v2", commit_message="First")
+    assert url == f"https://hub/owner/name/commit/{COMMIT}"
+    names = [name for name, _ in repository.calls]
+    assert names == ["HfApi", "create_repo", "create_branch", "file_exists", "upload_folder"]
+    calls = dict(repository.calls)
+    assert (calls["HfApi"]["token"], calls["create_repo"]["private"]) == ("secret", True)
+    assert (calls["upload_folder"]["commit_message"], calls["upload_folder"]["revision"]) == ("First", "v2")
+    assert (repository.files / "README.md").read_text() == gpt.model_card("owner/name")
+    again = GPT.from_pretrained("owner/name", revision="v2", cache_dir=repository.cache)
+    tokens = torch.randint(40, (2, 18))
+    assert not again.training
+    assert torch.equal(again(tokens), gpt(tokens))
+
+
+def test_a_card_of_a_gpt_that_is_passed_is_uploaded(gpt: GPT, repository: _Repository) -> None:
+    """And stays when weights are pushed again."""
+    gpt.push_to_hub("owner/name", card="mine")
+    gpt.push_to_hub("owner/name")
+    assert (repository.files / "README.md").read_text() == "mine"
+
+
+def test_the_card_of_a_gpt_says_what_it_is(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its segments and sizes, the tables of reports, and code that runs."""
+    table = Table(["epoch", "loss"], [["1", "0.25"]])
+    card = gpt.model_card("owner/name", reports={"Loss": table}, license_name="mit")
+    data = hub.ModelCard(card).data
+    assert (data.library_name, data.license, data.tags) == ("te_quant", "mit", ["gpt", "image-tokens"])
+    parameters = sum(parameter.numel() for parameter in gpt.parameters())
+    for row in (
+        "| segment `text` | 6 tokens of a vocabulary of 40 |",
+        "| segment `image` | 4 x 3 tokens of a vocabulary of 1,600 |",
+        "| attention heads | 2 |",
+        f"| parameters | {parameters:,} |",
+    ):
+        assert row in card.splitlines()
+    assert f"\n## Loss\n\n{table.to_markdown().rstrip()}\n" in card
+    monkeypatch.setattr(GPT, "from_pretrained", lambda name: {"owner/name": gpt}[name])
+    names: dict[str, Any] = {}
+    exec(card.split("```")[1].removeprefix("python"), names)
+    assert names["tokens"].shape == (1, 18)
+
+
+def test_a_card_of_a_gpt_refuses_what_is_no_report(gpt: GPT) -> None:
+    """As that of an autoencoder."""
+    with pytest.raises(ValueError, match=r"reports\['Loss'\] must be a report with to_markdown\(\), got float"):
+        gpt.model_card("owner/name", reports={"Loss": 0.1})  # type: ignore[dict-item]
 
 
 @pytest.mark.slow

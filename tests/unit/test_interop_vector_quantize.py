@@ -6,6 +6,8 @@ Shape letters: C code size, K codes.
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,37 @@ def test_a_wrong_prefix_names_the_right_one(prefix: str, message: str) -> None:
     theirs = nn.ModuleDict({"vq": trained(*CASES["plain"])})
     with pytest.raises(ValueError, match=exactly(message)):
         load_vector_quantize(theirs, prefix=prefix)
+
+
+SEVERAL = (
+    "prefix must be one of 'layers.0.', 'layers.1.', got '' (ResidualVQ); load each level and pass them all to "
+)
+NO_BOOK = "prefix must be that of a VectorQuantize, got"
+
+
+@pytest.mark.parametrize(
+    ("source", "prefix", "message"),
+    [
+        (lambda: peers.ResidualVQ(dim=C, codebook_size=K, num_quantizers=2), "", SEVERAL),
+        (lambda: peers.ResidualVQ(dim=C, codebook_size=K, num_quantizers=2).state_dict(), "", SEVERAL),
+        (
+            lambda: peers.GroupedResidualVQ(dim=2 * C, groups=2, codebook_size=K, num_quantizers=1),
+            "",
+            "prefix must be one of 'rvqs.0.layers.0.', 'rvqs.1.layers.0.', got '' (GroupedResidualVQ); load each ",
+        ),
+        (
+            lambda: peers.FSQ([8, 5, 5]),
+            "",
+            f"{NO_BOOK} '' (FSQ); it has no codebook, so build te_quant.FSQ with its levels.",
+        ),
+        (lambda: nn.ModuleDict({"q": peers.LFQ(codebook_size=16)}), "q.", f"{NO_BOOK} 'q.' (LFQ); it has no "),
+        (lambda: nn.Linear(2, 2), "", f"{NO_BOOK} ''."),
+    ],
+)
+def test_other_quantizers_are_named(source: Callable[[], Any], prefix: str, message: str) -> None:
+    """What was found, and what to do with it; from names where there is no module."""
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        load_vector_quantize(source(), prefix=prefix)
 
 
 class Unsafe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -541,3 +542,38 @@ def test_configs_that_are_no_options_are_refused(loader: Loader, tmp_path: Path)
         FileNotFoundError, match=r"config must be a mapping or an existing JSON file, got 'no\.json'"
     ):
         loader(path, config="no.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["taming", "llamagen", "te_vqgan"])
+def test_the_command_takes_published_layouts(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Encoded, audited and converted from the shell; the tokens are those of the original."""
+    pytest.importorskip("tqdm")
+    pixels, load_file = pytest.importorskip("PIL.Image"), pytest.importorskip("safetensors.torch").load_file
+    from te_quant.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    given = (torch.rand(2, 3, 16, 16) * 255).round()
+    for name, image in zip("ab", given.byte(), strict=True):
+        pixels.fromarray(image.movedim(0, -1).numpy()).save(f"{name}.png")
+    given = given.double() / 127.5 - 1
+    shape = Shape(down="maxblurpool") if kind == "te_vqgan" else Shape()
+    cosine = kind == "llamagen"
+    state = with_codes(tensors(shape), shape, given, cosine=cosine)
+    saved(tmp_path, as_llamagen(state) if cosine else state, "model" if cosine else "state_dict")
+    model = ["last.ckpt", "--format", kind]
+    if kind == "te_vqgan":
+        (tmp_path / "params.json").write_text(json.dumps(params(shape, downsampling_method="maxblurpool")))
+        model += ["--config", "params.json"]
+    expected = run(state, shape, given, cosine=cosine).indices
+    assert main(["encode", *model, "a.png", "b.png", "-o", "tokens"]) == 0
+    assert main(["convert", *model, "-o", "converted"]) == 0
+    assert main(["encode", "converted", "a.png", "b.png", "-o", "again"]) == 0
+    for tokens in map(load_file, ("tokens", "again")):
+        assert torch.equal(torch.stack([tokens["tokens/a.png"], tokens["tokens/b.png"]]).long(), expected)
+    capsys.readouterr()
+    assert main(["audit", *model, "a.png", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert any(row["name"].startswith("levels.0.downsample") for row in rows)

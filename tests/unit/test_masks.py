@@ -188,7 +188,7 @@ def test_kmeans_and_revival_see_only_the_tokens_that_count(factory: Any) -> None
     quantizer.kmeans_init(latents, mask=torch.zeros_like(mask))
     assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
     # Without the mask they are refused.
-    with pytest.raises(ValueError, match=r"^latents must be finite, got \d+ NaN or infinite of 240 values\.$"):
+    with pytest.raises(ValueError, match=r"^latents must be finite, got \d+ NaN or infinite of 240 values; build"):
         quantizer.kmeans_init(latents)
 
 
@@ -255,7 +255,7 @@ def test_usage_counts_the_indices_of_tokens_that_count() -> None:
     indices = quantizer(torch.randn(3, 2, 4, 5), mask=mask).indices
     usage.update(indices[mask])
     assert usage.compute().tokens == mask.sum()
-    with pytest.raises(ValueError, match=exactly("indices must be in [0, num_codes=15), got -1.")):
+    with pytest.raises(ValueError, match=r"num_codes=15\), got -1; count indices\[indices >= 0\]"):
         usage.update(indices)
 
 

@@ -6,6 +6,8 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,41 @@ def test_loaded_model_is_the_saved_one(tmp_path: Path, dtype: torch.dtype, updat
         assert torch.equal(got, expected)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     assert {name: p.requires_grad for name, p in again.named_parameters()} == trainable
+
+
+@pytest.mark.parametrize("quantizer", ["VectorQuantizer", "ResidualVectorQuantizer"])
+@pytest.mark.parametrize("updates", [("gradient", "ema"), ("ema", "gradient")])
+def test_a_saved_model_continues_with_the_other_update(
+    tmp_path: Path, updates: tuple[str, str], quantizer: str
+) -> None:
+    """The file decides what is loaded; a changed config takes its weights, and trains."""
+    saved, other = updates
+    described: dict[str, object] = {"name": quantizer, "codebook_update": saved}
+    if quantizer == "ResidualVectorQuantizer":
+        described |= {"num_codes": 8, "code_dim": 6, "num_quantizers": 2}
+    config = replace(SMALL, codebook_update=saved, quantizer=described)
+    model = VQAutoencoder(config)
+    model(fresh(4, 1, 8, 8, dtype=torch.float32))
+    model.eval().save_pretrained(tmp_path)
+    loaded = VQAutoencoder.from_pretrained(tmp_path)
+    assert loaded.config == config
+    assert loaded.config.codebook_update == saved
+    config = loaded.config
+    changed = None if config.quantizer is None else {**config.quantizer, "codebook_update": other}
+    continued = VQAutoencoder(replace(config, codebook_update=other, quantizer=changed)).eval()
+    drops = pytest.warns(UserWarning, match="dropped") if other == "gradient" else nullcontext()
+    with drops:
+        continued.load_state_dict(loaded.state_dict())
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    assert torch.equal(continued.encode_to_indices(images), loaded.encode_to_indices(images))
+    before = [codebook.clone() for name, codebook in continued.state_dict().items() if "codebook" in name]
+    optimizer = torch.optim.SGD(continued.parameters(), lr=1.0)
+    continued.train()(images).loss.backward()
+    optimizer.step()
+    continued.eval()
+    after = [codebook for name, codebook in continued.state_dict().items() if "codebook" in name]
+    assert len(after) == (1 if changed is None else 2)
+    assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 def test_folder_holds_two_readable_files(folder: Path) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from te_quant import AutoencoderConfig, VectorQuantizer, VQAutoencoder
+from te_quant import AutoencoderConfig, ResidualVectorQuantizer, VectorQuantizer, VQAutoencoder
 from te_quant.quantizers._update import MAX_REPLACEMENTS
-from tests.helpers import plain_quantizer
+from tests.helpers import exactly, plain_quantizer
 from tests.unit.quantizer_cases import state_of
 
 GOLDEN = 2654435769
@@ -254,6 +256,20 @@ def test_a_threshold_outside_of_its_range_is_refused(value: float) -> None:
     """As every other number."""
     with pytest.raises(ValueError, match=r"^revival_threshold must be a finite number >= 0 and < 1, got"):
         VectorQuantizer(8, 2, revival_threshold=value)
+
+
+@pytest.mark.parametrize("build", [partial(VectorQuantizer, 8, 2), partial(ResidualVectorQuantizer, 8, 2, 2)])
+def test_a_threshold_without_effect_is_refused(build: Callable[..., object]) -> None:
+    """A codebook that follows gradients revives nothing by itself; 0 and the default say no more than that."""
+    message = (
+        "revival_threshold must be 0 or its default 0.01 with codebook_update='gradient', got 0.1; call "
+        "revive_dead_codes between two steps."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        build(codebook_update="gradient", revival_threshold=0.1)
+    for threshold in (0.0, 0.01):
+        build(codebook_update="gradient", revival_threshold=threshold)
+    build(codebook_update="ema", revival_threshold=0.1)
 
 
 def test_compiled_passes_revive_what_eager_ones_do() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from te_quant import AutoencoderConfig, VQAutoencoder
 from te_quant.autoencoder import pad_to_divisor
-from te_quant.cli import main
+from te_quant.cli import main, measures
+from te_quant.cli.arguments import Options
 from te_quant.cli.token_file import compact_dtype
 
 SMALL: dict[str, Any] = {
@@ -291,6 +293,23 @@ def test_stability_reports_what_python_reports(run: Run, model: VQAutoencoder, t
     row = (tmp_path / "table.md").read_text().splitlines()[2]
     assert row.startswith("| model | 1 of 16x16, token match (κ) | 4 | 16 |")
     assert f" {rates['identity']:.3f} (" in row
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"model": "runs/vq/"}, "runs/vq"),
+        ({"model": "runs", "filename": "last.ckpt"}, "runs/last.ckpt"),
+        ({"model": "me/vq", "subfolder": "vqvae", "revision": "v2"}, "me/vq/vqvae@v2"),
+        ({"model": "mine.py:load", "name": "mine"}, "mine"),
+    ],
+)
+def test_every_model_has_a_row_of_its_own(options: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """Two files of one folder, or two revisions, do not replace each other."""
+    table = tmp_path / "table.md"
+    report = SimpleNamespace(reconstruction=None, code_use=SimpleNamespace(used_codes=3), to_dict=dict)
+    measures._told(Options("measure", table=table, **options), report, {})  # type: ignore[arg-type]
+    assert table.read_text().splitlines()[2] == f"| {name} | 3 |  |"
 
 
 @pytest.mark.slow

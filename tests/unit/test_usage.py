@@ -127,7 +127,7 @@ def test_refuses_options(arguments: dict[str, float], error: type[Exception], me
     [
         (torch.tensor([0.0]), TypeError, "indices must be an integer tensor, got torch.float32."),
         (torch.tensor([True]), TypeError, "indices must be an integer tensor, got torch.bool."),
-        (torch.tensor([0, -1]), ValueError, "indices must be in [0, num_codes=10), got -1."),
+        (torch.tensor([0, -1]), ValueError, "indices must be in [0, num_codes=10), got -1; count indices[indices >= 0], without masked tokens and levels left out."),  # noqa: E501
         (torch.tensor([0, 10]), ValueError, "indices must be in [0, num_codes=10), got 10."),
         (torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "indices must be on cpu as the histogram, got meta."),  # noqa: E501
     ],

@@ -19,8 +19,9 @@ from te_quant.layers.activation import ACTIVATIONS, Activation
 from te_quant.layers.downsample import DOWNSAMPLERS, Downsample
 from te_quant.layers.norm import NORMS, Norm
 from te_quant.layers.upsample import UPSAMPLERS, Upsample
-from te_quant.quantizers import QUANTIZERS, Quantizer, VectorQuantizer
+from te_quant.quantizers import LFQ, QUANTIZERS, Quantizer, VectorQuantizer
 from te_quant.quantizers._losses import GradientEstimator
+from te_quant.quantizers.lfq import MAX_CODE_DIM
 from te_quant.quantizers.vector import CodebookUpdate, Metric
 
 __all__ = ["AutoencoderConfig"]
@@ -283,6 +284,8 @@ class AutoencoderConfig:
                     name for name in ("num_codes", "code_dim") if name in parameters and name not in options
                 ]
                 options |= {name: getattr(self, name) for name in missing}
+                if kind is LFQ and "code_dim" in missing:
+                    _require_few_bits(self.code_dim)
             self._adopt(_build(kind, options), "config.quantizer")
 
     def _adopt(self, quantizer: Quantizer, owner: str) -> None:
@@ -399,6 +402,13 @@ def description(quantizer: Quantizer) -> dict[str, Any]:
     return {"name": type(quantizer).__name__, **_as_json(options)}
 
 
+def _require_few_bits(code_dim: object) -> None:
+    """Refuse more channels than LFQ has bits, as the default of a config does."""
+    code_dim = require_int("code_dim", code_dim, 1)
+    expected = f"at most {MAX_CODE_DIM} with the quantizer LFQ, which has 2^code_dim codes"
+    require(code_dim <= MAX_CODE_DIM, "code_dim", expected, f"{code_dim}; pass code_dim=10 for 1,024 codes")
+
+
 def _as_json(options: object) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise TypeError(f"quantizer must be a mapping with a name and options, got {options!r}.")
@@ -415,6 +425,9 @@ def _build(kind: type[Quantizer], options: Mapping[str, Any]) -> Quantizer:
     for name in options:
         known = ", ".join(parameters)
         require(name in parameters, f"{kind.__name__} option", f"one of {known}", repr(name))
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    lacking = ", ".join(name for name in needed if name not in options)
+    require(not lacking, f"{kind.__name__} options", f"complete, with {lacking}", dict(options))
     return kind(**{name: _with_quantizers(value) for name, value in options.items()})
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from te_quant import _pretrained
 from te_quant._checks import require, require_integer_tensor, require_rank, require_type
+from te_quant._pretrained import Report
 from te_quant._values import require_in_range
-from te_quant.autoencoder.card import Report, write_card
+from te_quant.autoencoder.card import autoencoder_card
 from te_quant.autoencoder.coders import Level, build_decoder, build_encoder
 from te_quant.autoencoder.config import AutoencoderConfig, description
 from te_quant.contract import Encoding, EquivarianceContract
@@ -233,7 +234,11 @@ class VQAutoencoder(nn.Module):
         _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
 
     def model_card(
-        self, repo_id: str, *, reports: Mapping[str, Report] | None = None, license_name: str | None = None
+        self,
+        repo_id: str,
+        *,
+        reports: Mapping[str, Report] | None = None,
+        license_name: str | None = None,
     ) -> str:
         """Return a README for the hub: how to load the model, what it is, and the tables of your measurements.
 
@@ -253,7 +258,7 @@ class VQAutoencoder(nn.Module):
             ['---', 'license: mit', 'library_name: te_quant']
         """
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        return write_card(
+        return autoencoder_card(
             self.config,
             self.equivariance,
             parameters,

@@ -222,7 +222,11 @@ def _row(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="add a row to a table in Markdown, or replace the row of that name",
     )
-    parser.add_argument("--name", metavar="NAME", help="name of the row (default: MODEL)")
+    parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help="name of the row (default: MODEL with --subfolder, --filename and --revision)",
+    )
 
 
 def _positive(text: str) -> int:

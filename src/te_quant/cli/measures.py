@@ -125,6 +125,13 @@ def _facts(num_images: int, size: tuple[int, int], condition: str, tokenizer: To
     }
 
 
+def _model_name(options: Options) -> str:
+    """MODEL and the options that choose one of several models in it, so that each has a row of its own."""
+    parts = (options.model.rstrip("/"), options.subfolder, options.filename)
+    name = "/".join(part for part in parts if part)
+    return name if options.revision is None else f"{name}@{options.revision}"
+
+
 def _told(
     options: Options, report: EquivarianceReport | StabilityReport, cells: dict[str, str]
 ) -> tuple[str, dict[str, Any]]:
@@ -134,7 +141,7 @@ def _told(
     if options.table is not None:
         error = report.reconstruction
         row = {
-            _FIRST: options.name or options.model,
+            _FIRST: options.name or _model_name(options),
             **cells,
             "codes used": f"{report.code_use.used_codes:,}",
             "PSNR, dB": _NOT_MEASURED if error is None else f"{error.psnr:.2f}",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -25,9 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant import _pretrained
-from te_quant._checks import require, require_axis, require_device, require_int, require_number, require_type
+from te_quant._checks import (
+    require,
+    require_axis,
+    require_int,
+    require_mask,
+    require_number,
+    require_type,
+)
 from te_quant._precision import AUTOCAST_DEVICES, widen
+from te_quant._pretrained import Report
 from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
+from te_quant.gpt.card import gpt_card
 from te_quant.gpt.config import GPTConfig, Segment
 from te_quant.gpt.former_names import with_present_names
 from te_quant.gpt.sampling import Ending, Sampler, extend, guided_logits
@@ -87,7 +96,7 @@ class GPT(nn.Module):
     Raises:
         ValueError: the order names a segment twice or one that is not there, there are more tokens than it has, or
             one lies outside its vocabulary (accelerators leave that to their kernels, so as not to wait).
-        TypeError: tokens are not integers.
+        TypeError: tokens are not integers, or a mask is not bool.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -340,7 +349,8 @@ class GPT(nn.Module):
             ValueError: an option is out of range or contradicts another, the prompt does not fit the order,
                 guidance has no condition, dropout is at work, or logits have NaN or +inf; an accelerator looks at
                 them once, at the end.
-            TypeError: the prompt or its lengths are not integers, or an option has the wrong type.
+            TypeError: the prompt or its lengths are not integers, its mask is not bool, or an option has the
+                wrong type.
 
         Source: the published code of Shin et al. 2021, arXiv:2112.00384, keeps a tenth of the logits of all
             segments together: ``top_k=int(0.1 * (text vocabulary + text length + K))``.
@@ -369,7 +379,7 @@ class GPT(nn.Module):
         ending = None if stop_token is None else _ending(stop_token, layout, first, P + new)
         predict = self._predictor(layout, sequence, use_cache)
         if guidance_scale != 1 and B and first < P + new:
-            span = _drawn_span(layout, firsts, P + new)
+            span = _drawn_span(layout, firsts, P + new, guidance_scale)
             rest = self._layout(layout.names[layout.spans.index(span) :])
             unconditional = self._predictor(rest, sequence, use_cache, skipped=span.begin)
             predict = _guided(predict, unconditional, guidance_scale)
@@ -386,6 +396,72 @@ class GPT(nn.Module):
             ImportError: safetensors is not installed (``te_quant[hub]``).
         """
         _pretrained.save(folder, "GPT", self.config.to_dict(), self.state_dict())
+
+    def model_card(
+        self,
+        repo_id: str,
+        *,
+        reports: Mapping[str, Report] | None = None,
+        license_name: str | None = None,
+    ) -> str:
+        """Return a README for the hub: how to load the model, what it is, and the tables of your measurements.
+
+        Args:
+            repo_id: ``owner/name``, for the title and the code.
+            reports: title to report: anything with a method ``to_markdown()``, such as a
+                :class:`~te_quant.tables.Table`.
+            license_name: identifier of the licence as the hub knows it, such as ``"mit"``.
+
+        Raises:
+            ValueError: a report has no ``to_markdown``.
+            TypeError: another argument is of the wrong kind.
+
+        Example:
+            >>> gpt = GPT(GPTConfig((Segment("image", 16, (4, 4), "axial"),), width=32, depth=2, num_heads=2))
+            >>> "# digits-gpt" in gpt.model_card("me/digits-gpt").splitlines()
+            True
+        """
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return gpt_card(self.config, parameters, repo_id=repo_id, reports=reports or {}, license_name=license_name)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes, and a model card, to a repository of the hub, in one commit.
+
+        Args:
+            repo_id: ``owner/name``; the repository is made if it does not exist.
+            card: content of ``README.md``, which is replaced. None writes :meth:`model_card` into a repository
+                that has none, and otherwise leaves it as it is.
+            private: whether a new repository is private; None follows the settings of the owner.
+            token: of an account that may write; None reads the one that is stored on this machine.
+            revision: branch, made if it does not exist; None is the default one.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: ``repo_id`` is not of the form ``owner/name``.
+            ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
+        """
+        return _pretrained.push(
+            repo_id,
+            self.save_pretrained,
+            card=card,
+            default_card=lambda: self.model_card(repo_id),
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
 
     @classmethod
     def from_pretrained(
@@ -430,9 +506,7 @@ class GPT(nn.Module):
         """The tokens, checked, and (B, T, D), what the network says before each of them."""
         tokens = layout.checked("tokens", tokens, self.start.device)
         if mask is not None:
-            require_device("mask", mask, tokens.device, "tokens")
-            require(mask.dtype == torch.bool, "mask", "of dtype torch.bool", mask.dtype)
-            _require_shape("mask", mask, tokens)
+            require_mask("mask", mask, tuple(tokens.shape), tokens.device, "tokens")
             mask = mask[:, :-1]
         return tokens, self._read(layout, tokens[:, :-1], mask)[:, : tokens.shape[1]]
 
@@ -574,15 +648,23 @@ def _guided(
     return lambda begin, end: guided_logits(conditional(begin, end), unconditional(begin, end), scale)
 
 
-def _drawn_span(layout: Layout, firsts: Sequence[int], last: int) -> Span:
+def _drawn_span(layout: Layout, firsts: Sequence[int], last: int, scale: float) -> Span:
     """The segment in which every row begins to be drawn; all before it is the condition of guidance."""
     spans = {layout.at(column) for column in firsts if column < last}
     names = sorted(span.segment.name for span in spans)
-    expected = "complete up to the same segment in every row with guidance_scale"
-    require(len(spans) == 1, "prompt", expected, f"rows that go on in {names}")
+    expected = f"complete up to the same segment in every row with guidance_scale={scale:g}"
+    require(len(spans) == 1, "prompt", expected, f"rows that go on in {names}; generate them in separate calls")
     (span,) = spans
-    expected = "at least one complete segment with guidance_scale, which is the condition"
-    require(span.begin > 0, "prompt", expected, f"a part of {names[0]!r}")
+    name, columns = span.segment.name, span.end
+    require(
+        len(layout.spans) > 1,
+        "order",
+        f"at least two segments with guidance_scale={scale:g}, the condition first",
+        f"{layout.names}; pass guidance_scale=1",
+    )
+    expected = f"the {columns} tokens of {name!r} at least, the condition of guidance_scale={scale:g}"
+    cure = f"generate {name!r} with guidance_scale=1 first"
+    require(span.begin > 0, "prompt", expected, f"{min(firsts)}; {cure}")
     return span
 
 

@@ -17,6 +17,7 @@ from te_quant._checks import (
     require_choice,
     require_device,
     require_integer_tensor,
+    require_mask,
     require_rank,
 )
 from te_quant._values import require_in_range
@@ -136,10 +137,7 @@ def own_columns(prompt: Tensor, lengths: Tensor | None, mask: Tensor | None) -> 
     B, P = prompt.shape
     if mask is not None:
         require(lengths is None, "prompt_lengths", "None with prompt_mask", "a tensor")
-        require_device("prompt_mask", mask, prompt.device, "prompt")
-        require(mask.dtype == torch.bool, "prompt_mask", "of dtype torch.bool", mask.dtype)
-        shape = tuple(mask.shape)
-        require(shape == (B, P), "prompt_mask", f"of shape {(B, P)} as the prompt", f"shape {shape}")
+        require_mask("prompt_mask", mask, (B, P), prompt.device, "prompt")
         return mask
     if lengths is None:
         return None

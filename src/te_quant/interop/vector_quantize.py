@@ -39,6 +39,13 @@ _UNSUPPORTED_OF_CODEBOOK: dict[str, tuple[object, str]] = {
     "vq_bridge": (None, "use SimVQ"),
     "manual_ema_update": (False, "use accumulate()"),
 }
+# Other quantizers there, and what to do with each.
+_OTHER_CLASSES = {
+    "ResidualVQ": "load each level and pass them all to ResidualVectorQuantizer(stages=[...])",
+    "GroupedResidualVQ": "load each level, and put one ResidualVectorQuantizer per group into a ProductQuantizer",
+    "FSQ": "it has no codebook, so build te_quant.FSQ with its levels",
+    "LFQ": "it has no codebook, so build te_quant.LFQ; reverse_bits converts indices",
+}
 
 
 def load_vector_quantize(
@@ -87,7 +94,7 @@ def load_vector_quantize(
     require_type("prefix", prefix, str, "a str")
     if into is not None:
         require_type("into", into, VectorQuantizer, "a te_quant.VectorQuantizer, or None")
-    tensors = _tensors_under(prefix, tensors_of(source))
+    tensors = _tensors_under(prefix, tensors_of(source), _class_at(source, prefix))
     books, codes, size = tensors[f"{_BOOK}embed"].shape
     cure = "load each with a state dict of its own, and put them into a ProductQuantizer"
     require(books == 1, f"{prefix}{_BOOK}embed axis 0", "1, one codebook", f"{books}; {cure}")
@@ -141,13 +148,26 @@ def reverse_bits(indices: Tensor, bits: int) -> Tensor:
     return result
 
 
-def _tensors_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The four tensors of a codebook without ``prefix``; the names of all others are refused."""
+def _class_at(source: object, prefix: str) -> str:
+    """The name of the class of the module at ``prefix``; empty for anything but a module."""
+    modules = dict(source.named_modules()) if isinstance(source, nn.Module) else {}
+    return type(modules[prefix.rstrip(".")]).__name__ if prefix.rstrip(".") in modules else ""
+
+
+def _tensors_under(prefix: str, tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The four tensors of a codebook without ``prefix``; the names of all others are refused.
+
+    ``kind`` is the class that they come from, where that is known.
+    """
     under = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if f"{_BOOK}embed" not in under:
         known = [name.removesuffix(f"{_BOOK}embed") for name in tensors if name.endswith(f"{_BOOK}embed")]
         expected = "one of " + some(known) if known else "that of a VectorQuantize"
-        require(False, "prefix", expected, repr(prefix))
+        # Without a module, names tell the classes that hold several codebooks.
+        inside = {"ResidualVQ": "layers.0.", "GroupedResidualVQ": "rvqs.0.layers.0."}
+        kind = next((name for name, first in inside.items() if f"{prefix}{first}" in known), kind)
+        told = f" ({kind}); {_OTHER_CLASSES[kind]}" if kind in _OTHER_CLASSES else ""
+        require(False, "prefix", expected, f"{prefix!r}{told}")
     projections = [name for name in under if name.startswith(("project_in", "project_out"))]
     cure = "load the codebook from a state dict without them, and apply them around the quantizer"
     require(not projections, "source", "without projections", f"{some(projections)}; {cure}")

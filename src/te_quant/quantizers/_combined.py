@@ -192,11 +192,11 @@ class CombinedQuantizer(Quantizer):
 
     def _parts(self) -> Sequence[Quantizer]:
         """The quantizer of each level or group."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _parts().")
 
     def _visit(self, rows: Tensor, lifecycle: Lifecycle) -> None:
         """Let ``lifecycle`` visit every part with its rows: (·, C), projected."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _visit(rows, lifecycle).")
 
     def _owned(self) -> Iterator[Quantizer]:
         """Every part once."""
@@ -241,15 +241,21 @@ class CombinedQuantizer(Quantizer):
 
     def _lengths(self) -> list[int]:
         """How many of the Q indices can be decoded without the others."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _lengths().")
+
+    def _require_length(self, name: str, count: int, actual: object) -> None:
+        """Refuse a number of indices that cuts a part which decodes only as a whole."""
+        lengths = self._lengths()
+        some = "" if len(lengths) == 1 else "one of "
+        expected = f"{some}{', '.join(map(str, lengths))}, because a ProductQuantizer needs all of its indices"
+        require(count in lengths, name, expected, actual)
 
     def _check_indices(self, indices: Tensor) -> Tensor:
         indices = super()._check_indices(indices)
-        given, lengths = indices.shape[-1], self._lengths()
-        if given not in lengths:
-            expected = f"one of {', '.join(map(str, lengths))}, the indices of whole parts"
-            actual = f"{given} (indices shape {tuple(indices.shape)})"
-            require(False, f"indices axis {indices.ndim - 1}", expected, actual)
+        given = indices.shape[-1]
+        if given not in self._lengths():
+            shape = tuple(indices.shape)
+            self._require_length(f"indices axis {indices.ndim - 1}", given, f"{given} (indices shape {shape})")
         sizes = self.codebook_sizes[:given]
         if set(sizes) == {self.num_codes}:
             return indices
@@ -300,15 +306,19 @@ def is_distance(name: str) -> bool:
     return name.endswith(("codebook", "commitment"))
 
 
-def require_parts(name: str, parts: object, **wanted: Any) -> list[Quantizer]:
-    """Refuse what is no list of different quantizers that fit into a whole with the options ``wanted``."""
+def require_parts(name: str, parts: object, *, reuse: str, **wanted: Any) -> list[Quantizer]:
+    """Refuse what is no list of different quantizers that fit into a whole with the options ``wanted``.
+
+    ``reuse`` says how one quantizer serves several times.
+    """
     if not isinstance(parts, Sequence) and not isinstance(parts, nn.ModuleList):
         raise TypeError(f"{name} must be a sequence of quantizers, got {parts!r}.")
     found: list[Quantizer] = []
     for place, part in enumerate(parts):
         title = f"{name}[{place}]"
         require_type(title, part, Quantizer, "a te_quant.Quantizer")
-        require(part not in found, title, "another quantizer than those before it", "one of them again")
+        expected = "another quantizer than those before it"
+        require(part not in found, title, expected, f"one of them again; {reuse}, or pass copy.deepcopy of it")
         found.append(part)
         for inner in part._all_quantizers():
             _require_alike(title, inner, wanted)

@@ -16,6 +16,8 @@ from te_quant._values import require_finite
 
 __all__ = ["Layout", "Rows", "grid_of", "is_channels_last", "to_rows"]
 
+_SKIP = "build the quantizer with nonfinite='skip' to leave such vectors out"
+
 
 class Rows(NamedTuple):
     """Latents as rows.
@@ -63,7 +65,7 @@ def to_rows(latents: Tensor, channel_dim: int, nonfinite: str | None, kept: Tens
         vectors, weights = torch.where(kept, vectors, 0.0), kept.to(vectors.dtype)
     mode = nonfinite or ("raise" if latents.device.type == "cpu" else "off")
     if mode == "raise":
-        return Rows(vectors, require_finite("latents", vectors), weights, grid)
+        return Rows(vectors, require_finite("latents", vectors, _SKIP), weights, grid)
     if mode == "skip":
         finite = vectors.isfinite().all(1, keepdim=True)
         vectors = torch.where(finite, vectors, torch.zeros_like(vectors))

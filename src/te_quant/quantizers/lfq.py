@@ -22,7 +22,10 @@ from te_quant.quantizers.base import Losses, NonfiniteMode, Quantized
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LFQ"]
+__all__ = ["LFQ", "MAX_CODE_DIM"]
+
+MAX_CODE_DIM = 62
+"""Indices below 2^62 and all that is computed from them fit into int64."""
 
 # 2^24 probabilities are 64 MiB in float32, and as much again for their gradient.
 _MAX_JOINT = 24
@@ -104,7 +107,7 @@ class LFQ(TensorFreeQuantizer):
         nonfinite: NonfiniteMode | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        code_dim = require_int("code_dim", code_dim, 1, 62)
+        code_dim = require_int("code_dim", code_dim, 1, MAX_CODE_DIM)
         super().__init__(
             2**code_dim, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
         )

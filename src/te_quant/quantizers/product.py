@@ -58,7 +58,8 @@ class ProductQuantizer(CombinedQuantizer):
             where masked. ``decode`` wants all of them.
 
     Attributes:
-        quantizers: the quantizers that were given.
+        quantizers: the quantizers that were given. Each is set by itself, for example
+            ``quantizer.quantizers[0].set_codebook(codes)``.
         num_quantizers: Q, the number of indices of a token: G, or more where a quantizer inside has several.
         num_codes: the largest K inside.
         codebook_sizes: K of each of the Q indices.
@@ -91,7 +92,8 @@ class ProductQuantizer(CombinedQuantizer):
         process_group: ProcessGroup | None = None,
     ) -> None:
         wanted = {"channel_dim": channel_dim, "nonfinite": nonfinite, "process_group": process_group}
-        given = require_parts("quantizers", quantizers, **wanted)
+        reuse = "pass it once with num_groups=G to serve all groups"
+        given = require_parts("quantizers", quantizers, reuse=reuse, **wanted)
         if num_groups is not None:
             num_groups = require_int("num_groups", num_groups, 1)
             require(len(given) == 1, "num_groups", "None where several quantizers are given", num_groups)

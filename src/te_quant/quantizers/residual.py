@@ -101,7 +101,8 @@ class ResidualVectorQuantizer(CombinedQuantizer):
             A stage with several indices has them next to each other.
 
     Attributes:
-        stages: one quantizer for each level, or one for all if shared.
+        stages: one quantizer for each level, or one for all if shared. Each is set by itself, for example
+            ``quantizer.stages[0].set_codebook(codes)``.
         num_quantizers: Q, the number of indices of a token: L, or more where a stage has several.
         num_codes: K; the largest one where stages differ.
         codebook_sizes: K of each of the Q indices.
@@ -158,6 +159,10 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         if stages is None:
             # One check for the three sizes, so that each is refused by its own name.
             sizes = {"num_codes": num_codes, "code_dim": code_dim, "num_quantizers": num_quantizers}
+            if all(size is None for size in sizes.values()):
+                raise TypeError(
+                    "stages must be given, or num_codes, code_dim and num_quantizers, got none of them."
+                )
             num_codes, code_dim, levels = (require_int(name, value, 1) for name, value in sizes.items())
             given = [
                 VectorQuantizer(
@@ -180,7 +185,8 @@ class ResidualVectorQuantizer(CombinedQuantizer):
             for name in (*_SIZES, *_OF_CODEBOOKS):
                 unset = values[name] == defaults[name].default
                 require(unset, name, "left out where stages are given, which have their own", repr(values[name]))
-            given = require_parts("stages", stages, gradient_estimator=gradient_estimator, **alike)
+            reuse = "pass sizes with shared_codebook=True to share a codebook"
+            given = require_parts("stages", stages, reuse=reuse, gradient_estimator=gradient_estimator, **alike)
             code_dim, levels = given[0].code_dim, len(given)
             for place, stage in enumerate(given):
                 fits = stage.code_dim == code_dim
@@ -214,8 +220,7 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         if num_quantizers is None:
             return super().encode(latents, mask=mask)
         count = require_int("num_quantizers", num_quantizers, 1, self.num_quantizers)
-        whole = f"one of {', '.join(map(str, self._lengths()))}, the indices of whole parts"
-        require(count in self._lengths(), "num_quantizers", whole, count)
+        self._require_length("num_quantizers", count, count)
         return self._encode(latents, mask, lambda rows: self._search_first(rows, count))
 
     def decode_levels(self, indices: Tensor) -> tuple[Tensor, ...]:

@@ -55,6 +55,7 @@ __all__ = ["CodebookUpdate", "Metric", "VectorQuantizer"]
 
 Metric: TypeAlias = Literal["l2", "cosine", "cosine_raw", "dot"]
 CodebookUpdate: TypeAlias = Literal["gradient", "ema"]
+_REVIVAL_THRESHOLD = 0.01
 
 
 class VectorQuantizer(Quantizer):
@@ -90,7 +91,7 @@ class VectorQuantizer(Quantizer):
             fraction of the average code. Between two steps up to 4,096 dead codes move onto latents of the last
             training pass. At first no code has been used, so this is how the codebook starts. 0 leaves dead codes
             where they are. A codebook that follows gradients has :meth:`kmeans_init` and
-            :meth:`revive_dead_codes` for that.
+            :meth:`revive_dead_codes` for that; there only 0 and the default, which change nothing, are accepted.
         channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
         nonfinite: what to do about NaN and infinite latents. ``"raise"`` a ``ValueError``; ``"skip"`` the
             vectors that have any: they take no part in losses and updates, get no gradient, and are quantized
@@ -164,7 +165,7 @@ class VectorQuantizer(Quantizer):
         gradient_estimator: GradientEstimator = "straight_through",
         temperature: float = 0.0,
         decay: float = 0.9,
-        revival_threshold: float = 0.01,
+        revival_threshold: float = _REVIVAL_THRESHOLD,
         channel_dim: int = 1,
         nonfinite: NonfiniteMode | None = None,
         process_group: ProcessGroup | None = None,
@@ -193,6 +194,10 @@ class VectorQuantizer(Quantizer):
         temperature = require_number("temperature", temperature, 0.0)
         decay = require_number("decay", decay, 0.0, below=1.0)
         revival_threshold = require_number("revival_threshold", revival_threshold, 0.0, below=1.0)
+        unused = codebook_update == "ema" or revival_threshold in (0.0, _REVIVAL_THRESHOLD)
+        expected = f"0 or its default {_REVIVAL_THRESHOLD:g} with codebook_update='gradient'"
+        got = f"{revival_threshold!r}; call revive_dead_codes between two steps"
+        require(unused, "revival_threshold", expected, got)
         require_generator(generator)
         self.metric: Metric = metric
         # Codes of unit length cannot learn how long the residuals of a level are.
@@ -338,9 +343,10 @@ class VectorQuantizer(Quantizer):
         """Set the codebook to the k-means centres of ``latents``, restart the statistics, forget what is pending.
 
         Starts from K latent vectors drawn from all processes; where there are fewer, the other codes keep their
-        values. Under ``"cosine"`` this is spherical k-means; under ``"cosine_raw"`` latents choose by angle and
-        the centres are their means; under ``"dot"`` it is that of ``"l2"``. All processes must call it together,
-        between any two steps.
+        values. Without any, for example under a mask that is False everywhere, nothing changes at all. Under
+        ``"cosine"`` this is spherical k-means; under ``"cosine_raw"`` latents choose by angle and the centres are
+        their means; under ``"dot"`` it is that of ``"l2"``. All processes must call it together, between any two
+        steps.
 
         Args:
             latents: as for ``forward``.

@@ -466,7 +466,7 @@ def _raised_latents(promise: str, factory: QuantizerFactory) -> None:
             before = _state(quantizer)
             latents = _latents(quantizer, _IMAGE)
             latents[1, 0, 2, 3] = bad
-            message = f"latents must be finite, got 1 NaN or infinite of {latents.numel()} values."
+            message = f"latents must be finite, got 1 NaN or infinite of {latents.numel()} values"
             for method in (quantizer, quantizer.encode):
                 with _refused(promise, ValueError, message):
                     method(latents)

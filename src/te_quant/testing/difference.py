@@ -260,7 +260,9 @@ def _compare(
             place = (image, *inner)
     if is_invariant and place is not None:
         place = place[: len(shape)]
-    require(compared > 0, "shift", "one that leaves positions valid in both", shift)
+    positions = "x".join(str(side) for side in _sides(reference))
+    cure = f"the output has {positions} positions: pass larger images or a smaller shift"
+    require(compared > 0, "shift", "one that leaves positions valid in both", f"{shift}; {cure}")
     # An infinity is no scale: everything would be small beside it.
     scale = float(float64(reference).abs().nan_to_num(nan=0.0, posinf=0.0).max())
     return ShiftDifference(
