@@ -27,7 +27,7 @@ __all__ = [
 WHERE = ("preset", "data", "out")
 """Which folder of results; without ``--out`` preset and data name it."""
 
-SETTINGS = ("seed", "steps", "perceptual", "bf16", "max-reduction")
+SETTINGS = ("seed", "steps", "perceptual", "bf16", "max-reduction", "round-trip-weight")
 """What a training changes in its preset."""
 
 COMPUTE = ("data-dir", "device", "threads", "channels-last", "compile")
@@ -68,6 +68,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "type": int,
         "metavar": "FACTOR",
         "help": "take crops from pictures reduced 1, 2, 4, ... times, up to FACTOR (default: the preset's)",
+    },
+    "round-trip-weight": {
+        "type": float,
+        "metavar": "WEIGHT",
+        "help": "of the loss that lets pictures be read back as the same tokens (default: the preset's)",
     },
     "device": {"default": "cpu", "help": "torch device (default: cpu)"},
     "channels-last": {

@@ -169,6 +169,7 @@ def _stage1_jobs(options: argparse.Namespace, out: Path, arm: str, settings: Sta
     data = options.data if is_pictures(settings.data) else settings.data
     given = {"data": data, "out": out, "arm": arm, "seed": settings.seed}
     given |= {"steps": options.steps, "perceptual": options.perceptual, "max-reduction": options.max_reduction}
+    given["round-trip-weight"] = options.round_trip_weight
     words = ["stage1", *_words(options, given), *_flags(options, "bf16", "channels_last", "compile"), "--resume"]
     yield Job(_name(folder), words, folder, settings.steps)
 

@@ -68,7 +68,10 @@ class Stage1Settings:
         discriminator_layers: how many of its layers halve the sides, at least 1.
         discriminator_norm: ``"group"`` or ``"batch"``.
         round_trip_weight: of the loss that lets pictures be read back, :func:`~.round_trip.round_trip_loss`.
-        round_trip_margin: its margin, in (0, 1).
+        round_trip_margin: its margin, in [0, 1].
+        round_trip_phase_weight: of the loss of the phases, as a share of ``round_trip_weight``; without effect
+            unless the encoder chooses phases.
+        round_trip_start: both begin after this share of the steps, and grow to their weights over a tenth of all.
         codebook_init: ``"uniform"`` (the paper's) or ``"kmeans"``, on the latents of the first batches.
         bf16: compute encoder and decoder in bfloat16 (quantizer and losses stay in float32).
         log_every: a line in the log after so many steps.
@@ -104,7 +107,9 @@ class Stage1Settings:
     discriminator_layers: int = 2
     discriminator_norm: str = "group"
     round_trip_weight: float = 0.0
-    round_trip_margin: float = 0.3
+    round_trip_margin: float = 0.05
+    round_trip_phase_weight: float = 0.3
+    round_trip_start: float = 0.4
     codebook_init: str = "uniform"
     bf16: bool = False
     log_every: int = 5
@@ -136,7 +141,9 @@ class Stage1Settings:
         require_int("discriminator_layers", self.discriminator_layers, 1)
         require_choice("discriminator_norm", self.discriminator_norm, DISCRIMINATOR_NORMS)
         require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
-        require_number("round_trip_margin", self.round_trip_margin, 0.0, 1.0)
+        for name in ("round_trip_margin", "round_trip_start"):
+            require_number(name, getattr(self, name), 0.0, 1.0)
+        require_number("round_trip_phase_weight", self.round_trip_phase_weight, 0.0)
         require_choice("perceptual", self.perceptual, PERCEPTUAL)
         require_choice("codebook_init", self.codebook_init, ("uniform", "kmeans"))
         require(

@@ -24,8 +24,9 @@ from examples.te_vqgan.stage1.losses import (
 )
 from examples.te_vqgan.stage1.perceptual import load_perceptual
 from examples.te_vqgan.stage1.presets import Stage1Settings
-from examples.te_vqgan.stage1.round_trip import round_trip_loss, rounded
+from examples.te_vqgan.stage1.round_trip import encode_at, growth, round_trip_loss, rounded
 from te_quant import Quantizer, VQAutoencoder
+from te_quant.autoencoder import AutoencoderOutput
 from te_quant.functional import perplexity
 
 __all__ = ["Stage1Trainer", "autocast"]
@@ -144,10 +145,13 @@ class Stage1Trainer:
         loss = rebuilt + output.loss
         numbers = {"reconstruction_loss": rebuilt, "codebook_loss": output.codebook_loss}
         numbers |= {"commitment_loss": output.commitment_loss, "orthogonal_loss": output.regularization_loss}
-        if settings.round_trip_weight > 0:
-            returned = self._round_trip(reconstruction, output.indices)
-            loss = loss + settings.round_trip_weight * returned
-            numbers["round_trip_loss"] = returned
+        share = growth(self.step, settings.steps, settings.round_trip_start)
+        if settings.round_trip_weight > 0 and share > 0:
+            returned, turned = self._round_trip(reconstruction, output)
+            loss = loss + settings.round_trip_weight * share * (
+                returned + settings.round_trip_phase_weight * turned
+            )
+            numbers |= {"round_trip_loss": returned, "phase_loss": turned}
         judged = settings.adversarial_weight > 0 and self.step >= settings.adversarial_start
         if judged:
             adversarial = self._adversarial(rebuilt, reconstruction)
@@ -197,11 +201,11 @@ class Stage1Trainer:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.step = facts["step"]
 
-    def _round_trip(self, reconstruction: Tensor, indices: Tensor) -> Tensor:
+    def _round_trip(self, reconstruction: Tensor, output: AutoencoderOutput) -> tuple[Tensor, Tensor]:
         with autocast(self.settings, self.device):
-            latents = self.model.encode(rounded(reconstruction))
-        codebook = vector_quantizer(self.model).codebook
-        return round_trip_loss(latents.float(), codebook, indices, margin=self.settings.round_trip_margin)
+            latents, turned = encode_at(self.model, rounded(reconstruction), output.phases)
+        codebook, margin = vector_quantizer(self.model).codebook, self.settings.round_trip_margin
+        return round_trip_loss(latents.float(), codebook, output.indices, margin=margin), turned
 
     def _adversarial(self, rebuilt: Tensor, reconstruction: Tensor) -> Tensor:
         weight: float | Tensor = self.settings.adversarial_weight
