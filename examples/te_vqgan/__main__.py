@@ -29,6 +29,7 @@ from examples.te_vqgan.cli.options import (
 from examples.te_vqgan.cli.pack import add_pack_command
 from examples.te_vqgan.cli.photographs import add_photographs_command
 from examples.te_vqgan.cli.published import add_published_commands
+from examples.te_vqgan.cli.round_trips import add_round_trips_command
 from examples.te_vqgan.cli.stability import add_stability_command
 from examples.te_vqgan.cli.stage2 import add_stage2_commands
 from examples.te_vqgan.data.sources import is_pictures
@@ -275,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     add_pack_command(add)
     add_photographs_command(add)
     add_published_commands(add)
+    add_round_trips_command(add)
     add_stability_command(add)
     audit = add("audit", _audit, "find the modules of some networks that lose equivariance")
     audit.add_argument("--out", type=Path, default=Path("runs/te_vqgan/audits"), help="folder of the results")

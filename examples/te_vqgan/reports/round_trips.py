@@ -1,0 +1,193 @@
+"""What it costs that tokenizers read back their own pictures: ``round-trips.json``, a table and a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from examples.te_vqgan.data.sources import DigitSource
+from examples.te_vqgan.reports.png import encode_png
+from examples.te_vqgan.reports.results import mean_and_deviation
+from examples.te_vqgan.runs.checks import require, require_int
+from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.runs.provenance import git_commit, versions
+from examples.te_vqgan.stage1.evaluation import dataset
+from examples.te_vqgan.stage1.exactness import finished_settings
+from examples.te_vqgan.stage1.presets import ARMS, to_dict
+from examples.te_vqgan.stage1.round_trip import measure_round_trips
+from te_quant import VQAutoencoder
+from te_quant.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["MATCH", "MOST_LOST", "measure_run", "render", "write_round_trips"]
+
+MATCH, MOST_LOST = 0.99, 0.3
+"""What was aimed at: this share of the tokens comes back, and at most so many dB of PSNR are lost."""
+
+_FILE = "round-trips.json"
+_CYCLES = 4
+_HEADER = [
+    "weight",
+    "seeds",
+    "tokens that come back",
+    "…on the digits",
+    "…from a second reading",
+    "images whole",
+    "PSNR, dB",
+    "lost, dB",
+    "codes used",
+    "perplexity",
+    "κ, whole tokens",
+    "κ, below a token",
+]
+
+Run = Mapping[str, Any]
+
+
+def measure_run(folder: Path, source: DigitSource, count: int) -> dict[str, Any]:
+    """Return the numbers of the finished ``stage1`` run in ``folder``.
+
+    Args:
+        folder: of the run.
+        source: the digits of its settings.
+        count: test images for the round trips; everything else was measured when the run ended.
+
+    Raises:
+        ValueError: the run is not finished, or there are fewer test images.
+    """
+    settings = finished_settings(folder)
+    require_int("images", count, 1)
+    images = dataset(settings, source, "test")
+    require(count <= len(images), "images", f"at most the {len(images):,} test images", count)
+    model = VQAutoencoder.from_pretrained(folder / "model", dtype=torch.float32)
+    evaluation = read_json_object(folder / "evaluation.json")
+    equivariance = evaluation["equivariance"]
+    provenance = read_json_object(folder / "provenance.json")
+    return {
+        "arm": folder.name.rsplit("-seed", 1)[0],
+        "settings": to_dict(settings),
+        "round_trip": measure_round_trips(model, images, count, torch.device("cpu"), cycles=_CYCLES),
+        "test": evaluation["test"],
+        "kappa": {name: equivariance[name]["kappa"] for name in ("aligned", "sub_stride")},
+        "seconds": provenance["training"]["wall_seconds"],
+        "commit": provenance["commit"],
+    }
+
+
+def write_round_trips(folder: Path, runs: Mapping[str, Run], *, command: str) -> None:
+    """Add runs to those in ``folder``, and write everything that :func:`render` makes of them.
+
+    Args:
+        folder: where; a run of the same name is replaced.
+        runs: by name.
+        command: what was typed, for the record.
+    """
+    path = folder / _FILE
+    before: dict[str, Any] = read_json_object(path)["runs"] if path.is_file() else {}
+    facts = {"command": command, "measured_at": git_commit(), "versions": versions()}
+    after = {name: {**run, **facts} for name, run in runs.items()}
+    write_text_atomically(path, json.dumps({"runs": dict(sorted((before | after).items()))}, indent=1) + "\n")
+    render(folder)
+
+
+def render(folder: Path) -> None:
+    """Write ``round-trips.md`` and ``round-trips.png`` from the data in ``folder``.
+
+    Raises:
+        ValueError: there are none, or not all are of one arm and its settings.
+    """
+    path = folder / _FILE
+    require(path.is_file(), "into", f"a folder with {_FILE}", folder)
+    runs = list(read_json_object(path)["runs"].values())
+    apart = ("seed", "round_trip_weight")
+    kinds = {
+        json.dumps([run["arm"], {k: v for k, v in run["settings"].items() if k not in apart}]) for run in runs
+    }
+    require(len(kinds) == 1, "runs", "of one arm, with settings that differ in seed and weight only", len(kinds))
+    write_text_atomically(folder / "round-trips.md", _table(runs))
+    write_bytes_atomically(folder / "round-trips.png", encode_png(_figure(runs), dpi=110))
+
+
+def _by_weight(runs: Sequence[Run]) -> dict[float, list[Run]]:
+    weights = sorted({run["settings"]["round_trip_weight"] for run in runs})
+    return {weight: [run for run in runs if run["settings"]["round_trip_weight"] == weight] for weight in weights}
+
+
+def _lost(run: Run, runs: Sequence[Run]) -> float | None:
+    """What a run loses against that of its seed without the loss."""
+    for other in runs:
+        settings = other["settings"]
+        if settings["seed"] == run["settings"]["seed"] and settings["round_trip_weight"] == 0:
+            return float(other["test"]["psnr"] - run["test"]["psnr"])
+    return None
+
+
+def _table(runs: Sequence[Run]) -> str:
+    rows = []
+    for weight, group in _by_weight(runs).items():
+        trips = [run["round_trip"] for run in group]
+        lost = [value for run in group if (value := _lost(run, runs)) is not None]
+        columns = [
+            ([trip["match"][0] for trip in trips], ".3f"),
+            ([trip["ink"] for trip in trips], ".3f"),
+            ([trip["match"][1] for trip in trips], ".3f"),
+            ([trip["whole"] for trip in trips], ".3f"),
+            ([run["test"]["psnr"] for run in group], ".2f"),
+            (lost, ".2f"),
+            ([run["test"]["used_codes"] for run in group], ".0f"),
+            ([run["test"]["perplexity"] for run in group], ".1f"),
+            ([run["kappa"]["aligned"] for run in group], ".3f"),
+            ([run["kappa"]["sub_stride"] for run in group], ".3f"),
+        ]
+        seeds = ", ".join(str(run["settings"]["seed"]) for run in group)
+        cells = [mean_and_deviation(values, pattern) if values else "" for values, pattern in columns]
+        rows.append([f"{weight:g}", seeds, *cells])
+    first = runs[0]
+    settings, trip = first["settings"], first["round_trip"]
+    note = (
+        f"{ARMS[first['arm']].title}: {settings['steps']:,} steps of {settings['batch_size']} images of "
+        f"{settings['data']}, {settings['canvas_size']} px wide. Means ± standard deviations over seeds. "
+        f"Round trips over {trip['images']:,} test images, PSNR and codes over {first['test']['images']:,}. "
+        f"What is lost is the difference to the training of the same seed with weight 0."
+    )
+    return Table(_HEADER, rows, note=note).to_markdown()
+
+
+def _figure(runs: Sequence[Run]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
+    axes = figure.subplots()
+    without = [run["test"]["psnr"] for run in runs if run["settings"]["round_trip_weight"] == 0]
+    if without:
+        goal = statistics.fmean(without) - MOST_LOST
+        axes.axvspan(goal, max(without) + MOST_LOST, ymin=0, color="tab:green", alpha=0.08)
+        axes.axhspan(MATCH, 1.0, color="tab:green", alpha=0.08)
+    for number, (weight, group) in enumerate(_by_weight(runs).items()):
+        color = f"C{number}"
+        for place, run in enumerate(group):
+            trip = run["round_trip"]
+            axes.plot(trip["psnr"], trip["match"], color=color, lw=0.8, alpha=0.6, marker=".", ms=4)
+            label = f"weight {weight:g}" if place == 0 else None
+            axes.plot(trip["psnr"][0], trip["match"][0], color=color, marker="o", ms=7, ls="", label=label)
+    axes.set(
+        xlabel="PSNR of 8-bit reconstructions of test images, dB (more is better)",
+        ylabel="share of the tokens that come back",
+        ylim=(None, 1.002),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower left")
+    figure.suptitle(
+        "Tokens that survive a round trip, against the error of the picture.\n"
+        "Large points: the image read once. Small ones: read two, three and four times.\n"
+        "Shaded: what was aimed at, where both bands cross.",
+        fontsize="small",
+    )
+    return figure

@@ -1,0 +1,103 @@
+"""The table and the picture of what round trips cost."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.te_vqgan.__main__ import main
+from examples.te_vqgan.reports import round_trips
+from examples.te_vqgan.reports.round_trips import render, write_round_trips
+from examples.te_vqgan.stage1.presets import settings_for, to_dict
+from tests.published import published
+
+
+def _run(weight: float, seed: int, match: float, psnr: float) -> dict[str, Any]:
+    settings = settings_for("smoke", "integer_exact", {"seed": seed, "round_trip_weight": weight})
+    trip = {
+        "images": 8,
+        "match": [match, 0.99],
+        "psnr": [psnr, psnr - 0.1],
+        "ink": 0.5,
+        "whole": 0.25,
+        "phases": 1.0,
+    }
+    return {
+        "arm": "integer_exact",
+        "settings": to_dict(settings),
+        "round_trip": trip,
+        "test": {"images": 16, "psnr": psnr, "used_codes": 100, "perplexity": 50.0},
+        "kappa": {"aligned": 1.0, "sub_stride": 1.0},
+        "seconds": 1.0,
+        "commit": "abc",
+    }
+
+
+RUNS = {
+    "a/integer_exact-seed0": _run(0.0, 0, 0.7, 28.0),
+    "a/integer_exact-seed1": _run(0.0, 1, 0.8, 29.0),
+    "b/integer_exact-seed0": _run(1.0, 0, 0.9, 27.5),
+    "b/integer_exact-seed1": _run(1.0, 1, 0.94, 28.7),
+    "c/integer_exact-seed5": _run(3.0, 5, 0.99, 27.0),
+}
+
+
+def test_what_is_lost_is_paired_by_seed(tmp_path: Path) -> None:
+    """And is left out where there is no training of that seed without the loss."""
+    write_round_trips(tmp_path, RUNS, command="x")
+    rows = [line.split("|") for line in (tmp_path / "round-trips.md").read_text().splitlines() if line[:1] == "|"]
+    cells = {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in rows[2:]}
+    assert cells["0"][:2] == ["0, 1", "0.750 ± 0.071"]
+    assert cells["1"][:2] == ["0, 1", "0.920 ± 0.028"]
+    lost = rows[0].index(" lost, dB ") - 2
+    assert [cells[weight][lost] for weight in ("0", "1", "3")] == ["0.00 ± 0.00", "0.40 ± 0.14", ""]
+
+
+def test_later_runs_join_the_earlier_ones(tmp_path: Path) -> None:
+    """One of the same name is replaced."""
+    write_round_trips(tmp_path, dict(list(RUNS.items())[:2]), command="x")
+    write_round_trips(tmp_path, dict(list(RUNS.items())[1:]), command="y")
+    runs = json.loads((tmp_path / "round-trips.json").read_text())["runs"]
+    assert list(runs) == list(RUNS)
+    assert [run["command"] for run in runs.values()] == ["x", "y", "y", "y", "y"]
+    assert (tmp_path / "round-trips.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
+    """Only seed and weight may differ."""
+    other = copy.deepcopy(RUNS["a/integer_exact-seed0"])
+    other["settings"]["steps"] = 7
+    with pytest.raises(ValueError, match="with settings that differ in seed and weight only, got 2"):
+        write_round_trips(tmp_path, {**RUNS, "d/integer_exact-seed0": other}, command="x")
+    with pytest.raises(ValueError, match=r"into must be a folder with round-trips\.json"):
+        render(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_the_command_measures_finished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From training to table, with and without the loss."""
+    for weight in ("0", "1"):
+        words = ["stage1", "--preset", "smoke", "--data", "digits", "--arm", "integer_exact", "--threads", "1"]
+        assert main([*words, "--round-trip-weight", weight, "--out", str(tmp_path / weight)]) == 0
+    folders = [str(tmp_path / weight / "integer_exact-seed0") for weight in ("0", "1")]
+    into = str(tmp_path / "results")
+    assert main(["round-trips", "--runs", *folders, "--into", into, "--images", "8", "--threads", "1"]) == 0
+    assert "of the tokens come back" in capsys.readouterr().out
+    assert main(["round-trips", "--into", into]) == 0
+    assert "| weight | seeds |" in capsys.readouterr().out
+    assert main(["round-trips", "--runs", str(tmp_path), "--into", into]) == 1
+    assert "out must be a folder with a finished run" in capsys.readouterr().err
+
+
+def test_the_published_table_follows_from_its_data(tmp_path: Path) -> None:
+    """A picture may differ with the version of matplotlib."""
+    (tmp_path / "round-trips.json").write_bytes(published("round-trips/round-trips.json").read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_trips, "encode_png", lambda *_, **__: b"")
+        render(tmp_path)
+    table = (tmp_path / "round-trips.md").read_text()
+    assert table == published("round-trips/round-trips.md").read_text()
