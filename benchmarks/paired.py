@@ -158,13 +158,24 @@ def interval(ratios: Sequence[float]) -> Interval:
     return Interval(*(math.exp(value) for value in (low, np.median(logs), high)))
 
 
-def interval_of_processes(means: Sequence[float]) -> Interval:
-    """Return the geometric mean of the ratios of several processes and its t interval; NaN below two."""
-    logs = np.log(np.asarray(means))
-    centre = float(logs.mean())
-    half = math.nan
-    if len(logs) > 1:
-        half = float(scipy.stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
+def interval_of_processes(means: Sequence[float], first: Sequence[int]) -> Interval:
+    """Return the geometric mean of the ratios of several processes and its t interval.
+
+    The two orders of building are two strata: their difference is no noise. NaN unless each order has a process
+    and there are at least three.
+
+    Args:
+        means: the ratio of each process.
+        first: 0 or 1, which version was built first in it.
+    """
+    logs, orders = np.log(np.asarray(means)), np.asarray(first)
+    strata = [logs[orders == order] for order in np.unique(orders)]
+    centre = float(np.mean([stratum.mean() for stratum in strata]))
+    half, freedom = math.nan, len(logs) - len(strata)
+    if len(strata) == 2 and freedom > 0:
+        variance = sum(((stratum - stratum.mean()) ** 2).sum() for stratum in strata) / freedom
+        error = math.sqrt(variance * sum(1 / len(stratum) for stratum in strata)) / 2
+        half = float(scipy.stats.t.ppf(0.975, freedom)) * error
     return Interval(*(math.exp(value) for value in (centre - half, centre, centre + half)))
 
 
@@ -213,7 +224,9 @@ def pooled(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             **dict(zip(("mode", *Size._fields), key, strict=True)),
             **{name: statistics.median(cell[name] for cell in group) for name in ("before_ms", "after_ms")},
-            "ratio": interval_of_processes([cell["ratio"]["mean"] for cell in group])._asdict(),
+            "ratio": interval_of_processes(
+                [cell["ratio"]["mean"] for cell in group], [cell["first"] for cell in group]
+            )._asdict(),
             "processes": len(group),
         }
         for key, group in groups.items()

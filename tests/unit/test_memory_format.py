@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from te_quant import AutoencoderConfig, VQAutoencoder
+from te_quant import AutoencoderConfig, Quantizer, SimVQ, VectorQuantizer, VQAutoencoder
 from te_quant.layers import (
     ACTIVATIONS,
     NORMS,
@@ -27,6 +28,7 @@ from te_quant.layers import (
     build_norm,
     build_upsample,
 )
+from te_quant.quantizers._rows import Layout
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 OTHER = {torch.contiguous_format: torch.channels_last, torch.channels_last: torch.contiguous_format}
@@ -149,3 +151,59 @@ def test_single_tokens_and_channels_have_the_format_of_the_images() -> None:
     model = _model()
     images = (torch.rand(2, 3, 2, 2) * 2 - 1).contiguous(memory_format=torch.channels_last)
     assert model(images).reconstruction.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("grid", "codes", "size", "again"),
+    [
+        ((2, 32, 32), 1024, 32, True),
+        ((3, 1024), 7, 40, True),
+        ((2, 32, 32), 1025, 32, False),
+        ((2, 32, 32), 1024, 31, False),
+        ((0, 32, 32), 16, 32, True),
+    ],
+)
+def test_codes_that_are_looked_up_again_are_those_that_were(
+    grid: tuple[int, ...], codes: int, size: int, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, contiguous, with the shape of what is moved; only where there are no more codes than tokens."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(codes, size, generator=generator)
+    indices = torch.randint(codes, (math.prod(grid),), generator=generator)
+    layout = Layout(grid, 1)
+    expected = layout(table[indices])
+    moves: list[Tensor] = []
+    monkeypatch.setattr(
+        Layout, "__call__", lambda self, rows: (moves.append(rows), self.view(rows).contiguous())[1]
+    )
+    found = layout.look_up(table, indices, table[indices])
+    assert torch.equal(found, expected)
+    assert found.is_contiguous()
+    assert found.shape == expected.shape
+    assert bool(moves) != again
+    # Nothing is moved, and so nothing looked up again, where channels stay innermost.
+    for other in (Layout(grid, -1), Layout(grid, 1, channels_last=True)):
+        moves.clear()
+        other.look_up(table, indices, table[indices])
+        assert moves
+
+
+@pytest.mark.parametrize("build", [VectorQuantizer, SimVQ], ids=["vector", "sim"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_quantizers_return_the_codes_that_their_indices_decode_to(
+    build: Callable[[int, int], Quantizer], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with masks, which are moved; a layout that looks up other codes would be seen."""
+    torch.manual_seed(0)
+    quantizer = build(64, 32).train(training)
+    latents = torch.randn(2, 32, 32, 32, requires_grad=training)
+    output = quantizer(latents)
+    assert torch.equal(output.codes, quantizer.decode(output.indices))
+    assert torch.equal(output.quantized, output.codes)
+    mask = torch.rand(2, 32, 32) > 0.5
+    masked = quantizer(latents, mask=mask)
+    assert not masked.codes.movedim(1, -1)[~mask].any()
+    original = Layout.look_up
+    monkeypatch.setattr(Layout, "look_up", lambda self, table, *rest: original(self, table + 1, *rest))
+    wrong = quantizer(latents)
+    assert not torch.equal(wrong.codes, quantizer.decode(wrong.indices))

@@ -5,16 +5,21 @@ Shape letters: B batch, C code size, h w token grid, N = B*h*w latent vectors, Q
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from te_quant._execution import in_transform
 from te_quant._precision import widen
 from te_quant._values import require_finite
 
 __all__ = ["Layout", "Rows", "grid_of", "is_channels_last", "to_rows"]
+
+# Numbers of an image from which a call for each image takes less than moving channels.
+_MANY = 1 << 15
 
 _SKIP = "build the quantizer with nonfinite='skip' to leave such vectors out"
 
@@ -91,6 +96,28 @@ class Layout(NamedTuple):
         """(N, C) -> (B, C, h, w), or whatever this layout is."""
         laid = self.view(rows)
         return laid if self.channels_last or self.channel_dim == -1 else laid.contiguous()
+
+    def look_up(self, table: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+        """Return what a call gives for ``rows``, which are those of ``table`` at ``indices``; bit for bit.
+
+        A CPU moves channels at a fraction of the speed of its memory. Where there are no more codes than tokens in
+        an image, it takes half the time to look them up again, one channel after the other.
+
+        Args:
+            table: (K, C), without gradient.
+            indices: (N,).
+            rows: (N, C).
+        """
+        images, tokens, (codes, size) = self.grid[0], math.prod(self.grid[1:]), table.shape
+        moved = self.channel_dim == 1 and not self.channels_last
+        eager = table.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
+        if not (moved and eager and codes <= tokens and tokens * size >= _MANY):
+            return self(rows)
+        channels = table.T.contiguous()
+        laid = table.new_empty(images, size, tokens)
+        for image, own in zip(laid, indices.view(images, tokens), strict=True):
+            torch.index_select(channels, 1, own, out=image)
+        return laid.view(images, size, *self.grid[1:])
 
     def view(self, rows: Tensor) -> Tensor:
         """The same shape without moving anything in memory."""

@@ -76,6 +76,7 @@ class Quantized(NamedTuple):
         indices: (N,) or (N, Q) int64.
         codes: (N, C), bit-equal to ``look_up(indices)``.
         losses: the three weighted terms.
+        table: (K, C), if the codes are its rows at ``indices`` and there is one index per row.
         memo: anything else that :meth:`Quantizer.record` needs; no other method reads it.
     """
 
@@ -83,6 +84,7 @@ class Quantized(NamedTuple):
     indices: Tensor
     codes: Tensor
     losses: Losses
+    table: Tensor | None = None
     memo: Any = None
 
 
@@ -272,7 +274,10 @@ class Quantizer(nn.Module):
             # The surrogate too: what the gradient passes to may depend on parameters.
             surrogate, codes = torch.where(kept, surrogate, 0.0), torch.where(kept, codes, 0.0)
             indices = _without_masked(indices, kept)
-        codes = layout(codes)
+        if result.table is None or kept is not None:  # What is masked has no row in a table.
+            codes = layout(codes)
+        else:
+            codes = layout.look_up(result.table.detach(), indices, codes)
         # After laying out: moving channels costs several times as much as a copy in place.
         quantized = straight_through(layout.view(surrogate), codes)
         return QuantizerOutput(

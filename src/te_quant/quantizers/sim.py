@@ -144,7 +144,7 @@ class SimVQ(Quantizer):
         codes = F.embedding(indices, table)
         losses = self.losses(rows, codes, indices)
         surrogate = SURROGATES[self.gradient_estimator](rows.vectors, codes)
-        return Quantized(surrogate=surrogate, indices=indices, codes=codes, losses=losses)
+        return Quantized(surrogate=surrogate, indices=indices, codes=codes, losses=losses, table=table)
 
     def record(self, rows: Rows, result: Quantized) -> None:
         """Add the counts to what is pending."""

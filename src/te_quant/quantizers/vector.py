@@ -285,7 +285,9 @@ class VectorQuantizer(Quantizer):
             penalty = self.orthogonal_reg * orthogonality(penalized.rows(table), penalized.mask)
             losses = losses._replace(regularization=penalty)
         surrogate = SURROGATES[self.gradient_estimator](rows.vectors, codes)
-        return Quantized(surrogate=surrogate, indices=indices, codes=codes, losses=losses, memo=penalized)
+        return Quantized(
+            surrogate=surrogate, indices=indices, codes=codes, losses=losses, table=table, memo=penalized
+        )
 
     def record(self, rows: Rows, result: Quantized) -> None:
         """Add the counts and, under ``"ema"``, the sums of the latents to what is pending."""
