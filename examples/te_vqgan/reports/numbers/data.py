@@ -244,6 +244,28 @@ def _cells(content: Mapping[str, Any]) -> Place:
     return _Tree({"cells": _Cells(content["cells"])})
 
 
+def _trips(content: Mapping[str, Any]) -> Place:
+    """Return trainings with and without the round-trip loss: ``cells(weight=1).match``."""
+    cells = []
+    for run in content["runs"].values():
+        trip, test = run["round_trip"], run["test"]
+        cells.append(
+            {
+                "weight": run["settings"]["round_trip_weight"],
+                "seed": run["settings"]["seed"],
+                "match": trip["match"][0],
+                "again": trip["match"][1],
+                "first": trip["psnr"][0],
+                "second": trip["psnr"][1],
+                "phases": trip["phases"],
+                "psnr": test["psnr"],
+                "codes": float(test["used_codes"]),
+                "perplexity": test["perplexity"],
+            }
+        )
+    return _cells({"cells": cells})
+
+
 @functools.cache
 def _results(name: str) -> Place:
     return Results(read_results(ROOT / "examples" / "te_vqgan" / "results" / name / "results.json"))
@@ -265,6 +287,7 @@ DATA: Mapping[str, Callable[[], Place]] = {
     "bench": lambda: _read("benchmarks/results/cpu/results.json", _Benchmarks),
     "avx2": lambda: _read("benchmarks/results/avx2/cpu/results.json", _Benchmarks),
     "paired": lambda: _read("benchmarks/results/paired/paired.json", _cells),
+    "trips": lambda: _read("examples/te_vqgan/results/round-trips/round-trips.json", _trips),
     "copies": lambda: _read("benchmarks/results/copies/copies.json", _cells),
 }
 """By the name that a marker begins with."""
