@@ -9,7 +9,8 @@ interval comes from their means.
 
 Every size of the quantizer benchmark is measured, in evaluation and in training by gradient and by moving
 averages, the latter also with the revival that a version may have. A second call adds only the processes that the
-result file lacks. How much is noise shows where a version is compared with itself.
+result file lacks. Sizes whose interval is wide are measured in more processes; what the interval says plays no
+part in that. How much is noise shows where a version is compared with itself.
 
 Shape letters: N latents, K codes, C code size.
 """
@@ -54,6 +55,7 @@ __all__ = [
     "Timer",
     "Version",
     "Worker",
+    "by_size",
     "compare",
     "interval",
     "interval_of_processes",
@@ -233,14 +235,39 @@ def pooled(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def table(cells: Sequence[dict[str, Any]]) -> str:
-    """Return the cells as a table in Markdown."""
-    lines = ["| step | N | K | C | before, ms | after, ms | after / before |", "|---|---|---|---|---|---|---|"]
+def by_size(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pool the modes of the quantizer benchmark too: the mean of the ratios of each process is one value.
+
+    Args:
+        cells: of each mode and size in the order of the processes, one for each.
+    """
+    groups: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for cell in cells:
-        ratio = "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**cell["ratio"])
-        sizes = " | ".join(f"{cell[name]:,}" for name in "NKC")
-        times = f"{cell['before_ms']:.3g} | {cell['after_ms']:.3g}"
-        lines.append(f"| {cell['mode']} | {sizes} | {times} | {ratio} |")
+        if cell["mode"] in MODES:
+            key = tuple(cell[name] for name in Size._fields)
+            groups.setdefault(key, {}).setdefault(cell["mode"], []).append(cell)
+    rows = []
+    for key, modes in groups.items():
+        processes = list(zip(*modes.values(), strict=False))
+        means = [statistics.geometric_mean(cell["ratio"]["mean"] for cell in cells) for cells in processes]
+        ratio = interval_of_processes(means, [cells[0]["first"] for cells in processes])
+        size = dict(zip(Size._fields, key, strict=True))
+        rows.append({**size, "ratio": ratio._asdict(), "processes": len(processes)})
+    return rows
+
+
+def table(cells: Sequence[dict[str, Any]], sizes: Sequence[dict[str, Any]]) -> str:
+    """Return the ratios as a table in Markdown: one row per size, one column per mode and one for three modes."""
+    modes = list(dict.fromkeys(cell["mode"] for cell in cells))
+    header = ["N", "K", "C", "before, ms", "three modes", *modes]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for size in sizes:
+        found = {cell["mode"]: cell for cell in cells if all(cell[name] == size[name] for name in Size._fields)}
+        ratios = [size["ratio"], *(found[mode]["ratio"] if mode in found else None for mode in modes)]
+        texts = ["" if ratio is None else "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**ratio) for ratio in ratios]
+        numbers = [f"{size[name]:,}" for name in Size._fields]
+        before = f"{found[MODES[0]]['before_ms']:.3g}"
+        lines.append(f"| {' | '.join([*numbers, before, *texts])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -261,28 +288,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path.exists() and not options.fresh:
         measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
     known = Counter((cell["mode"], Size(*(cell[name] for name in Size._fields))) for cell in measured)
-    plan = [
-        [cell for cell in product(_MODES, SIZES[options.grid]) if known[cell] <= number]
-        for number in range(options.processes)
-    ]
-    with tqdm(total=sum(map(len, plan)), unit="cell", file=sys.stderr) as progress:
-        for number, left in enumerate(plan):
+    cells = list(product(_MODES, SIZES[options.grid]))
+    with tqdm(unit="cell", file=sys.stderr) as progress:
+        for number in range(max(options.processes, options.most)):
+            wide = _wide(measured, options.width)
+            left = [
+                (mode, size)
+                for mode, size in cells
+                if known[mode, size] <= number and (number < options.processes or (mode in MODES and size in wide))
+            ]
             if not left:
                 continue
             with closing(Worker([options.before, options.after], options.threads)) as worker:
                 pair = [Version(worker, package) for package in PACKAGES]
                 for mode, size in left:
+                    known[mode, size] += 1
                     budget, min_pairs = options.budget, options.min_pairs
                     measured.append(
                         compare(pair, mode, size, budget=budget, min_pairs=min_pairs, first=number % 2)
                     )
-                    cells = pooled(measured)
-                    report = {"stamp": facts, "label": options.label, "cells": cells, "measured": measured}
+                    report = {
+                        "stamp": facts,
+                        "label": options.label,
+                        "sizes": by_size(measured),
+                        "cells": pooled(measured),
+                        "measured": measured,
+                    }
                     write_text_atomically(path, json.dumps(report, indent=1, allow_nan=True) + "\n")
                     progress.update()
-    (options.out / "paired.md").write_text(table(pooled(measured)), encoding="utf-8")
-    print(table(pooled(measured)))
+    text = table(pooled(measured), by_size(measured))
+    write_text_atomically(options.out / "paired.md", text)
+    print(text)
     return 0
+
+
+def _wide(measured: Sequence[dict[str, Any]], width: float) -> set[Size]:
+    """Say of which sizes the interval over the modes reaches further than ``width`` to one side."""
+    halves = {
+        Size(*(row[name] for name in Size._fields)): row["ratio"]["high"] / row["ratio"]["mean"] - 1
+        for row in by_size(measured)
+    }
+    return {size for size, half in halves.items() if not half <= width}
 
 
 def _work(questions: IO[str]) -> None:
@@ -323,6 +369,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds for each of them")
     parser.add_argument("--processes", type=int, default=6, help="processes for each cell")
+    parser.add_argument(
+        "--most", type=int, default=24, help="...of sizes whose interval over the modes is wider than --width"
+    )
+    parser.add_argument("--width", type=float, default=0.03, help="of half an interval (default: 0.03)")
     parser.add_argument("--min-pairs", type=int, default=4, help="pairs of samples for each of them")
     parser.add_argument("--fresh", action="store_true", help="measure every cell again")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results" / "paired")

@@ -241,7 +241,7 @@ def confirmatory(content: Mapping[str, Any]) -> Place:
 
 
 def _cells(content: Mapping[str, Any]) -> Place:
-    return _Tree({"cells": _Cells(content["cells"])})
+    return _Tree({name: _Cells(content[name]) for name in ("cells", "sizes") if name in content})
 
 
 def _trips(content: Mapping[str, Any]) -> Place:
