@@ -245,24 +245,21 @@ def _cells(content: Mapping[str, Any]) -> Place:
 
 
 def _trips(content: Mapping[str, Any]) -> Place:
-    """Return trainings with and without the round-trip loss: ``cells(weight=1).match``."""
+    """Return trainings with and without the round-trip loss: ``cells(weight=1).trip.match``."""
     cells = []
     for run in content["runs"].values():
-        trip, test = run["round_trip"], run["test"]
-        cells.append(
-            {
-                "weight": run["settings"]["round_trip_weight"],
-                "seed": run["settings"]["seed"],
-                "match": trip["match"][0],
-                "again": trip["match"][1],
-                "first": trip["psnr"][0],
-                "second": trip["psnr"][1],
-                "phases": trip["phases"],
-                "psnr": test["psnr"],
-                "codes": float(test["used_codes"]),
-                "perplexity": test["perplexity"],
-            }
-        )
+        settings, trip, test = run["settings"], run["round_trip"], run["test"]
+        numbers = {
+            "match": trip["match"][0],
+            "again": trip["match"][1],
+            "first": trip["psnr"][0],
+            "second": trip["psnr"][1],
+            "phases": trip["phases"],
+            "psnr": test["psnr"],
+            "codes": test["used_codes"],
+            "perplexity": test["perplexity"],
+        }
+        cells.append({"weight": settings["round_trip_weight"], "seed": settings["seed"], "trip": numbers})
     return _cells({"cells": cells})
 
 
