@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from examples.te_vqgan.__main__ import main
+from examples.te_vqgan.data.sources import load_digits
 from examples.te_vqgan.reports import round_trips
 from examples.te_vqgan.reports.round_trips import render, write_round_trips
+from examples.te_vqgan.stage1.evaluation import dataset
 from examples.te_vqgan.stage1.presets import settings_for, to_dict
+from examples.te_vqgan.stage1.round_trip import measure_round_trips
+from te_quant import VQAutoencoder
 from tests.published import published
 
 
@@ -91,6 +96,18 @@ def test_the_command_measures_finished_runs(tmp_path: Path, capsys: pytest.Captu
     assert "| weight | seeds |" in capsys.readouterr().out
     assert main(["round-trips", "--runs", str(tmp_path), "--into", into]) == 1
     assert "out must be a folder with a finished run" in capsys.readouterr().err
+
+
+def test_the_published_tokenizer_reads_back_its_pictures() -> None:
+    """Also those of digits that it has not seen; one that was trained without the loss does not."""
+    settings = settings_for("small", "integer_exact", {"data": "digits", "held_out": False, "eval_images": 32})
+    images = dataset(settings, load_digits("digits"), "test")
+    matches = []
+    for name in ("round-trips/tokenizer", "small/weights/tokenizer"):
+        folder = published(f"{name}/model.safetensors").parent
+        model = VQAutoencoder.from_pretrained(folder, dtype=torch.float32)
+        matches.append(measure_round_trips(model, images, 32, torch.device("cpu"), cycles=1)["match"][0])
+    assert matches[0] > 0.8 > matches[1]
 
 
 def test_the_published_table_follows_from_its_data(tmp_path: Path) -> None:
