@@ -370,7 +370,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds for each of them")
     parser.add_argument("--processes", type=int, default=6, help="processes for each cell")
     parser.add_argument(
-        "--most", type=int, default=24, help="...of sizes whose interval over the modes is wider than --width"
+        "--most",
+        type=int,
+        default=24,
+        help="processes for sizes whose interval over the modes is wider than --width",
     )
     parser.add_argument("--width", type=float, default=0.03, help="of half an interval (default: 0.03)")
     parser.add_argument("--min-pairs", type=int, default=4, help="pairs of samples for each of them")

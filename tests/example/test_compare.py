@@ -46,7 +46,7 @@ def test_unfinished_runs_are_not_counted(tmp_path: Path, capsys: pytest.CaptureF
     """A count is of the run that the options name, or of none."""
     out = ["--preset", "smoke", "--out", str(tmp_path)]
     assert main(["exactness", *out, "--arm", "integer_exact", "--tokens", "1"]) == 1
-    expected = "out must be a folder with a finished run of this arm and seed, got none in"
+    expected = "folder must be that of a finished stage1 run, got "
     assert expected in capsys.readouterr().err
 
 

@@ -76,8 +76,12 @@ def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
     """Only seed and weight may differ."""
     other = copy.deepcopy(RUNS["a/integer_exact-seed0"])
     other["settings"]["steps"] = 7
-    with pytest.raises(ValueError, match="with settings that differ in seed and weight only, got 2"):
+    with pytest.raises(
+        ValueError,
+        match="with settings that differ in seed and weight only, got 2 kinds; give others another --into",
+    ):
         write_round_trips(tmp_path, {**RUNS, "d/integer_exact-seed0": other}, command="x")
+    assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"into must be a folder with round-trips\.json"):
         render(tmp_path / "nothing")
 
@@ -95,7 +99,7 @@ def test_the_command_measures_finished_runs(tmp_path: Path, capsys: pytest.Captu
     assert main(["round-trips", "--into", into]) == 0
     assert "| weight | seeds |" in capsys.readouterr().out
     assert main(["round-trips", "--runs", str(tmp_path), "--into", into]) == 1
-    assert "out must be a folder with a finished run" in capsys.readouterr().err
+    assert "folder must be that of a finished stage1 run" in capsys.readouterr().err
 
 
 def test_the_published_tokenizer_reads_back_its_pictures() -> None:

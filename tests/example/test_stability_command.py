@@ -46,7 +46,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, capsys: pytest.
     """By the command, with a status."""
     words = ["stability", "--tokenizers", str(tmp_path), "--into", str(tmp_path / "results")]
     assert main(words) == 1
-    assert "must be a folder with a finished run of this arm and seed" in capsys.readouterr().err
+    assert "folder must be that of a finished stage1 run" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"^into must be a folder with stability\.json, got"):
         render(tmp_path)
 

@@ -245,14 +245,14 @@ def test_logits_that_do_not_fit_are_refused(arguments: Any, error: type, match: 
             3,
             {"guidance_scale": 2.0},
             ValueError,
-            f"prompt must be the {TEXT.length} tokens of 'text' at least, the condition of guidance_scale=2, "
+            f"prompt must be at least the {TEXT.length} tokens of 'text', the condition of guidance_scale=2, "
             "got 3; generate 'text' with guidance_scale=1 first",
         ),
         (
             3,
             {"guidance_scale": 2.0, "order": ("text",)},
             ValueError,
-            r"order must be at least two segments with guidance_scale=2, .*got \('text',\); pass guidance_scale=1",
+            r"order must be one of at least two segments with guidance_scale=2, .*\('text',\); pass ",
         ),
         (
             5,

@@ -262,6 +262,7 @@ def test_a_wrong_prefix_names_the_right_one(prefix: str, message: str) -> None:
 SEVERAL = (
     "prefix must be one of 'layers.0.', 'layers.1.', got '' (ResidualVQ); load each level and pass them all to "
 )
+NO_SOURCE = "source must be one that holds a VectorQuantize, with a tensor '..._codebook.embed', got "
 NO_BOOK = "prefix must be that of a VectorQuantize, got"
 
 
@@ -281,7 +282,9 @@ NO_BOOK = "prefix must be that of a VectorQuantize, got"
             f"{NO_BOOK} '' (FSQ); it has no codebook, so build te_quant.FSQ with its levels.",
         ),
         (lambda: nn.ModuleDict({"q": peers.LFQ(codebook_size=16)}), "q.", f"{NO_BOOK} 'q.' (LFQ); it has no "),
-        (lambda: nn.Linear(2, 2), "", f"{NO_BOOK} ''."),
+        (lambda: nn.Linear(2, 2), "", f"{NO_SOURCE}Linear."),
+        (lambda: {"a": torch.zeros(1), "b": torch.zeros(1)}, "vq.", f"{NO_SOURCE}'a', 'b'."),
+        (lambda: {}, "", f"{NO_SOURCE}no tensors."),
     ],
 )
 def test_other_quantizers_are_named(source: Callable[[], Any], prefix: str, message: str) -> None:

@@ -72,7 +72,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "round-trip-weight": {
         "type": float,
         "metavar": "WEIGHT",
-        "help": "of the loss that lets pictures be read back as the same tokens (default: the preset's)",
+        "help": "weight of the loss that makes decoded pictures encode to the same tokens, which starts after 40 "
+        "percent of the steps (default: the preset's, 0 for none)",
     },
     "device": {"default": "cpu", "help": "torch device (default: cpu)"},
     "channels-last": {

@@ -23,11 +23,13 @@ def add_round_trips_command(add: Callable[..., argparse.ArgumentParser]) -> None
         "--runs",
         type=Path,
         nargs="+",
-        help="folders of finished stage1 runs that differ in --seed and --round-trip-weight only "
-        "(default: only render --into again)",
+        help="folders of finished stage1 runs that differ in --seed and --round-trip-weight only (without "
+        "them the table and the picture of --into are written again)",
     )
     trips.add_argument("--into", type=Path, required=True, help="add the results to those in this folder")
-    trips.add_argument("--images", type=int, default=512, help="test images for each (default: 512)")
+    trips.add_argument(
+        "--images", type=int, default=512, help="test images for each, at most all of them (default: 512)"
+    )
 
 
 def _round_trips(options: argparse.Namespace) -> None:

@@ -41,7 +41,7 @@ def finished_settings(folder: Path) -> Stage1Settings:
         ValueError: there is none.
     """
     finished = (folder / "evaluation.json").exists() and (folder / "settings.json").exists()
-    require(finished, "out", "a folder with a finished run of this arm and seed", f"none in {folder}")
+    require(finished, "folder", "that of a finished stage1 run", f"{folder}; stage1 --resume finishes one")
     return read_settings(folder / "settings.json")
 
 

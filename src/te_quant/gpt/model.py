@@ -659,10 +659,10 @@ def _drawn_span(layout: Layout, firsts: Sequence[int], last: int, scale: float) 
     require(
         len(layout.spans) > 1,
         "order",
-        f"at least two segments with guidance_scale={scale:g}, the condition first",
+        f"one of at least two segments with guidance_scale={scale:g}, the condition first",
         f"{layout.names}; pass guidance_scale=1",
     )
-    expected = f"the {columns} tokens of {name!r} at least, the condition of guidance_scale={scale:g}"
+    expected = f"at least the {columns} tokens of {name!r}, the condition of guidance_scale={scale:g}"
     cure = f"generate {name!r} with guidance_scale=1 first"
     require(span.begin > 0, "prompt", expected, f"{min(firsts)}; {cure}")
     return span
