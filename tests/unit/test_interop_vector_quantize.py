@@ -284,7 +284,7 @@ NO_BOOK = "prefix must be that of a VectorQuantize, got"
         (lambda: nn.ModuleDict({"q": peers.LFQ(codebook_size=16)}), "q.", f"{NO_BOOK} 'q.' (LFQ); it has no "),
         (lambda: nn.Linear(2, 2), "", f"{NO_SOURCE}Linear."),
         (lambda: {"a": torch.zeros(1), "b": torch.zeros(1)}, "vq.", f"{NO_SOURCE}'a', 'b'."),
-        (lambda: {}, "", f"{NO_SOURCE}no tensors."),
+        (dict, "", f"{NO_SOURCE}no tensors."),
     ],
 )
 def test_other_quantizers_are_named(source: Callable[[], Any], prefix: str, message: str) -> None:
