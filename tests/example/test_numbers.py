@@ -366,7 +366,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         ("1.0", "2.0", "3.0", "4.0"), "the version of a licence"
     ),
     "docs/reference/results/round-trips.md": {
-        "0.05": "the margin of a loss, a setting",
         "0.3": "weights, which are settings, and the aim",
     },
     "docs/reference/results/benchmarks.md": {
