@@ -163,8 +163,8 @@ def _tensors_under(prefix: str, tensors: Mapping[str, Tensor], kind: str) -> dic
     if f"{_BOOK}embed" not in under:
         known = [name.removesuffix(f"{_BOOK}embed") for name in tensors if name.endswith(f"{_BOOK}embed")]
         if not known and kind not in _OTHER_CLASSES:
-            found = kind or (some(list(tensors)) if tensors else "no tensors")
-            require(False, "source", f"one that holds a VectorQuantize, with a tensor '...{_BOOK}embed'", found)
+            given = kind or (some(list(tensors)) if tensors else "no tensors")
+            require(False, "source", f"one that holds a VectorQuantize, with a tensor '...{_BOOK}embed'", given)
         expected = "one of " + some(known) if known else "that of a VectorQuantize"
         # Without a module, names tell the classes that hold several codebooks.
         inside = {"ResidualVQ": "layers.0.", "GroupedResidualVQ": "rvqs.0.layers.0."}
