@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -390,14 +391,20 @@ def _one_process(context: Context) -> dict[str, Any]:
         value = torch.ones(3, device=context.device)
         dist.all_reduce(value)
         _hold(value.tolist() == [1.0, 1.0, 1.0], f"a sum over one process is {value.tolist()}")
-        module = nn.parallel.DistributedDataParallel(copy.deepcopy(gradient).to(context.device))
-        output = module(latents.to(context.device))
-        output.loss.backward()
-        _hold(module.module.codebook.grad is not None, "DDP leaves the codebook without a gradient")
+        _hold(_learns_under_ddp(gradient, latents, context.device), "DDP leaves the codebook without a gradient")
     finally:
+        # The modules first: where the last reference to a group is theirs, torch waits for the thread of the group
+        # with the interpreter locked, and the thread may wait for that lock.
+        gc.collect()
         dist.destroy_process_group()
     _compare(f"one {backend} process", together, alone, torch.float32)
     return {"backend": backend}
+
+
+def _learns_under_ddp(quantizer: Quantizer, latents: Tensor, device: torch.device) -> bool:
+    module = nn.parallel.DistributedDataParallel(copy.deepcopy(quantizer).to(device))
+    module(latents.to(device)).loss.backward()
+    return module.module.codebook.grad is not None
 
 
 def _step(
