@@ -101,7 +101,7 @@ class Layout(NamedTuple):
         """Return what a call gives for ``rows``, which are those of ``table`` at ``indices``; bit for bit.
 
         A CPU moves channels at a fraction of the speed of its memory. Where there are no more codes than tokens in
-        an image, it takes half the time to look them up again, one channel after the other.
+        an image, it takes less time to look them up again, one channel after the other.
 
         Args:
             table: (K, C), without gradient.
