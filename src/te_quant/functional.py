@@ -107,7 +107,7 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     """Eager mode's: a copy, with derivatives backward and forward."""
 
-    # With a setup_context of its own, which only transforms need, torch would inspect its signature at each call.
+    # With its own setup_context, which only transforms need, torch would inspect the signature at every call.
     @staticmethod
     def forward(ctx: Any, latents: Tensor, codes: Tensor) -> Tensor:  # noqa: ARG004
         return codes.clone()

@@ -126,7 +126,7 @@ def _facts(num_images: int, size: tuple[int, int], condition: str, tokenizer: To
 
 
 def _model_name(options: Options) -> str:
-    """MODEL and the options that choose one of several models in it, so that each has a row of its own."""
+    """MODEL and the options that choose one of several models in it, so that each has its own row."""
     parts = (options.model.rstrip("/"), options.subfolder, options.filename)
     name = "/".join(part for part in parts if part)
     return name if options.revision is None else f"{name}@{options.revision}"

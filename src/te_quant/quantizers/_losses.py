@@ -89,7 +89,7 @@ def _sum_of_squares(vectors: Tensor, codes: Tensor, weights: Tensor | None) -> T
 class _Distance(torch.autograd.Function):
     """A mean square whose value is known, with its gradient to ``one``; plain code would keep the differences."""
 
-    # With a setup_context of its own, which only transforms need, torch would inspect its signature at each call.
+    # With its own setup_context, which only transforms need, torch would inspect the signature at every call.
     @staticmethod
     def forward(
         ctx: Any, one: Tensor, other: Tensor, weights: Tensor | None, size: int | Tensor, value: Tensor
