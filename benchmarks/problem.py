@@ -21,7 +21,7 @@ MEMORY_LIMIT = 6 * 2**30
 
 # Rows that are compared with float64, spread over all, and distances that are held at once for it.
 _CHECKED = 4096
-_HELD = 1 << 22
+_HELD = 1 << 19
 # Of |z|² + |e|²: a float32 sum of squares is this exact, and a code that is worse by more is a wrong one.
 _TOLERANCE = 1e-5
 

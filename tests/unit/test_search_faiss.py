@@ -36,6 +36,7 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by_faiss, "_longest_code", lambda: 32)
     monkeypatch.setattr(by_faiss, "_MIN_SCORES", 1)
     monkeypatch.setattr(by_faiss, "_MIN_ROWS", 1)
+    monkeypatch.setattr(by_faiss, "_MIN_CODES", 1)
     monkeypatch.setattr(by_faiss, "_BATCH", 1 << 12)
 
 
@@ -255,10 +256,13 @@ def test_the_variable_keeps_faiss_away(monkeypatch: pytest.MonkeyPatch, calls: l
     assert len(calls) == 1
 
 
-def test_few_scores_are_left_to_torch(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
-    """Below the limit the calls around the search cost more than it saves."""
-    monkeypatch.setattr(by_faiss, "_MIN_SCORES", 50 * 40)
-    nearest_code(*draw(49, 40, 8))
+@pytest.mark.parametrize(("limit", "least"), [("_MIN_SCORES", 50 * 40), ("_MIN_ROWS", 50), ("_MIN_CODES", 40)])
+def test_small_searches_are_left_to_torch(
+    limit: str, least: int, monkeypatch: pytest.MonkeyPatch, calls: list[int]
+) -> None:
+    """Below each limit the calls around the search cost as much as it saves."""
+    monkeypatch.setattr(by_faiss, limit, least)
+    nearest_code(*draw(49, 39, 8))
     assert calls == []
     nearest_code(*draw(50, 40, 8))
     assert len(calls) == 1
