@@ -51,8 +51,8 @@ WITHOUT_FAISS = "te_quant without faiss"
 ENGINE = "TE_QUANT_SEARCH"
 """The environment variable that chooses that."""
 
-# A search that would take longer is not timed; seconds. A part of the latents tells, one in so many of them. Then a
-# larger part does, as the first call may load something and some searches are slow for few latents.
+# A search that would take longer is not timed; seconds. A part of the latents tells, one in so many of them, and
+# then a larger one, because the first call may load something and some searches are slow for few latents.
 _LONGEST = 5.0
 _PARTS = (32, 8)
 
