@@ -11,7 +11,8 @@ them again. Four things about it are no concern of the caller:
 - Codes that are left over from whole vectors are rounded in another way. So the codes are filled up with copies of
   the first one, and then equal codes have equal scores, of which it takes the first.
 - For small N·C it takes a slower path. The global variable that says how small is zero while a search runs.
-- It has an OpenMP runtime of its own, which gets torch's number of threads.
+- It gets torch's number of threads. Imported after torch it takes torch's OpenMP runtime, whose symbols are there
+  already; imported before, it has its own.
 
 It rounds in another way than torch does, so near-ties may go to another code. faiss is imported by the first
 search that it suits.
@@ -43,8 +44,9 @@ _LONGEST_CODE = {"AVX512": 32, "AVX2": 16}
 # between products of torch, whose threads are still busy waiting: 0.18 to 0.75. One thread, AVX2: 0.11 to 0.84.
 # Where calls weigh more than scores: 1.2 at 4,096 x 16 x 8, 1.3 at 65,536 x 8 x 8, 1.4 at 64 x 64 x 8.
 _MIN_ROWS, _MIN_CODES, _MIN_SCORES = 64, 64, 1 << 18
-# A whole number of vectors of codes.
-_UNIT = 16
+# A whole number of vectors of codes; one more where channels a multiple of 2 KiB apart would share a few places in
+# the cache.
+_UNIT, _EVEN = 16, 512
 # Numbers in the rows of one call where latents are shifted, so that their copy stays small.
 _BATCH = 1 << 20
 # Latents farther from the middle than this many times the distance of most codes are searched by torch. Of so many
@@ -92,8 +94,9 @@ def faiss_argmin(latents: Tensor, codebook: Tensor, by_torch: Callable[[Tensor, 
     # Where codes lie around zero a shift gains at most a bit, and it is a pass over all latents.
     shifted = float(center.square().sum()) > typical
     table = codebook - center if shifted else codebook
-    if len(table) % _UNIT:
-        table = torch.cat([table, table[:1].expand(-len(table) % _UNIT, size)])
+    missing = -len(table) % _UNIT if len(table) % _EVEN else _UNIT
+    if missing:
+        table = torch.cat([table, table[:1].expand(missing, size)])
     found = []
     with _prepared() as faiss:
         for rows in latents.split(max(1, _BATCH // size) if shifted else len(latents)):
@@ -136,8 +139,10 @@ def _longest_code() -> int:
 def _prepared() -> Iterator[Any]:
     """Give faiss torch's number of threads and its fast path for any number of rows; then put all back."""
     faiss = _load()
+    # First, since torch sets it in a thread when it is asked for the first time, and both may share a runtime.
+    wanted = torch.get_num_threads()
     threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(torch.get_num_threads())
+    faiss.omp_set_num_threads(wanted)
     # Of several threads that search at once the last one puts the threshold back.
     with _guard:
         _thresholds.append(faiss.cvar.distance_compute_blas_threshold)
