@@ -356,5 +356,5 @@ def test_two_runtimes_share_a_process_and_its_forks() -> None:
 
 @pytest.mark.slow
 def test_a_runtime_of_its_own_gets_the_number_of_threads_of_torch() -> None:
-    """Imported before torch, faiss has one. Its own number is back afterwards; products and searches take turns."""
+    """Imported before torch, faiss has one. Its number is back afterwards; products and searches take turns."""
     assert run_apart(_FAISS_FIRST) == ["1", "2", "1"]
