@@ -44,9 +44,8 @@ _LONGEST_CODE = {"AVX512": 32, "AVX2": 16}
 # between products of torch, whose threads are still busy waiting: 0.18 to 0.75. One thread, AVX2: 0.11 to 0.84.
 # Where calls weigh more than scores: 1.2 at 4,096 x 16 x 8, 1.3 at 65,536 x 8 x 8, 1.4 at 64 x 64 x 8.
 _MIN_ROWS, _MIN_CODES, _MIN_SCORES = 64, 64, 1 << 18
-# A whole number of vectors of codes; one more where channels a multiple of 2 KiB apart would share a few places in
-# the cache.
-_UNIT, _EVEN = 16, 512
+# A whole number of vectors of codes.
+_UNIT = 16
 # Numbers in the rows of one call where latents are shifted, so that their copy stays small.
 _BATCH = 1 << 20
 # Latents farther from the middle than this many times the distance of most codes are searched by torch. Of so many
@@ -94,9 +93,8 @@ def faiss_argmin(latents: Tensor, codebook: Tensor, by_torch: Callable[[Tensor, 
     # Where codes lie around zero a shift gains at most a bit, and it is a pass over all latents.
     shifted = float(center.square().sum()) > typical
     table = codebook - center if shifted else codebook
-    missing = -len(table) % _UNIT if len(table) % _EVEN else _UNIT
-    if missing:
-        table = torch.cat([table, table[:1].expand(missing, size)])
+    if len(table) % _UNIT:
+        table = torch.cat([table, table[:1].expand(-len(table) % _UNIT, size)])
     found = []
     with _prepared() as faiss:
         for rows in latents.split(max(1, _BATCH // size) if shifted else len(latents)):
