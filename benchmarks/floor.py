@@ -1,14 +1,21 @@
-"""What nothing can beat: the matrix product of that shape, and the bytes that have to move.
+"""The limit that no search can beat, and two matrix products to compare searches with.
 
-The nearest code needs the products of all latents with all codes. As one product they fill N x K floats, which go
-to memory and back; taken tile by tile into a buffer that stays in cache they do not. The second is the floor of a
-tiled search. Its tiles are chosen here by trying, both ways round, so that the floor is no straw man.
+**The limit is a roofline.** A search multiplies and adds N·K·C times and compares N·K scores, or it waits for the
+bytes that have to move. The rates of this machine for all three are measured in the same run, by the section
+``floor``.
+
+**The products are no limit.** The scores of all latents with all codes, taken as one matrix product, fill N x K
+floats, which go to memory and back. Taken tile by tile into a buffer they stay in cache, but are written and read
+all the same. A search that keeps scores in registers is faster. Tiles are chosen by trying, both ways round.
 
 Shape letters: N latents, K codes, C code size.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +23,20 @@ from torch import Tensor
 
 from benchmarks.contest import Cell, Contender, Context, compete
 from benchmarks.problem import Problem, Size, require_memory
+from benchmarks.threads import use_threads
 from benchmarks.timing import Call, clock_of
 
-__all__ = ["Tiles", "cells", "necessary_bytes", "tiled_product", "tune_tiles", "whole_product"]
+__all__ = [
+    "Rates",
+    "Tiles",
+    "cells",
+    "necessary_bytes",
+    "rates_of",
+    "search_limit",
+    "tiled_product",
+    "tune_tiles",
+    "whole_product",
+]
 
 _CPU_ELEMENTS = (1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20)
 _DEVICE_ELEMENTS = (1 << 22, 1 << 23, 1 << 24, 1 << 25)
@@ -27,6 +45,12 @@ _TILE_CODES = (256, 1024, 4096)
 _TRIED = 1 << 30
 _FLOAT = 4
 _INDEX = 8
+# Sides of square products, and numbers of floats that are compared; the best of them is the rate of the machine.
+_SIDES = {"quick": (256,), "full": (1024, 2048, 4096)}
+_COMPARED = {"quick": (1 << 16,), "full": (1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20)}
+_COPIED = {"quick": 16 << 20, "full": 256 << 20}
+# Each column of floats is compared in so many rows.
+_ROWS_COMPARED = 8
 
 
 class Tiles(NamedTuple):
@@ -96,13 +120,65 @@ def necessary_bytes(size: Size, *, forward: bool) -> int:
     return _FLOAT * C * (N + K) + _INDEX * N + (_FLOAT * C * N if forward else 0)
 
 
-def cells(context: Context) -> list[Cell]:
-    """How fast this machine copies and multiplies."""
-    full = context.grid == "full"
-    return [
-        Cell("floor/copy", {"what": "copy"}, lambda given: _copy(given, (256 if full else 16) << 20)),
-        Cell("floor/product", {"what": "product"}, lambda given: _product(given, 2048 if full else 256)),
+class Rates(NamedTuple):
+    """What a machine does per second; NaN where that was not measured.
+
+    Attributes:
+        copied: bytes, read and written.
+        operations: additions and multiplications of a matrix product.
+        comparisons: numbers compared by a vectorised minimum.
+    """
+
+    copied: float
+    operations: float
+    comparisons: float
+
+
+def rates_of(cells: Mapping[str, Any], threads: int | None = None) -> Rates:
+    """Return the best rates among ``cells``: with ``threads`` threads, or with any number if ``None``."""
+    return Rates(
+        _best(cells, "floor/copy", "bytes", threads),
+        _best(cells, "floor/product", "operations", threads),
+        _best(cells, "floor/comparison", "comparisons", threads),
+    )
+
+
+def _best(cells: Mapping[str, Any], prefix: str, fact: str, threads: int | None) -> float:
+    rates = [
+        cell["facts"][fact] / entry["median"]
+        for key, cell in cells.items()
+        if key.startswith(prefix) and (threads is None or cell["settings"].get("threads") == threads)
+        for entry in cell["contenders"].values()
+        if entry["status"] == "ok"
     ]
+    return max(rates, default=math.nan)
+
+
+def search_limit(size: Size, rates: Rates) -> float:
+    """Return the seconds below which no search can take: its arithmetic or its bytes, whichever takes longer."""
+    N, K, C = size
+    arithmetic = 2 * N * K * C / rates.operations + N * K / rates.comparisons
+    return max(arithmetic, necessary_bytes(size, forward=False) / rates.copied)
+
+
+def cells(context: Context) -> list[Cell]:
+    """How fast this machine copies, multiplies and compares, with its threads and with one of them."""
+    runs: dict[str, Callable[[Context], dict[str, Any]]] = {"copy": partial(_copy, size=_COPIED[context.grid])}
+    runs |= {f"product-{side}": partial(_product, side=side) for side in _SIDES[context.grid]}
+    runs |= {f"comparison-{count}": partial(_comparison, count=count) for count in _COMPARED[context.grid]}
+    counts = {"": context.threads}
+    if context.device.type == "cpu" and context.threads > 1:
+        counts["-T1"] = 1
+    return [
+        Cell(f"floor/{name}{suffix}", {"what": name, "threads": count}, partial(_run, run=run, threads=count))
+        for suffix, count in counts.items()
+        for name, run in runs.items()
+    ]
+
+
+def _run(context: Context, run: Callable[[Context], dict[str, Any]], threads: int) -> dict[str, Any]:
+    with use_threads(threads):
+        return run(context)
 
 
 def _copy(context: Context, size: int) -> dict[str, Any]:
@@ -118,3 +194,10 @@ def _product(context: Context, side: int) -> dict[str, Any]:
     out = torch.empty_like(left)
     entries = compete({"product": lambda: Contender(lambda _: torch.mm(left, left, out=out))}, context)
     return {"contenders": entries, "facts": {"operations": 2 * side**3}}
+
+
+def _comparison(context: Context, count: int) -> dict[str, Any]:
+    numbers = torch.ones(_ROWS_COMPARED, count // _ROWS_COMPARED, device=context.device)
+    out = torch.empty_like(numbers[0])
+    entries = compete({"comparison": lambda: Contender(lambda _: torch.amin(numbers, 0, out=out))}, context)
+    return {"contenders": entries, "facts": {"comparisons": count}}

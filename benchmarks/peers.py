@@ -1,7 +1,7 @@
-"""Quantizers of other libraries, and two plain ones, behind one interface.
+"""Searches and quantizers of other libraries, and two plain ones of each, behind one interface.
 
-Each is imported when it is asked for. All get the same codebook and latents and return the codes, their indices
-and a loss. What they return beyond, or leave out, is theirs: vector-quantize-pytorch computes no loss in
+Each is imported when it is asked for. All quantizers get the same codebook and latents and return the codes, their
+indices and a loss. What they return beyond, or leave out, is theirs: vector-quantize-pytorch computes no loss in
 evaluation and puts its commitment weight on both terms where the codebook takes gradients.
 
 Shape letters: N latents, K codes, C code size.
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.contest import OURS, Unavailable, optional_module
 from benchmarks.problem import Problem, Size, require_memory
+from benchmarks.threads import limited_module
 from te_quant import VectorQuantizer
 
 __all__ = [
@@ -27,8 +28,12 @@ __all__ = [
     "MODES",
     "QUANTIZERS",
     "Adapter",
+    "Search",
     "build_quantizer",
     "nearest_by_cdist",
+    "nearest_by_faiss",
+    "nearest_by_scikit_learn",
+    "nearest_by_scipy",
     "nearest_expanded",
     "require_pairs",
 ]
@@ -44,11 +49,16 @@ _EPSILON = 1e-5
 
 BYTES_PER_PAIR: dict[str, dict[str, int]] = {
     "cdist": {"search": 5, "eval": 5, "gradient": 5, "ema": 5},
+    "scipy": {"search": 4},
     "expanded": {"search": 12, "eval": 12, "gradient": 12, "ema": 12},
     "diffusers": {"eval": 5, "gradient": 5, "ema": 5},
     "vector-quantize-pytorch": {"eval": 24, "gradient": 32, "ema": 32},
 }
 """What each was measured to hold at once for each pair of a latent and a code: distances, one-hots."""
+
+
+Search = Callable[[Tensor, Tensor], Tensor]
+"""(N, C) latents and (K, C) codes to (N,) indices."""
 
 
 class Adapter(NamedTuple):
@@ -74,6 +84,24 @@ def nearest_expanded(latents: Tensor, codebook: Tensor) -> Tensor:
     """‖z‖² - 2·z·e + ‖e‖², as taming-transformers and many after it write it."""
     squares = latents.square().sum(1, keepdim=True) + codebook.square().sum(1)
     return (squares - 2 * latents @ codebook.T).argmin(1)
+
+
+def nearest_by_faiss() -> Search:
+    """The function of faiss for a search without an index; its wheels are named faiss-cpu."""
+    library = limited_module("faiss", "faiss-cpu")
+    return lambda latents, codebook: torch.from_numpy(library.knn(latents.numpy(), codebook.numpy(), 1)[1][:, 0])
+
+
+def nearest_by_scikit_learn() -> Search:
+    """``sklearn.metrics.pairwise_distances_argmin``."""
+    nearest = limited_module("sklearn.metrics", "scikit-learn").pairwise_distances_argmin
+    return lambda latents, codebook: torch.from_numpy(nearest(latents.numpy(), codebook.numpy()))
+
+
+def nearest_by_scipy() -> Search:
+    """``scipy.cluster.vq.vq``."""
+    nearest = limited_module("scipy.cluster.vq", "scipy").vq
+    return lambda latents, codebook: torch.from_numpy(nearest(latents.numpy(), codebook.numpy())[0])
 
 
 class PlainQuantizer(nn.Module):

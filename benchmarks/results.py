@@ -51,6 +51,8 @@ _PEERS = (
     "transformers",
     "kornia",
     "antialiased-cnns",
+    "faiss-cpu",
+    "scipy",
     "triton",
     "flash-kmeans",
 )

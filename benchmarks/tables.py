@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import OURS
+from benchmarks.floor import rates_of, search_limit
 from benchmarks.generation import HUGGING_FACE, SUMMED, WHOLE
+from benchmarks.problem import Size
 from benchmarks.stage1 import REFERENCE
-from benchmarks.targets import TARGETS, TRAINING_TARGETS, Target, Verdict, judge
+from benchmarks.targets import OWN_SEARCHES, TARGETS, TRAINING_TARGETS, YARDSTICKS, Target, Verdict, judge
 from benchmarks.training import RATE, Trained, results
 from examples.te_vqgan.reports.document import Paragraph, Table, to_markdown
 from examples.te_vqgan.runs.files import write_text_atomically
@@ -59,21 +61,43 @@ def _target_row(target: Target, verdict: Verdict) -> list[str]:
 
 def _search(document: Document) -> str:
     cells = _of(document, "search/")
-    bandwidth = _bandwidth(document)
+    # Older results have one number of threads, which is that of the run.
+    columns = (
+        ("N", "K", "C", "threads") if any("threads" in cell["settings"] for cell in cells) else ("N", "K", "C")
+    )
+    rates = rates_of(document["cells"])
 
-    def more(cell: Mapping[str, Any]) -> list[str]:
+    def tile(cell: Mapping[str, Any]) -> str:
         tiles = cell["facts"]["tiles"]
-        shape = f"{tiles['rows']} x {tiles['codes']}" + (", transposed" if tiles["transposed"] else "")
-        return [_bytes_time(cell, bandwidth), shape]
+        return f"{tiles['rows']} x {tiles['codes']}" + (", transposed" if tiles["transposed"] else "")
 
-    return contest_table(cells, ("N", "K", "C"), more, ("bytes alone", "tile of the floor"))
+    def bytes_and_tile(cell: Mapping[str, Any]) -> list[str]:
+        return [_limit(cell["facts"]["bytes"] / rates.copied), tile(cell)]
+
+    def limits_and_tile(cell: Mapping[str, Any]) -> list[str]:
+        settings, entries = cell["settings"], cell["contenders"]
+        size = Size(settings["N"], settings["K"], settings["C"])
+        limit = search_limit(size, rates_of(document["cells"], settings.get("threads")))
+        times = {name: entry["median"] for name, entry in entries.items() if entry["status"] == "ok"}
+        ours = _times(times.get(OURS, math.nan) / limit)
+        others = {name: time for name, time in times.items() if name not in (*OWN_SEARCHES, *YARDSTICKS)}
+        best = min(others, key=others.__getitem__, default=None)
+        other = _NONE if best is None else f"{best} {_times(others[best] / limit)}"
+        return [_limit(limit), ours, other, tile(cell)]
+
+    last = "tile of the tiled product"
+    if math.isnan(rates.comparisons):
+        # Nor does their run know all rates of the machine.
+        return contest_table(cells, columns, bytes_and_tile, ("bytes alone", last))
+    header = ("limit, ms", "te_quant / limit", "fastest other / limit", last)
+    return contest_table(cells, columns, limits_and_tile, header)
 
 
 def _quantizer(document: Document) -> str:
     bandwidth = _bandwidth(document)
 
     def more(cell: Mapping[str, Any]) -> list[str]:
-        return [_bytes_time(cell, bandwidth)]
+        return [_limit(cell["facts"]["bytes"] / bandwidth)]
 
     return contest_table(_of(document, "quantizer/"), ("mode", "N", "K", "C"), more, ("bytes alone",))
 
@@ -187,7 +211,7 @@ def _trained(trained: Trained) -> list[str]:
 
 def machine_table(document: Document) -> str:
     """Say what the measurements were made with, and on."""
-    bandwidth, speed = _bandwidth(document), _speed(document)
+    bandwidth, speed, comparisons = rates_of(document["cells"])
     rows = []
     for record in document["runs"].values():
         stamp = record["stamp"]
@@ -204,6 +228,8 @@ def machine_table(document: Document) -> str:
         rows.append(["copying", f"{bandwidth / _GIB:.1f} GiB/s, read and written"])
     if math.isfinite(speed):
         rows.append(["a square product", f"{speed / 1e9:,.0f} GFLOP/s in float32"])
+    if math.isfinite(comparisons):
+        rows.append(["a vectorised minimum", f"{comparisons / 1e9:,.0f} · 10⁹ comparisons per second"])
     return to_markdown([Table(("", "of the measurements"), rows)])
 
 
@@ -301,23 +327,15 @@ def _names(cells: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _bandwidth(document: Document) -> float:
     """Bytes a second; NaN if that was not measured."""
-    return _rate(document, "floor/copy", "copy", "bytes")
+    return rates_of(document["cells"]).copied
 
 
 def _speed(document: Document) -> float:
     """Operations a second."""
-    return _rate(document, "floor/product", "product", "operations")
+    return rates_of(document["cells"]).operations
 
 
-def _rate(document: Document, key: str, name: str, fact: str) -> float:
-    cell = document["cells"].get(key)
-    if cell is None or cell["contenders"][name]["status"] != "ok":
-        return math.nan
-    return float(cell["facts"][fact] / cell["contenders"][name]["median"])
-
-
-def _bytes_time(cell: Mapping[str, Any], bandwidth: float) -> str:
-    seconds = cell["facts"]["bytes"] / bandwidth
+def _limit(seconds: float) -> str:
     return f"{1000 * seconds:.3g}" if math.isfinite(seconds) else _NONE
 
 

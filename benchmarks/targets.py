@@ -13,13 +13,28 @@ from typing import Any, NamedTuple
 from benchmarks.contest import OURS
 from benchmarks.generation import HUGGING_FACE, SUMMED
 from benchmarks.problem import Size
-from benchmarks.search import FUSED
+from benchmarks.search import FUSED, WITHOUT_FAISS
 from benchmarks.stage1 import REFERENCE
 from benchmarks.training import DEFAULTS, NONE, PEER, PEER_ALIVE, results
 
-__all__ = ["TARGETS", "TRAINING_TARGETS", "Target", "Verdict", "judge", "ratio"]
+__all__ = [
+    "OWN_SEARCHES",
+    "TARGETS",
+    "TRAINING_TARGETS",
+    "YARDSTICKS",
+    "Target",
+    "Verdict",
+    "judge",
+    "ratio",
+]
 
-_FLOORS = ("tiled product", "product", "fill of the result", "copy")
+YARDSTICKS = ("tiled product", "product", "fill of the result", "copy")
+"""Contenders that do only a part of the work."""
+OWN_SEARCHES = (OURS, FUSED, WITHOUT_FAISS)
+"""Contenders that are this library."""
+
+# Searches of which the fastest other takes less have a wider limit; seconds.
+_SHORT = 0.005
 _MANY_CODES = 1024
 _WIDE = 128
 _MIB = 2**20
@@ -117,11 +132,34 @@ def _against_all(cells: Cells) -> Values:
         if not key.startswith(("search/", "quantizer/", "blur/", "growth/time")):
             continue
         for name in cell["contenders"]:
-            if name in (OURS, FUSED, *_FLOORS):
+            if name in (*OWN_SEARCHES, *YARDSTICKS):
                 continue
             value = ratio(cell, name, OURS)
             if value is not None:
                 yield _label(key, name), value
+
+
+def _against_fastest(short: bool) -> Callable[[Cells], Values]:
+    """Yield the time of ours / that of the fastest other search, where the latter takes less than 5 ms, or not."""
+
+    def values(cells: Cells) -> Values:
+        for key, cell in cells.items():
+            # Without faiss the fastest other search is not the fastest that there is.
+            if not key.startswith("search/") or cell["contenders"].get("faiss", {}).get("status") != "ok":
+                continue
+            times = {
+                name: entry["median"]
+                for name, entry in cell["contenders"].items()
+                if entry["status"] == "ok" and name not in (*OWN_SEARCHES, *YARDSTICKS)
+            }
+            best = min(times, key=times.__getitem__, default=None)
+            if best is None or (times[best] < _SHORT) != short:
+                continue
+            value = ratio(cell, OURS, best)
+            if value is not None:
+                yield _label(key, best), value
+
+    return values
 
 
 def _memory(*modes: str) -> Callable[[Cells], Values]:
@@ -227,6 +265,8 @@ TARGETS: tuple[Target, ...] = (
         True,
         _ratios("search/", FUSED, "product", _many_codes),
     ),
+    Target("search time / that of the fastest other, from 5 ms on", 1.05, True, _against_fastest(short=False)),
+    Target("search time / that of the fastest other, below 5 ms", 1.25, True, _against_fastest(short=True)),
     Target("time of cdist and argmin / search time", 1.4, False, _ratios("search/", "cdist", OURS, _many_codes)),
     Target(
         "evaluation, forward: vector-quantize-pytorch / te_quant",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,24 @@ import pytest
 import torch
 
 from benchmarks import blur, generation, stage1, training
+from benchmarks import problem as problems
 from benchmarks.__main__ import main, measure_all
 from benchmarks.contest import OURS, Cell, Contender, Context, Unavailable, compete, optional_module
-from benchmarks.floor import Tiles, tiled_product
+from benchmarks.floor import Rates, Tiles, rates_of, search_limit, tiled_product
+from benchmarks.floor import cells as floor_cells
 from benchmarks.memory import extra_peak
 from benchmarks.peers import MODES, QUANTIZERS
 from benchmarks.plots import write_plots
 from benchmarks.problem import Problem, Size, require_memory
 from benchmarks.quantizers import quantizer_contender
 from benchmarks.results import Store
-from benchmarks.search import FUSED, search_contender, searches
+from benchmarks.search import _SEARCHES, ENGINE, FUSED, WITHOUT_FAISS, search_contender, searches
+from benchmarks.search import cells as search_cells
 from benchmarks.sections import SECTIONS
+from benchmarks.sizes import ONE_THREAD, SEARCH_SIZES, SIZES
 from benchmarks.tables import tables
 from benchmarks.targets import TARGETS, TRAINING_TARGETS, Target, judge
+from benchmarks.threads import limited_module, use_threads
 from benchmarks.timing import Failure, Limits, Spread, measure, spread
 from examples.te_vqgan.stage1.presets import PRESETS
 from tests.readme_tables import ROOT, first_table
@@ -38,6 +45,10 @@ PACKAGES = {
     "diffusers": "diffusers",
     "kornia": "kornia",
     "antialiased-cnns": "antialiased_cnns",
+    "faiss": "faiss",
+    WITHOUT_FAISS: "faiss",
+    "scikit-learn": "sklearn",
+    "scipy": "scipy",
 }
 
 
@@ -114,22 +125,144 @@ def test_slow_and_broken_contenders_drop_out_alone() -> None:
 @pytest.mark.parametrize("name", searches(CPU))
 def test_searches_agree_with_float64(name: str) -> None:
     """Each search passes the check; the index next to the right one does not."""
+    require_package(name)
     problem = Problem(Size(300, 40, 8), CPU)
     contender = search_contender(name, problem)
     assert contender.check() is None
     indices = contender.call(0)
     assert isinstance(indices, torch.Tensor)
     oracle = torch.cdist(problem.latents[0].double(), problem.codebook.double()).argmin(1)
-    assert torch.equal(indices, oracle)
+    assert torch.equal(indices.long(), oracle)
     verdict = problem.verdict((indices + 1) % 40)
     assert verdict is not None
     assert verdict.endswith("are not those of the nearest code")
 
 
-def test_one_kernel_is_for_cuda_devices() -> None:
-    """It has a place beside the tiled search there, and none here."""
-    assert FUSED in searches(torch.device("cuda"))
+def test_searches_belong_to_devices() -> None:
+    """One kernel has a place beside the tiled search on a GPU; the libraries of CPUs have none there."""
+    assert set(searches(CPU)) ^ set(searches(torch.device("cuda"))) == {
+        FUSED,
+        WITHOUT_FAISS,
+        "faiss",
+        "scikit-learn",
+        "scipy",
+    }
     assert FUSED not in searches(CPU)
+
+
+def test_ours_without_faiss_leaves_the_variable_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it searches, and only then, the variable asks for torch."""
+    require_package(WITHOUT_FAISS)
+    monkeypatch.setenv(ENGINE, "auto")
+    seen = []
+    monkeypatch.setattr("benchmarks.search.nearest_code", lambda *given: seen.append(os.environ[ENGINE]))
+    search_contender(WITHOUT_FAISS, Problem(Size(10, 4, 8), CPU)).call(0)
+    assert [*seen, os.environ[ENGINE]] == ["torch", "auto"]
+
+
+def test_the_oracle_sees_single_wrong_indices_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all rows where they are few, of 4,096 spread over all where they are many; codes may come in parts."""
+    monkeypatch.setattr(problems, "_HELD", 7 * 300)
+    small, large = Problem(Size(300, 40, 8), CPU), Problem(Size(10_000, 3, 2), CPU)
+    for problem, rows in ((small, 300), (large, 4096)):
+        right = torch.cdist(problem.latents[0].double(), problem.codebook.double()).argmin(1)
+        assert problem.verdict(right) is None
+        verdict = problem.verdict((right + 1) % problem.size.K)
+        assert verdict is not None
+        assert re.match(rf"\d+ of {rows} indices are not those", verdict)
+    last = right.clone()
+    last[9_999 * 4095 // 4096 :] = (right[9_999 * 4095 // 4096 :] + 1) % 3
+    assert large.verdict(last) is not None
+
+
+def test_slow_searches_are_called_for_a_part_of_the_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is enough to see how long all of them would take, and the entry says so."""
+    problem = Problem(Size(320, 10, 4), CPU)
+    called = []
+    monkeypatch.setitem(_SEARCHES, OURS, lambda: lambda latents, codebook: called.append(len(latents)))
+    (entry,) = compete({OURS: lambda: search_contender(OURS, problem, longest=0.0)}, CONTEXT).values()
+    assert entry == {"status": "skipped", "reason": "a call would take more than 0 s"}
+    assert called == [10, 40]
+
+
+def test_threads_reach_every_library_and_come_back() -> None:
+    """The number of torch and those of the others inside; outside all is as before."""
+    control = pytest.importorskip("threadpoolctl")
+    limited_module("scipy.cluster.vq", "scipy")
+
+    def counts() -> set[int]:
+        return {pool["num_threads"] for pool in control.threadpool_info()}
+
+    before = torch.get_num_threads(), counts()
+    with use_threads(1):
+        assert (torch.get_num_threads(), counts()) == (1, {1})
+    with use_threads(2):
+        assert (torch.get_num_threads(), counts()) == (2, {2})
+    assert (torch.get_num_threads(), counts()) == before
+
+
+def test_libraries_whose_threads_cannot_be_set_take_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without threadpoolctl their times would be those of another number of threads."""
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    with pytest.raises(Unavailable, match="threadpoolctl"):
+        limited_module("scipy.cluster.vq", "scipy")
+    with use_threads(1):
+        assert torch.get_num_threads() == 1
+
+
+def test_the_grid_of_searches_covers_what_tokenizers_use() -> None:
+    """At most 60 points of at most 10^12 operations, every code size, and sizes that are no powers of two."""
+    context = Context(CPU, 2, "full", Limits())
+    points = [Size(*(cell.settings[name] for name in "NKC")) for cell in search_cells(context)]
+    assert 50 <= len(points) <= 60
+    assert len({cell.key for cell in search_cells(context)}) == len(points)
+    assert max(2 * N * K * C for N, K, C in points) <= 10**12
+    assert {size.C for size in points} == {4, 8, 12, 16, 32, 64, 128, 256}
+    assert {min(size.K for size in points), max(size.K for size in points)} == {256, 262_144}
+    assert {min(size.N for size in points), max(size.N for size in points)} == {1_000, 1_000_000}
+    assert sum(size.N & (size.N - 1) != 0 for size in points) > 20
+    assert set(SIZES["full"]) | set(ONE_THREAD["full"]) <= set(SEARCH_SIZES["full"])
+    single = [cell for cell in search_cells(context) if cell.settings["threads"] == 1]
+    assert [cell.key.endswith("-T1") for cell in single] == [True] * len(ONE_THREAD["full"])
+    assert not any(cell.key.endswith("-T1") for cell in search_cells(Context(CPU, 1, "full", Limits())))
+
+
+def test_rates_are_the_best_of_a_number_of_threads() -> None:
+    """Each rate from its own cells; older results have one product and say no threads."""
+
+    def cell(fact: str, amount: float, seconds: float, **settings: int) -> dict[str, Any]:
+        return {"settings": settings, "contenders": {"it": entry(seconds)}, "facts": {fact: amount}}
+
+    measured = {
+        "floor/copy": cell("bytes", 100, 2.0, threads=2),
+        "floor/product-1": cell("operations", 100, 1.0, threads=2),
+        "floor/product-2": cell("operations", 100, 0.5, threads=2),
+        "floor/product-2-T1": cell("operations", 100, 0.8, threads=1),
+        "floor/comparison-1": cell("comparisons", 100, 0.1, threads=2),
+    }
+    assert rates_of(measured, 2) == rates_of(measured) == Rates(50.0, 200.0, 1000.0)
+    single = rates_of(measured, 1)
+    assert single.operations == 125.0
+    assert math.isnan(single.copied)
+    assert rates_of({"floor/product": cell("operations", 100, 1.0)}).operations == 100.0
+
+
+def test_the_limit_is_arithmetic_or_bytes() -> None:
+    """Worked out by hand: 2 · 10 · 4 · 3 operations and 10 · 4 comparisons, or 4 · 3 · 14 + 8 · 10 bytes."""
+    size = Size(10, 4, 3)
+    assert search_limit(size, Rates(1e9, 24.0, 4.0)) == pytest.approx(10 + 10)
+    assert search_limit(size, Rates(2.48, 24.0, 4.0)) == pytest.approx(100)
+    assert math.isnan(search_limit(size, Rates(2.48, 24.0, math.nan)))
+
+
+def test_every_rate_is_measured_with_one_thread_too() -> None:
+    """The cells of one thread have their own keys."""
+    keys = [cell.key for cell in floor_cells(Context(CPU, 2, "quick", Limits()))]
+    assert keys == [
+        f"floor/{name}{end}" for end in ("", "-T1") for name in ("copy", "product-256", "comparison-65536")
+    ]
+    found = {cell.key: {"settings": cell.settings, **cell.run(CONTEXT)} for cell in floor_cells(CONTEXT)}
+    assert all(rate > 0 for rate in rates_of(found, 1))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -482,15 +615,51 @@ def test_stage1_is_judged_at_each_batch() -> None:
 
 
 def test_only_other_implementations_must_not_be_faster() -> None:
-    """Floors may be faster than ours, peers may not; contenders without a time are no values."""
+    """Products may be faster than ours, peers may not; contenders without a time are no values."""
     (target,) = [target for target in TARGETS if target.text.startswith("any other")]
     measured = cells(te_quant=1.0, cdist=1.2, product=0.1)
+    measured["search/1"]["contenders"][WITHOUT_FAISS] = entry(0.5)
     assert judge(target, measured).met is True
     measured["search/1"]["contenders"]["expanded"] = entry(0.8)
     verdict = judge(target, measured)
     assert (verdict.met, verdict.where) == (False, "1 (expanded)")
     measured["search/1"]["contenders"]["expanded"] = {"status": "skipped", "reason": "too large"}
     assert judge(target, measured).met is True
+
+
+def test_searches_are_judged_by_the_fastest_other() -> None:
+    """From 5 ms on and below, each with its limit; without faiss nobody knows which one is the fastest."""
+    long, short = (target for target in TARGETS if target.text.startswith("search time / that of the fastest"))
+    measured = cells(te_quant=0.006, cdist=0.02, faiss=0.005, product=0.001)
+    measured["search/2"]["contenders"]["faiss"] = entry(0.004)
+    assert (judge(long, measured).worst, judge(long, measured).where) == (pytest.approx(1.2), "1 (faiss)")
+    assert (judge(short, measured).worst, judge(short, measured).met) == (pytest.approx(1.5), False)
+    assert (judge(long, measured).points, judge(short, measured).points) == (1, 1)
+    for cell in measured.values():
+        cell["contenders"]["faiss"] = {"status": "not installed", "reason": "faiss-cpu"}
+    assert judge(long, measured).points == judge(short, measured).points == 0
+
+
+def test_searches_are_held_against_the_limit_of_their_threads() -> None:
+    """Ours and the fastest other, which is neither a product nor ours in another form."""
+    measured = cells(te_quant=0.004, cdist=0.008, product=0.001)
+    for number, threads in ((1, 2), (2, 1)):
+        measured[f"search/{number}"]["settings"]["threads"] = threads
+    measured["search/1"]["contenders"][WITHOUT_FAISS] = entry(0.003)
+    # 2 · 10 · 1,024 · 128 operations in 1 ms, and 10 · 1,024 comparisons in another.
+    for name, fact, amount in (
+        ("copy", "bytes", 1e9),
+        ("product-256", "operations", 2_621_440),
+        ("comparison-65536", "comparisons", 10_240),
+    ):
+        place = {"settings": {"threads": 2}, "contenders": {"it": entry(0.001)}, "facts": {fact: amount}}
+        measured[f"floor/{name}"] = place
+    found = tables({"runs": {}, "cells": measured})["search"]
+    assert "| limit, ms | te_quant / limit | fastest other / limit | tile of the tiled product |" in found
+    assert "| 10 | 1,024 | 128 | 2 |" in found
+    assert "| 2 | 2.00 x | cdist 4.00 x | 4 x 4, transposed |" in found
+    # The rates of one thread were not measured.
+    assert "| – | – | cdist – | 4 x 4, transposed |" in found
 
 
 def test_tables_are_made_of_the_document_alone() -> None:

@@ -105,6 +105,16 @@ def test_products_at_every_scale_of_float32(rows: int, scale: float) -> None:
     assert (quantizer.encode(latents * scale) == wanted).double().mean() > 0.999
 
 
+@pytest.mark.parametrize("scale", [1e-22, 1e19])
+@pytest.mark.parametrize("metric", ["cosine", "cosine_raw"])
+def test_cosines_at_every_scale_of_float32(metric: str, scale: float) -> None:
+    """Latents are scaled to unit length although their squares vanish or overflow."""
+    quantizer = spread_vq(metric, codes=256).float()
+    latents = torch.randn(500, 4)
+    wanted = similarities("cosine_raw", latents.double(), quantizer.codebook.detach().double()).argmax(1)
+    assert (quantizer.encode(latents * scale) == wanted).double().mean() > 0.99
+
+
 @pytest.mark.parametrize("rows", [5, 30_000])
 def test_equal_products_go_to_the_lowest_index(rows: int) -> None:
     """Copies of a code, and a latent of zero, whose products are all equal; in one tile and in groups."""

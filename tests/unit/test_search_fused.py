@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from te_quant._search import FUSED, operators, tiles
+from te_quant._search import ENGINE, FUSED, operators, tiles
 from te_quant._search.tiled import tiled_argmin
 from te_quant.functional import nearest_code
 from tests.unit.quantizer_oracles import assert_nearest
@@ -184,8 +184,14 @@ def test_views_are_searched() -> None:
 
 
 def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One kernel is for float32 on CUDA devices, and only where it is asked for."""
+    """One kernel is for float32 on CUDA devices, and only where it is asked for, by either variable."""
     monkeypatch.delenv(FUSED, raising=False)
+    monkeypatch.delenv(ENGINE, raising=False)
+    assert not operators._fused_wanted("cuda", torch.float32)
+    monkeypatch.setenv(ENGINE, "fused")
+    assert operators._fused_wanted("cuda", torch.float32)
+    assert not operators._fused_wanted("cpu", torch.float32)
+    monkeypatch.setenv(ENGINE, "auto")
     assert not operators._fused_wanted("cuda", torch.float32)
     monkeypatch.setenv(FUSED, "1")
     assert operators._fused_wanted("cuda", torch.float32)
@@ -193,6 +199,16 @@ def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not operators._fused_wanted("cpu", torch.float32)
     monkeypatch.setenv(FUSED, "yes")
     with pytest.raises(ValueError, match="TE_QUANT_FUSED_SEARCH must be 0 or 1, got 'yes'"):
+        operators._fused_wanted("cuda", torch.float32)
+
+
+def test_variables_that_contradict_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of them is disabled silently."""
+    monkeypatch.setenv(FUSED, "1")
+    monkeypatch.setenv(ENGINE, "torch")
+    with pytest.raises(
+        ValueError, match="TE_QUANT_FUSED_SEARCH must be 0 or unset where TE_QUANT_SEARCH is torch"
+    ):
         operators._fused_wanted("cuda", torch.float32)
 
 
@@ -213,14 +229,21 @@ def test_operator_dispatches_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [1]
 
 
-def test_without_triton_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        (FUSED, "1", "TE_QUANT_FUSED_SEARCH must be 0 or unset where triton cannot be imported, got 1"),
+        (ENGINE, "fused", "TE_QUANT_SEARCH must be auto or torch where triton cannot be imported, got fused"),
+    ],
+)
+def test_without_triton_the_variable_is_refused(
+    variable: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One sentence that names it."""
+    monkeypatch.setenv(variable, value)
     monkeypatch.setattr(operators, "_fused_wanted", lambda device, dtype: True)
-    monkeypatch.setattr(tiles, "CPU_TILE", 1 << 40)
     monkeypatch.setitem(sys.modules, "te_quant._search.fused", None)
-    with pytest.raises(
-        ImportError, match="TE_QUANT_FUSED_SEARCH must be 0 or unset where triton cannot be imported"
-    ):
+    with pytest.raises(ImportError, match=sentence):
         nearest_code(torch.randn(2, 5), torch.randn(3, 5))
 
 

@@ -1,5 +1,5 @@
 """The nearest code of every latent vector, in tiles, as dispatcher operators."""
 
-from te_quant._search.operators import FUSED, sample_codes, search_codes
+from te_quant._search.operators import ENGINE, FUSED, sample_codes, search_codes
 
-__all__ = ["FUSED", "sample_codes", "search_codes"]
+__all__ = ["ENGINE", "FUSED", "sample_codes", "search_codes"]

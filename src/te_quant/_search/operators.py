@@ -14,9 +14,10 @@ expanded form is not:
 The code of the largest product z·e is found in the same way without the norms: the codes are shifted too, which
 changes the products of a latent with all codes by the same number, but the latents are not.
 
-A CPU searches by groups of codes (:mod:`te_quant._search.grouped`) unless one tile holds all scores. An
+A CPU searches short codes by faiss (:mod:`te_quant._search.by_faiss`) where that is installed and :data:`ENGINE`
+allows it, and else by groups of codes (:mod:`te_quant._search.grouped`) unless one tile holds all scores. An
 accelerator minimises whole tiles (:mod:`te_quant._search.tiled`), or does everything in one kernel where
-:data:`FUSED` asks for it (:mod:`te_quant._search.fused`).
+:data:`ENGINE` asks for it (:mod:`te_quant._search.fused`).
 
 A compiled graph holds one opaque node whatever N is. An exported graph, and a function transform, compute all
 N x K scores at once (:mod:`te_quant._search.plain`).
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from te_quant._execution import wants_plain
 from te_quant._search import tiles
+from te_quant._search.by_faiss import faiss_argmin, faiss_suits
 from te_quant._search.grouped import grouped_argmin
 from te_quant._search.plain import plain_search
 from te_quant._search.ties import first_of_equals
@@ -38,8 +40,14 @@ from te_quant._search.tiled import tiled_argmin
 
 __all__ = ["FUSED", "sample_codes", "search_codes"]
 
+ENGINE = "TE_QUANT_SEARCH"
+"""Set this variable to ``torch`` to search without faiss although it is installed, or to ``fused`` to run float32
+searches on CUDA devices as one Triton kernel; ``auto`` or unset: faiss where it is faster, and no kernel."""
+
 FUSED = "TE_QUANT_FUSED_SEARCH"
-"""Set this variable to 1 to run float32 searches on CUDA devices as one Triton kernel; 0 or unset: tiled."""
+"""The older variable: 1 is what ``fused`` is for :data:`ENGINE`; 0 or unset leaves the choice to that."""
+
+_ENGINES = ("auto", "torch", "fused")
 
 _library = torch.library.Library("te_quant", "FRAGMENT")
 _library.define(
@@ -86,34 +94,61 @@ def sample_codes(
 
 
 def _search(latents: Tensor, codebook: Tensor, dot: bool = False) -> Tensor:
-    if latents.device.type == "cpu" and len(latents) * len(codebook) > tiles.CPU_TILE:
-        indices = grouped_argmin(latents, codebook, dot)
-    elif _fused_wanted(latents.device.type, latents.dtype):
+    engine = _engine()
+    if _fused_wanted(latents.device.type, latents.dtype):
         # Triton is no dependency: CUDA builds of torch for Linux bring it along.
         try:
             from te_quant._search.fused import fused_argmin
         except ImportError as error:
-            raise ImportError(f"{FUSED} must be 0 or unset where triton cannot be imported, got 1.") from error
+            text = f"{ENGINE} must be auto or torch where triton cannot be imported, got fused"
+            if engine != "fused":
+                text = f"{FUSED} must be 0 or unset where triton cannot be imported, got 1"
+            raise ImportError(f"{text}.") from error
 
-        indices = fused_argmin(latents, codebook, tiles.center_of(codebook), dot=dot)
-    else:
-        indices = tiled_argmin(latents, codebook, 0.0, None, dot)
+        return _first(fused_argmin(latents, codebook, tiles.center_of(codebook), dot=dot), codebook)
+    if engine != "torch" and faiss_suits(latents, codebook, dot):
+        return faiss_argmin(latents, codebook, _by_torch)
+    return _by_torch(latents, codebook, dot)
+
+
+def _by_torch(latents: Tensor, codebook: Tensor, dot: bool = False) -> Tensor:
+    if latents.device.type == "cpu" and len(latents) * len(codebook) > tiles.CPU_TILE:
+        return _first(grouped_argmin(latents, codebook, dot), codebook)
+    return _first(tiled_argmin(latents, codebook, 0.0, None, dot), codebook)
+
+
+def _first(indices: Tensor, codebook: Tensor) -> Tensor:
+    """Replace the index of a code by that of the first code that equals it."""
     first = first_of_equals(codebook)
     return indices if first is None else first[indices]
+
+
+def _engine() -> str:
+    """Return what the variable asks for.
+
+    Raises:
+        ValueError: it is none of the engines.
+    """
+    wanted = os.environ.get(ENGINE, "auto")
+    if wanted not in _ENGINES:
+        raise ValueError(f"{ENGINE} must be auto, torch or fused, got {wanted!r}.")
+    return wanted
 
 
 def _fused_wanted(device: str, dtype: torch.dtype) -> bool:
     """Say whether one kernel does it.
 
     Raises:
-        ValueError: the variable is neither 0 nor 1.
+        ValueError: the older variable is neither 0 nor 1, or contradicts the newer one.
     """
     if device != "cuda":
         return False
-    wanted = os.environ.get(FUSED, "0")
+    engine, wanted = _engine(), os.environ.get(FUSED, "0")
     if wanted not in ("0", "1"):
         raise ValueError(f"{FUSED} must be 0 or 1, got {wanted!r}.")
-    return wanted == "1" and dtype == torch.float32
+    if engine == "torch" and wanted == "1":
+        raise ValueError(f"{FUSED} must be 0 or unset where {ENGINE} is torch, got 1.")
+    return dtype == torch.float32 and (engine == "fused" or wanted == "1")
 
 
 def _sample(

@@ -14,11 +14,14 @@ from te_quant._magnitudes import moderating
 __all__ = [
     "CPU_TILE",
     "DEVICE_TILE",
+    "LONG",
     "MAX_TILE_CODES",
+    "SHORT",
     "center_of",
     "factors_of",
     "half_norms_of",
     "origin_of",
+    "typical_square",
 ]
 
 # Elements of the score buffer. On a CPU 4 MiB of float32 stay in cache; on an accelerator launches cost more than
@@ -29,8 +32,8 @@ DEVICE_TILE = 1 << 23
 MAX_TILE_CODES = 4096
 # The middle of the codes is taken from about so many of them, and their scale.
 _CENTER_CODES = 16
-# Half squared lengths in between need no scale.
-_SHORT, _LONG = 2.0**-80, 2.0**80
+# Squared lengths of codes in between need no scale.
+SHORT, LONG = 2.0**-80, 2.0**80
 
 
 def center_of(codebook: Tensor) -> Tensor:
@@ -51,6 +54,13 @@ def half_norms_of(centered: Tensor, dot: bool) -> Tensor:
     return centered.new_zeros(len(centered)) if dot else centered.square().sum(1).mul_(0.5)
 
 
+def typical_square(codebook: Tensor, center: Tensor) -> float:
+    """Return the median squared distance of some codes, (K, C), from ``center`` (C,)."""
+    # As for the centre: where few codes lie far from all others, those others decide.
+    squares = (codebook[:: max(1, len(codebook) // _CENTER_CODES)] - center).square().sum(1).sort().values
+    return float(squares[(len(squares) - 1) // 2])
+
+
 def factors_of(centered: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
     """Return factors a and terms b of the codes, so that the score of a code for a latent z is b - z·a.
 
@@ -61,7 +71,7 @@ def factors_of(centered: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
         centered: (K, C), codes seen from their middle. Returns (K, C) and (K,).
     """
     half_norms = half_norms_of(centered, dot=False)
-    if centered.device.type == "cpu" and not wants_plain() and _SHORT <= float(half_norms.amax()) <= _LONG:
+    if centered.device.type == "cpu" and not wants_plain() and SHORT <= float(half_norms.amax()) <= LONG:
         return centered, half_norms_of(centered, dot=True) if dot else half_norms
     # Of most codes, not of the largest: one runaway code would make all others vanish.
     some = centered[:: max(1, len(centered) // _CENTER_CODES)]
