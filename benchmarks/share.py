@@ -1,6 +1,6 @@
 """What a quantizer costs inside a training step, in time and in peak memory.
 
-One network, one batch and one optimizer; only what stands between encoder and decoder differs: a quantizer, or an
+One network, the same batches and one optimizer; only what stands between encoder and decoder differs: a quantizer, or an
 identity. All contenders take a step each in every round. There are two numbers for the time:
 
 - the *share of the step*, (step with the quantizer - step with the identity) / step with the quantizer, from the
@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
@@ -79,6 +79,7 @@ _RATE = 1e-4
 # More than for a call of a few milliseconds: rounds are what the interval comes from.
 _BUDGET = 40
 _MIN_ROUNDS = 7
+_BATCHES = 4
 _MEMORY_STEPS = 5
 _RESAMPLES = 2_000
 
@@ -121,21 +122,23 @@ class Step:
     Args:
         coders: encoder and decoder.
         layer: what stands between them.
-        images: (B, 3, H, W), the batch of every step.
+        batches: (B, 3, H, W) images; steps take turns among them, so that no latent comes back in the next step.
     """
 
-    def __init__(self, coders: tuple[nn.Module, nn.Module], layer: Layer, images: Tensor) -> None:
+    def __init__(self, coders: tuple[nn.Module, nn.Module], layer: Layer, batches: Sequence[Tensor]) -> None:
         self.encoder, self.decoder = coders
-        self.layer, self.images = layer, images
-        self.modules = nn.ModuleList([*coders, layer.module]).to(images.device).train()
+        self.layer, self.batches = layer, batches
+        self.device = batches[0].device
+        self.modules = nn.ModuleList([*coders, layer.module]).to(self.device).train()
         self.optimizer = torch.optim.Adam(self.modules.parameters(), _RATE, fused=True)
         self.timings: list[Timing] = []
 
-    def __call__(self, _: int = 0) -> None:
+    def __call__(self, number: int = 0) -> None:
         """Take a step and keep its timing."""
-        cuda = self.images.device.type == "cuda"
+        images = self.batches[number % len(self.batches)]
+        cuda = self.device.type == "cuda"
         marks = [_now(cuda)]
-        self.gradient(marks.append, cuda=cuda)
+        self.gradient(images, marks.append, cuda=cuda)
         self.optimizer.step()
         marks.append(_now(cuda))
         if cuda:
@@ -144,10 +147,12 @@ class Step:
         seconds = [_seconds(*pair) for pair in ((begin, end), (reached, left), (returned, passed))]
         self.timings.append(Timing(*seconds))
 
-    def gradient(self, mark: Callable[[Any], None] = lambda _: None, *, cuda: bool = False) -> Tensor:
+    def gradient(
+        self, images: Tensor, mark: Callable[[Any], None] = lambda _: None, *, cuda: bool = False
+    ) -> Tensor:
         """Compute the gradient, and mark where the quantizer's two passes begin and end."""
         # Views, so that their gradients come right before and right after those of the quantizer.
-        encoded = self.encoder(self.images)
+        encoded = self.encoder(images)
         latents = encoded.view_as(encoded)
         latents.register_hook(lambda _: mark(_now(cuda)))
         mark(_now(cuda))
@@ -155,14 +160,14 @@ class Step:
         mark(_now(cuda))
         passed_on = quantized.view_as(quantized)
         passed_on.register_hook(lambda _: mark(_now(cuda)))
-        loss = F.mse_loss(self.decoder(passed_on), self.images) + quantizer_loss
+        loss = F.mse_loss(self.decoder(passed_on), images) + quantizer_loss
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         return loss.detach()
 
     def first(self) -> tuple[float, float]:
         """Return the loss and the norm of the encoder's gradient, without a step."""
-        loss = self.gradient()
+        loss = self.gradient(self.batches[0])
         gradients = [p.grad for p in self.encoder.parameters() if p.grad is not None]
         return float(loss), float(nn.utils.get_total_norm(gradients))
 
@@ -172,7 +177,7 @@ class Step:
         if self.layer.codebook is None:
             return None
         self.modules.eval()
-        latents = self.encoder(self.images)
+        latents = self.encoder(self.batches[0])
         # Read before the call, which may move it.
         codebook = self.layer.codebook().clone()
         _, _, indices = self.layer.forward(latents)
@@ -274,17 +279,17 @@ def build_step(name: str, tokenizer: Tokenizer, device: torch.device) -> Step:
     """
     pair = BYTES_PER_PAIR.get(name, {}).get("ema" if name == VQP else "gradient", 0)
     require_memory(Size(tokenizer.tokens, tokenizer.K, tokenizer.C), pair)
-    images = _images(tokenizer, device)
+    batches = _batches(tokenizer, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder, decoder = (half.to(device) for half in build_coders(tokenizer))
         with torch.no_grad():
-            latents = encoder(images)
+            latents = encoder(batches[0])
         axes = (0, 2, 3) if tokenizer.channels_first else (0, 1)
         mean, deviation = latents.mean(axes), latents.std(axes)
         noise = torch.randn(tokenizer.K, tokenizer.C).to(device)
         layer = CONTENDERS[name](tokenizer, mean + deviation * noise)
-    return Step((encoder, decoder), layer, images)
+    return Step((encoder, decoder), layer, batches)
 
 
 def _now(cuda: bool) -> Any:
@@ -368,18 +373,18 @@ def memory_here(name: str, tokenizer: Tokenizer, device: torch.device) -> dict[s
             if warm.name == tokenizer.name:
                 build_step(name, warm, device)()
         # Images are made before, too.
-        _images(tokenizer, device)
+        _batches(tokenizer, device)
         before = resident(device)
         step = build_step(name, tokenizer, device)
         step()
 
-        def call() -> list[Tensor]:
-            step()
+        def call(number: int) -> list[Tensor]:
+            step(number)
             return []
 
         peaks = []
-        for _ in range(_MEMORY_STEPS):
-            _, peak, method, _ = peak_of(call, device)
+        for number in range(_MEMORY_STEPS):
+            _, peak, method, _ = peak_of(partial(call, number), device)
             peaks.append(peak - before)
         return {"status": "ok", "peaks": peaks, "held": resident(device) - before, "method": method}
     except Unavailable as absence:
@@ -451,9 +456,9 @@ def _rounded(value: float) -> float:
 
 
 @cache
-def _images(tokenizer: Tokenizer, device: torch.device) -> Tensor:
+def _batches(tokenizer: Tokenizer, device: torch.device) -> list[Tensor]:
     data = QuadrantDataset(load_digits("digits"), "train", canvas_size=tokenizer.side, size=1024)
-    return data.batch(0, tokenizer.batch).to(device)
+    return [data.batch(number, tokenizer.batch).to(device) for number in range(_BATCHES)]
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ def test_the_passes_of_the_quantizer_are_timed_inside_the_step(monkeypatch: pyte
         return quantized, loss, None
 
     coders = _Half(clock, 100.0, 200.0), _Half(clock, 400.0, 800.0)
-    step = Step(coders, Layer(nn.Identity(), forward), torch.randn(1, 3, 4, 4))
+    step = Step(coders, Layer(nn.Identity(), forward), [torch.randn(1, 3, 4, 4)])
     step()
     assert step.timings == [share.Timing(1515.0, 5.0, 10.0)]
 
@@ -114,7 +114,7 @@ def test_an_identity_takes_no_time_inside_and_gives_its_input(monkeypatch: pytes
     clock = [0.0]
     monkeypatch.setattr(share, "_now", lambda _: clock[0])
     coders = _Half(clock, 100.0, 200.0), _Half(clock, 400.0, 800.0)
-    step = Step(coders, share.CONTENDERS[IDENTITY](VIT, torch.empty(0)), torch.randn(1, 3, 4, 4))
+    step = Step(coders, share.CONTENDERS[IDENTITY](VIT, torch.empty(0)), [torch.randn(1, 3, 4, 4)])
     step()
     assert step.timings == [share.Timing(1500.0, 0.0, 0.0)]
 

@@ -290,12 +290,12 @@ def test_compiled_passes_revive_what_eager_ones_do() -> None:
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
 @pytest.mark.parametrize("num_codes", [12, 90])
 def test_a_cpu_moves_what_a_device_moves(num_codes: int, nonfinite: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the rows of dead codes are written where values may be looked at; every bit is that of whole tensors."""
-    first = VectorQuantizer(num_codes, 3, nonfinite=nonfinite)
+    """Writing only the rows of dead codes gives the bits that writing whole tensors gives."""
+    first = VectorQuantizer(num_codes, 3, nonfinite=nonfinite, revival_threshold=0.5)
     second = copy.deepcopy(first)
-    for step in range(40):
+    for step in range(24):
         # In half of the steps all latents are near the same code, so that others die.
-        latents = torch.randn(20, 3) * (0.01 if step % 20 >= 10 else 1)
+        latents = torch.randn(20, 3) * (0.01 if step % 12 >= 6 else 1)
         mask = torch.full((20,), step % 7 != 3)
         if nonfinite == "skip":
             latents[step % 20] = torch.nan
