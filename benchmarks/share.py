@@ -1,7 +1,7 @@
 """What a quantizer costs inside a training step, in time and in peak memory.
 
-One network, the same batches and one optimizer; only what stands between encoder and decoder differs: a quantizer, or an
-identity. All contenders take a step each in every round. There are two numbers for the time:
+One network, the same batches and one optimizer; only what stands between encoder and decoder differs: a quantizer,
+or an identity. All contenders take a step each in every round. There are two numbers for the time:
 
 - the *share of the step*, (step with the quantizer - step with the identity) / step with the quantizer, from the
   two steps of each round. It holds everything that the quantizer causes, also Adam's work on its codebook and
