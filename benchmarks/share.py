@@ -77,10 +77,10 @@ FIELDS = ("step", "inside", "peak")
 
 _RATE = 1e-4
 # More than for a call of a few milliseconds: rounds are what the interval comes from.
-_BUDGET = 40
+_BUDGET = 25
 _MIN_ROUNDS = 7
 _BATCHES = 4
-_MEMORY_STEPS = 5
+_MEMORY_STEPS = 3
 _RESAMPLES = 2_000
 
 

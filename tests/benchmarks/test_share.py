@@ -206,7 +206,7 @@ def test_a_quick_cell_holds_times_and_memory() -> None:
     for name in (IDENTITY, OURS):
         assert len(entries[name]["step_samples"]) == 2
         assert min(entries[name]["step_samples"]) > max(entries[name]["forward_samples"]) > 0
-        assert len(entries[name]["peak_samples"]) == 5
+        assert len(entries[name]["peak_samples"]) == 3
     assert share.share(measured, OURS, "peak") is not None
 
 
