@@ -114,10 +114,15 @@ def measure_apart(name: str, mode: str, size: Size, context: Context) -> dict[st
     return measure_in_process("benchmarks.memory", {"name": name, "mode": mode, "size": list(size)}, context)
 
 
-def measure_in_process(module: str, request: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Run ``python -m MODULE JSON`` with ``request``, device and threads; return the JSON that it prints last."""
+def measure_in_process(
+    module: str, request: Mapping[str, Any], context: Context, variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Run ``python -m MODULE JSON`` with ``request``, device and threads; return the JSON that it prints last.
+
+    ``variables`` are set in its environment.
+    """
     request = {**request, "device": str(context.device), "threads": context.threads}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(context.threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(context.threads), **(variables or {})}
     command = [sys.executable, "-m", module, json.dumps(request)]
     try:
         result = subprocess.run(

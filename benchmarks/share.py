@@ -11,7 +11,8 @@ or an identity. All contenders take a step each in every round. There are two nu
   disturb it.
 
 Memory is measured in a fresh process per contender: by how much the resident memory at the peak of a step exceeds
-that before the network was built. Weights, Adam's moments, activations and gradients all count.
+that before the network was built. Weights, Adam's moments, activations and gradients all count. There glibc gives
+back at once what is freed, so that only what is in use counts.
 
 Other libraries have other defaults, so this library takes part several times: as it is by default, and with the
 settings of each peer. Those have to give the loss and the gradient of their peer in the first step, and the
@@ -82,6 +83,8 @@ _MIN_ROUNDS = 7
 _BATCHES = 4
 _MEMORY_STEPS = 3
 _RESAMPLES = 2_000
+# Otherwise glibc keeps what was freed, more or less of it from process to process, and peaks differ by a tenth.
+_RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 
 
 def with_settings_of(peer: str) -> str:
@@ -359,7 +362,7 @@ def _run(context: Context, tokenizer: Tokenizer) -> dict[str, Any]:
 def _memory_apart(name: str, tokenizer: Tokenizer, context: Context) -> dict[str, Any]:
     """Peaks of a few steps in a fresh process, or why there are none."""
     request = {"name": name, "tokenizer": list(tokenizer)}
-    found = measure_in_process("benchmarks.share", request, context)
+    found = measure_in_process("benchmarks.share", request, context, _RETURN_MEMORY)
     if found["status"] != "ok":
         return {"memory_status": f"{found['status']} ({found['reason']})"}
     return {"peak_samples": found["peaks"], "held": found["held"], "memory_method": found["method"]}
