@@ -24,7 +24,11 @@ VQGAN, VIT = TOKENIZERS["quick"]
 MODULES = {DIFFUSERS: "diffusers", VQP: "vector_quantize_pytorch"}
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS["full"][-2:], ids=lambda t: t.label)
+@pytest.mark.parametrize(
+    "tokenizer",
+    [VIT, *(pytest.param(t, marks=pytest.mark.slow) for t in TOKENIZERS["full"])],
+    ids=lambda t: t.label,
+)
 def test_tokenizers_have_the_shapes_that_they_state(tokenizer: Tokenizer) -> None:
     """Without weights: N latents of C channels, and images back."""
     with torch.device("meta"):
@@ -195,7 +199,7 @@ def test_shares_are_drawn(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["share.png"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_quick_cell_holds_times_and_memory() -> None:
     """Contenders take turns, and fresh processes measure memory: more with the quantizer's state than without."""
     context = Context(CPU, 1, "quick", Limits(budget=0.0, min_rounds=2, max_rounds=2))
