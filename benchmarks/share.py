@@ -413,21 +413,19 @@ def share(cell: Mapping[str, Any], name: str, field: str) -> Interval | None:
         field: one of :data:`FIELDS`.
     """
     shares = _shares(cell, name, field)
-    return None if shares is None else _interval(lambda rows: np.median(rows, axis=-1), shares)
+    return None if shares is None else _interval(shares)
 
 
-def relative_share(cell: Mapping[str, Any], ours: str, peer: str, field: str) -> Interval | None:
-    """Return the share of ``ours`` / that of ``peer``."""
-    over, under = _shares(cell, ours, field), _shares(cell, peer, field)
-    if over is None or under is None:
-        return None
-    return _interval(lambda a, b: np.median(a, axis=-1) / np.median(b, axis=-1), over, under)
+def relative_share(cell: Mapping[str, Any], ours: str, peer: str, field: str) -> float | None:
+    """Return the share of ``ours`` / that of ``peer``, of their medians."""
+    over, under = share(cell, ours, field), share(cell, peer, field)
+    return None if over is None or under is None else over.median / under.median
 
 
 def seconds(cell: Mapping[str, Any], name: str, field: str) -> Interval | None:
     """Return the seconds of ``step`` or ``inside``, or the bytes of ``peak``."""
     samples = _samples(cell, name, field)
-    return None if samples is None else _interval(lambda rows: np.median(rows, axis=-1), samples)
+    return None if samples is None else _interval(samples)
 
 
 def _shares(cell: Mapping[str, Any], name: str, field: str) -> NDArray[np.float64] | None:
@@ -446,12 +444,11 @@ def _samples(cell: Mapping[str, Any], name: str, field: str) -> NDArray[np.float
     return None if None in found else np.sum(np.asarray(found, dtype=np.float64), axis=0)
 
 
-def _interval(statistic: Callable[..., Any], *samples: NDArray[np.float64]) -> Interval:
-    """Resample the rounds, the same of all ``samples``."""
-    count = len(samples[0])
-    picks = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
-    low, high = np.percentile(statistic(*(values[picks] for values in samples)), (2.5, 97.5))
-    return Interval(float(low), float(statistic(*samples)), float(high))
+def _interval(samples: NDArray[np.float64]) -> Interval:
+    """Resample the rounds."""
+    picks = np.random.default_rng(0).integers(len(samples), size=(_RESAMPLES, len(samples)))
+    low, high = np.percentile(np.median(samples[picks], axis=1), (2.5, 97.5))
+    return Interval(float(low), float(np.median(samples)), float(high))
 
 
 def _rounded(value: float) -> float:

@@ -166,7 +166,7 @@ def _share(field: str) -> Callable[[Cells], Values]:
                     found = relative_share(cell, name, peer, field)
                     if found is not None:
                         # A geometric mean needs positive ratios.
-                        yield _label(key, f"{name} / {peer}"), max(found.median, 0.01)
+                        yield _label(key, f"{name} / {peer}"), max(found, 0.01)
 
     return values
 
