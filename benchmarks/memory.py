@@ -21,7 +21,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from benchmarks.search import build_search, searches
 from benchmarks.sizes import MEMORY_SIZES
 from benchmarks.timing import describe
 
-__all__ = ["cells", "extra_peak", "measure_apart", "measure_here"]
+__all__ = ["cells", "extra_peak", "measure_apart", "measure_here", "measure_in_process", "peak_of", "resident"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _CLEAR = Path("/proc/self/clear_refs")
@@ -49,23 +49,35 @@ _WARM = (256, 64)
 
 def extra_peak(call: Callable[[], Iterable[Tensor]], device: torch.device) -> dict[str, Any]:
     """Bytes at the peak of ``call`` beyond those before it and those of the tensors that it returns."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        results = list(call())
-        torch.cuda.synchronize()
-        peak, method = torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
-    else:
-        _trim()
-        method = _lower_mark()
-        before = _resident("VmRSS") if method == "VmHWM" else _maxrss()
-        results = list(call())
-        peak = _resident("VmHWM") if method == "VmHWM" else _maxrss()
+    before, peak, method, results = peak_of(call, device)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in results}
     returned = sum(storages.values())
     return {"bytes": max(0, peak - before - returned), "returned": returned, "method": method}
+
+
+def peak_of(call: Callable[[], Iterable[Tensor]], device: torch.device) -> tuple[int, int, str, list[Tensor]]:
+    """Bytes in use before ``call`` and at its peak, how they were found, and what it returns."""
+    before = resident(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        results = list(call())
+        torch.cuda.synchronize()
+        return before, torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated", results
+    method = _lower_mark()
+    if method != "VmHWM":
+        before = _maxrss()
+    results = list(call())
+    return before, _resident("VmHWM") if method == "VmHWM" else _maxrss(), method, results
+
+
+def resident(device: torch.device) -> int:
+    """Bytes in use, once what is free has been given back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    _trim()
+    return _resident("VmRSS") if _STATUS.exists() else _maxrss()
 
 
 def measure_here(name: str, mode: str, size: Size, device: torch.device) -> dict[str, Any]:
@@ -99,10 +111,19 @@ def measure_apart(name: str, mode: str, size: Size, context: Context) -> dict[st
         require_pairs(name, mode, size)
     except Unavailable as absence:
         return {"status": absence.status, "reason": str(absence)}
-    request: dict[str, Any] = {"name": name, "mode": mode, "size": list(size)}
-    request |= {"device": str(context.device), "threads": context.threads}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(context.threads)}
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(request)]
+    return measure_in_process("benchmarks.memory", {"name": name, "mode": mode, "size": list(size)}, context)
+
+
+def measure_in_process(
+    module: str, request: Mapping[str, Any], context: Context, variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Run ``python -m MODULE JSON`` with ``request``, device and threads; return the JSON that it prints last.
+
+    ``variables`` are set in its environment.
+    """
+    request = {**request, "device": str(context.device), "threads": context.threads}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(context.threads), **(variables or {})}
+    command = [sys.executable, "-m", module, json.dumps(request)]
     try:
         result = subprocess.run(
             command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=True, timeout=_TIMEOUT

@@ -10,6 +10,8 @@ from typing import Any
 
 from benchmarks.contest import OURS
 from benchmarks.peers import MODES, QUANTIZERS
+from benchmarks.share import CONTENDERS as STEPS
+from benchmarks.share import IDENTITY, share
 from benchmarks.targets import ratio
 from benchmarks.training import CONTENDERS, CURVE_STEPS, DEFAULTS, NONE, OWN, PEER, PEER_ALIVE, RATE, results
 from examples.te_vqgan.reports.png import encode_png
@@ -29,6 +31,12 @@ _CURVES = {
     "diffusers VectorQuantizer": "tab:green",
 }
 """Contenders whose curves are drawn, with their colours."""
+_SHARES = {
+    "step": "of the step's time",
+    "inside": "its passes inside the step",
+    "peak": "of the step's peak memory",
+}
+"""What is drawn of the share of a training step."""
 
 
 def write_plots(document: Mapping[str, Any], folder: Path) -> None:
@@ -44,6 +52,8 @@ def write_plots(document: Mapping[str, Any], folder: Path) -> None:
         write_bytes_atomically(folder / "training-curves.png", _training_curves(cells))
     if any(key.startswith("quantizer/") for key in cells):
         write_bytes_atomically(folder / "ratios.png", _ratios(cells))
+    if any(key.startswith("share/") for key in cells):
+        write_bytes_atomically(folder / "share.png", _share(cells))
 
 
 def _growth(cells: Mapping[str, Any]) -> bytes:
@@ -109,6 +119,35 @@ def _ratios(cells: Mapping[str, Any]) -> bytes:
     grid[0][0].set_ylabel("N, K, C")
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(others), frameon=False, fontsize="small")
+    return _png(figure)
+
+
+def _share(cells: Mapping[str, Any]) -> bytes:
+    """Shares of a training step and of its peak memory, one panel per network."""
+    from matplotlib import pyplot as plt
+
+    found = [cell for key, cell in cells.items() if key.startswith("share/")]
+    names = [name for name in STEPS if name != IDENTITY]
+    size = (2.5 + 2.8 * len(found), 1.5 + 0.5 * len(names))
+    figure, grid = plt.subplots(1, len(found), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for axes, cell in zip(grid[0], found, strict=True):
+        for number, (field, label) in enumerate(_SHARES.items()):
+            for row, name in enumerate(names):
+                value = share(cell, name, field)
+                if value is not None:
+                    low, middle, high = (100 * end for end in value)
+                    place = row + 0.28 * (number - 1)
+                    color = f"C{number}"
+                    axes.barh(place, middle, 0.26, color=color, label=label if row == 0 else None)
+                    axes.plot([low, high], [place, place], color="black", linewidth=1)
+        settings = cell["settings"]
+        axes.set(title="{network}, {side} px\nK = {K:,}, C = {C}".format(**settings), xlabel="share, %")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.grid(axis="x", alpha=0.3)
+    grid[0][0].set_yticks(range(len(names)), names)
+    grid[0][0].invert_yaxis()
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return _png(figure)
 
 

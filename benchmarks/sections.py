@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks import blur, floor, generation, growth, memory, quantizers, rendering, search, stage1, training
+from benchmarks import (
+    blur,
+    floor,
+    generation,
+    growth,
+    memory,
+    quantizers,
+    rendering,
+    search,
+    share,
+    stage1,
+    training,
+)
 from benchmarks.contest import Cell, Context
 
 __all__ = ["SECTIONS"]
@@ -13,6 +25,7 @@ SECTIONS: dict[str, Callable[[Context], list[Cell]]] = {
     "floor": floor.cells,
     "search": search.cells,
     "quantizer": quantizers.cells,
+    "share": share.cells,
     "memory": memory.cells,
     "growth": growth.cells,
     "blur": blur.cells,

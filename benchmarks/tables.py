@@ -12,7 +12,8 @@ from benchmarks.contest import OURS
 from benchmarks.floor import rates_of, search_limit
 from benchmarks.generation import HUGGING_FACE, SUMMED, WHOLE
 from benchmarks.problem import Size
-from benchmarks.stage1 import REFERENCE
+from benchmarks.share import CONTENDERS, Interval, seconds, share
+from benchmarks.stage1 import MODES, plain_name
 from benchmarks.targets import OWN_SEARCHES, TARGETS, TRAINING_TARGETS, YARDSTICKS, Target, Verdict, judge
 from benchmarks.training import RATE, Trained, results
 from examples.te_vqgan.reports.document import Paragraph, Table, to_markdown
@@ -23,6 +24,7 @@ __all__ = ["TABLES", "contest_table", "machine_table", "tables", "targets_table"
 _MIB = 2**20
 _GIB = 2**30
 _NONE = "–"
+_ABSENT = {"status": "not measured"}
 
 Document = Mapping[str, Any]
 
@@ -144,22 +146,76 @@ def _generation(document: Document) -> str:
     return to_markdown([Table(header, rows)])
 
 
-def _stage1(document: Document) -> str:
-    header = ("what", "batch", "milliseconds a step", "gain over plain torch (eager float32)", "over zeros")
+def _share(document: Document) -> str:
+    times = ("step, ms", "share of the step", "inside the step, ms", "/ step")
+    header = ("network", "N, K, C", "quantizer", *times, "peak memory, MiB", "share of it")
     rows = []
-    for cell in _of(document, "stage1/"):
-        entries = cell["contenders"]
-        what, batch = cell["settings"]["what"], str(cell["settings"]["batch"])
-        label = f"{cell['facts']['mode']}, padding " if what == "padding" else ""
-        for name, entry in entries.items():
-            if entry["status"] != "ok":
-                rows.append([label + name, batch, _word(entry), _NONE, _NONE])
+    for cell in _of(document, "share/"):
+        settings = cell["settings"]
+        place = [f"{settings['network']}, {settings['side']} px", "{N:,}, {K:,}, {C}".format(**settings)]
+        for name in CONTENDERS:
+            entry = cell["contenders"].get(name)
+            if entry is None:
                 continue
-            plain, zeros = entries.get(REFERENCE, {}), entries.get("zeros", {})
-            gain = _times(plain["median"] / entry["median"]) if plain.get("status") == "ok" else _NONE
-            cost = f"{entry['median'] / zeros['median'] - 1:+.1%}" if zeros.get("status") == "ok" else _NONE
-            rows.append([label + name, batch, _milliseconds(entry), gain, cost])
-    return to_markdown([Table(header, rows), *_reasons(_of(document, "stage1/"))])
+            if entry["status"] != "ok":
+                rows.append([*place, name, _word(entry), *[_NONE] * 5])
+                continue
+            values = [
+                _bracketed(seconds(cell, name, "step"), 1000),
+                _bracketed(share(cell, name, "step"), 100, " %"),
+                _bracketed(seconds(cell, name, "inside"), 1000),
+                _bracketed(share(cell, name, "inside"), 100, " %"),
+                _bracketed(seconds(cell, name, "peak"), 1 / _MIB),
+                _bracketed(share(cell, name, "peak"), 100, " %"),
+            ]
+            rows.append([*place, name, *values])
+    return to_markdown([Table(header, rows), *_reasons(_of(document, "share/"))])
+
+
+def _bracketed(value: Interval | None, factor: float, unit: str = "") -> str:
+    if value is None:
+        return _NONE
+    low, median, high = (f"{factor * number:.1f}" for number in value)
+    return f"{median}{unit} [{low}, {high}]"
+
+
+def _stage1(document: Document) -> str:
+    """Two tables: both networks in equal modes, and the paddings."""
+    gains = ("plain torch: gain over eager float32", "te_quant: gain over eager float32")
+    header = ("mode", "batch", "plain torch, ms", "te_quant, ms", "te_quant / plain torch", *gains)
+    rows = []
+    for cell in _of(document, "stage1/modes"):
+        entries = cell["contenders"]
+        pairs = {mode: (plain_name(mode), f"{OURS} {mode.name}") for mode in MODES}
+        for mode, names in pairs.items():
+            times = [
+                _milliseconds(e) if (e := entries.get(n, _ABSENT))["status"] == "ok" else _word(e) for n in names
+            ]
+            compared = _quotient(entries, names[1], names[0])
+            own = [_quotient(entries, first, name) for first, name in zip(pairs[MODES[0]], names, strict=True)]
+            rows.append([mode.name, str(cell["settings"]["batch"]), *times, compared, *own])
+    padded = [
+        [name, cell["facts"]["mode"], str(cell["settings"]["batch"]), *_padding(cell["contenders"], name)]
+        for cell in _of(document, "stage1/padding")
+        for name in cell["contenders"]
+    ]
+    paddings = Table(("padding", "mode", "batch", "ms per step", "over zeros"), padded)
+    return to_markdown([Table(header, rows), paddings, *_reasons(_of(document, "stage1/"))])
+
+
+def _padding(entries: Mapping[str, Any], name: str) -> list[str]:
+    entry, zeros = entries[name], entries.get("zeros", _ABSENT)
+    if entry["status"] != "ok":
+        return [_word(entry), _NONE]
+    cost = f"{entry['median'] / zeros['median'] - 1:+.1%}" if zeros["status"] == "ok" else _NONE
+    return [_milliseconds(entry), cost]
+
+
+def _quotient(entries: Mapping[str, Any], over: str, under: str) -> str:
+    pair = [entries.get(name, _ABSENT) for name in (over, under)]
+    if any(entry["status"] != "ok" for entry in pair):
+        return _NONE
+    return _times(pair[0]["median"] / pair[1]["median"])
 
 
 def _rendering(document: Document) -> str:
@@ -238,6 +294,7 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "targets-training": partial(targets_table, targets=TRAINING_TARGETS),
     "search": _search,
     "quantizer": _quantizer,
+    "share": _share,
     "memory": _memory,
     "growth-time": _growth_time,
     "growth-memory": _growth_memory,

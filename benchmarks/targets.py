@@ -14,7 +14,8 @@ from benchmarks.contest import OURS
 from benchmarks.generation import HUGGING_FACE, SUMMED
 from benchmarks.problem import Size
 from benchmarks.search import FUSED, WITHOUT_FAISS
-from benchmarks.stage1 import REFERENCE
+from benchmarks.share import PEERS, relative_share, share, with_settings_of
+from benchmarks.stage1 import MODES, plain_name
 from benchmarks.training import DEFAULTS, NONE, PEER, PEER_ALIVE, results
 
 __all__ = [
@@ -39,6 +40,8 @@ _MANY_CODES = 1024
 _WIDE = 128
 _MIB = 2**20
 _LARGE = Size(65536, 16384, 64)
+# A quantizer that causes less of a training step cannot make it noticeably slower.
+_NOTICEABLE = 0.03
 
 Cells = Mapping[str, Mapping[str, Any]]
 Values = Iterator[tuple[str, float]]
@@ -176,16 +179,34 @@ def _memory(*modes: str) -> Callable[[Cells], Values]:
 
 
 def _stage1(cells: Cells) -> Values:
-    """Of the fastest mode at each size of the batch."""
+    """Of each mode in which both networks were measured."""
     for key, cell in cells.items():
         if not key.startswith("stage1/modes"):
             continue
-        names = [name for name in cell["contenders"] if name.startswith(OURS)]
-        values = {name: ratio(cell, REFERENCE, name) for name in names}
-        found = {name: value for name, value in values.items() if value is not None}
-        if found:
-            best = max(found, key=found.__getitem__)
-            yield _label(key, best), found[best]
+        for mode in MODES:
+            value = ratio(cell, f"{OURS} {mode.name}", plain_name(mode))
+            if value is not None:
+                yield _label(key, mode.name), value
+
+
+def _share(field: str) -> Callable[[Cells], Values]:
+    """Ours, at its defaults and with the peer's settings, / each peer's, where the peer's is noticeable."""
+
+    def values(cells: Cells) -> Values:
+        for key, cell in cells.items():
+            if not key.startswith("share/"):
+                continue
+            for peer in PEERS:
+                theirs = share(cell, peer, field)
+                if theirs is None or theirs.median <= _NOTICEABLE:
+                    continue
+                for name in (OURS, with_settings_of(peer)):
+                    found = relative_share(cell, name, peer, field)
+                    if found is not None:
+                        # A geometric mean needs positive ratios.
+                        yield _label(key, f"{name} / {peer}"), max(found, 0.01)
+
+    return values
 
 
 def _paddings(cells: Cells) -> Values:
@@ -298,7 +319,15 @@ TARGETS: tuple[Target, ...] = (
         unit=" MiB",
     ),
     Target("peak memory at the same size: training", 64.0, True, _memory("gradient", "ema"), unit=" MiB"),
-    Target("Stage-1 step: plain torch (eager, float32) / te_quant in its fastest mode", 1.6, False, _stage1),
+    Target(
+        "quantizer's share of a training step, where a peer's exceeds 3 %: te_quant / peer",
+        0.5,
+        True,
+        _share("step"),
+    ),
+    Target("the same, timed inside the step", 0.5, True, _share("inside")),
+    Target("the same of the step's peak memory", 0.5, True, _share("peak")),
+    Target("Stage-1 step: te_quant / plain torch in the same mode", 1.05, True, _stage1),
     Target("Stage-1 step: circular or replicate padding / zero padding", 1.1, True, _paddings),
     Target("generation: uncached / cached", 10.0, False, _ratios("generation/B64", SUMMED, OURS)),
     Target(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from te_quant import AutoencoderConfig, ResidualVectorQuantizer, VectorQuantizer, VQAutoencoder
+from te_quant.quantizers import _update
 from te_quant.quantizers._update import MAX_REPLACEMENTS
 from tests.helpers import exactly, plain_quantizer
 from tests.unit.quantizer_cases import state_of
@@ -284,3 +285,23 @@ def test_compiled_passes_revive_what_eager_ones_do() -> None:
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value)
     assert int(eager.revivals) >= 10
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("num_codes", [12, 90])
+def test_a_cpu_moves_what_a_device_moves(num_codes: int, nonfinite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing only the rows of dead codes gives the bits that writing whole tensors gives."""
+    first = VectorQuantizer(num_codes, 3, nonfinite=nonfinite, revival_threshold=0.5)
+    second = copy.deepcopy(first)
+    for step in range(24):
+        # In half of the steps all latents are near the same code, so that others die.
+        latents = torch.randn(20, 3) * (0.01 if step % 12 >= 6 else 1)
+        mask = torch.full((20,), step % 7 != 3)
+        if nonfinite == "skip":
+            latents[step % 20] = torch.nan
+        for quantizer, looks in ((first, True), (second, False)):
+            monkeypatch.setattr(_update, "_may_look", lambda _, looks=looks: looks)
+            quantizer(latents, mask=mask)
+    assert int(first.revivals) > num_codes
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name

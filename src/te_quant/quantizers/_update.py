@@ -241,7 +241,10 @@ def move(
     else:
         usage = state.usage.lerp_(counts, share)
         moved = state.code_sums.lerp_(sums, share) / smoothed(usage, EPSILON).unsqueeze(1)
-    state.codebook.copy_(torch.where(seen, moved.to(state.codebook.dtype), state.codebook))
+    if not _may_look(state.codebook):
+        state.codebook.copy_(torch.where(seen, moved.to(state.codebook.dtype), state.codebook))
+    elif bool(seen):
+        state.codebook.copy_(moved)
     if revival_threshold:
         _replace_dead(state, revival_threshold)
     _forget(state)
@@ -370,15 +373,28 @@ def _replace_dead(state: CodebookState, threshold: float) -> None:
     codebook, rows = cast("Tensor", state.codebook), cast("Tensor", state.pending_rows)
     mean = state.usage.mean()
     dead = state.usage < threshold * mean
-    if codebook.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
-        # Elsewhere looking would mean waiting for the device.
-        return
     # The j-th dead code takes the j-th row; where the rows run out, the rest stay as they are.
+    if _may_look(codebook):
+        # Most codes of a large codebook stay, and these are not even read.
+        codes = dead.nonzero().squeeze(1)[: rows.shape[0]]
+        found = rows[: len(codes), -1] > 0
+        codes, fresh = codes[found], rows[: len(codes)][found, :-1].to(codebook.dtype)
+        codebook[codes] = fresh
+        state.usage[codes] = mean
+        weights = smoothed(state.usage, EPSILON)[codes]
+        cast("Tensor", state.code_sums)[codes] = widen(fresh) * weights.unsqueeze(1)
+        cast("Tensor", state.revivals).add_(len(codes))
+        return
     order = dead.cumsum(0) - 1
     candidates = rows[order.clamp(0, rows.shape[0] - 1)]
     replaced = dead & (order < rows.shape[0]) & (candidates[:, -1] > 0)
     revive(state, replaced, candidates[:, :-1])
     cast("Tensor", state.revivals).add_(replaced.sum())
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether a value may decide what is computed: elsewhere that would mean waiting for the device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _penalized(
