@@ -219,7 +219,7 @@ def _quotient(entries: Mapping[str, Any], over: str, under: str) -> str:
 
 
 def _rendering(document: Document) -> str:
-    header = ("canvas", "batch", "milliseconds a batch", "images a second")
+    header = ("canvas", "batch", "milliseconds per batch", "images per second")
     rows = []
     for cell in _of(document, "rendering/"):
         settings, entry = cell["settings"], cell["contenders"][OURS]
