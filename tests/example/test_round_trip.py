@@ -85,7 +85,7 @@ class Levels:
     """A tokenizer of grey levels whose decoder raises the level where ``wrong`` says so, and never again."""
 
     training = False
-    config = types.SimpleNamespace(stride=1)
+    config = types.SimpleNamespace(stride=1, num_codes=16)
 
     def __init__(self, wrong: Tensor | None = None, turned: bool = False) -> None:
         self.wrong, self.turned = wrong, turned
@@ -121,6 +121,7 @@ def test_a_tokenizer_that_reads_itself_back_keeps_everything() -> None:
     """Eight bits hold sixteen levels."""
     found = _measured(Levels())
     assert min(found.pop("psnr")) > 100
+    assert (found.pop("used_codes"), found.pop("perplexity")) == (16, pytest.approx(14.4, abs=0.1))
     assert found == {"images": 8, "match": [1.0] * 3, "ink": 1.0, "whole": 1.0, "phases": 1.0}
 
 

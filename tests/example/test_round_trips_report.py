@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from examples.te_vqgan.reports.round_trips import render, write_round_trips
 from examples.te_vqgan.stage1.evaluation import dataset
 from examples.te_vqgan.stage1.presets import settings_for, to_dict
 from examples.te_vqgan.stage1.round_trip import measure_round_trips
+from examples.te_vqgan.stage1.token_search import search_tokens
 from te_quant import VQAutoencoder
 from tests.published import published
 
@@ -62,6 +64,40 @@ def test_what_is_lost_is_paired_by_seed(tmp_path: Path) -> None:
     assert [cells[weight][lost] for weight in ("0", "1", "3")] == ["0.00 ± 0.00", "0.40 ± 0.14", ""]
 
 
+def _searched(run: dict[str, Any], encoder: float, psnr: float | None) -> dict[str, Any]:
+    trip = run["round_trip"]
+    found = {**run, "encoder": {**trip, "psnr": [encoder]}}
+    if psnr is not None:
+        found["search"] = {
+            **trip,
+            "match": [1.0],
+            "psnr": [psnr],
+            "used_codes": 90,
+            "perplexity": 40.0,
+            "kappa": {"aligned": 1.0, "sub_stride": 0.99},
+            "shifted": 4,
+            "cpu_seconds_per_image": 5.0,
+        }
+    return found
+
+
+def test_the_search_is_compared_with_both_encoders_over_the_same_images(tmp_path: Path) -> None:
+    """Its own one, and that of the training of its seed without the loss."""
+    write_round_trips(tmp_path, RUNS, command="x")
+    assert not (tmp_path / "search.md").exists()
+    names = list(RUNS)
+    numbers = [(30.0, None), (31.0, None), (27.0, 28.0), (27.5, 28.7), (26.0, 27.0)]
+    runs = {name: _searched(RUNS[name], *pair) for name, pair in zip(names, numbers, strict=True)}
+    write_round_trips(tmp_path, runs, command="x")
+    rows = [line.split("|") for line in (tmp_path / "search.md").read_text().splitlines() if line[:1] == "|"]
+    header = [cell.strip() for cell in rows[0]]
+    cells = {row[1].strip(): [cell.strip() for cell in row] for row in rows[2:]}
+    assert list(cells) == ["1", "3"]
+    gained, lost = header.index("gained, dB"), header.index("lost, dB")
+    assert [cells[weight][gained] for weight in cells] == ["+1.10 ± +0.14", "+1.00"]
+    assert [cells[weight][lost] for weight in cells] == ["2.15 ± 0.21", ""]
+
+
 def test_later_runs_join_the_earlier_ones(tmp_path: Path) -> None:
     """One of the same name is replaced."""
     write_round_trips(tmp_path, dict(list(RUNS.items())[:2]), command="x")
@@ -87,15 +123,27 @@ def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_measures_finished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From training to table, with and without the loss."""
+def test_the_command_measures_finished_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From training to table, with and without the loss; the search is a short one."""
+    short = functools.partial(search_tokens, penalties=[0.1], candidates=4, max_steps=2)
+    monkeypatch.setattr(round_trips, "search_tokens", short)
     for weight in ("0", "1"):
         words = ["stage1", "--preset", "smoke", "--data", "digits", "--arm", "integer_exact", "--threads", "1"]
         assert main([*words, "--round-trip-weight", weight, "--out", str(tmp_path / weight)]) == 0
     folders = [str(tmp_path / weight / "integer_exact-seed0") for weight in ("0", "1")]
     into = str(tmp_path / "results")
-    assert main(["round-trips", "--runs", *folders, "--into", into, "--images", "8", "--threads", "1"]) == 0
+    words = ["round-trips", "--runs", *folders, "--into", into, "--images", "8", "--threads", "1"]
+    assert main([*words, "--search-images", "4"]) == 0
     assert "of the tokens come back" in capsys.readouterr().out
+    runs = json.loads((tmp_path / "results" / "round-trips.json").read_text(encoding="utf-8"))["runs"]
+    assert ["search" in run for run in runs.values()] == [False, True]
+    [searched] = [run["search"] for run in runs.values() if "search" in run]
+    [encoder] = [run["encoder"] for run in runs.values() if "search" in run]
+    assert searched["images"] == 4
+    costs = [10 ** (-trip["psnr"][0] / 10) * 4 + 0.1 * (1 - trip["match"][0]) for trip in (searched, encoder)]
+    assert costs[0] < costs[1]
     assert main(["round-trips", "--into", into]) == 0
     assert "| weight | seeds |" in capsys.readouterr().out
     assert main(["round-trips", "--runs", str(tmp_path), "--into", into]) == 1

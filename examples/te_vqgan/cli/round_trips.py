@@ -30,6 +30,13 @@ def add_round_trips_command(add: Callable[..., argparse.ArgumentParser]) -> None
     trips.add_argument(
         "--images", type=int, default=512, help="test images for each, at most all of them (default: 512)"
     )
+    trips.add_argument(
+        "--search-images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="encode the first N of them by search too, unless the weight is 0; takes seconds each (default: 0)",
+    )
 
 
 def _round_trips(options: argparse.Namespace) -> None:
@@ -43,7 +50,7 @@ def _round_trips(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     for folder in options.runs or ():
         source = load_digits(finished_settings(folder).data, options.data_dir)
-        run = measure_run(folder, source, options.images)
+        run = measure_run(folder, source, options.images, options.search_images)
         name = f"{folder.resolve().parent.name}/{folder.name}"
         # One by one, so that an interruption loses only the current one.
         write_round_trips(options.into, {name: run}, command=command_line(options.words))

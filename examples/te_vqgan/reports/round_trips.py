@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.reports.results import mean_and_deviation
@@ -20,7 +22,8 @@ from examples.te_vqgan.stage1.evaluation import dataset
 from examples.te_vqgan.stage1.exactness import finished_settings
 from examples.te_vqgan.stage1.presets import ARMS, to_dict
 from examples.te_vqgan.stage1.round_trip import measure_round_trips
-from te_quant import VQAutoencoder
+from examples.te_vqgan.stage1.token_search import PENALTIES, search_tokens
+from te_quant import VQAutoencoder, measure_equivariance
 from te_quant.tables import Table
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ MATCH, MOST_LOST = 0.99, 0.3
 
 _FILE = "round-trips.json"
 _CYCLES = 4
+# Images that are shifted to see whether the search is equivariant: each shift is another search.
+_SHIFTED = 4
 _HEADER = [
     "weight",
     "seeds",
@@ -48,29 +53,55 @@ _HEADER = [
     "κ, below a token",
 ]
 
+_SEARCH_HEADER = [
+    "weight",
+    "seeds",
+    "tokens that come back",
+    "…on the digits",
+    "images whole",
+    "PSNR, dB",
+    "gained, dB",
+    "lost, dB",
+    "codes used",
+    "perplexity",
+    "κ, whole tokens",
+    "κ, below a token",
+    "CPU seconds per image",
+]
+
 Run = Mapping[str, Any]
 
 
-def measure_run(folder: Path, source: DigitSource, count: int) -> dict[str, Any]:
+def measure_run(folder: Path, source: DigitSource, count: int, searched: int = 0) -> dict[str, Any]:
     """Return the numbers of the finished ``stage1`` run in ``folder``.
 
     Args:
         folder: of the run.
         source: the digits of its settings.
         count: test images for the round trips; everything else was measured when the run ended.
+        searched: the first so many of them are also encoded by search.
 
     Raises:
         ValueError: the run is not finished, or there are fewer test images.
     """
     settings = finished_settings(folder)
     require_int("images", count, 1)
+    require_int("search-images", searched, 0)
     images = dataset(settings, source, "test")
-    require(count <= len(images), "images", f"at most the {len(images):,} test images", count)
+    most = max(count, searched)
+    require(most <= len(images), "images", f"at most the {len(images):,} test images", most)
     model = VQAutoencoder.from_pretrained(folder / "model", dtype=torch.float32)
     evaluation = read_json_object(folder / "evaluation.json")
     equivariance = evaluation["equivariance"]
     provenance = read_json_object(folder / "provenance.json")
+    search: dict[str, Any] = {}
+    if searched:
+        search["encoder"] = measure_round_trips(model, images, searched, torch.device("cpu"), cycles=1)
+        # What the search gains is compared with the encoder of a training without the loss.
+        if settings.round_trip_weight > 0:
+            search["search"] = _measure_search(model, images, searched)
     return {
+        **search,
         "arm": folder.name.rsplit("-seed", 1)[0],
         "settings": to_dict(settings),
         "round_trip": measure_round_trips(model, images, count, torch.device("cpu"), cycles=_CYCLES),
@@ -78,6 +109,32 @@ def measure_run(folder: Path, source: DigitSource, count: int) -> dict[str, Any]
         "kappa": {name: equivariance[name]["kappa"] for name in ("aligned", "sub_stride")},
         "seconds": provenance["training"]["wall_seconds"],
         "commit": provenance["commit"],
+    }
+
+
+def _measure_search(model: VQAutoencoder, images: QuadrantDataset, count: int) -> dict[str, Any]:
+    """Return what :func:`~.round_trip.measure_round_trips` says of the search, κ and time."""
+    device = torch.device("cpu")
+    begin = time.process_time()
+    found = measure_round_trips(model, images, count, device, cycles=1, first=search_tokens)
+    seconds = (time.process_time() - begin) / count
+    stride = model.config.stride
+    report = measure_equivariance(
+        lambda pictures: search_tokens(model, pictures).indices,
+        images.fixed(0, _SHIFTED),
+        stride=stride,
+        num_codes=model.config.num_codes,
+        protocol="circular",
+        shifts=[(stride, 0), (2 * stride, 3 * stride)],
+        sub_stride_shifts=[(0, 1), (1, 3), (2, 2)],
+        progress=False,
+    ).to_dict()
+    return {
+        **found,
+        "kappa": {name: report[name]["kappa"] for name in ("aligned", "sub_stride")},
+        "shifted": _SHIFTED,
+        "cpu_seconds_per_image": seconds,
+        "penalties": list(PENALTIES),
     }
 
 
@@ -113,6 +170,8 @@ def render(folder: Path) -> None:
     runs = list(read_json_object(path)["runs"].values())
     _require_alike(runs)
     write_text_atomically(folder / "round-trips.md", _table(runs))
+    if any("search" in run for run in runs):
+        write_text_atomically(folder / "search.md", _search_table(runs))
     write_bytes_atomically(folder / "round-trips.png", encode_png(_figure(runs), dpi=110))
 
 
@@ -171,6 +230,49 @@ def _table(runs: Sequence[Run]) -> str:
     return Table(_HEADER, rows, note=note).to_markdown()
 
 
+def _search_table(everything: Sequence[Run]) -> str:
+    runs = [run for run in everything if "search" in run]
+    rows = []
+    for weight, group in _by_weight(runs).items():
+        found = [run["search"] for run in group]
+        lost = [value for run in group if (value := _lost_by_search(run, everything)) is not None]
+        columns = [
+            ([search["match"][0] for search in found], ".3f"),
+            ([search["ink"] for search in found], ".3f"),
+            ([search["whole"] for search in found], ".3f"),
+            ([search["psnr"][0] for search in found], ".2f"),
+            ([run["search"]["psnr"][0] - run["encoder"]["psnr"][0] for run in group], "+.2f"),
+            (lost, ".2f"),
+            ([search["used_codes"] for search in found], ".0f"),
+            ([search["perplexity"] for search in found], ".1f"),
+            ([search["kappa"]["aligned"] for search in found], ".3f"),
+            ([search["kappa"]["sub_stride"] for search in found], ".3f"),
+            ([search["cpu_seconds_per_image"] for search in found], ".1f"),
+        ]
+        seeds = ", ".join(str(run["settings"]["seed"]) for run in group)
+        cells = [mean_and_deviation(values, pattern) if values else "" for values, pattern in columns]
+        rows.append([f"{weight:g}", seeds, *cells])
+    first = runs[0]["search"]
+    note = (
+        f"The first {first['images']:,} test images; κ of {first['shifted']} of them under circular shifts. Means "
+        f"± standard deviations over seeds. Gained: against the encoder of the same tokenizer. Lost: against the "
+        f"encoder of the tokenizer of the same seed that was trained with weight 0, over the same images."
+    )
+    return Table(_SEARCH_HEADER, rows, note=note).to_markdown()
+
+
+def _lost_by_search(run: Run, runs: Sequence[Run]) -> float | None:
+    for other in runs:
+        settings = other["settings"]
+        if (
+            settings["seed"] == run["settings"]["seed"]
+            and settings["round_trip_weight"] == 0
+            and "encoder" in other
+        ):
+            return float(other["encoder"]["psnr"][0] - run["search"]["psnr"][0])
+    return None
+
+
 def _figure(runs: Sequence[Run]) -> Figure:
     from matplotlib.figure import Figure
 
@@ -180,6 +282,7 @@ def _figure(runs: Sequence[Run]) -> Figure:
     if without:
         axes.axvspan(statistics.fmean(without) - MOST_LOST, max(without) + 0.1, color="tab:green", alpha=0.08)
         axes.axhspan(MATCH, 1.0, color="tab:green", alpha=0.08)
+    searched = False
     for number, (weight, group) in enumerate(_by_weight(runs).items()):
         color = f"C{number}"
         for place, run in enumerate(group):
@@ -187,6 +290,18 @@ def _figure(runs: Sequence[Run]) -> Figure:
             axes.plot(trip["psnr"], trip["match"], color=color, lw=0.8, alpha=0.6, marker=".", ms=4)
             label = f"weight {weight:g}" if place == 0 else None
             axes.plot(trip["psnr"][0], trip["match"][0], color=color, marker="o", ms=7, ls="", label=label)
+            if "search" in run and without and (lost := _lost_by_search(run, runs)) is not None:
+                label = "by search" if not searched else None
+                searched = True
+                axes.plot(
+                    statistics.fmean(without) - lost,
+                    run["search"]["match"][0],
+                    color=color,
+                    marker="*",
+                    ms=12,
+                    ls="",
+                    label=label,
+                )
     axes.set(
         xlabel="PSNR of 8-bit reconstructions of test images, dB (more is better)",
         ylabel="share of the tokens that come back",

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from examples.te_vqgan.data.rows import ImageRows
 from examples.te_vqgan.stage1.evaluation import psnr
-from te_quant import VQAutoencoder
+from te_quant import CodebookUsage, VQAutoencoder
 from te_quant.layers import PolyphaseDownsample2d
 
-__all__ = ["Tokens", "encode_at", "growth", "measure_round_trips", "round_trip_loss", "rounded"]
+__all__ = ["Tokens", "encode_at", "growth", "measure_round_trips", "read", "round_trip_loss", "rounded"]
 
 _BATCH = 128
 _GROUND = -1.0
@@ -127,38 +127,49 @@ class Tokens(NamedTuple):
     phases: Tensor
 
 
-def _encode(model: VQAutoencoder, images: Tensor) -> Tokens:
+def read(model: VQAutoencoder, images: Tensor) -> Tokens:
+    """Return what the encoder says."""
     latents, phases = model.encode_with_phases(images)
     return Tokens(model.quantizer(latents).indices, phases)
 
 
 @torch.no_grad()
 def measure_round_trips(
-    model: VQAutoencoder, images: ImageRows, count: int, device: torch.device, *, cycles: int = 3
+    model: VQAutoencoder,
+    images: ImageRows,
+    count: int,
+    device: torch.device,
+    *,
+    cycles: int = 3,
+    first: Callable[[VQAutoencoder, Tensor], Tokens] = read,
 ) -> dict[str, Any]:
     """Encode, decode to 8 bits and encode again, several times, in float32 and evaluation mode.
+
+    ``first`` makes the tokens of the images. Those of decoded pictures are always what the encoder says.
 
     Returns:
         ``images``: how many; ``match``: the share of the tokens that come back from each round trip, compared
         with those before it; ``psnr``: of the pictures of the tokens before each of them, dB; ``ink``: the share
         that comes back from the first, only where the image shows more than the ground; ``whole``: the share of
         the images all of whose tokens, and the phase, come back from the first; ``phases``: of those whose phase
-        does.
+        does; ``used_codes`` and ``perplexity``: of the tokens before the first.
     """
     was_training = model.training
     model.eval()
     stride = model.config.stride
     ink = cells = inked = whole = phases = 0
     match, squared = [0] * cycles, [0.0] * cycles
+    usage = CodebookUsage(model.config.num_codes, device=device)
     count = min(count, len(images))
     for start in range(0, count, _BATCH):
         batch = images.fixed(start, min(start + _BATCH, count)).to(device)
         marked = F.max_pool2d((batch != _GROUND).any(1, keepdim=True).float(), stride).squeeze(1) > 0
-        tokens = _encode(model, batch)
+        tokens = first(model, batch)
+        usage.update(tokens.indices)
         for cycle in range(cycles):
             pictures = rounded(model.decode_indices(*tokens))
             squared[cycle] += float((pictures.double() - batch.double()).square().mean((1, 2, 3)).sum())
-            again = _encode(model, pictures)
+            again = read(model, pictures)
             equal = again.indices == tokens.indices
             match[cycle] += int(equal.sum())
             if cycle == 0:
@@ -170,6 +181,7 @@ def measure_round_trips(
                 phases += int(kept.sum())
             tokens = again
     model.train(was_training)
+    use = usage.compute()
     return {
         "images": count,
         "match": [number / cells for number in match],
@@ -177,4 +189,6 @@ def measure_round_trips(
         "ink": ink / inked,
         "whole": whole / count,
         "phases": phases / count,
+        "used_codes": use.used_codes,
+        "perplexity": use.perplexity,
     }

@@ -259,7 +259,15 @@ def _trips(content: Mapping[str, Any]) -> Place:
             "codes": test["used_codes"],
             "perplexity": test["perplexity"],
         }
-        cells.append({"weight": settings["round_trip_weight"], "seed": settings["seed"], "trip": numbers})
+        cell = {"weight": settings["round_trip_weight"], "seed": settings["seed"], "trip": numbers}
+        if "search" in run:
+            found = run["search"]
+            gained = found["psnr"][0] - run["encoder"]["psnr"][0]
+            searched = {name: found[name] for name in ("whole", "used_codes", "cpu_seconds_per_image")}
+            cell["search"] = {**searched, "match": found["match"][0], "psnr": found["psnr"][0], "gained": gained}
+        if "encoder" in run:
+            cell["encoder"] = {"psnr": run["encoder"]["psnr"][0]}
+        cells.append(cell)
     return _cells({"cells": cells})
 
 

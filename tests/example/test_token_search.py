@@ -1,0 +1,106 @@
+"""The search for tokens whose picture is better and reads back as the same tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from examples.te_vqgan.data.sources import load_digits
+from examples.te_vqgan.stage1.evaluation import dataset
+from examples.te_vqgan.stage1.presets import settings_for
+from examples.te_vqgan.stage1.round_trip import read, rounded
+from examples.te_vqgan.stage1.token_search import search_tokens
+from examples.te_vqgan.stage1.trainer import Stage1Trainer
+from te_quant import VQAutoencoder
+from te_quant.shifts import roll
+from tests.published import published
+
+
+def _model(arm: str) -> VQAutoencoder:
+    """Return an untrained model whose codes are some of its latents."""
+    trainer = Stage1Trainer(settings_for("smoke", arm), torch.device("cpu"))
+    model = trainer.model.eval().double().requires_grad_(False)
+    latents = model.encode(_images(4, seed=9, side=32)).movedim(1, -1).flatten(0, 2)
+    model.quantizer.set_codebook(latents[:: len(latents) // 16][:16])
+    return model
+
+
+def _images(count: int, seed: int = 0, side: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 3, side, side, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def _cost(model: VQAutoencoder, indices: Tensor, phases: Tensor, images: Tensor, penalty: float) -> Tensor:
+    """Write the formula of the docstring down once more."""
+    pictures = rounded(model.decode_indices(indices, phases))
+    again = read(model, pictures)
+    squared = ((pictures - images) ** 2).mean((1, 2, 3))
+    other_phase = (again.phases != phases).flatten(1).any(1)
+    return squared + penalty * ((again.indices != indices).double().mean((1, 2)) + other_phase)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.02, 1.0])
+def test_what_is_found_costs_less_than_what_the_encoder_says(penalty: float) -> None:
+    """For every image; without a step only the tokens of decoded pictures are tried."""
+    model, images = _model("integer_exact"), _images(3)
+    said = read(model, images)
+    found = search_tokens(model, images, penalties=[penalty], candidates=4, max_steps=5)
+    before = _cost(model, *said, images, penalty)
+    after = _cost(model, *found, images, penalty)
+    assert bool((after <= before).all())
+    assert bool((after < before).any())
+    assert torch.equal(found.phases, said.phases)
+    settled = search_tokens(model, images, penalties=[penalty], candidates=4, max_steps=0)
+    assert bool((_cost(model, *settled, images, penalty) <= before).all())
+
+
+def test_one_change_is_the_best_of_all_that_were_tried() -> None:
+    """An oracle tries every token at every place; with all as candidates the first step takes the best of them."""
+    model, images = _model("integer_exact"), _images(1, side=8)
+    said = read(model, images)
+    found = search_tokens(model, images, penalties=[0.0], candidates=2 * 2 * 15, max_steps=1)
+    single = said.indices.expand(2 * 2 * 16, -1, -1).clone().flatten(1)
+    place = torch.arange(2 * 2 * 16)
+    single[place, place // 16] = place % 16
+    every = torch.cat([single.view(-1, 2, 2), read(model, rounded(model.decode_indices(*said))).indices])
+    costs = _cost(model, every, said.phases.expand(len(every), -1, -1), images, 0.0)
+    assert float(_cost(model, *found, images, 0.0)) == pytest.approx(float(costs.min()), rel=1e-12)
+
+
+def test_the_search_moves_with_the_image() -> None:
+    """Where the encoder does; the control with replicated borders does not."""
+    images = _images(2)
+    for arm, same in (("integer_exact", True), ("vqgan", False)):
+        model = _model(arm)
+        still, moved = (
+            search_tokens(model, some, penalties=[0.02], candidates=4, max_steps=4).indices
+            for some in (images, roll(images, (8, 4)))
+        )
+        assert torch.equal(moved, roll(still, (2, 1))) == same
+
+
+def test_images_are_searched_one_by_one() -> None:
+    """A batch finds what each image finds."""
+    model, images = _model("integer_exact"), _images(3)
+    together = search_tokens(model, images, penalties=[0.02], candidates=4, max_steps=4).indices
+    for number in range(3):
+        one = search_tokens(model, images[number : number + 1], penalties=[0.02], candidates=4, max_steps=4)
+        assert torch.equal(one.indices[0], together[number])
+
+
+@pytest.mark.slow
+def test_a_trained_tokenizer_gains_in_both() -> None:
+    """Lower error and more tokens that come back, on digits that it has not seen."""
+    settings = settings_for("small", "integer_exact", {"data": "digits", "held_out": False, "eval_images": 2})
+    images = dataset(settings, load_digits("digits"), "test").fixed(0, 2)
+    folder = published("round-trips/tokenizer/model.safetensors").parent
+    model = VQAutoencoder.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    said, found = read(model, images), search_tokens(model, images, candidates=8, max_steps=12)
+    errors, matches = [], []
+    for tokens in (said, found):
+        pictures = rounded(model.decode_indices(*tokens))
+        errors.append(float((pictures - images).square().mean()))
+        matches.append(float((read(model, pictures).indices == tokens.indices).double().mean()))
+    assert errors[1] < errors[0]
+    assert matches[1] > matches[0]
