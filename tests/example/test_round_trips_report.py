@@ -94,7 +94,7 @@ def test_the_search_is_compared_with_both_encoders_over_the_same_images(tmp_path
     cells = {row[1].strip(): [cell.strip() for cell in row] for row in rows[2:]}
     assert list(cells) == ["1", "3"]
     gained, lost = header.index("gained, dB"), header.index("lost, dB")
-    assert [cells[weight][gained] for weight in cells] == ["+1.10 ± +0.14", "+1.00"]
+    assert [cells[weight][gained] for weight in cells] == ["1.10 ± 0.14", "1.00"]
     assert [cells[weight][lost] for weight in cells] == ["2.15 ± 0.21", ""]
 
 
