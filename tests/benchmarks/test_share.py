@@ -217,9 +217,9 @@ def test_a_quick_cell_holds_times_and_memory() -> None:
 @pytest.mark.slow
 def test_memory_counts_what_is_built_and_kept() -> None:
     """A network of 4 MiB holds at least itself, its two moments and, at the peak, its gradient."""
-    found = share.memory_here(IDENTITY, VIT._replace(width=256), CPU)
-    assert found["status"] == "ok"
+    context = Context(CPU, 1, "quick", Limits(budget=0.0, min_rounds=1, max_rounds=1))
+    found = share._memory_apart(IDENTITY, VIT._replace(width=256), context)
     encoder, decoder = build_coders(VIT._replace(width=256))
     weights = 4 * sum(parameter.numel() for half in (encoder, decoder) for parameter in half.parameters())
-    assert min(found["peaks"]) > 0.9 * 4 * weights
+    assert min(found["peak_samples"]) > 0.9 * 4 * weights
     assert 0.9 * 3 * weights < found["held"] < 8 * weights
