@@ -189,13 +189,17 @@ def _by_weight(runs: Sequence[Run]) -> dict[float, list[Run]]:
     return {weight: [run for run in runs if run["settings"]["round_trip_weight"] == weight] for weight in weights}
 
 
+def _without_loss(run: Run, runs: Sequence[Run]) -> Run | None:
+    """Return the run of the same seed that was trained with weight 0."""
+    seed = run["settings"]["seed"]
+    alike = (other["settings"]["seed"] == seed and other["settings"]["round_trip_weight"] == 0 for other in runs)
+    return next((other for other, same in zip(runs, alike, strict=True) if same), None)
+
+
 def _lost(run: Run, runs: Sequence[Run]) -> float | None:
     """What a run loses against that of its seed without the loss."""
-    for other in runs:
-        settings = other["settings"]
-        if settings["seed"] == run["settings"]["seed"] and settings["round_trip_weight"] == 0:
-            return float(other["test"]["psnr"] - run["test"]["psnr"])
-    return None
+    other = _without_loss(run, runs)
+    return None if other is None else float(other["test"]["psnr"] - run["test"]["psnr"])
 
 
 def _table(runs: Sequence[Run]) -> str:
@@ -262,15 +266,10 @@ def _search_table(everything: Sequence[Run]) -> str:
 
 
 def _lost_by_search(run: Run, runs: Sequence[Run]) -> float | None:
-    for other in runs:
-        settings = other["settings"]
-        if (
-            settings["seed"] == run["settings"]["seed"]
-            and settings["round_trip_weight"] == 0
-            and "encoder" in other
-        ):
-            return float(other["encoder"]["psnr"][0] - run["search"]["psnr"][0])
-    return None
+    other = _without_loss(run, runs)
+    if other is None or "encoder" not in other:
+        return None
+    return float(other["encoder"]["psnr"][0] - run["search"]["psnr"][0])
 
 
 def _figure(runs: Sequence[Run]) -> Figure:
