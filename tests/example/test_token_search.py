@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from examples.te_vqgan.data.sources import load_digits
+from examples.te_vqgan.stage1 import token_search
 from examples.te_vqgan.stage1.evaluation import dataset
 from examples.te_vqgan.stage1.presets import settings_for
 from examples.te_vqgan.stage1.round_trip import read, rounded
@@ -51,8 +52,38 @@ def test_what_is_found_costs_less_than_what_the_encoder_says(penalty: float) -> 
     assert bool((after <= before).all())
     assert bool((after < before).any())
     assert torch.equal(found.phases, said.phases)
-    settled = search_tokens(model, images, penalties=[penalty], candidates=4, max_steps=0)
-    assert bool((_cost(model, *settled, images, penalty) <= before).all())
+    settled = _cost(
+        model, *search_tokens(model, images, penalties=[penalty], candidates=4, max_steps=0), images, penalty
+    )
+    assert bool((settled <= before).all())
+    assert bool((settled < before).any())
+
+
+def test_the_penalty_brings_tokens_back() -> None:
+    """With it fewer are lost than without, at a larger error."""
+    model, images = _model("integer_exact"), _images(4)
+    free, held = (
+        search_tokens(model, images, penalties=[penalty], candidates=8, max_steps=6) for penalty in (0.0, 1.0)
+    )
+    errors = [float(_cost(model, *found, images, 0.0).sum()) for found in (free, held)]
+    lost = [
+        float(_cost(model, *found, images, 1.0).sum()) - error
+        for found, error in zip((free, held), errors, strict=True)
+    ]
+    assert lost[1] < lost[0]
+    assert errors[1] > errors[0]
+
+
+def test_no_step_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, and however few changes are on offer; without the readings at the end."""
+    monkeypatch.setattr(token_search, "_READINGS", 0)
+    model, images = _model("integer_exact"), _images(3)
+    costs = [
+        _cost(model, *search_tokens(model, images, penalties=[0.0], candidates=1, max_steps=steps), images, 0.0)
+        for steps in (1, 2, 25)
+    ]
+    assert bool((costs[1] <= costs[0]).all())
+    assert bool((costs[2] <= costs[1]).all())
 
 
 def test_one_change_is_the_best_of_all_that_were_tried() -> None:
@@ -74,7 +105,7 @@ def test_the_search_moves_with_the_image() -> None:
     for arm, same in (("integer_exact", True), ("vqgan", False)):
         model = _model(arm)
         still, moved = (
-            search_tokens(model, some, penalties=[0.02], candidates=4, max_steps=4).indices
+            search_tokens(model, some, penalties=[1.0], candidates=4, max_steps=6).indices
             for some in (images, roll(images, (8, 4)))
         )
         assert torch.equal(moved, roll(still, (2, 1))) == same
