@@ -84,8 +84,11 @@ def test_finds_the_nearest_code(n: int, k: int, c: int, calls: list[int]) -> Non
     assert indices.shape == (n,)
     assert indices.dtype == torch.int64
     assert_nearest(indices, latents, codebook)
-    # Of one or two codes the middle may be one of them, and then they have no scale.
-    assert k <= 2 or sum(rows for rows, _, _ in calls) == n
+    # Of one or two codes the middle may be one of them, and then they have no scale. With fewer rows than threads
+    # torch searches.
+    if k > 2:
+        expected = n if n >= torch.get_num_threads() else 0
+        assert sum(rows for rows, _, _ in calls) == expected
 
 
 def test_no_latents_give_no_indices() -> None:

@@ -192,8 +192,8 @@ def _by_weight(runs: Sequence[Run]) -> dict[float, list[Run]]:
 def _without_loss(run: Run, runs: Sequence[Run]) -> Run | None:
     """Return the run of the same seed that was trained with weight 0."""
     seed = run["settings"]["seed"]
-    alike = (other["settings"]["seed"] == seed and other["settings"]["round_trip_weight"] == 0 for other in runs)
-    return next((other for other, same in zip(runs, alike, strict=True) if same), None)
+    without = (other for other in runs if other["settings"]["round_trip_weight"] == 0)
+    return next((other for other in without if other["settings"]["seed"] == seed), None)
 
 
 def _lost(run: Run, runs: Sequence[Run]) -> float | None:
