@@ -110,9 +110,8 @@ def test_tokenizers_of_several_reports_become_one_comparison(
     assert results["commands"][:2] == ["made first", "made second"]
     assert "compare --results" in results["commands"][2]
     published_rows = published("small/comparison.md").read_text().splitlines()
-    rows = [
-        line for line in (into / "comparison.md").read_text().splitlines() if line.startswith(("| VQ", "| SC"))
-    ]
+    lines = (into / "comparison.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith(("| VQ", "| SC"))]
     assert len(rows) == 2 + 6
     assert set(rows) <= set(published_rows)
     assert capsys.readouterr().out.startswith(lines[0])
