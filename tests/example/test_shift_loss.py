@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from examples.te_vqgan.stage1.joint import vector_quantizer
 from examples.te_vqgan.stage1.presets import settings_for
-from examples.te_vqgan.stage1.shift_loss import Moves, draw_moves, equal_tokens, roll_each, shift_loss
+from examples.te_vqgan.stage1.shift_loss import Moves, draw_moves, roll_each, shift_loss, wanted_tokens
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 
 CPU = torch.device("cpu")
@@ -64,10 +64,13 @@ def _square(first: int, last: int) -> Tensor:
 
 
 def test_tokens_count_where_their_pixels_are_equal() -> None:
-    """All of them after whole tokens; after a pixel more not those at the edges of what is drawn."""
+    """All of them after whole tokens, or a pixel beside; after two not those at the edges of what is drawn."""
     image = _square(4, 20)
-    assert bool(equal_tokens(image, _moves((2, 1), (8, 4)), STRIDE).all())
-    equal = equal_tokens(image, _moves((0, 0), (1, 0)), STRIDE)
+    for pixels in ((8, 4), (9, 3), (7, 4)):
+        assert bool(wanted_tokens(image, _moves((2, 1), pixels), STRIDE).all())
+    # The border of tokens around 0 is that around the side.
+    assert bool(wanted_tokens(image, _moves((0, 0), (31, 0)), STRIDE).all())
+    equal = wanted_tokens(image, _moves((0, 0), (2, 0)), STRIDE)
     # The upper edge enters the row of tokens 1, the lower one row 5, each from column 1 to 4.
     expected = torch.ones(1, 8, 8, dtype=torch.bool)
     expected[:, 1, 1:5] = expected[:, 5, 1:5] = False
@@ -78,15 +81,15 @@ def test_an_image_that_the_border_cuts_does_not_count() -> None:
     """In either direction; the same square a token before the border does."""
     image = _square(4, 20)
     for pixels in ((16, 0), (0, 16)):
-        assert not bool(equal_tokens(image, _moves((pixels[0] // 4, pixels[1] // 4), pixels), STRIDE).any())
-    assert bool(equal_tokens(image, _moves((3, 3), (12, 12)), STRIDE).all())
+        assert not bool(wanted_tokens(image, _moves((pixels[0] // 4, pixels[1] // 4), pixels), STRIDE).any())
+    assert bool(wanted_tokens(image, _moves((3, 3), (12, 12)), STRIDE).all())
 
 
 def _encoder(place: float) -> Any:
-    """Pool each token's pixels; ``place`` adds what depends on the row."""
+    """Say which colour most of a token's pixels have; ``place`` adds what depends on the row."""
 
     def encode(images: Tensor) -> Tensor:
-        pooled = F.avg_pool2d(images[:, :2], STRIDE)
+        pooled = (F.avg_pool2d(images[:, :2], STRIDE) > 0) * 2.0 - 1
         return pooled + place * torch.linspace(0, 1, pooled.shape[2])[:, None]
 
     return types.SimpleNamespace(encode=encode, config=types.SimpleNamespace(stride=STRIDE))

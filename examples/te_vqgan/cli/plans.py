@@ -22,6 +22,7 @@ _ALIVE = (
     "margin",
     "shifted",
     "shift_loss",
+    "shift_loss_light",
     "shift_loss_revival",
 )
 _ALL = tuple(arm for arm in ARMS if arm not in _ALIVE)

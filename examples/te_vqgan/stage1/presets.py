@@ -119,7 +119,7 @@ class Stage1Settings:
     round_trip_phase_weight: float = 0.3
     round_trip_start: float = 0.4
     shift_weight: float = 0.0
-    shift_margin: float = 0.5
+    shift_margin: float = 0.8
     margin_weight: float = 0.0
     shift_images: bool = False
     orthogonal_codes: bool = False
@@ -257,8 +257,9 @@ ARMS: dict[str, Arm] = {
     "orthogonal": Arm("codes kept orthogonal", {"downsample": "strided_conv"}, {"orthogonal_codes": True}),
     "margin": Arm("EMA, margin", _EMA, {"margin_weight": 0.1}),
     "shifted": Arm("EMA, shifted images", _EMA, {"shift_images": True}),
-    "shift_loss": Arm("EMA, shift loss", _EMA, {"shift_weight": 0.2}),
-    "shift_loss_revival": Arm("EMA, revival, shift loss", _REVIVAL, {"shift_weight": 0.2}),
+    "shift_loss": Arm("EMA, shift loss 0.2", _EMA, {"shift_weight": 0.2}),
+    "shift_loss_light": Arm("EMA, shift loss 0.1", _EMA, {"shift_weight": 0.1}),
+    "shift_loss_revival": Arm("EMA, revival, shift loss 0.2", _REVIVAL, {"shift_weight": 0.2}),
 }
 # What `run` trains if it is not told which.
 DEFAULT_ARMS = ("vqgan", "te_vqgan")

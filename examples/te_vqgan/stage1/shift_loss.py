@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from examples.te_vqgan.stage1.wanted_codes import wanted_code_loss
 from te_quant import VQAutoencoder
 
-__all__ = ["START", "Moves", "draw_moves", "equal_tokens", "roll_each", "shift_loss"]
+__all__ = ["START", "Moves", "draw_moves", "roll_each", "shift_loss", "wanted_tokens"]
 
 START = 0.1
 """The loss begins after this share of the steps: before, tokens say little."""
 
+# Images that are so many pixels from where whole tokens would put them are to have the same tokens everywhere.
+_NEAR = 1
 _GROUND = -1.0
 # Half of what separates two 8-bit levels.
 _EQUAL = 1 / 255
@@ -72,23 +74,27 @@ def roll_each(images: Tensor, offsets: Tensor) -> Tensor:
     )
 
 
-def equal_tokens(images: Tensor, moves: Moves, stride: int) -> Tensor:
-    """Say where rolled images show what they would if they had been rolled by whole tokens.
+def wanted_tokens(images: Tensor, moves: Moves, stride: int) -> Tensor:
+    """Say where rolled images are to have the tokens that they would have if they had been rolled by whole tokens.
 
-    Nowhere in images where the border of the picture cuts what is not ground: they show what no image shows.
+    Where they show the same pixels; and everywhere if they are rolled by at most one pixel more or less. Nowhere
+    in images where the border of the picture cuts what is not ground: they show what no image shows.
 
     Shape:
         images: (B, C, H, W). Returns (B, h, w) bool.
     """
     side = images.shape[-1]
     change = (roll_each(images, moves.pixels) - roll_each(images, moves.tokens * stride)).abs()
-    equal = F.max_pool2d(change.amax(1, keepdim=True), stride).squeeze(1) < _EQUAL
+    wanted = F.max_pool2d(change.amax(1, keepdim=True), stride).squeeze(1) < _EQUAL
+    # Between -s/2 and s/2.
+    apart = (moves.pixels - moves.tokens * stride + stride // 2) % side - stride // 2
+    wanted |= (apart.abs() <= _NEAR).all(1)[:, None, None]
     drawn = (images != _GROUND).any(1)
     batch = torch.arange(len(images), device=images.device)
     rows, columns = ((side - moves.pixels) % side).unbind(1)
     cut = (drawn[batch, rows - 1] & drawn[batch, rows]).any(1) & (rows > 0)
     cut |= (drawn[batch, :, columns - 1] & drawn[batch, :, columns]).any(1) & (columns > 0)
-    return equal & ~cut[:, None, None]
+    return wanted & ~cut[:, None, None]
 
 
 def shift_loss(
@@ -96,7 +102,7 @@ def shift_loss(
 ) -> Tensor:
     """Return how far latents of rolled images are from the codes that the images have there.
 
-    Only tokens count whose pixels are the same, as :func:`equal_tokens` says.
+    Only those tokens count that :func:`wanted_tokens` names.
 
     Args:
         model: its encoder learns from this.
@@ -111,5 +117,5 @@ def shift_loss(
     stride = model.config.stride
     moves = draw_moves(len(images), images.shape[-1], stride, images.device)
     latents = model.encode(roll_each(images, moves.pixels)).float()
-    wanted, where = roll_each(indices, moves.tokens), equal_tokens(images, moves, stride)
-    return wanted_code_loss(latents, codebook, wanted, margin=margin, where=where)
+    where = wanted_tokens(images, moves, stride)
+    return wanted_code_loss(latents, codebook, roll_each(indices, moves.tokens), margin=margin, where=where)
