@@ -1,6 +1,6 @@
-"""Cached generation, ordinary and compiled, against uncached, and Hugging Face's GPT-2 with the very same weights.
+"""Cached generation, ordinary and compiled, against uncached, and Hugging Face's GPT-2 with our weights.
 
-GPT-2 takes part twice: as ``generate`` is called by default, and with its static cache and a compiled forward pass,
+GPT-2 takes part twice: as ``generate`` is called by default, and with a static cache and a compiled forward pass,
 the fastest way that transformers has for CPUs. (Compiling with ``max-autotune``, with frozen weights or with
 ``reduce-overhead``, which is for GPUs, was no faster in trials.) Everything is compiled before it is timed.
 

@@ -1,6 +1,6 @@
 """Generation by compiled steps against the ordinary code, and the memory of the cache in both.
 
-Most tests run the formulas that are compiled without a compiler, which would take seconds; two slow ones compile them.
+Most tests run the formulas that are compiled without a compiler, which would take seconds; slow ones compile them.
 
 Shape letters: B batch, T tokens, P tokens of a prompt, H heads, D width.
 """
@@ -38,6 +38,7 @@ class Steps:
         self.calls = 0
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """As the step."""
         self.calls += 1
         return _model._next_step(*arguments)
 
@@ -214,7 +215,7 @@ def test_the_cache_is_never_copied() -> None:
 
 @pytest.mark.slow
 def test_one_graph_serves_all_columns_and_batches_of_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of other lengths, other batches and sequences of other lengths compile nothing; one row does, once."""
+    """Other lengths of prompts and sequences, and other batches, compile nothing; a single row does, once."""
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 

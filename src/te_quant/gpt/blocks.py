@@ -59,7 +59,7 @@ class SegmentEnds(nn.Module):
         return F.linear(states, self._output())
 
     def embed_step(self, tokens: Tensor, place: Tensor) -> Tensor:
-        """(B,) tokens at one place of the segment, (1,), to (B, D): :meth:`embed`, to be compiled for any place."""
+        """(B,) tokens, all at one (1,) place of the segment, to (B, D): :meth:`embed`, to be compiled."""
         vectors = F.embedding(tokens, self.tokens)
         if self.padding is not None and self.segment.pad_token is not None:
             is_padding = tokens.eq(self.segment.pad_token).unsqueeze(-1)
@@ -189,7 +189,10 @@ def _sums(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_step(layer: nn.Linear, rows: Tensor) -> Tensor:
     # Anything else that stands in its place, such as an adapter, computes more than the product.
     plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
-    return _sums(rows, layer.weight, layer.bias) if plain and _is_lone(rows) else layer(rows)
+    if plain and _is_lone(rows):
+        return _sums(rows, layer.weight, layer.bias)
+    result: Tensor = layer(rows)
+    return result
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -358,12 +358,12 @@ class GPT(nn.Module):
                 for those that the prompt gives to every row.
             use_cache: whether keys and values are kept. Without, every token costs a pass over all before it; the
                 results differ by rounding.
-            compiled: whether one token after another is read by code that ``torch.compile`` makes, which is faster;
-                the results differ by rounding. The first call compiles for tens of seconds, once per segment that
-                is drawn, and once more for a batch of one; prompts of other lengths and other batches use the same
-                code. Prompts and the first token of each segment are read by the ordinary code, and so is
-                everything after torch's limit of eight compilations, of which torch warns. Hooks of blocks do not
-                run. CPUs need a C++ compiler. Not with ``use_cache=False``.
+            compiled: whether drawn tokens are read by code that ``torch.compile`` makes, which is faster; results
+                differ by rounding. The first call compiles the network, which takes up to a minute, once for each
+                segment and once more for a batch of one. Other prompts, options and batches use the same code.
+                Ordinary code reads the prompt and the last token of each segment. It also reads everything once
+                torch has compiled eight versions, for example for other networks; torch warns then. Hooks of
+                blocks do not run. CPUs need a C++ compiler. Not with ``use_cache=False``.
             return_log_prob: whether to return (B, P + new) log-probabilities too, in nats: of each token under the
                 distribution that it was drawn from, after guidance, temperature and all that drops tokens; 0 for
                 tokens that were not drawn. :meth:`log_prob` gives those of the network itself.
