@@ -229,10 +229,13 @@ def extend(
         seen = column
         settled = ended if own is None else ended | own[:, column]
         # The largest is NaN where any is; -inf takes a token out of the draw, which is fine while others remain.
-        good = logits.amax(-1).isfinite() | settled
-        failed = torch.where(good, failed, failed.clamp_max(column))
-        if at_once:
-            _refuse_failed(failed, T)
+        largest = logits.amax(-1)
+        # What is not finite has no difference of zero from itself. A CPU mostly needs no more than this look.
+        if not (at_once and bool((largest - largest == 0).all())):
+            good = largest.isfinite() | settled
+            failed = torch.where(good, failed, failed.clamp_max(column))
+            if at_once:
+                _refuse_failed(failed, T)
         if shares is not None:
             shares[:, column] = torch.where(settled, 1.0, probabilities)
         if ending is not None:
