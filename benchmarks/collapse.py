@@ -1,4 +1,4 @@
-"""``python -m benchmarks.collapse``: known ways in which a codebook collapses, each next to its cure.
+"""``python -m benchmarks.collapse``: known ways in which a codebook collapses, with their cures; estimators.
 
 The network, images and steps are those of :mod:`benchmarks.training`, with 256 codes of 16 channels. Finished
 trainings are kept in the result file.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.diveq import diveq_layer
 from benchmarks.results import stamp
 from benchmarks.training import RATE, Layer, Network, library_layer, train
 from examples.te_vqgan.reports.document import Table, to_markdown
@@ -25,7 +26,7 @@ from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from te_quant import VectorQuantizer
 
-__all__ = ["CASES", "Case", "Setup", "figure", "main", "table"]
+__all__ = ["CASES", "ESTIMATORS", "Case", "Setup", "estimator_table", "figure", "main", "table"]
 
 K, C = 256, 16
 _STEPS = 400
@@ -91,6 +92,13 @@ def _from_data(network: Network, images: Tensor) -> torch.optim.Optimizer:
     return torch.optim.Adam(network.parameters(), RATE)
 
 
+def _fast_from_data(network: Network, images: Tensor) -> torch.optim.Optimizer:
+    """K-means, then ten times the rate for the codebook."""
+    inner = [module for module in network.modules() if isinstance(module, VectorQuantizer)]
+    inner[0].kmeans_init(network.encoder(images))
+    return _adam(codebook_rate=10 * RATE)(network, images)
+
+
 _GRADIENT: dict[str, Any] = {"codebook_update": "gradient", "commitment_weight": 0.25, "decay": 0.99}
 _RANDOM = Setup("codebook_update='gradient', random start", _vq(**_GRADIENT))
 _DEFAULT = Setup("the defaults", _vq())
@@ -134,6 +142,22 @@ CASES: tuple[Case, ...] = (
 )
 """In the order of the table."""
 
+ESTIMATORS: tuple[tuple[str, Setup], ...] = (
+    ("straight-through", _DEFAULT),
+    ("rotation trick", Setup("the defaults, rotation trick", _vq(gradient_estimator="rotation_trick"))),
+    ("straight-through", Setup("gradient, ten times the rate, k-means", _vq(**_GRADIENT), _fast_from_data)),
+    (
+        "rotation trick",
+        Setup(
+            "gradient, ten times the rate, k-means, rotation trick",
+            _vq(**_GRADIENT, gradient_estimator="rotation_trick"),
+            _fast_from_data,
+        ),
+    ),
+    ("DiVeQ", Setup("gradient, ten times the rate, k-means, DiVeQ", diveq_layer, _fast_from_data)),
+)
+"""Estimator and setup: under moving averages, then under gradients with what the cures above give them."""
+
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return failure and cure of each case as a table in Markdown."""
@@ -154,6 +178,21 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         rows.append([case.name, failing, codes[0], errors[0], cured, codes[1], errors[1]])
     header = ("problem", "failing", "codes used", "test MSE", "cure", "codes used", "test MSE")
     return to_markdown([Table(header, rows)])
+
+
+def estimator_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return codes in use and error of each estimator as a table in Markdown."""
+    rows = []
+    for estimator, setup in ESTIMATORS:
+        codebook = "moving averages and revival (the defaults)" if setup.text.startswith("the defaults") else ""
+        codebook = codebook or "gradient at ten times the rate, from k-means"
+        cells = [
+            f"{statistics.fmean(values):,.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+            for name, digits in (("used", 0), ("mse", 4))
+            if (values := [entry[name] for entry in results[setup.text]])
+        ]
+        rows.append([codebook, estimator, *cells])
+    return to_markdown([Table(("codebook", "estimator", "codes used", "test MSE"), rows)])
 
 
 def figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -205,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if found["stamp"] == facts:
             document = found
     setups = {setup.text: setup for case in CASES for setup in (case.failing, case.cured)}
+    setups |= {setup.text: setup for _, setup in ESTIMATORS}
     waiting = [
         (text, seed) for text in setups for seed in _SEEDS if len(document["results"].get(text, ())) <= seed
     ]
@@ -224,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document["results"].setdefault(text, []).append(entry)
         write_text_atomically(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     write_text_atomically(options.out / "collapse.md", table(document["results"]))
+    write_text_atomically(options.out / "estimators.md", estimator_table(document["results"]))
     write_bytes_atomically(options.out / "collapse.png", figure(document["results"]))
     print(table(document["results"]))
     return 0

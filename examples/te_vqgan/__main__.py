@@ -205,9 +205,17 @@ def _exactness(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.reports.compare import write_comparison
+    from examples.te_vqgan.reports.compare import gather, write_comparison
+    from examples.te_vqgan.runs.checks import require
+    from examples.te_vqgan.runs.provenance import command_line
 
-    folder = out_folder(options) / "report" if options.results is None else options.results
+    folders = options.results or [out_folder(options) / "report"]
+    folder = options.into or folders[0]
+    together = options.into is not None
+    require(together == bool(options.arms), "arms", "given exactly with --into", options.arms)
+    require(together or len(folders) == 1, "into", "given where results are several folders", None)
+    if together:
+        gather(folders, options.arms, folder, command=command_line(options.words))
     write_comparison(folder)
     print((folder / "comparison.md").read_text(encoding="utf-8"))
 
@@ -266,7 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--into", type=Path, help="add the runs to the report in this folder")
     report.add_argument("--results", type=Path, help="rewrite the report in this folder from its results.json")
     compare = add("compare", _compare, "write a table and a scatter plot of the arms in a report", *WHERE)
-    compare.add_argument("--results", type=Path, help="folder of a results.json (default: that of --out)")
+    compare.add_argument(
+        "--results", type=Path, nargs="+", help="folder of a results.json, or several (default: that of --out)"
+    )
+    compare.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="tokenizers to take from --results")
+    compare.add_argument("--into", type=Path, help="write results.json and the comparison of --arms here")
     several = add("regimes", _regimes, "write one table over reports of presets that differ in one setting")
     several.add_argument(
         "--results", type=Path, nargs="+", required=True, help="folders of reports, the baseline first"

@@ -154,7 +154,7 @@ def require_mask(name: str, mask: Tensor, shape: tuple[int, ...], device: torch.
     """Refuse what is no boolean tensor of ``shape`` on ``device``; ``owner`` names what both belong to."""
     _require_tensor(name, mask)
     if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool, got {mask.dtype}.")
+        raise TypeError(f"{name} must be bool, got {mask.dtype}; pass {name}.bool().")
     if mask.shape != shape:
         raise ValueError(f"{name} must be of shape {tuple(shape)} as the {owner}, got shape {tuple(mask.shape)}.")
     require_device(name, mask, device, owner)

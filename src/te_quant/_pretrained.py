@@ -260,8 +260,7 @@ def push(
         ValueError: ``repo_id`` is not of the form ``owner/name``.
         ImportError: safetensors or huggingface_hub is not installed.
     """
-    named = isinstance(repo_id, str) and _is_repository(repo_id)
-    require(named, "repo_id", "a hub id 'owner/name'", repr(repo_id))
+    _require_repository(repo_id)
     api = _huggingface_hub(f"push to {repo_id!r}").HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         # First, so that a model that cannot be saved leaves no empty repository behind.
@@ -304,7 +303,7 @@ def write_card(
         ValueError: a report has no ``to_markdown``.
         TypeError: another argument is of the wrong kind.
     """
-    require_type("repo_id", repo_id, str, "a hub id 'owner/name'")
+    _require_repository(repo_id)
     require_type("reports", reports, Mapping, "a mapping from titles to reports")
     for title, report in reports.items():
         has = callable(getattr(report, "to_markdown", None))
@@ -412,6 +411,11 @@ def _derivable(model: nn.Module) -> set[str]:
         for prefix, module in model.named_modules()
         for name in getattr(module, "statistics", ())
     }
+
+
+def _require_repository(repo_id: object) -> None:
+    require_type("repo_id", repo_id, str, "a hub id 'owner/name'")
+    require(_is_repository(str(repo_id)), "repo_id", "a hub id 'owner/name'", repr(repo_id))
 
 
 def _is_repository(source: str) -> bool:

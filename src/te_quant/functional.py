@@ -205,7 +205,7 @@ def orthogonality(codebook: Tensor, mask: Tensor | None = None) -> Tensor:
         require_rank("mask", mask, (1,), "(K,)")
         require_axis("mask", mask, 0, codebook.shape[0], "K")
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}.")
+            raise TypeError(f"mask must be bool, got {mask.dtype}; pass mask.bool().")
     with full_precision(codebook.device):
         codes = widen(codebook)
         codes = codes * moderating(torch.linalg.vector_norm(codes.detach(), torch.inf, dim=1, keepdim=True))

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,70 @@ def test_arms_come_before_seeds() -> None:
     undefined = copy.deepcopy(first)
     undefined["evaluation"]["equivariance"]["placement"] |= {"kappa": float("nan"), "kappa_defined": False}
     assert "| undefined (0.500) |" in comparison([undefined, second])
+
+
+def _small() -> dict[str, Any]:
+    return dict(json.loads(published("small/results.json").read_text()))
+
+
+def _folder(path: Path, runs: list[dict[str, Any]]) -> Path:
+    path.mkdir()
+    (path / "results.json").write_text(json.dumps({"commands": [f"made {path.name}"], "runs": runs}))
+    return path
+
+
+def test_tokenizers_of_several_reports_become_one_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command line: the arms that are named, in their order, without what is not compared."""
+    runs = _small()["runs"]
+    first = _folder(tmp_path / "first", [run for run in runs if run["arm"] in ("vqgan", "cb")])
+    second = _folder(tmp_path / "second", [run for run in runs if run["arm"] == "k16"])
+    into = tmp_path / "both"
+    words = ["compare", "--results", str(first), str(second), "--into", str(into), "--arms", "k16", "vqgan"]
+    assert main(words) == 0
+    results = json.loads((into / "results.json").read_text())
+    assert [(run["arm"], run["seed"]) for run in results["runs"]] == [
+        (arm, seed) for arm in ("k16", "vqgan") for seed in (0, 1, 2)
+    ]
+    assert not {"stage2", "log", "reading", "exactness"} & set().union(*results["runs"])
+    assert results["commands"][:2] == ["made first", "made second"]
+    assert "compare --results" in results["commands"][2]
+    published_rows = published("small/comparison.md").read_text().splitlines()
+    lines = (into / "comparison.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith(("| VQ", "| SC"))]
+    assert len(rows) == 2 + 6
+    assert set(rows) <= set(published_rows)
+    assert capsys.readouterr().out.startswith(lines[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--results", "A", "B"], "into must be given where results are several folders, got None"),
+        (["--results", "A", "--into", "C"], "arms must be given exactly with --into, got None"),
+        (["--results", "A", "--arms", "vqgan"], r"arms must be given exactly with --into, got \['vqgan'\]"),
+        (["--results", "A", "--into", "C", "--arms", "mp"], r"arms must be some of \['vqgan'\], .* got 'mp'"),
+        (
+            ["--results", "A", "B", "--into", "C", "--arms", "vqgan", "k16"],
+            "results must be runs under equal",
+        ),
+    ],
+)
+def test_folders_that_do_not_go_together_are_refused(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """By name, and nothing is written."""
+    runs = _small()["runs"]
+    other = copy.deepcopy(next(run for run in runs if run["arm"] == "k16"))
+    other["settings"]["steps"] += 1
+    _folder(tmp_path / "A", [run for run in runs if run["arm"] == "vqgan"])
+    _folder(tmp_path / "B", [other])
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *words]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "C").exists()
+    assert {path.name for path in (tmp_path / "A").iterdir()} == {"results.json"}
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/comparison.md")), ids=lambda path: path.parent.name)

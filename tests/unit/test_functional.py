@@ -229,7 +229,7 @@ def test_orthogonality_of_many_codes_is_cheap_and_accurate() -> None:
         (torch.zeros(3, 2).int(), None, TypeError, "codebook must be floating point, got torch.int32."),
         (torch.zeros(3, 2), torch.ones(3, 1).bool(), ValueError, "mask must be of shape (K,), got shape (3, 1)."),
         (torch.zeros(3, 2), torch.ones(2).bool(), ValueError, "mask axis 0 must be K=3, got 2 (mask shape (2,))."),
-        (torch.zeros(3, 2), torch.ones(3), TypeError, "mask must be bool, got torch.float32."),
+        (torch.zeros(3, 2), torch.ones(3), TypeError, "mask must be bool, got torch.float32; pass mask.bool()."),
     ],
 )
 def test_orthogonality_refuses(

@@ -181,9 +181,11 @@ def test_a_card_refuses_what_it_cannot_write(
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "./name", 3])
 def test_pushing_needs_an_owner_and_a_name(model: VQAutoencoder, repository: _Repository, repo_id: object) -> None:
-    """Before anything is written."""
-    with pytest.raises(ValueError, match="repo_id must be a hub id 'owner/name', got"):
-        model.push_to_hub(repo_id)
+    """Before anything is written; a card needs them too."""
+    error = ValueError if isinstance(repo_id, str) else TypeError
+    for call in (model.push_to_hub, model.model_card):
+        with pytest.raises(error, match="repo_id must be a hub id 'owner/name', got"):
+            call(repo_id)
     assert not repository.calls
 
 

@@ -199,7 +199,7 @@ def test_kmeans_and_revival_refuse_a_mask_that_does_not_fit() -> None:
     for method in (quantizer.kmeans_init, quantizer.revive_dead_codes):
         with pytest.raises(ValueError, match=exactly(message)):
             method(latents, mask=torch.ones(3, 4).bool())
-        with pytest.raises(TypeError, match=exactly("mask must be bool, got torch.float32.")):
+        with pytest.raises(TypeError, match=exactly("mask must be bool, got torch.float32; pass mask.bool().")):
             method(latents, mask=torch.ones(3, 2, 2))
 
 

@@ -506,7 +506,7 @@ class Own(Transform):
 @pytest.mark.parametrize(
     ("transform", "error", "message"),
     [
-        (Own(mask=lambda grid: torch.ones(grid, dtype=torch.int64)), TypeError, "valid_tokens of 'own' must be bool, got torch.int64."),  # noqa: E501
+        (Own(mask=lambda grid: torch.ones(grid, dtype=torch.int64)), TypeError, "valid_tokens of 'own' must be bool, got torch.int64; return mask.bool()."),  # noqa: E501
         (Own(mask=lambda _: torch.ones(2, 2, dtype=torch.bool)), ValueError, "valid_tokens of 'own' must be of shape (4, 5), got shape (2, 2)."),  # noqa: E501
         (Own(mask=lambda grid: torch.zeros(grid, dtype=torch.bool)), ValueError, "valid_tokens of 'own' must be True for at least one token of a 4x5 grid, got none."),  # noqa: E501
         (Own(tokens=lambda tokens: tokens[:, 1:]), ValueError, "move_tokens of 'own' must be of shape (3, 4, 5) and torch.int64, got torch.int64 of shape (3, 3, 5)."),  # noqa: E501

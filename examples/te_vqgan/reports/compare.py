@@ -1,10 +1,12 @@
 """Agreements beside code use and reconstruction error, a row an arm and a row a run; a plot; counts of exactness.
 
 Reads the ``results.json`` that ``report`` wrote, so that a published comparison is written anew from data alone.
+Several of them become one, of runs under equal conditions.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from examples.te_vqgan.data.sources import is_pictures
 from examples.te_vqgan.reports.png import encode_png
-from examples.te_vqgan.reports.results import by_arm, mean_and_deviation, named, read_results
+from examples.te_vqgan.reports.results import (
+    by_arm,
+    commands,
+    mean_and_deviation,
+    merged,
+    named,
+    read_results,
+    to_text,
+)
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
@@ -29,6 +39,7 @@ __all__ = [
     "comparison",
     "draw_agreement",
     "exactness",
+    "gather",
     "scatter",
     "write_comparison",
 ]
@@ -40,6 +51,9 @@ _AGREEMENTS = {
     "sub_stride_foreground": "below a token, ink alone",
 }
 _DISTINCT = {"distinct_images": "distinct images", "distinct_pairs": "distinct (image, shift) pairs"}
+# What a comparison of several folders keeps of a run, and what must be equal.
+_COMPARED = ("arm", "title", "folder", "settings", "evaluation", "provenance", "seed")
+_CONDITIONS = ("data", "canvas_size", "steps", "batch_size", "eval_images", "eval_sprites")
 _HEADER = [
     "tokenizer",
     *(f"{label}: κ" for label in _AGREEMENTS.values()),
@@ -50,14 +64,41 @@ _HEADER = [
 ]
 
 
+def gather(folders: Sequence[Path], arms: Sequence[str], into: Path, *, command: str) -> None:
+    """Write a ``results.json`` of the tokenizers of several folders, without anything that they do not compare.
+
+    Args:
+        folders: each with a ``results.json``. Of a run that several have, that of the last counts.
+        arms: keys of :data:`~.stage1.presets.ARMS`; the order of the runs.
+        into: where.
+        command: what was typed, for the record.
+
+    Raises:
+        ValueError: there is no ``results.json``; the runs are of different data, or measured or trained for
+            different lengths; or an arm is in none of them. Nothing is written then.
+    """
+    found = [read_results(_results(folder)) for folder in folders]
+    runs = functools.reduce(merged, found)["runs"]
+    known = sorted({run["arm"] for run in runs})
+    kept = []
+    for arm in arms:
+        own = [{name: run[name] for name in _COMPARED} for run in runs if run["arm"] == arm]
+        require(bool(own), "arms", f"some of {known}, which the results have", repr(arm))
+        kept += own
+    conditions = [{name: run["settings"][name] for name in _CONDITIONS} for run in kept]
+    for one in conditions:
+        require(one == conditions[0], "results", f"runs under equal conditions, {conditions[0]}", str(one))
+    typed = dict.fromkeys([*(line for one in found for line in commands(one)), command])
+    write_text_atomically(into / "results.json", to_text({"commands": list(typed), "runs": kept}))
+
+
 def write_comparison(folder: Path) -> None:
     """Write ``comparison.md`` and ``.png``, ``metrics.md`` and, if it was counted, ``exactness.md``.
 
     Raises:
         ValueError: there is no ``results.json``.
     """
-    path = folder / "results.json"
-    require(path.is_file(), "results", "a folder with results.json", str(folder))
+    path = _results(folder)
     runs = read_results(path)["runs"]
     data = runs[0].get("settings", {}).get("data", "")
     expected = "a folder with results of digits; the report of pictures holds its comparison"
@@ -69,6 +110,12 @@ def write_comparison(folder: Path) -> None:
     if counted:
         write_text_atomically(folder / "exactness.md", exactness(counted))
     write_bytes_atomically(folder / "comparison.png", encode_png(scatter(runs), dpi=110))
+
+
+def _results(folder: Path) -> Path:
+    path = folder / "results.json"
+    require(path.is_file(), "results", "a folder with results.json", str(folder))
+    return path
 
 
 def comparison(runs: Sequence[Mapping[str, Any]]) -> str:

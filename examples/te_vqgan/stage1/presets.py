@@ -34,6 +34,9 @@ __all__ = [
 PERCEPTUAL = ("none", "lpips", "st-lpips")
 """Names of the perceptual distances that a loss may have; "none" is none of them."""
 
+# Weights of losses that want latents nearer to some codes than to others.
+_CODE_WEIGHTS = ("round_trip_weight", "shift_weight", "margin_weight")
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage1Settings:
@@ -67,11 +70,16 @@ class Stage1Settings:
         discriminator_channels: width of its first layer, a multiple of 4.
         discriminator_layers: how many of its layers halve the sides, at least 1.
         discriminator_norm: ``"group"`` or ``"batch"``.
-        round_trip_weight: of the loss that lets pictures be read back, :func:`~.round_trip.round_trip_loss`.
+        round_trip_weight: of the loss that lets pictures be read back, :func:`~.wanted_codes.wanted_code_loss`.
         round_trip_margin: its margin, in [0, 1].
         round_trip_phase_weight: of the loss of the phases, as a share of ``round_trip_weight``; without effect
             unless the encoder chooses phases.
         round_trip_start: both begin after this share of the steps, and grow to their weights over a tenth of all.
+        shift_weight: of the loss that keeps tokens where their pixels move, :func:`~.shift_loss.shift_loss`.
+        shift_margin: its margin, in [0, 1].
+        margin_weight: of the loss that keeps latents away from the boundaries between codes: they want their own.
+        shift_images: train on images that are rolled by offsets drawn as those of that loss.
+        orthogonal_codes: start from orthogonal codes and make them orthogonal again after every step.
         codebook_init: ``"uniform"`` (the paper's) or ``"kmeans"``, on the latents of the first batches.
         bf16: compute encoder and decoder in bfloat16 (quantizer and losses stay in float32).
         log_every: a line in the log after so many steps.
@@ -110,6 +118,11 @@ class Stage1Settings:
     round_trip_margin: float = 0.05
     round_trip_phase_weight: float = 0.3
     round_trip_start: float = 0.4
+    shift_weight: float = 0.0
+    shift_margin: float = 0.8
+    margin_weight: float = 0.0
+    shift_images: bool = False
+    orthogonal_codes: bool = False
     codebook_init: str = "uniform"
     bf16: bool = False
     log_every: int = 5
@@ -128,7 +141,9 @@ class Stage1Settings:
             require_int(name, getattr(self, name), 0)
         for name in ("learning_rate", "codebook_lr_factor", "clip_norm", "perceptual_weight"):
             require_number(name, getattr(self, name), 0.0)
-        for name in ("l1_weight", "l2_weight", "adversarial_weight", "adversarial_delta", "round_trip_weight"):
+        for name in ("l1_weight", "l2_weight", "adversarial_weight", "adversarial_delta"):
+            require_number(name, getattr(self, name), 0.0)
+        for name in _CODE_WEIGHTS:
             require_number(name, getattr(self, name), 0.0)
         require(self.adversarial_delta > 0, "adversarial_delta", "above 0", self.adversarial_delta)
         require_int("discriminator_channels", self.discriminator_channels, 4)
@@ -141,7 +156,7 @@ class Stage1Settings:
         require_int("discriminator_layers", self.discriminator_layers, 1)
         require_choice("discriminator_norm", self.discriminator_norm, DISCRIMINATOR_NORMS)
         require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
-        for name in ("round_trip_margin", "round_trip_start"):
+        for name in ("round_trip_margin", "round_trip_start", "shift_margin"):
             require_number(name, getattr(self, name), 0.0, 1.0)
         require_number("round_trip_phase_weight", self.round_trip_phase_weight, 0.0)
         require_choice("perceptual", self.perceptual, PERCEPTUAL)
@@ -164,8 +179,20 @@ class Stage1Settings:
             f"a multiple of log_every={self.log_every}",
             self.validate_every,
         )
-        euclidean = self.round_trip_weight == 0 or self.model.metric == "l2"
-        require(euclidean, "model.metric", "'l2' with a round_trip_weight", repr(self.model.metric))
+        for name in _CODE_WEIGHTS:
+            euclidean = getattr(self, name) == 0 or self.model.metric == "l2"
+            require(euclidean, "model.metric", f"'l2' with a {name}", repr(self.model.metric))
+        stride = self.model.stride
+        moves = stride > 1 or not (self.shift_weight or self.shift_images)
+        require(moves, "model.stride", "at least 2 with shift_weight or shift_images", stride)
+        if self.orthogonal_codes:
+            K, C, update = self.model.num_codes, self.model.code_dim, self.model.codebook_update
+            require(K <= C, "model.num_codes", f"at most code_dim={C} with orthogonal_codes", K)
+            require(
+                update == "gradient", "model.codebook_update", "'gradient' with orthogonal_codes", repr(update)
+            )
+            first = self.codebook_init
+            require(first == "uniform", "codebook_init", "'uniform' with orthogonal_codes", repr(first))
         divisor = self.model.divisor
         require(self.canvas_size % divisor == 0, "canvas_size", f"a multiple of {divisor}", self.canvas_size)
         self._check_pictures()
@@ -181,6 +208,8 @@ class Stage1Settings:
             return
         expected = "False for pictures, which have no digits to hold out; presets 'photos' and 'quick' fit them"
         require(not self.held_out, "held_out", expected, self.held_out)
+        expected = "0 for pictures, where no token keeps its pixels when they move by less than a token"
+        require(self.shift_weight == 0, "shift_weight", expected, self.shift_weight)
         quarters = 4 * self.model.stride
         fits = self.canvas_size % quarters == 0
         require(fits, "canvas_size", f"a multiple of {quarters} for pictures", self.canvas_size)
@@ -202,6 +231,8 @@ class Arm(NamedTuple):
 
 _CIRCULAR = {"encoder_padding": "circular", "decoder_padding": "circular"}
 _POLYPHASE = {**_CIRCULAR, "downsample": "polyphase", "upsample": "polyphase"}
+_EMA = {"downsample": "strided_conv", "codebook_update": "ema", "decay": 0.9}
+_REVIVAL = {**_EMA, "revival_threshold": 0.01}
 
 # λ = 10 is the paper's (section 4.1); strided convolution is its "SC" downsampling.
 ARMS: dict[str, Arm] = {
@@ -219,6 +250,16 @@ ARMS: dict[str, Arm] = {
         "circular (stride-exact), λ = 10", {"downsample": "strided_conv", **_CIRCULAR, "orthogonal_reg": 10.0}
     ),
     "integer_exact": Arm("polyphase (integer-exact)", _POLYPHASE),
+    # Ways to have both, agreement of indices and many codes, with VQGAN's encoder.
+    "ema": Arm("EMA", _EMA),
+    "ema_revival": Arm("EMA, revival", _REVIVAL),
+    "te_revival": Arm("EMA, revival, λ = 10", {**_REVIVAL, "orthogonal_reg": 10.0}),
+    "orthogonal": Arm("codes kept orthogonal", {"downsample": "strided_conv"}, {"orthogonal_codes": True}),
+    "margin": Arm("EMA, margin", _EMA, {"margin_weight": 0.1}),
+    "shifted": Arm("EMA, shifted images", _EMA, {"shift_images": True}),
+    "shift_loss": Arm("EMA, shift loss 0.2", _EMA, {"shift_weight": 0.2}),
+    "shift_loss_light": Arm("EMA, shift loss 0.1", _EMA, {"shift_weight": 0.1}),
+    "shift_loss_revival": Arm("EMA, revival, shift loss 0.2", _REVIVAL, {"shift_weight": 0.2}),
 }
 # What `run` trains if it is not told which.
 DEFAULT_ARMS = ("vqgan", "te_vqgan")
@@ -326,6 +367,9 @@ PRESETS["small-fine"] = dataclasses.replace(
     PRESETS["small"],
     model=dataclasses.replace(_SMALL_MODEL, channel_multipliers=(1, 2), attention_levels=(1,)),
 )
+
+# `small` without Stage 2, for the arms that want both, agreement of indices and many codes.
+PRESETS["small-alive"] = PRESETS["small"]
 
 # Where a preset is to be what the authors ran, an arm has their layer.
 _AUTHORS_LAYERS: dict[str, dict[str, Any]] = {"mb": {"downsample": "unpadded_max_blur_pool"}}

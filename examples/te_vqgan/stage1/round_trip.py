@@ -22,7 +22,7 @@ from examples.te_vqgan.stage1.evaluation import psnr
 from te_quant import CodebookUsage, VQAutoencoder
 from te_quant.layers import PolyphaseDownsample2d
 
-__all__ = ["Tokens", "encode_at", "growth", "measure_round_trips", "read", "round_trip_loss", "rounded"]
+__all__ = ["Tokens", "encode_at", "growth", "measure_round_trips", "read", "rounded"]
 
 _BATCH = 128
 _GROUND = -1.0
@@ -42,36 +42,6 @@ def rounded(images: Tensor) -> Tensor:
     clipped = images.clamp(-1, 1)
     levels = ((clipped + 1) * 127.5).round() / 127.5 - 1
     return clipped + (levels - clipped).detach()
-
-
-def round_trip_loss(latents: Tensor, codebook: Tensor, indices: Tensor, *, margin: float) -> Tensor:
-    """Return how far re-encoded latents are from the side of the codes that they came from, with a margin.
-
-    With d the squared distance of a latent to the code that it should have and d' that to the nearest other one,
-    the mean of max(0, (d - d') / (d + d') + margin). Zero where every latent is nearer to its code by the margin,
-    whatever the scale of the codes.
-
-    Args:
-        latents: of the pictures that were decoded from ``indices``.
-        codebook: all codes.
-        indices: the tokens that should come back.
-        margin: in (0, 1). At 1 only a latent on its code has no loss.
-
-    Shape:
-        latents: (B, D, h, w). codebook: (K, D), K >= 2. indices: (B, h, w). Result: ().
-
-    Source: Sato and Yamada 1995, "Generalized learning vector quantization", Eq. 2, with the codes of the tokens
-        in place of those of a class, and a hinge.
-    """
-    rows = latents.movedim(1, -1).reshape(-1, latents.shape[1])
-    wanted = indices.reshape(-1, 1)
-    with torch.no_grad():
-        # Only the two distances that count take part in the gradient, without the cancellation of this form.
-        products = codebook.square().sum(1) - 2 * rows @ codebook.T
-        others = products.scatter(1, wanted, math.inf).argmin(1)
-    own = (rows - F.embedding(wanted.squeeze(1), codebook)).square().sum(1)
-    other = (rows - F.embedding(others, codebook)).square().sum(1)
-    return F.relu((own - other) / (own + other) + margin).mean()
 
 
 def encode_at(model: VQAutoencoder, images: Tensor, phases: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,9 @@ from examples.te_vqgan.stage1.losses import (
 )
 from examples.te_vqgan.stage1.perceptual import load_perceptual
 from examples.te_vqgan.stage1.presets import Stage1Settings
-from examples.te_vqgan.stage1.round_trip import encode_at, growth, round_trip_loss, rounded
+from examples.te_vqgan.stage1.round_trip import encode_at, growth, rounded
+from examples.te_vqgan.stage1.shift_loss import START, draw_moves, roll_each, shift_loss
+from examples.te_vqgan.stage1.wanted_codes import wanted_code_loss
 from te_quant import Quantizer, VQAutoencoder
 from te_quant.autoencoder import AutoencoderOutput
 from te_quant.functional import perplexity
@@ -35,6 +37,10 @@ __all__ = ["Stage1Trainer", "autocast"]
 _BETAS = (0.5, 0.9)
 # Enough latents for every code without a first batch of thousands of images.
 _KMEANS_IMAGES = 256
+# Of latents to their own codes. At 1 only a latent on its code has none.
+_OWN_MARGIN = 0.5
+# A step changes codes by so little that the iteration converges quadratically from its start.
+_NEWTON_SCHULZ = 4
 
 
 def autocast(settings: Stage1Settings, device: torch.device) -> torch.autocast:
@@ -105,6 +111,8 @@ class Stage1Trainer:
             batch: gives the images of a step, all rows, whatever the number of processes.
         """
         torch.manual_seed(self.settings.seed)
+        if self.settings.orthogonal_codes:
+            nn.init.orthogonal_(vector_quantizer(self.model).codebook)
         if self.settings.codebook_init != "kmeans":
             return
         count = -(-_KMEANS_IMAGES // self.settings.batch_size)
@@ -131,6 +139,9 @@ class Stage1Trainer:
         )
         self.model.train()
         images = images.to(self.device, memory_format=self._layout)
+        if settings.shift_images:
+            moves = draw_moves(len(images), images.shape[-1], settings.model.stride, self.device)
+            images = roll_each(images, moves.pixels)
         with autocast(settings, self.device):
             output = self._run(images)
         reconstruction = output.reconstruction.float()
@@ -152,6 +163,16 @@ class Stage1Trainer:
                 returned + settings.round_trip_phase_weight * turned
             )
             numbers |= {"round_trip_loss": returned, "phase_loss": turned}
+        share = growth(self.step, settings.steps, START)
+        if settings.shift_weight > 0 and share > 0:
+            moved = self._moved(images, output)
+            loss = loss + settings.shift_weight * share * moved
+            numbers["shift_loss"] = moved
+        if settings.margin_weight > 0:
+            codebook = vector_quantizer(self.model).codebook
+            near = wanted_code_loss(output.latents.float(), codebook, output.indices, margin=_OWN_MARGIN)
+            loss = loss + settings.margin_weight * near
+            numbers["margin_loss"] = near
         judged = settings.adversarial_weight > 0 and self.step >= settings.adversarial_start
         if judged:
             adversarial = self._adversarial(rebuilt, reconstruction)
@@ -159,6 +180,8 @@ class Stage1Trainer:
             numbers["adversarial_loss"] = adversarial
         numbers = {"loss": loss, **numbers}
         numbers["grad_norm"] = self._descend(self.optimizer, loss, self.model, factor)
+        if settings.orthogonal_codes:
+            _orthogonalize(vector_quantizer(self.model).codebook)
         if judged:
             verdict = discriminator_loss(self.discriminator(images), self.discriminator(reconstruction.detach()))
             self._descend(self.judge_optimizer, verdict, self.discriminator, factor)
@@ -205,7 +228,12 @@ class Stage1Trainer:
         with autocast(self.settings, self.device):
             latents, turned = encode_at(self.model, rounded(reconstruction), output.phases)
         codebook, margin = vector_quantizer(self.model).codebook, self.settings.round_trip_margin
-        return round_trip_loss(latents.float(), codebook, output.indices, margin=margin), turned
+        return wanted_code_loss(latents.float(), codebook, output.indices, margin=margin), turned
+
+    def _moved(self, images: Tensor, output: AutoencoderOutput) -> Tensor:
+        codebook, margin = vector_quantizer(self.model).codebook, self.settings.shift_margin
+        with autocast(self.settings, self.device):
+            return shift_loss(self.model, images, output.indices, codebook, margin=margin)
 
     def _adversarial(self, rebuilt: Tensor, reconstruction: Tensor) -> Tensor:
         weight: float | Tensor = self.settings.adversarial_weight
@@ -225,6 +253,16 @@ class Stage1Trainer:
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.settings.clip_norm or float("inf"))
         optimizer.step()
         return norm
+
+
+@torch.no_grad()
+def _orthogonalize(codebook: Tensor) -> None:
+    """Move codes to the nearest orthogonal ones of their mean length, by Newton and Schulz's iteration."""
+    length = codebook.norm(dim=1).mean()
+    unit = codebook / length
+    for _ in range(_NEWTON_SCHULZ):
+        unit = 1.5 * unit - 0.5 * unit @ (unit.T @ unit)
+    codebook.copy_(length * unit)
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -263,7 +263,7 @@ STAGE2: dict[str, Stage2Settings | None] = {
     ),
 }
 """By preset; ``None`` where it ends with Stage 1."""
-STAGE2 |= {"small-long": STAGE2["small"], "small-fine": STAGE2["small"]}
+STAGE2 |= {"small-long": STAGE2["small"], "small-fine": STAGE2["small"], "small-alive": None}
 # The authors' transformer at half the width and depth, on one CPU core; optimiser and directions as in `small`.
 STAGE2["narrow"] = Stage2Settings(
     architecture="dalle",

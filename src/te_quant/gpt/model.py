@@ -438,7 +438,7 @@ class GPT(nn.Module):
             license_name: identifier of the licence as the hub knows it, such as ``"mit"``.
 
         Raises:
-            ValueError: a report has no ``to_markdown``.
+            ValueError: ``repo_id`` is not of the form ``owner/name``, or a report has no ``to_markdown``.
             TypeError: another argument is of the wrong kind.
 
         Example:
@@ -475,6 +475,7 @@ class GPT(nn.Module):
 
         Raises:
             ValueError: ``repo_id`` is not of the form ``owner/name``.
+            TypeError: it is no string.
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
         return _pretrained.push(

@@ -408,7 +408,7 @@ def valid(transform: Transform, grid: tuple[int, int], *, stride: int) -> Tensor
     label = f"valid_tokens of {transform.name!r}"
     require_rank(label, mask, (2,), "(h, w)")
     if mask.dtype != torch.bool:
-        raise TypeError(f"{label} must be bool, got {mask.dtype}.")
+        raise TypeError(f"{label} must be bool, got {mask.dtype}; return mask.bool().")
     require(tuple(mask.shape) == grid, label, f"of shape {grid}", f"shape {tuple(mask.shape)}")
     require(bool(mask.any()), label, f"True for at least one token of a {grid[0]}x{grid[1]} grid", "none")
     return mask

@@ -580,7 +580,7 @@ def _wrong_masks(promise: str, factory: QuantizerFactory) -> None:
     right = torch.ones(3, 4, 5).bool()
     owner = "latents without their channel axis"
     for method in (quantizer, quantizer.encode):
-        with _refused(promise, TypeError, "mask must be bool, got torch.int64."):
+        with _refused(promise, TypeError, "mask must be bool, got torch.int64; pass mask.bool()."):
             method(latents, mask=right.long())
         with _refused(promise, TypeError, "mask must be a tensor, got list."):
             method(latents, mask=right.tolist())  # type: ignore[arg-type]

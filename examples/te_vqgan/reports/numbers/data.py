@@ -284,6 +284,7 @@ def _read(path: str, place: Callable[[Mapping[str, Any]], Place] = Json) -> Plac
 DATA: Mapping[str, Callable[[], Place]] = {
     "small": lambda: _results("small"),
     "fine": lambda: _results("small-fine"),
+    "alive": lambda: _results("alive"),
     "photos": lambda: _results("photos"),
     # Not there before the confirmatory runs are.
     "tests": lambda: _read("examples/te_vqgan/results/small-fine/hypotheses.json", confirmatory),

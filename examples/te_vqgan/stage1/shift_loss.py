@@ -1,0 +1,121 @@
+"""A loss that keeps tokens where the pixels below them move, by whole tokens and by less.
+
+Shape letters: B images, C channels, H W pixels, D code size, K codes, h w token grid, s stride.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from examples.te_vqgan.stage1.wanted_codes import wanted_code_loss
+from te_quant import VQAutoencoder
+
+__all__ = ["START", "Moves", "draw_moves", "roll_each", "shift_loss", "wanted_tokens"]
+
+START = 0.1
+"""The loss begins after this share of the steps: before, tokens say little."""
+
+# Images that are so many pixels from where whole tokens would put them are to have the same tokens everywhere.
+_NEAR = 1
+_GROUND = -1.0
+# Half of what separates two 8-bit levels.
+_EQUAL = 1 / 255
+
+
+class Moves(NamedTuple):
+    """By how much each image of a batch is rolled, down and to the right.
+
+    Attributes:
+        tokens: (B, 2) whole tokens.
+        pixels: (B, 2) pixels, in all.
+    """
+
+    tokens: Tensor
+    pixels: Tensor
+
+
+def draw_moves(count: int, side: int, stride: int, device: torch.device) -> Moves:
+    """Draw a move for each image.
+
+    Every other image moves by half of its side or not, in each direction, which takes quadrants onto quadrants;
+    the others by any number of tokens. The second half of the images then moves by 1 to s - 1 pixels more. The
+    tokens of the move are those to which it comes nearest, the smaller number where two are as near.
+
+    Args:
+        count: B.
+        side: H = W.
+        stride: s, at least 2.
+        device: of the result.
+    """
+    grid = side // stride
+    tokens = torch.randint(grid, (count, 2), device=device)
+    tokens[::2] = torch.randint(2, (len(tokens[::2]), 2), device=device) * (grid // 2)
+    rest = torch.randint(1, stride, (count, 2), device=device)
+    rest[: count // 2] = 0
+    return Moves((tokens + (2 * rest > stride).long()) % grid, tokens * stride + rest)
+
+
+def roll_each(images: Tensor, offsets: Tensor) -> Tensor:
+    """Roll each image by an offset of its own.
+
+    Shape:
+        images: (B, ..., H, W). offsets: (B, 2), rows and columns. Returns images of the same shape.
+    """
+    height, width = images.shape[-2:]
+    rows = (torch.arange(height, device=images.device) - offsets[:, :1]) % height
+    columns = (torch.arange(width, device=images.device) - offsets[:, 1:]) % width
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    return images.movedim((0, -2, -1), (0, 1, 2))[batch, rows[:, :, None], columns[:, None]].movedim(
+        (1, 2), (-2, -1)
+    )
+
+
+def wanted_tokens(images: Tensor, moves: Moves, stride: int) -> Tensor:
+    """Say where rolled images are to have the tokens that they would have if they had been rolled by whole tokens.
+
+    Where they show the same pixels; and everywhere if they are rolled by at most one pixel more or less. Nowhere
+    in images where the border of the picture cuts what is not ground: they show what no image shows.
+
+    Shape:
+        images: (B, C, H, W). Returns (B, h, w) bool.
+    """
+    side = images.shape[-1]
+    change = (roll_each(images, moves.pixels) - roll_each(images, moves.tokens * stride)).abs()
+    wanted = F.max_pool2d(change.amax(1, keepdim=True), stride).squeeze(1) < _EQUAL
+    # Between -s/2 and s/2.
+    apart = (moves.pixels - moves.tokens * stride + stride // 2) % side - stride // 2
+    wanted |= (apart.abs() <= _NEAR).all(1)[:, None, None]
+    drawn = (images != _GROUND).any(1)
+    batch = torch.arange(len(images), device=images.device)
+    rows, columns = ((side - moves.pixels) % side).unbind(1)
+    cut = (drawn[batch, rows - 1] & drawn[batch, rows]).any(1) & (rows > 0)
+    cut |= (drawn[batch, :, columns - 1] & drawn[batch, :, columns]).any(1) & (columns > 0)
+    return wanted & ~cut[:, None, None]
+
+
+def shift_loss(
+    model: VQAutoencoder, images: Tensor, indices: Tensor, codebook: Tensor, *, margin: float
+) -> Tensor:
+    """Return how far latents of rolled images are from the codes that the images have there.
+
+    Only those tokens count that :func:`wanted_tokens` names.
+
+    Args:
+        model: its encoder learns from this.
+        images: in [-1, 1]; -1 is the ground.
+        indices: their tokens.
+        codebook: all codes.
+        margin: of :func:`~.wanted_codes.wanted_code_loss`.
+
+    Shape:
+        images: (B, C, H, W), H = W. indices: (B, h, w). codebook: (K, D). Result: ().
+    """
+    stride = model.config.stride
+    moves = draw_moves(len(images), images.shape[-1], stride, images.device)
+    latents = model.encode(roll_each(images, moves.pixels)).float()
+    where = wanted_tokens(images, moves, stride)
+    return wanted_code_loss(latents, codebook, roll_each(indices, moves.tokens), margin=margin, where=where)

@@ -1,0 +1,51 @@
+"""The loss of latents that should have certain codes.
+
+Shape letters: B images, D code size, K codes, h w token grid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["wanted_code_loss"]
+
+
+def wanted_code_loss(
+    latents: Tensor, codebook: Tensor, indices: Tensor, *, margin: float, where: Tensor | None = None
+) -> Tensor:
+    """Return how far latents are from the side of the codes that they should have, with a margin.
+
+    With d the squared distance of a latent to the code that it should have and d' that to the nearest other one,
+    the mean of max(0, (d - d') / (d + d') + margin) over the tokens. Zero where every latent is nearer to its code
+    by the margin, whatever the scale of the codes.
+
+    Args:
+        latents: what an encoder gave.
+        codebook: all codes.
+        indices: of the codes that they should have.
+        margin: in (0, 1]. At 1 only a latent on its code has no loss.
+        where: tokens that count, all by default. The loss is zero if none does.
+
+    Shape:
+        latents: (B, D, h, w). codebook: (K, D), K >= 2. indices, where: (B, h, w). Result: ().
+
+    Source: Sato and Yamada 1995, "Generalized learning vector quantization", Eq. 2, with the codes of the tokens
+        in place of those of a class, and a hinge.
+    """
+    rows = latents.movedim(1, -1).reshape(-1, latents.shape[1])
+    wanted = indices.reshape(-1, 1)
+    with torch.no_grad():
+        # Only the two distances that count take part in the gradient, without the cancellation of this form.
+        products = codebook.square().sum(1) - 2 * rows @ codebook.T
+        others = products.scatter(1, wanted, math.inf).argmin(1)
+    own = (rows - F.embedding(wanted.squeeze(1), codebook)).square().sum(1)
+    other = (rows - F.embedding(others, codebook)).square().sum(1)
+    losses = F.relu((own - other) / (own + other) + margin)
+    if where is None:
+        return losses.mean()
+    weights = where.flatten()
+    return (losses * weights).sum() / weights.sum().clamp_min(1)
