@@ -197,7 +197,7 @@ def _linear_step(layer: nn.Linear, rows: Tensor) -> Tensor:
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """(B, H, 1, D/H) queries over (B, H, n, D/H) keys and values."""
-    scores = (queries * queries.shape[-1] ** -0.5 * keys).sum(-1)
+    scores: Tensor = (queries * queries.shape[-1] ** -0.5 * keys).sum(-1)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     return (weights.unsqueeze(-1) * values).sum(-2) / weights.sum(-1, keepdim=True)
 
