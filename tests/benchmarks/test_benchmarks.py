@@ -342,7 +342,7 @@ def test_blurs_agree_with_float64(name: str, padding: str) -> None:
 
 @pytest.mark.parametrize(
     "compiled",
-    [False, pytest.param(True, marks=(pytest.mark.slow, *map(pytest.mark.filterwarnings, _OF_COMPILERS)))],
+    [False, pytest.param(True, marks=(pytest.mark.long, *map(pytest.mark.filterwarnings, _OF_COMPILERS)))],
 )
 def test_hugging_face_has_the_same_weights(compiled: bool) -> None:
     """GPT-2 with our weights gives our logits, and generates as many tokens; with other weights it is refused."""
