@@ -261,7 +261,7 @@ def _looks_at_once(sequence: Tensor) -> bool:
 
 
 def _look(largest: Tensor, settled: Tensor, failed: Tensor, column: int, at_once: bool) -> Tensor:
-    """Add a column to the (B,) first ``failed`` ones where the largest logit of a row to be drawn is not finite."""
+    """Add a column to the (B,) first ``failed`` ones where the largest logit of a drawn row is not finite."""
     # What is not finite has no difference of zero from itself. A CPU mostly needs no more than this look.
     if at_once and bool((largest - largest == 0).all()):
         return failed
