@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.contest import OURS
 from benchmarks.floor import rates_of, search_limit
-from benchmarks.generation import HUGGING_FACE, SUMMED, WHOLE
+from benchmarks.generation import COMPILED, HUGGING_FACE, HUGGING_FACE_COMPILED, SUMMED, WHOLE
 from benchmarks.problem import Size
 from benchmarks.share import CONTENDERS, Interval, seconds, share
 from benchmarks.stage1 import MODES, plain_name
@@ -127,7 +127,7 @@ def _generation(document: Document) -> str:
     for cell in _of(document, "generation/"):
         settings, facts = cell["settings"], cell["facts"]
         ours = cell["contenders"].get(OURS, {})
-        for name in (OURS, HUGGING_FACE, WHOLE, SUMMED):
+        for name in (OURS, COMPILED, HUGGING_FACE, HUGGING_FACE_COMPILED, WHOLE, SUMMED):
             entry = cell["contenders"].get(name)
             if entry is None:
                 continue
@@ -138,7 +138,7 @@ def _generation(document: Document) -> str:
             time = entry["median"]
             made = settings["B"] * settings["T"]
             # Uncached generation has to do more than the bounds of the cached one say.
-            cached = name in (OURS, HUGGING_FACE)
+            cached = name not in (WHOLE, SUMMED)
             bounds = [facts["bytes"] / bandwidth, facts["operations"] / speed] if cached else [math.nan, math.nan]
             seconds = f"{time:.3g} [{entry['low']:.3g}, {entry['high']:.3g}]"
             against = _times(time / ours["median"]) if ours.get("status") == "ok" else _NONE

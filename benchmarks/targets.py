@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.contest import OURS
-from benchmarks.generation import HUGGING_FACE, SUMMED
+from benchmarks.floor import rates_of
+from benchmarks.generation import COMPILED, HUGGING_FACE, HUGGING_FACE_COMPILED, SUMMED
 from benchmarks.problem import Size
 from benchmarks.search import FUSED, WITHOUT_FAISS
 from benchmarks.share import PEERS, relative_share, share, with_settings_of
@@ -257,6 +258,15 @@ def _used_share(cells: Cells) -> Values:
             yield f"{data}, K = {K}, C = {C}", share
 
 
+def _by_bytes(cells: Cells) -> Values:
+    """Yield how many times as long compiled generation of one image takes as copying the bytes it has to read."""
+    copied = rates_of(cells).copied
+    for key, cell in cells.items():
+        entry = cell["contenders"].get(COMPILED, {})
+        if key.startswith("generation/B1-") and entry.get("status") == "ok" and math.isfinite(copied):
+            yield _label(key, COMPILED), entry["median"] * copied / cell["facts"]["bytes"]
+
+
 def _many_codes(settings: Mapping[str, Any]) -> bool:
     return bool(settings["K"] >= _MANY_CODES)
 
@@ -333,6 +343,14 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "generation: GPT-2 of transformers / te_quant", 1.5, False, _ratios("generation/B64", HUGGING_FACE, OURS)
     ),
+    Target(
+        "generation, both compiled, B = 64: GPT-2 of transformers / te_quant",
+        1.5,
+        False,
+        _ratios("generation/B64", HUGGING_FACE_COMPILED, COMPILED),
+    ),
+    Target("the same, B = 1", 1.0, False, _ratios("generation/B1-", HUGGING_FACE_COMPILED, COMPILED)),
+    Target("generation, compiled, B = 1: time / time of its bytes", 1.3, True, _by_bytes),
 )
 """Of speed and memory, in the order of the table."""
 

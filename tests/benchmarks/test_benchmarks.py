@@ -39,6 +39,7 @@ from examples.te_vqgan.stage1.presets import PRESETS
 from tests.readme_tables import ROOT, first_table
 
 CPU = torch.device("cpu")
+_OF_COMPILERS = ("ignore::DeprecationWarning", "ignore::FutureWarning")
 CONTEXT = Context(CPU, 1, "quick", Limits(budget=0.0, min_rounds=1, max_rounds=1, sample=0.0))
 PACKAGES = {
     "vector-quantize-pytorch": "vector_quantize_pytorch",
@@ -339,18 +340,49 @@ def test_blurs_agree_with_float64(name: str, padding: str) -> None:
     assert "off by up to" in str(blur._verdict(result, images, other))
 
 
-def test_hugging_face_has_the_same_weights() -> None:
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=(pytest.mark.long, *map(pytest.mark.filterwarnings, _OF_COMPILERS)))],
+)
+def test_hugging_face_has_the_same_weights(compiled: bool) -> None:
     """GPT-2 with our weights gives our logits, and generates as many tokens; with other weights it is refused."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     setting = generation.Setting(2, side=2, width=16, depth=2, num_heads=2, vocab_size=8, top_k=3)
     gpt = generation.build_gpt(setting)
-    tokens = torch.randint(8, (2, 4))
-    contender = generation._hugging_face(gpt, setting, tokens)
+    contender = generation._hugging_face(gpt, setting, CPU, compiled=compiled)
     assert contender.check() is None
     with torch.no_grad():
         # Not all of it: LayerNorm does not see a constant.
         gpt.start[:, 0].add_(1)
     assert "logits differ" in str(contender.check())
+
+
+def test_compiled_generation_is_refused_with_other_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compared with the logits of one pass over what it has drawn."""
+    setting = generation.Setting(2, side=2, width=16, depth=2, num_heads=2, vocab_size=8, top_k=3)
+    gpt = generation.build_gpt(setting)
+    ordinary, errors = gpt.generate, iter((0.0, 0.0, 1.0))
+
+    def generate(*arguments: Any, compiled: bool, **options: Any) -> Any:
+        # Compiling would take seconds.
+        assert compiled
+        result = ordinary(*arguments, **options)
+        return (result[0], result[1] + next(errors)) if isinstance(result, tuple) else result
+
+    monkeypatch.setattr(gpt, "generate", generate)
+    contender = generation._compiled(gpt, setting, torch.zeros(2, 0, dtype=torch.int64))
+    assert [contender.check(), contender.check()] == [None, None]
+    assert "logits differ" in str(contender.check())
+
+
+def test_compiled_generation_is_held_against_the_time_of_its_bytes() -> None:
+    """Of one image; 1,000 bytes at 1,000 bytes per second take a second."""
+    (target,) = (target for target in TARGETS if target.text.endswith("time / time of its bytes"))
+    copied = {"settings": {}, "contenders": {"copy": entry(1.0)}, "facts": {"bytes": 1000}}
+    made = {"settings": {}, "contenders": {generation.COMPILED: entry(1.2)}, "facts": {"bytes": 1000}}
+    measured = {"floor/copy": copied, "generation/B1-T4": made, "generation/B64-T4": made}
+    assert (judge(target, measured).points, judge(target, measured).worst) == (1, pytest.approx(1.2))
+    assert judge(target, {"generation/B1-T4": made}).met is None
 
 
 def test_summing_steps_is_exact_for_a_cubic() -> None:

@@ -13,9 +13,10 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from te_quant._execution import is_exporting
-from te_quant._precision import full_precision, widen
+from te_quant._precision import HALF, full_precision, is_autocast, widen
 from te_quant.gpt.config import GPTConfig, Segment
 
 __all__ = ["INITIAL_STD", "Block", "SegmentEnds"]
@@ -55,7 +56,25 @@ class SegmentEnds(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., D) to (..., V) of this segment."""
-        return F.linear(states, self.tokens if self.head is None else self.head)
+        return F.linear(states, self._output())
+
+    def embed_step(self, tokens: Tensor, place: Tensor) -> Tensor:
+        """(B,) tokens, all at one (1,) place of the segment, to (B, D): :meth:`embed`, to be compiled."""
+        vectors = F.embedding(tokens, self.tokens)
+        if self.padding is not None and self.segment.pad_token is not None:
+            is_padding = tokens.eq(self.segment.pad_token).unsqueeze(-1)
+            vectors = torch.where(is_padding, F.embedding(place, self.padding), vectors)
+        if self.segment.positions != "axial":
+            return vectors + F.embedding(place, self.positions)
+        side = self.segment.shape[1]
+        return vectors + (F.embedding(place // side, self.rows) + F.embedding(place % side, self.columns))
+
+    def logits_step(self, states: Tensor) -> Tensor:
+        """(B, D) to (B, V): :meth:`logits` but for rounding, to be compiled."""
+        return _sums(states, self._output(), None) if _is_lone(states) else self.logits(states)
+
+    def _output(self) -> Tensor:
+        return self.tokens if self.head is None else self.head
 
     def _positions(self, first: int, last: int) -> Tensor:
         if self.segment.positions != "axial":
@@ -121,6 +140,66 @@ class Block(nn.Module):
         stream = stream + F.dropout(self.out(mixed), dropout, self.training)
         hidden = self.down(F.gelu(self.up(self.norm2(stream)), approximate=self.approximate))
         return stream + F.dropout(hidden, dropout, self.training)
+
+    def step(self, stream: Tensor, memory: Tensor, past: int) -> Tensor:
+        """(B, D) to (B, D): :meth:`forward` of one token per row, but for rounding, to be compiled.
+
+        A compiler turns the sums into loops that read each weight and each of the ``past`` keys and values once.
+        The products of the libraries that eager code calls are made for many rows; with one they take several
+        times as long as reading what they multiply.
+
+        Args:
+            stream: what the block reads and adds to.
+            memory: as of :meth:`forward`.
+            past: as of :meth:`forward`.
+        """
+        B, D = stream.shape
+        H = self.num_heads
+        packed = _linear_step(self.qkv, self.norm1(stream)).view(B, 3, H, 1, D // H).transpose(0, 1)
+        memory[..., past : past + 1, :] = packed[1:]
+        keys, values = memory[..., : past + 1, :]
+        queries = packed[0].to(memory.dtype)
+        if _is_summed(queries):
+            mixed = _attend(queries, keys, values)
+        else:
+            mixed = F.scaled_dot_product_attention(queries, keys, values)
+        stream = stream + _linear_step(self.out, mixed.to(packed.dtype).reshape(B, D))
+        hidden = F.gelu(_linear_step(self.up, self.norm2(stream)), approximate=self.approximate)
+        return stream + _linear_step(self.down, hidden)
+
+
+def _is_summed(tensor: Tensor) -> bool:
+    """Whether plain sums are faster than the products of a library: compiled, on CPUs, in full precision."""
+    on_cpu = tensor.is_cpu and tensor.dtype not in HALF and not is_autocast(tensor.device)
+    return is_compiling() and on_cpu
+
+
+def _is_lone(rows: Tensor) -> bool:
+    return rows.shape[0] == 1 and _is_summed(rows)
+
+
+def _sums(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(1, inputs) to (1, outputs)."""
+    # Has the compiler store the row; it would compute it again for every output, such as the norm that made it.
+    row = row.as_strided(row.shape, row.stride())
+    sums = (weight * row).sum(-1)
+    return (sums if bias is None else sums + bias).unsqueeze(0)
+
+
+def _linear_step(layer: nn.Linear, rows: Tensor) -> Tensor:
+    # Anything else that stands in its place, such as an adapter, computes more than the product.
+    plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    if plain and _is_lone(rows):
+        return _sums(rows, layer.weight, layer.bias)
+    result: Tensor = layer(rows)
+    return result
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """(B, H, 1, D/H) queries over (B, H, n, D/H) keys and values."""
+    scores: Tensor = (queries * queries.shape[-1] ** -0.5 * keys).sum(-1)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights.unsqueeze(-1) * values).sum(-2) / weights.sum(-1, keepdim=True)
 
 
 def _vectors(count: int, width: int) -> nn.Parameter:

@@ -14,6 +14,7 @@ for both orders with the same weights.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -53,13 +54,15 @@ class KeyValueCache:
         length: how many tokens it has been given.
         memory: for each block (2, B, H, 1 + capacity, D/H) keys and values, of the start and then of the tokens.
         state: (B, 1, D), what the network says after the last token; (B, 0, D) before it has read the start.
+        compiled: whether single tokens are read by compiled code.
     """
 
-    def __init__(self, layout: Layout, memory: list[Tensor], state: Tensor) -> None:
+    def __init__(self, layout: Layout, memory: list[Tensor], state: Tensor, compiled: bool = False) -> None:
         self.layout = layout
         self.length = 0
         self.memory = memory
         self.state = state
+        self.compiled = compiled
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -209,7 +212,12 @@ class GPT(nn.Module):
         return result if mask is None else result.masked_fill(~mask, 0.0)
 
     def new_cache(
-        self, batch: int, *, order: Sequence[str] | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        *,
+        order: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        compiled: bool = False,
     ) -> KeyValueCache:
         """Return an empty cache for ``batch`` sequences, with memory for all tokens of ``order``.
 
@@ -220,14 +228,16 @@ class GPT(nn.Module):
             batch: B, at least 0.
             order: as of :meth:`forward`.
             dtype: of keys and values. ``None``: that of autocast where it is on, else that of the weights.
+            compiled: whether :meth:`next_logits` reads single tokens with compiled code, as :meth:`generate` does.
 
         Raises:
             ValueError: dropout is at work, or as :meth:`forward`.
-            TypeError: the dtype is not floating point.
+            TypeError: the dtype is not floating point, or ``compiled`` is not a bool.
         """
         batch = require_int("batch", batch, 0)
+        require_type("compiled", compiled, bool, "a bool")
         layout = self._layout(order)
-        return self._new_cache(batch, layout, layout.length, dtype)
+        return self._new_cache(batch, layout, layout.length, dtype, compiled=compiled)
 
     @torch.no_grad()
     def next_logits(self, cache: KeyValueCache, tokens: Tensor | None = None) -> Tensor:
@@ -247,6 +257,10 @@ class GPT(nn.Module):
         length, end = cache.length + tokens.shape[1], cache.layout.length
         if length >= end:
             require(False, "cache", f"short of the end of its order, {end} tokens", f"{length} with the new ones")
+        if self._can_step(cache, tokens):
+            known = self._step(cache, tokens)
+            V = max(segment.vocab_size for segment in self.config.segments)
+            return F.pad(known, (0, V - known.shape[-1]), value=-math.inf)
         self._extend(cache, tokens)
         return self._logits(cache.layout, cache.state, length).squeeze(1)
 
@@ -268,6 +282,7 @@ class GPT(nn.Module):
         stop_token: int | None = ...,
         callback: Callable[[int, Tensor], object] | None = ...,
         use_cache: bool = ...,
+        compiled: bool = ...,
         return_log_prob: Literal[False] = ...,
     ) -> Tensor: ...
 
@@ -289,6 +304,7 @@ class GPT(nn.Module):
         stop_token: int | None = ...,
         callback: Callable[[int, Tensor], object] | None = ...,
         use_cache: bool = ...,
+        compiled: bool = ...,
         return_log_prob: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -309,6 +325,7 @@ class GPT(nn.Module):
         stop_token: int | None = None,
         callback: Callable[[int, Tensor], object] | None = None,
         use_cache: bool = True,
+        compiled: bool = False,
         return_log_prob: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, P) tokens to (B, P + new) tokens: each new one drawn from what the network says about it.
@@ -341,6 +358,12 @@ class GPT(nn.Module):
                 for those that the prompt gives to every row.
             use_cache: whether keys and values are kept. Without, every token costs a pass over all before it; the
                 results differ by rounding.
+            compiled: whether drawn tokens are read by code that ``torch.compile`` makes, which is faster; results
+                differ by rounding. The first call compiles the network, which takes up to a minute, once for each
+                segment and once more for a batch of one. Other prompts, options and batches use the same code.
+                Ordinary code reads the prompt and the last token of each segment. It also reads everything once
+                torch has compiled eight versions, for example for other networks; torch warns then. Hooks of
+                blocks do not run. CPUs need a C++ compiler. Not with ``use_cache=False``.
             return_log_prob: whether to return (B, P + new) log-probabilities too, in nats: of each token under the
                 distribution that it was drawn from, after guidance, temperature and all that drops tokens; 0 for
                 tokens that were not drawn. :meth:`log_prob` gives those of the network itself.
@@ -357,6 +380,8 @@ class GPT(nn.Module):
         """
         sampler = Sampler(temperature, top_k, top_fraction, top_p, generator)
         guidance_scale = require_number("guidance_scale", guidance_scale, 0)
+        require_type("compiled", compiled, bool, "a bool")
+        require(use_cache or not compiled, "compiled", "False with use_cache=False", compiled)
         self._require_no_dropout()
         layout = self._layout(order)
         own = own_columns(prompt, prompt_lengths, prompt_mask)
@@ -377,11 +402,11 @@ class GPT(nn.Module):
         if own is not None:
             own = F.pad(own, (0, new))
         ending = None if stop_token is None else _ending(stop_token, layout, first, P + new)
-        predict = self._predictor(layout, sequence, use_cache)
+        predict = self._predictor(layout, sequence, use_cache, compiled)
         if guidance_scale != 1 and B and first < P + new:
             span = _drawn_span(layout, firsts, P + new, guidance_scale)
             rest = self._layout(layout.names[layout.spans.index(span) :])
-            unconditional = self._predictor(rest, sequence, use_cache, skipped=span.begin)
+            unconditional = self._predictor(rest, sequence, use_cache, compiled, skipped=span.begin)
             predict = _guided(predict, unconditional, guidance_scale)
         shares = None
         if return_log_prob:
@@ -546,8 +571,27 @@ class GPT(nn.Module):
         cache.length += tokens.shape[1]
         return states
 
+    def _can_step(self, cache: KeyValueCache, tokens: Tensor) -> bool:
+        """Whether compiled code reads these tokens: one per row, and the next one belongs to the same segment."""
+        if not (cache.compiled and tokens.shape[1] == 1 and cache.batch):
+            return False
+        # Not the first token, as a compiler takes sizes of 0 and 1 for constants, and would compile for it alone.
+        return cache.length > 0 and cache.layout.at(cache.length) is cache.layout.at(cache.length + 1)
+
+    def _step(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
+        """(B, 1) tokens that follow those in the cache to the (B, V) logits about the next ones, compiled."""
+        span = cache.layout.at(cache.length)
+        place = torch.full((1,), cache.length - span.begin, device=tokens.device)
+        # Copied, as code that was compiled for the strides of one sequence would be compiled again for another.
+        tokens = tokens[:, 0].clone(memory_format=torch.contiguous_format)
+        step = _compiled_step()
+        state, logits = step(self, self._ends(span), tokens, place, cache.memory, 1 + cache.length)
+        cache.state = state.unsqueeze(1)
+        cache.length += 1
+        return logits
+
     def _predictor(
-        self, layout: Layout, sequence: Tensor, use_cache: bool, skipped: int = 0
+        self, layout: Layout, sequence: Tensor, use_cache: bool, compiled: bool, skipped: int = 0
     ) -> Callable[[int, int], Tensor]:
         """What predicts the columns of ``sequence`` for :func:`~te_quant.gpt.sampling.extend`.
 
@@ -555,16 +599,20 @@ class GPT(nn.Module):
             layout: of the columns that the network reads.
             sequence: (B, T), looked at when a column is predicted.
             use_cache: as of :meth:`generate`.
+            compiled: as of :meth:`generate`.
             skipped: how many columns at the front of the sequence it does not read.
         """
         B, T = sequence.shape
-        cache = self._new_cache(B, layout, T - skipped) if use_cache else None
+        cache = self._new_cache(B, layout, T - skipped, compiled=compiled) if use_cache else None
 
         def predict(begin: int, end: int) -> Tensor:
             if cache is None:
                 states = self._read(layout, sequence[:, skipped:end])
             else:
-                states = self._extend(cache, sequence[:, max(begin, skipped) : end])
+                tokens = sequence[:, max(begin, skipped) : end]
+                if self._can_step(cache, tokens):
+                    return self._step(cache, tokens)
+                states = self._extend(cache, tokens)
             return self._ends(layout.at(end - skipped)).logits(states[:, -1])
 
         return predict
@@ -595,7 +643,13 @@ class GPT(nn.Module):
         return Layout.of(self.config.segments, order)
 
     def _new_cache(
-        self, batch: int, layout: Layout, capacity: int, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        layout: Layout,
+        capacity: int,
+        dtype: torch.dtype | None = None,
+        *,
+        compiled: bool = False,
     ) -> KeyValueCache:
         self._require_no_dropout()
         start, config = self.start, self.config
@@ -608,7 +662,7 @@ class GPT(nn.Module):
             raise TypeError(f"dtype must be floating point, got {dtype}.")
         shape = (2, batch, config.num_heads, 1 + capacity, config.width // config.num_heads)
         memory = [torch.empty(shape, dtype=dtype, device=start.device) for _ in range(config.depth)]
-        return KeyValueCache(layout, memory, start.detach().new_empty(batch, 0, config.width))
+        return KeyValueCache(layout, memory, start.detach().new_empty(batch, 0, config.width), compiled)
 
     def _checked_next(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         self._require_no_dropout()
@@ -620,6 +674,30 @@ class GPT(nn.Module):
         noisy = self.training and self.config.dropout > 0
         mode = f"training mode with dropout={self.config.dropout:g}"
         require(not noisy, "GPT", "in evaluation mode to generate or to cache (call eval())", mode)
+
+
+_Step = Callable[[GPT, SegmentEnds, Tensor, Tensor, list[Tensor], int], tuple[Tensor, Tensor]]
+
+
+def _next_step(
+    gpt: GPT, ends: SegmentEnds, tokens: Tensor, place: Tensor, memory: list[Tensor], past: int
+) -> tuple[Tensor, Tensor]:
+    """(B,) tokens at one place of a segment to the (B, D) states after them and the (B, V) logits."""
+    stream = ends.embed_step(tokens, place)
+    for block, own in zip(gpt.blocks, memory, strict=True):
+        stream = cast(Block, block).step(stream, own, past)
+    state: Tensor = gpt.norm(stream)
+    return state, ends.logits_step(state)
+
+
+@functools.cache
+def _compiled_step() -> _Step:
+    """The step for any column and any batch: ``dynamic`` keeps both out of the compiled code.
+
+    Made when it is first needed, as torch's compiler takes a second to import.
+    """
+    # Sizes are those of tensors made here; with checks of all of them a call takes a fifth longer.
+    return torch.compile(_next_step, dynamic=True, options={"size_asserts": False})
 
 
 def _rename_entries(_module: nn.Module, state: dict[str, Any], *_: object) -> None:

@@ -229,8 +229,7 @@ def extend(
         seen = column
         settled = ended if own is None else ended | own[:, column]
         # The largest is NaN where any is; -inf takes a token out of the draw, which is fine while others remain.
-        good = logits.amax(-1).isfinite() | settled
-        failed = torch.where(good, failed, failed.clamp_max(column))
+        failed = _look(logits.amax(-1), settled, failed, column, at_once)
         if at_once:
             _refuse_failed(failed, T)
         if shares is not None:
@@ -259,6 +258,14 @@ def _fill(sequence: Tensor, first: int, own: Tensor | None, token: int) -> None:
 
 def _looks_at_once(sequence: Tensor) -> bool:
     return sequence.is_cpu
+
+
+def _look(largest: Tensor, settled: Tensor, failed: Tensor, column: int, at_once: bool) -> Tensor:
+    """Add a column to the (B,) first ``failed`` ones where the largest logit of a drawn row is not finite."""
+    # What is not finite has no difference of zero from itself. A CPU mostly needs no more than this look.
+    if at_once and bool((largest - largest == 0).all()):
+        return failed
+    return torch.where(largest.isfinite() | settled, failed, failed.clamp_max(column))
 
 
 def _refuse_failed(failed: Tensor, length: int) -> None:
