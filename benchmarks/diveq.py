@@ -1,4 +1,4 @@
-"""DiVeQ, an estimator that the library lacks, on top of one of its codebooks, so that it can be compared.
+"""DiVeQ on a codebook of this library, which does not provide it, for benchmarks.
 
 Shape letters: B batch, C code size, K codes, h w grid.
 """
@@ -16,12 +16,12 @@ __all__ = ["Diveq", "diveq_layer"]
 
 
 class Diveq(nn.Module):
-    """Latents plus their distance to the nearest code, in a random direction close to that of the code.
+    """Move each latent by its distance to the nearest code, in a noisy direction towards that code.
 
     The distance carries gradients to the latent and to the code; the direction carries none. There are no losses.
 
     Args:
-        quantizer: finds the codes, by gradient.
+        quantizer: one whose codebook is trained by gradient.
         variance: of the noise that is added to the difference of code and latent before its direction is taken,
             per channel.
 
@@ -38,7 +38,7 @@ class Diveq(nn.Module):
         self.deviation = variance**0.5
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize; in evaluation the codes themselves."""
+        """Return quantized latents, in evaluation the codes themselves, and indices."""
         indices = self.quantizer(latents).indices
         codes = F.embedding(indices, self.quantizer.codebook).movedim(-1, 1)
         if not self.training:

@@ -212,8 +212,8 @@ def _compare(options: argparse.Namespace) -> None:
     folders = options.results or [out_folder(options) / "report"]
     folder = options.into or folders[0]
     together = options.into is not None
-    require(together == bool(options.arms), "arms", "given exactly with --into", options.arms)
-    require(together or len(folders) == 1, "into", "given where results are several folders", None)
+    require(together == bool(options.arms), "arms", "given together with --into, or neither of them", options.arms)
+    require(together or len(folders) == 1, "into", "a folder where --results names several", None)
     if together:
         gather(folders, options.arms, folder, command=command_line(options.words))
     write_comparison(folder)
@@ -273,11 +273,18 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write the report of the finished runs", *WHERE)
     report.add_argument("--into", type=Path, help="add the runs to the report in this folder")
     report.add_argument("--results", type=Path, help="rewrite the report in this folder from its results.json")
-    compare = add("compare", _compare, "write a table and a scatter plot of the arms in a report", *WHERE)
+    compare = add(
+        "compare",
+        _compare,
+        "write a table and a scatter plot of the arms in a report, or of several (--into)",
+        *WHERE,
+    )
     compare.add_argument(
         "--results", type=Path, nargs="+", help="folder of a results.json, or several (default: that of --out)"
     )
-    compare.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="tokenizers to take from --results")
+    compare.add_argument(
+        "--arms", nargs="+", choices=tuple(ARMS), metavar="ARM", help="tokenizers to take; required with --into"
+    )
     compare.add_argument("--into", type=Path, help="write results.json and the comparison of --arms here")
     several = add("regimes", _regimes, "write one table over reports of presets that differ in one setting")
     several.add_argument(

@@ -120,14 +120,20 @@ def test_tokenizers_of_several_reports_become_one_comparison(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--results", "A", "B"], "into must be given where results are several folders, got None"),
-        (["--results", "A", "--into", "C"], "arms must be given exactly with --into, got None"),
-        (["--results", "A", "--arms", "vqgan"], r"arms must be given exactly with --into, got \['vqgan'\]"),
+        (["--results", "A", "B"], "into must be a folder where --results names several, got None"),
+        (
+            ["--results", "A", "--into", "C"],
+            "arms must be given together with --into, or neither of them, got None",
+        ),
+        (["--results", "A", "--arms", "vqgan"], "arms must be given together with --into, or"),
         (["--results", "A", "--into", "C", "--arms", "mp"], r"arms must be some of \['vqgan'\], .* got 'mp'"),
         (
             ["--results", "A", "B", "--into", "C", "--arms", "vqgan", "k16"],
             "results must be runs under equal",
         ),
+        (["--results", "A", "--into", "C", "--arms", "vqgan", "vqgan"], r"arms must be different ones, .*'vqgan'"),
+        (["--results", "A", "F", "--into", "C", "--arms", "vqgan"], "results must be reports of arms.*F/results"),
+        (["--results", "P", "--into", "C", "--arms", "k16"], "results must be a folder with results of digits"),
     ],
 )
 def test_folders_that_do_not_go_together_are_refused(
@@ -139,6 +145,10 @@ def test_folders_that_do_not_go_together_are_refused(
     other["settings"]["steps"] += 1
     _folder(tmp_path / "A", [run for run in runs if run["arm"] == "vqgan"])
     _folder(tmp_path / "B", [other])
+    _folder(tmp_path / "F", [{"name": "vq", "settings": {}}])
+    pictures = copy.deepcopy(other)
+    pictures["settings"] |= {"data": "images:0", "held_out": False}
+    _folder(tmp_path / "P", [pictures])
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *words]) == 1
     assert re.search(message, capsys.readouterr().err)

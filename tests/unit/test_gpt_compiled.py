@@ -160,7 +160,7 @@ def test_half_precision_and_autocast_stay_as_close_as_ordinary_steps(dtype: torc
         (
             {"use_cache": False, "compiled": True},
             ValueError,
-            "compiled must be False with use_cache=False, got True",
+            "compiled must be False with use_cache=False, got True; drop use_cache=False",
         ),
         ({"compiled": 1}, TypeError, "compiled must be a bool, got 1"),
     ],

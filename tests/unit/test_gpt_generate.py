@@ -174,6 +174,20 @@ def test_caches_refuse_what_does_not_belong_to_them(call: Callable, match: str) 
     assert cache.length == LENGTH - 2
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_cache_of_another_network_is_refused(compiled: bool) -> None:
+    """By its shape; one of a network of the same sizes is not known from its own."""
+    gpt, tokens = build(), draw(BOTH, 2, LENGTH)
+    for changes in ({"depth": BOTH.depth + 1}, {"width": 2 * BOTH.width}, {"num_heads": 2 * BOTH.num_heads}):
+        other = build(dataclasses.replace(BOTH, **changes)).new_cache(2, compiled=compiled)
+        match = (
+            r"cache must be that of a model with \(depth, num_heads, width / num_heads\)=\(.*\), got one with \("
+        )
+        with pytest.raises(ValueError, match=match):
+            gpt.next_logits(other, tokens[:, :1])
+        assert other.length == 0
+
+
 def test_caches_of_a_negative_batch_are_refused() -> None:
     """None is no cache."""
     with pytest.raises(ValueError, match="batch must be an int >= 0, got -1"):

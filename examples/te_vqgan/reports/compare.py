@@ -1,7 +1,7 @@
 """Agreements beside code use and reconstruction error, a row an arm and a row a run; a plot; counts of exactness.
 
-Reads the ``results.json`` that ``report`` wrote, so that a published comparison is written anew from data alone.
-Several of them become one, of runs under equal conditions.
+Reads the ``results.json`` that ``report`` wrote, so that a published comparison can be written again from the data
+only. Several of them become one, of runs under equal conditions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from examples.te_vqgan.reports.results import (
     to_text,
 )
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
 from te_quant.equivariance import Agreement, comparison_table
 from te_quant.tables import Table
@@ -65,19 +65,22 @@ _HEADER = [
 
 
 def gather(folders: Sequence[Path], arms: Sequence[str], into: Path, *, command: str) -> None:
-    """Write a ``results.json`` of the tokenizers of several folders, without anything that they do not compare.
+    """Write a ``results.json`` of selected tokenizers of several folders, with the fields that a comparison needs.
 
     Args:
-        folders: each with a ``results.json``. Of a run that several have, that of the last counts.
+        folders: each with a ``results.json``. If several hold the same run, the last one wins.
         arms: keys of :data:`~.stage1.presets.ARMS`; the order of the runs.
-        into: where.
-        command: what was typed, for the record.
+        into: folder to write to.
+        command: the command line, for the record.
 
     Raises:
-        ValueError: there is no ``results.json``; the runs are of different data, or measured or trained for
-            different lengths; or an arm is in none of them. Nothing is written then.
+        ValueError: a folder has no ``results.json``, or one without arms; an arm is in none of them, or named
+            twice; or the runs are of different data or of pictures, trained for different numbers of steps, or
+            measured on different numbers of images. Nothing is written then.
     """
-    found = [read_results(_results(folder)) for folder in folders]
+    repeated = sorted({arm for arm in arms if arms.count(arm) > 1})
+    require(not repeated, "arms", "different ones", f"several times {repeated}")
+    found = [_of_arms(folder) for folder in folders]
     runs = functools.reduce(merged, found)["runs"]
     known = sorted({run["arm"] for run in runs})
     kept = []
@@ -92,6 +95,23 @@ def gather(folders: Sequence[Path], arms: Sequence[str], into: Path, *, command:
     write_text_atomically(into / "results.json", to_text({"commands": list(typed), "runs": kept}))
 
 
+def _of_arms(folder: Path) -> dict[str, Any]:
+    """Read a report of digits."""
+    path = _results(folder)
+    plain = read_json_object(path)
+    ours = all("arm" in run for run in plain.get("runs", [{}]))
+    require(ours, "results", "reports of arms, as `report` writes them", f"{path}, which has none")
+    results = read_results(path)
+    _require_digits(results["runs"], path)
+    return results
+
+
+def _require_digits(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    data = runs[0].get("settings", {}).get("data", "")
+    expected = "a folder with results of digits; the report of pictures holds its comparison"
+    require(not is_pictures(data), "results", expected, f"{data!r} in {path}")
+
+
 def write_comparison(folder: Path) -> None:
     """Write ``comparison.md`` and ``.png``, ``metrics.md`` and, if it was counted, ``exactness.md``.
 
@@ -100,9 +120,7 @@ def write_comparison(folder: Path) -> None:
     """
     path = _results(folder)
     runs = read_results(path)["runs"]
-    data = runs[0].get("settings", {}).get("data", "")
-    expected = "a folder with results of digits; the report of pictures holds its comparison"
-    require(not is_pictures(data), "results", expected, f"{data!r} in {path}")
+    _require_digits(runs, path)
     write_text_atomically(folder / "comparison.md", comparison(runs))
     reports = {_name(run, runs): _report(run) for run in runs}
     write_text_atomically(folder / "metrics.md", comparison_table(reports).to_markdown())

@@ -1,4 +1,4 @@
-"""A loss that keeps tokens where the pixels below them move, by whole tokens and by less.
+"""A loss that makes tokens follow their pixels, for shifts by whole tokens and by less.
 
 Shape letters: B images, C channels, H W pixels, D code size, K codes, h w token grid, s stride.
 """
@@ -19,7 +19,7 @@ __all__ = ["START", "Moves", "draw_moves", "roll_each", "shift_loss", "wanted_to
 START = 0.1
 """The loss begins after this share of the steps: before, tokens say little."""
 
-# Images that are so many pixels from where whole tokens would put them are to have the same tokens everywhere.
+# All tokens count if an image is within this many pixels of a shift by whole tokens.
 _NEAR = 1
 _GROUND = -1.0
 # Half of what separates two 8-bit levels.
@@ -41,15 +41,15 @@ class Moves(NamedTuple):
 def draw_moves(count: int, side: int, stride: int, device: torch.device) -> Moves:
     """Draw a move for each image.
 
-    Every other image moves by half of its side or not, in each direction, which takes quadrants onto quadrants;
-    the others by any number of tokens. The second half of the images then moves by 1 to s - 1 pixels more. The
-    tokens of the move are those to which it comes nearest, the smaller number where two are as near.
+    In every other image each axis moves by half the side or not at all, which takes quadrants onto quadrants; the
+    others move by any number of tokens. The second half of the images then moves by 1 to s - 1 pixels more. The
+    tokens of a move are the nearest whole number of them; ties round down.
 
     Args:
         count: B.
         side: H = W.
         stride: s, at least 2.
-        device: of the result.
+        device: device of the result.
     """
     grid = side // stride
     tokens = torch.randint(grid, (count, 2), device=device)
@@ -60,7 +60,7 @@ def draw_moves(count: int, side: int, stride: int, device: torch.device) -> Move
 
 
 def roll_each(images: Tensor, offsets: Tensor) -> Tensor:
-    """Roll each image by an offset of its own.
+    """Roll each image by its own offset.
 
     Shape:
         images: (B, ..., H, W). offsets: (B, 2), rows and columns. Returns images of the same shape.
@@ -75,10 +75,10 @@ def roll_each(images: Tensor, offsets: Tensor) -> Tensor:
 
 
 def wanted_tokens(images: Tensor, moves: Moves, stride: int) -> Tensor:
-    """Say where rolled images are to have the tokens that they would have if they had been rolled by whole tokens.
+    """Say which tokens of rolled images should equal those of the images rolled by whole tokens.
 
-    Where they show the same pixels; and everywhere if they are rolled by at most one pixel more or less. Nowhere
-    in images where the border of the picture cuts what is not ground: they show what no image shows.
+    These are the tokens whose pixels are equal, and all tokens of an image within one pixel of such a roll. No
+    token counts in an image whose digits are cut by the border.
 
     Shape:
         images: (B, C, H, W). Returns (B, h, w) bool.
@@ -100,15 +100,15 @@ def wanted_tokens(images: Tensor, moves: Moves, stride: int) -> Tensor:
 def shift_loss(
     model: VQAutoencoder, images: Tensor, indices: Tensor, codebook: Tensor, *, margin: float
 ) -> Tensor:
-    """Return how far latents of rolled images are from the codes that the images have there.
+    """Return the loss of latents of rolled images that should have the rolled tokens of the images.
 
     Only those tokens count that :func:`wanted_tokens` names.
 
     Args:
-        model: its encoder learns from this.
+        model: the tokenizer; gradients reach its encoder.
         images: in [-1, 1]; -1 is the ground.
         indices: their tokens.
-        codebook: all codes.
+        codebook: the codes.
         margin: of :func:`~.wanted_codes.wanted_code_loss`.
 
     Shape:

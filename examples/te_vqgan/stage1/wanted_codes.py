@@ -17,15 +17,15 @@ __all__ = ["wanted_code_loss"]
 def wanted_code_loss(
     latents: Tensor, codebook: Tensor, indices: Tensor, *, margin: float, where: Tensor | None = None
 ) -> Tensor:
-    """Return how far latents are from the side of the codes that they should have, with a margin.
+    """Return a hinge loss that is zero where a latent is nearer to its wanted code than to any other, by a margin.
 
     With d the squared distance of a latent to the code that it should have and d' that to the nearest other one,
-    the mean of max(0, (d - d') / (d + d') + margin) over the tokens. Zero where every latent is nearer to its code
-    by the margin, whatever the scale of the codes.
+    the loss is the mean of max(0, (d - d') / (d + d') + margin) over the tokens. The scale of the codes does not
+    matter.
 
     Args:
-        latents: what an encoder gave.
-        codebook: all codes.
+        latents: before quantization.
+        codebook: the codes.
         indices: of the codes that they should have.
         margin: in (0, 1]. At 1 only a latent on its code has no loss.
         where: tokens that count, all by default. The loss is zero if none does.
@@ -39,7 +39,7 @@ def wanted_code_loss(
     rows = latents.movedim(1, -1).reshape(-1, latents.shape[1])
     wanted = indices.reshape(-1, 1)
     with torch.no_grad():
-        # Only the two distances that count take part in the gradient, without the cancellation of this form.
+        # This form cancels, so it only chooses the code. The gradient flows through the two exact distances below.
         products = codebook.square().sum(1) - 2 * rows @ codebook.T
         others = products.scatter(1, wanted, math.inf).argmin(1)
     own = (rows - F.embedding(wanted.squeeze(1), codebook)).square().sum(1)

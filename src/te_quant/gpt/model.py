@@ -358,12 +358,14 @@ class GPT(nn.Module):
                 for those that the prompt gives to every row.
             use_cache: whether keys and values are kept. Without, every token costs a pass over all before it; the
                 results differ by rounding.
-            compiled: whether drawn tokens are read by code that ``torch.compile`` makes, which is faster; results
-                differ by rounding. The first call compiles the network, which takes up to a minute, once for each
-                segment and once more for a batch of one. Other prompts, options and batches use the same code.
-                Ordinary code reads the prompt and the last token of each segment. It also reads everything once
-                torch has compiled eight versions, for example for other networks; torch warns then. Hooks of
-                blocks do not run. CPUs need a C++ compiler. Not with ``use_cache=False``.
+            compiled: whether the forward pass of each generated token is compiled with ``torch.compile``, which is
+                faster; results differ by rounding. The first call compiles, which takes up to a minute: once per
+                segment, and again per segment for a batch of one. Later calls reuse the code for other prompts,
+                options and batches; another dtype, autocast, grad mode or number of threads compiles again. Torch
+                keeps eight versions in all (``torch._dynamo.config.recompile_limit``); whatever comes later runs
+                uncompiled, and torch logs a warning. Ordinary code reads the prompt and the last token of each
+                segment, and hooks of blocks run only there. CPUs need a C++ compiler. Not with
+                ``use_cache=False``.
             return_log_prob: whether to return (B, P + new) log-probabilities too, in nats: of each token under the
                 distribution that it was drawn from, after guidance, temperature and all that drops tokens; 0 for
                 tokens that were not drawn. :meth:`log_prob` gives those of the network itself.
@@ -381,7 +383,12 @@ class GPT(nn.Module):
         sampler = Sampler(temperature, top_k, top_fraction, top_p, generator)
         guidance_scale = require_number("guidance_scale", guidance_scale, 0)
         require_type("compiled", compiled, bool, "a bool")
-        require(use_cache or not compiled, "compiled", "False with use_cache=False", compiled)
+        require(
+            use_cache or not compiled,
+            "compiled",
+            "False with use_cache=False",
+            f"{compiled}; drop use_cache=False",
+        )
         self._require_no_dropout()
         layout = self._layout(order)
         own = own_columns(prompt, prompt_lengths, prompt_mask)
@@ -668,6 +675,11 @@ class GPT(nn.Module):
         self._require_no_dropout()
         tokens = cache.layout.checked("tokens", tokens, self.start.device, first=cache.length)
         require_axis("tokens", tokens, 0, cache.batch, "batch of the cache")
+        config = self.config
+        own = (config.depth, config.num_heads, config.width // config.num_heads)
+        given = (len(cache.memory), cache.memory[0].shape[2], cache.memory[0].shape[4])
+        names = "(depth, num_heads, width / num_heads)"
+        require(given == own, "cache", f"that of a model with {names}={own}", f"one with {given}")
         return tokens
 
     def _require_no_dropout(self) -> None:
