@@ -590,7 +590,7 @@ def test_settings_survive_json_and_presets_end_where_they_say() -> None:
         settings = stage2_settings_for(preset, {"seed": 3, "steps": None})
         assert Stage2Settings(**json.loads(json.dumps(settings.to_dict()))) == settings
         assert settings == dataclasses.replace(base, seed=3)
-    assert [name for name, base in STAGE2.items() if base is None] == ["quick", "photos"]
+    assert [name for name, base in STAGE2.items() if base is None] == ["quick", "photos", "small-alive"]
     paper = stage2_settings_for("paper")
     assert (paper.width, paper.depth, paper.num_heads, paper.target_weight) == (256, 8, 8, 7.0)
     assert (paper.learning_rate, paper.clip_norm, paper.batch_size) == (1e-3, 1.0, 200)
