@@ -582,7 +582,7 @@ class GPT(nn.Module):
         """Whether compiled code reads these tokens: one per row, and the next one belongs to the same segment."""
         if not (cache.compiled and tokens.shape[1] == 1 and cache.batch):
             return False
-        # Not the first token, as a compiler takes sizes of 0 and 1 for constants, and would compile for it alone.
+        # Not the first token: a compiler takes sizes of 0 and 1 for constants and would compile once more for it.
         return cache.length > 0 and cache.layout.at(cache.length) is cache.layout.at(cache.length + 1)
 
     def _step(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
@@ -706,7 +706,7 @@ def _next_step(
 def _compiled_step() -> _Step:
     """The step for any column and any batch: ``dynamic`` keeps both out of the compiled code.
 
-    Made when it is first needed, as torch's compiler takes a second to import.
+    Created on first use, because importing torch's compiler takes a second.
     """
     # Sizes are those of tensors made here; with checks of all of them a call takes a fifth longer.
     return torch.compile(_next_step, dynamic=True, options={"size_asserts": False})
