@@ -38,6 +38,9 @@ from examples.te_vqgan.stage1.presets import ARMS, Stage1Settings
 
 __all__ = ["main"]
 
+# The engine of the library's search for the nearest code.
+ENGINE = "TE_QUANT_SEARCH"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 1 refused or failed, 130 interrupted).
@@ -45,10 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Of several processes that stop together, the main one tells it and has the status.
     """
     options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    with _searched_by_torch():
+        try:
+            return _status(options)
+        finally:
+            distributed.stop()
+
+
+@contextlib.contextmanager
+def _searched_by_torch() -> Iterator[None]:
+    """Keep faiss away unless the user chose, so that numbers do not depend on whether it is installed."""
+    chosen = ENGINE in os.environ
+    os.environ.setdefault(ENGINE, "torch")
     try:
-        return _status(options)
+        yield
     finally:
-        distributed.stop()
+        if not chosen:
+            del os.environ[ENGINE]
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

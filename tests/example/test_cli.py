@@ -464,6 +464,21 @@ def _wait(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "torch"), ("auto", "auto")])
+def test_commands_search_by_torch_unless_the_user_chose(
+    chosen: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published numbers may not depend on whether faiss is installed; nothing stays changed afterwards."""
+    monkeypatch.delenv("TE_QUANT_SEARCH", raising=False)
+    if chosen:
+        monkeypatch.setenv("TE_QUANT_SEARCH", chosen)
+    seen: list[str | None] = []
+    monkeypatch.setattr(__main__, "_status", lambda _: seen.append(os.environ.get("TE_QUANT_SEARCH")) or 0)
+    assert main(["report"]) == 0
+    assert seen == [expected]
+    assert os.environ.get("TE_QUANT_SEARCH") == chosen
+
+
 def test_help_names_every_command() -> None:
     """As a module, from the repository's root."""
     environment = {**os.environ, "COLUMNS": "100"}

@@ -37,7 +37,6 @@ from examples.te_vqgan.stage1.presets import (
 from examples.te_vqgan.stage1.train import CHECKPOINT, Interrupted, train_stage1
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from te_quant import VQAutoencoder
-from te_quant._search import by_faiss
 from tests.helpers import numpy_generator
 
 SMOKE = PRESETS["smoke"]
@@ -201,21 +200,6 @@ def test_a_compiler_changes_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> N
     assert settings.model.encoder_padding == "replicate"
     plain = Stage1Trainer(settings, torch.device("cpu"))
     _assert_alike(plain, Stage1Trainer(settings, torch.device("cpu"), channels_last=True, compiled=True))
-
-
-@pytest.mark.parametrize(("preset", "arm"), [(preset, arm) for preset, plan in PLANS.items() for arm in plan.arms])
-def test_published_trainings_do_not_depend_on_faiss(
-    preset: str, arm: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their codes are too long for it, or their batches too small, wherever it is installed."""
-    monkeypatch.setattr(by_faiss, "_longest_code", lambda: max(by_faiss._LONGEST_CODE.values()))
-    settings = settings_for(preset, arm)
-    model = settings.model
-    rows = max(settings.batch_size, settings.eval_images) * (settings.canvas_size // model.stride) ** 2
-    codebook = torch.empty(model.num_codes, model.code_dim)
-    assert not by_faiss.faiss_suits(codebook[:1].expand(rows, -1), codebook, False)
-    # The control: so many short latents would be searched by it.
-    assert by_faiss.faiss_suits(torch.empty(70_000, 8), torch.empty(64, 8), False)
 
 
 def test_the_first_step_of_adam_moves_the_codes_by_the_faster_rate() -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from te_quant._search import by_faiss
@@ -33,7 +34,7 @@ if by_faiss._load() is None:
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let faiss search small problems too, in batches of a few hundred rows, on any CPU."""
     monkeypatch.delenv(ENGINE, raising=False)
-    monkeypatch.setattr(by_faiss, "_longest_code", lambda: 32)
+    monkeypatch.setattr(by_faiss, "_level", lambda: "AVX512")
     monkeypatch.setattr(by_faiss, "_MIN_SCORES", 1)
     monkeypatch.setattr(by_faiss, "_MIN_ROWS", 1)
     monkeypatch.setattr(by_faiss, "_MIN_CODES", 1)
@@ -75,7 +76,7 @@ def by_faiss_alone(latents: Tensor, codebook: Tensor) -> Tensor:
         return torch.from_numpy(faiss.knn(latents.numpy(), codebook.numpy(), 1)[1][:, 0])
 
 
-@pytest.mark.parametrize("c", [1, 3, 8, 16, 17, 32])
+@pytest.mark.parametrize("c", [1, 3, 8, 16, 17, 32, 33, 64, 256])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 1), (40, 2), (300, 5), (1, 100), (700, 1000)])
 def test_finds_the_nearest_code(n: int, k: int, c: int, calls: list[int]) -> None:
     """In whole vectors of codes and what is left over, in one batch of rows and in several."""
@@ -121,10 +122,11 @@ def test_settings_come_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     assert (faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold) == before
 
 
-def test_threads_may_search_at_once() -> None:
+@pytest.mark.parametrize("c", [8, 64])
+def test_threads_may_search_at_once(c: int) -> None:
     """Each finds what it finds by itself, and the last one puts the settings back."""
     before = faiss.cvar.distance_compute_blas_threshold
-    problems = [draw(1_500, 300, 8, seed) for seed in range(4)]
+    problems = [draw(1_500, 300, c, seed) for seed in range(4)]
     expected = [nearest_code(*problem) for problem in problems]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda problem: nearest_code(*problem), problems * 5))
@@ -132,7 +134,7 @@ def test_threads_may_search_at_once() -> None:
     assert faiss.cvar.distance_compute_blas_threshold == before
 
 
-@pytest.mark.parametrize("c", [2, 8, 20])
+@pytest.mark.parametrize("c", [2, 8, 20, 40])
 def test_of_equally_near_codes_the_first_is_chosen(c: int) -> None:
     """On small integers nothing is rounded, and ties abound."""
     generator = torch.Generator().manual_seed(0)
@@ -143,7 +145,7 @@ def test_of_equally_near_codes_the_first_is_chosen(c: int) -> None:
 
 
 @pytest.mark.parametrize("k", [2, 15, 16, 17, 333, 512, 1000])
-@pytest.mark.parametrize(("c", "offset"), [(4, 0.0), (8, 9.0), (31, 0.0)])
+@pytest.mark.parametrize(("c", "offset"), [(4, 0.0), (8, 9.0), (31, 0.0), (33, 0.0), (64, 9.0), (100, 0.0)])
 def test_of_equal_codes_the_first_is_chosen(k: int, c: int, offset: float) -> None:
     """Wherever their copies lie, in whole vectors of codes or among those that are left over."""
     distinct, latents = (tensor + offset for tensor in draw(max(2, k // 8), 500, c))
@@ -153,20 +155,22 @@ def test_of_equal_codes_the_first_is_chosen(k: int, c: int, offset: float) -> No
     assert torch.equal(first[indices], indices)
 
 
+@pytest.mark.parametrize("c", [16, 64])
 @pytest.mark.parametrize("scale", [1e-35, 1e-24, 1e-22, 1e-13, 1.0, 1e13, 1e19, 1e36])
-def test_every_scale_is_exact(scale: float) -> None:
+def test_every_scale_is_exact(scale: float, c: int) -> None:
     """Where squares leave the range of float32 faiss by itself is wrong: the control."""
-    latents, codebook = (tensor * scale for tensor in draw(1_000, 256, 16))
+    latents, codebook = (tensor * scale for tensor in draw(1_000, 256, c))
     exact = latents.double() / scale, codebook.double() / scale
     assert_nearest(nearest_code(latents, codebook), *exact, clear_share=0.99)
     wrong = (by_faiss_alone(latents, codebook) != torch.cdist(*exact).argmin(1)).float().mean()
     assert wrong > 0.2 if not 1e-23 < scale < 1e18 else wrong < 0.1
 
 
+@pytest.mark.parametrize("c", [16, 64])
 @pytest.mark.parametrize("unused", [0, 100])
-def test_large_offsets_are_exact(unused: int) -> None:
+def test_large_offsets_are_exact(unused: int, c: int) -> None:
     """At an offset of 1,000 faiss by itself is wrong: the control. Codes left near zero change nothing."""
-    latents, codebook = (tensor + 1_000 for tensor in draw(1_000, 256, 16))
+    latents, codebook = (tensor + 1_000 for tensor in draw(1_000, 256, c))
     codebook[:unused] -= 1_000
     live = codebook[unused:]
     assert_nearest(nearest_code(latents, codebook) - unused, latents, live, clear_share=0.99)
@@ -174,10 +178,11 @@ def test_large_offsets_are_exact(unused: int) -> None:
     assert (by_faiss_alone(latents, codebook) != exact).float().mean() > 0.2
 
 
+@pytest.mark.parametrize("c", [8, 64])
 @pytest.mark.parametrize("every", [1, 10])
-def test_latents_far_from_the_codes_are_exact(every: int, calls: list[int]) -> None:
+def test_latents_far_from_the_codes_are_exact(every: int, c: int, calls: list[int]) -> None:
     """All of them, or one in ten. ‖z‖² rounds away what tells codes apart, so faiss by itself is wrong."""
-    latents, codebook = draw(600, 256, 8)
+    latents, codebook = draw(600, 256, c)
     latents[::every] *= 1e8
     nearest = nearest_code(latents, codebook)
     assert bool(calls) == (every > 1)
@@ -186,11 +191,26 @@ def test_latents_far_from_the_codes_are_exact(every: int, calls: list[int]) -> N
     assert (by_faiss_alone(latents[::every], codebook) == exact[::every]).double().mean() < 0.5
 
 
+@pytest.mark.parametrize("distance", [7.0, 9.0])
+def test_long_codes_are_searched_by_torch_from_eight_times_their_distance_on(
+    distance: float, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearer latents lose less than three bits to ‖z‖²."""
+    latents, codebook = (F.normalize(tensor) for tensor in draw(500, 256, 64))
+    latents = latents * distance
+    assert_nearest(nearest_code(latents, codebook), latents, codebook, clear_share=0.99)
+    assert sum(rows for rows, _, _ in calls) == (500 if distance < 8 else 0)
+    # The control: short codes stay with faiss there.
+    nearest_code(latents[:, :8], codebook[:, :8])
+    assert calls[-1][0] == 500
+
+
+@pytest.mark.parametrize("c", [8, 64])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 @pytest.mark.parametrize("k", [1, 5, 300])
-def test_rows_without_a_distance_are_searched_by_torch(value: float, k: int) -> None:
+def test_rows_without_a_distance_are_searched_by_torch(value: float, k: int, c: int) -> None:
     """They get the same indices as there, and the other rows theirs."""
-    latents, codebook = draw(64, k, 8)
+    latents, codebook = draw(64, k, c)
     expected = nearest_code(latents, codebook)
     latents[5, 2], latents[20, 0], latents[21] = value, value, value
     found = nearest_code(latents, codebook)
@@ -200,10 +220,11 @@ def test_rows_without_a_distance_are_searched_by_torch(value: float, k: int) -> 
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("c", [8, 64])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_codes_that_are_not_finite_are_left_to_torch(value: float, calls: list[int]) -> None:
+def test_codes_that_are_not_finite_are_left_to_torch(value: float, c: int, calls: list[int]) -> None:
     """All rows then get the indices that they get there."""
-    latents, codebook = draw(64, 30, 8)
+    latents, codebook = draw(64, 30, c)
     codebook[7, 3] = value
     assert torch.equal(nearest_code(latents, codebook), _by_torch(latents, codebook))
     assert calls == []
@@ -232,14 +253,14 @@ def test_gradients_and_inference_mode_do_not_matter() -> None:
     [
         (lambda tensor: tensor, True),
         (lambda tensor: tensor.double(), False),
-        (lambda tensor: tensor.repeat(1, 5), False),
+        (lambda tensor: tensor.repeat(1, 5), True),
     ],
-    ids=["short float32", "float64", "long codes"],
+    ids=["short float32", "float64", "long float32"],
 )
-def test_only_short_codes_in_float32_are_searched_by_faiss(
+def test_only_float32_is_searched_by_faiss(
     change: Callable[[Tensor], Tensor], searched: bool, calls: list[int]
 ) -> None:
-    """Other dtypes and sizes stay with torch, and so do products."""
+    """Float64 stays with torch, and so do products."""
     latents, codebook = (change(tensor) for tensor in draw(50, 40, 8))
     nearest_code(latents, codebook)
     assert bool(calls) == searched
@@ -279,15 +300,24 @@ def test_fewer_rows_than_threads_are_left_to_torch(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("level", "longest"), [("AVX512_VPOPCNT", 32), ("AVX2", 16), ("ARM_NEON", 0), ("NONE", 0)]
+    ("level", "suited"),
+    [
+        ("AVX512_VPOPCNT", [16, 17, 32, 33, 256]),
+        ("AVX512", [16, 17, 32, 33, 256]),
+        ("AVX2", [16]),
+        ("ARM_NEON", []),
+        ("NONE", []),
+    ],
 )
-def test_the_longest_codes_are_those_of_the_vector_instructions(
-    level: str, longest: int, monkeypatch: pytest.MonkeyPatch
+def test_the_vector_instructions_decide_which_codes_are_searched(
+    level: str, suited: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others were not measured."""
+    """Others were not measured, or are slower."""
     monkeypatch.undo()
     monkeypatch.setattr(faiss.SIMDConfig, "get_level_name", staticmethod(lambda: level))
-    assert by_faiss._longest_code() == longest
+    sizes = [0, 16, 17, 32, 33, 256]
+    found = [c for c in sizes if by_faiss.faiss_suits(torch.empty(1_024, c), torch.empty(1_024, c), False)]
+    assert found == suited
 
 
 _PROCESSES = """
@@ -297,7 +327,7 @@ from te_quant import VectorQuantizer
 from te_quant.functional import nearest_code
 
 torch.set_num_threads(2)
-latents, codebook = torch.randn(70_000, 8), torch.randn(256, 8)
+latents, codebook = torch.randn(70_000, SIZE), torch.randn(256, SIZE)
 
 class Tokens(torch.utils.data.Dataset):
     def __len__(self):
@@ -329,7 +359,7 @@ torch.set_num_threads(1)
 faiss.omp_set_num_threads(2)
 seen, search = [], faiss.knn
 faiss.knn = lambda *given: (seen.append(faiss.omp_get_max_threads()), search(*given))[1]
-latents, codebook = torch.randn(70_000, 8), torch.randn(256, 8)
+latents, codebook = torch.randn(70_000, SIZE), torch.randn(256, SIZE)
 found = nearest_code(latents, codebook)
 print(*seen, faiss.omp_get_max_threads(), torch.get_num_threads())
 torch.set_num_threads(2)
@@ -339,25 +369,27 @@ for _ in range(20):
 """
 
 
-def run_apart(script: str) -> list[str]:
-    """Return the words that a fresh process prints; it may not hang."""
-    command = [sys.executable, "-W", "ignore", "-c", script]
+def run_apart(script: str, size: int) -> list[str]:
+    """Return the words that a fresh process prints about codes of that size; it may not hang."""
+    command = [sys.executable, "-W", "ignore", "-c", script.replace("SIZE", str(size))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
 @pytest.mark.slow
-def test_two_runtimes_share_a_process_and_its_forks() -> None:
+@pytest.mark.parametrize("size", [8, 64])
+def test_two_runtimes_share_a_process_and_its_forks(size: int) -> None:
     """Products of torch and searches take turns, and nothing hangs.
 
     The package and searches that faiss does not suit leave it alone. Worker processes of a DataLoader search as
     well, whether or not their parent has imported it.
     """
-    assert run_apart(_PROCESSES) == ["False", "True", "True", "2"]
+    assert run_apart(_PROCESSES, size) == ["False", "True", "True", "2"]
 
 
 @pytest.mark.slow
-def test_a_runtime_of_its_own_gets_the_number_of_threads_of_torch() -> None:
+@pytest.mark.parametrize("size", [8, 64])
+def test_a_runtime_of_its_own_gets_the_number_of_threads_of_torch(size: int) -> None:
     """Imported before torch, faiss has one. Its number is back afterwards; products and searches take turns."""
-    assert run_apart(_FAISS_FIRST) == ["1", "2", "1"]
+    assert run_apart(_FAISS_FIRST, size) == ["1", "2", "1"]

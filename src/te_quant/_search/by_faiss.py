@@ -1,15 +1,18 @@
-"""The nearest code by faiss, for short codes on a CPU, where faiss is installed.
+"""The nearest code by faiss, on a CPU where faiss is installed.
 
 Shape letters: N latent vectors, C code size, K codes.
 
 For short codes faiss keeps scores in registers, while a matrix product of torch writes them and a minimum reads
-them again. Four things about it are no concern of the caller:
+them again. For long codes it multiplies by blocks that stay in cache, and reads each score once. Four things about
+it are no concern of the caller:
 
-- It adds ‖z‖² to the scores before it compares the last of them, so it rounds more coarsely where latents lie much
-  farther from the middle of the codes than the codes do. Such rows, and those that are not finite, are searched
-  again by torch. So are all rows where squares leave the range of float32.
-- Codes that are left over from whole vectors are rounded in another way. So the codes are filled up with copies of
-  the first one, and then equal codes have equal scores, of which it takes the first.
+- It adds ‖z‖² to the scores, for short codes before it compares the last of them, for long ones to all. So it
+  rounds more coarsely where latents lie much farther from the middle of the codes than the codes do. Such rows,
+  and those that are not finite, are searched again by torch. So are all rows where squares leave the range of
+  float32.
+- Equal codes may be rounded in different ways. Among short ones these are the codes that are left over from whole
+  vectors, so the codes are filled up with copies of the first one, and then it takes the first of equal codes.
+  Indices of long codes are sent to the first code that is equal.
 - For small N·C it takes a slower path. The global variable that says how small is zero while a search runs.
 - It gets torch's number of threads. Imported after torch it takes torch's OpenMP runtime, whose symbols are there
   already; imported before, it has its own.
@@ -32,16 +35,22 @@ import torch
 from torch import Tensor
 
 from te_quant._search import tiles
+from te_quant._search.ties import first_of_equal_codes
 
 __all__ = ["faiss_argmin", "faiss_suits"]
 
 # The version that was measured, and the longest codes that it keeps in registers, by its vector instructions.
 _VERSION = (1, 15)
-_LONGEST_CODE = {"AVX512": 32, "AVX2": 16}
+_LONGEST_SHORT = {"AVX512": 32, "AVX2": 16}
+# Those with which it is faster than torch at longer codes too.
+_FOR_LONG = ("AVX512",)
 # Time / that of torch, N x K x C, medians of interleaved calls on two cores with AVX-512. Two threads: 0.27 at
 # 1,000 x 1,024 x 8, 0.31 at 8,192 x 16,384 x 8, 0.27 at 262,144 x 256 x 8, 0.10 at 10,000 x 65,536 x 4, 0.42 at
 # 4,096 x 1,024 x 16, 0.63 at 16,384 x 8,192 x 32, 0.78 at 65,536 x 1,024 x 32, 0.91 at 64 x 4,096 x 16. The same
 # between products of torch, whose threads are still busy waiting: 0.18 to 0.75. One thread, AVX2: 0.11 to 0.84.
+# Long codes: 0.68 at 1,000 x 256 x 64, 0.82 at 16,384 x 1,024 x 256, 0.72 at 250,000 x 256 x 256, 0.86 at
+# 6,000 x 65,536 x 128, 0.84 at 65,536 x 1,024 x 512; between products of torch 0.65 to 0.96, one thread 0.58 to
+# 0.84.
 # Where calls weigh more than scores: 1.2 at 4,096 x 16 x 8, 1.3 at 65,536 x 8 x 8, 1.4 at 64 x 64 x 8.
 _MIN_ROWS, _MIN_CODES, _MIN_SCORES = 64, 64, 1 << 18
 # A whole number of vectors of codes.
@@ -50,7 +59,7 @@ _UNIT = 16
 _BATCH = 1 << 20
 # Latents farther from the middle than this many times the distance of most codes are searched by torch. Of so many
 # rows most must be nearer, or torch searches them all.
-_FAR = 64.0
+_FAR, _FAR_FROM_LONG = 64.0, 8.0
 _SAMPLED = 64
 
 _guard = threading.Lock()
@@ -65,7 +74,7 @@ def faiss_suits(latents: Tensor, codebook: Tensor, dot: bool) -> bool:
     # With fewer rows than threads it shares out the codes, and equal codes then differ in their scores.
     if codes < _MIN_CODES or rows < max(_MIN_ROWS, torch.get_num_threads()) or rows * codes < _MIN_SCORES:
         return False
-    return 0 < size <= max(_LONGEST_CODE.values()) and size <= _longest_code()
+    return size > 0 and (size <= _longest_short() or _level().startswith(_FOR_LONG))
 
 
 def faiss_argmin(latents: Tensor, codebook: Tensor, by_torch: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -80,9 +89,10 @@ def faiss_argmin(latents: Tensor, codebook: Tensor, by_torch: Callable[[Tensor, 
         latents: (N, C) float32. codebook: (K, C). Returns (N,) int64.
     """
     size = latents.shape[1]
+    long = size > _longest_short()
     center = tiles.center_of(codebook)
     typical = tiles.typical_square(codebook, center)
-    limit = _FAR**2 * typical
+    limit = (_FAR_FROM_LONG if long else _FAR) ** 2 * typical
     lowest, highest = codebook.aminmax()
     longest = size * (2 * max(-float(lowest), float(highest))) ** 2
     sampled = (latents[:: max(1, len(latents) // _SAMPLED)] - center).square().sum(1)
@@ -93,7 +103,7 @@ def faiss_argmin(latents: Tensor, codebook: Tensor, by_torch: Callable[[Tensor, 
     # Where codes lie around zero a shift gains at most a bit, and it is a pass over all latents.
     shifted = float(center.square().sum()) > typical
     table = codebook - center if shifted else codebook
-    if len(table) % _UNIT:
+    if len(table) % _UNIT and not long:
         table = torch.cat([table, table[:1].expand(-len(table) % _UNIT, size)])
     found = []
     with _prepared() as faiss:
@@ -105,7 +115,8 @@ def faiss_argmin(latents: Tensor, codebook: Tensor, by_torch: Callable[[Tensor, 
                 far = distances[:, 0] > limit
                 nearest[far, 0] = by_torch(rows[torch.from_numpy(far)], codebook).numpy()
             found.append(torch.from_numpy(nearest[:, 0]))
-    return torch.cat(found) if len(found) > 1 else found[0]
+    indices = torch.cat(found) if len(found) > 1 else found[0]
+    return first_of_equal_codes(indices, codebook) if long else indices
 
 
 @cache
@@ -126,11 +137,16 @@ def _load() -> Any:
     return faiss if (faiss.FAISS_VERSION_MAJOR, faiss.FAISS_VERSION_MINOR) >= _VERSION else None
 
 
-def _longest_code() -> int:
+def _longest_short() -> int:
+    level = _level()
+    return next((size for name, size in _LONGEST_SHORT.items() if level.startswith(name)), 0)
+
+
+def _level() -> str:
+    """Return the vector instructions that faiss uses, "" without faiss."""
     faiss = _load()
     # Asked for each time, since it may be set.
-    level = "" if faiss is None else faiss.SIMDConfig.get_level_name()
-    return next((size for name, size in _LONGEST_CODE.items() if level.startswith(name)), 0)
+    return "" if faiss is None else str(faiss.SIMDConfig.get_level_name())
 
 
 @contextmanager

@@ -14,8 +14,8 @@ expanded form is not:
 The code of the largest product z·e is found in the same way without the norms: the codes are shifted too, which
 changes the products of a latent with all codes by the same number, but the latents are not.
 
-A CPU searches short codes by faiss (:mod:`te_quant._search.by_faiss`) where that is installed and :data:`ENGINE`
-allows it, and else by groups of codes (:mod:`te_quant._search.grouped`) unless one tile holds all scores. An
+A CPU searches by faiss (:mod:`te_quant._search.by_faiss`) where that is installed, faster, and allowed by
+:data:`ENGINE`, and else by groups of codes (:mod:`te_quant._search.grouped`) unless one tile holds all scores. An
 accelerator minimises whole tiles (:mod:`te_quant._search.tiled`), or does everything in one kernel where
 :data:`ENGINE` asks for it (:mod:`te_quant._search.fused`).
 
@@ -35,7 +35,7 @@ from te_quant._search import tiles
 from te_quant._search.by_faiss import faiss_argmin, faiss_suits
 from te_quant._search.grouped import grouped_argmin
 from te_quant._search.plain import plain_search
-from te_quant._search.ties import first_of_equals
+from te_quant._search.ties import first_of_equal_codes
 from te_quant._search.tiled import tiled_argmin
 
 __all__ = ["FUSED", "sample_codes", "search_codes"]
@@ -105,7 +105,7 @@ def _search(latents: Tensor, codebook: Tensor, dot: bool = False) -> Tensor:
                 text = f"{FUSED} must be 0 or unset where triton cannot be imported, got 1"
             raise ImportError(f"{text}.") from error
 
-        return _first(fused_argmin(latents, codebook, tiles.center_of(codebook), dot=dot), codebook)
+        return first_of_equal_codes(fused_argmin(latents, codebook, tiles.center_of(codebook), dot=dot), codebook)
     if engine != "torch" and faiss_suits(latents, codebook, dot):
         return faiss_argmin(latents, codebook, _by_torch)
     return _by_torch(latents, codebook, dot)
@@ -113,14 +113,8 @@ def _search(latents: Tensor, codebook: Tensor, dot: bool = False) -> Tensor:
 
 def _by_torch(latents: Tensor, codebook: Tensor, dot: bool = False) -> Tensor:
     if latents.device.type == "cpu" and len(latents) * len(codebook) > tiles.CPU_TILE:
-        return _first(grouped_argmin(latents, codebook, dot), codebook)
-    return _first(tiled_argmin(latents, codebook, 0.0, None, dot), codebook)
-
-
-def _first(indices: Tensor, codebook: Tensor) -> Tensor:
-    """Replace the index of a code by that of the first code that equals it."""
-    first = first_of_equals(codebook)
-    return indices if first is None else first[indices]
+        return first_of_equal_codes(grouped_argmin(latents, codebook, dot), codebook)
+    return first_of_equal_codes(tiled_argmin(latents, codebook, 0.0, None, dot), codebook)
 
 
 def _engine() -> str:

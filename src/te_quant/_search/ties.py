@@ -12,12 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["first_of_equals"]
+__all__ = ["first_of_equal_codes", "first_of_equals"]
 
 # Odd, so that its powers, one per column, are invertible modulo 2^64. Source: Knuth, MMIX's generator.
 _HASH_MULTIPLIER = 6364136223846793005
 # Entries of each code that are looked at first: codes in half precision often agree in one or two.
 _FIRST_ENTRIES = 4
+
+
+def first_of_equal_codes(indices: Tensor, codebook: Tensor) -> Tensor:
+    """Replace the index of a code by that of the first code that equals it."""
+    first = first_of_equals(codebook)
+    return indices if first is None else first[indices]
 
 
 def first_of_equals(codebook: Tensor) -> Tensor | None:
