@@ -7,6 +7,7 @@ samples; garbage collection is off while they are taken.
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,9 +129,8 @@ def measure(calls: Mapping[str, Call], clock: Clock, limits: Limits) -> dict[str
     names = list(durations)
     with _no_collection():
         for number in range(rounds):
-            # Another one begins each round, so that nobody always follows the same neighbour.
-            shift = number % max(1, len(names))
-            for name in names[shift:] + names[:shift]:
+            # Another order in each round, so that nobody always follows the same neighbour.
+            for name in random.Random(number).sample(names, len(names)):
                 count = counts[name]
                 samples[name].append(clock(calls[name], number * count, count) / count)
     results |= {name: spread(samples[name], counts[name]) for name in names}
