@@ -129,7 +129,7 @@ def measure(calls: Mapping[str, Call], clock: Clock, limits: Limits) -> dict[str
     names = list(durations)
     with _no_collection():
         for number in range(rounds):
-            # Another order in each round, so that nobody always follows the same neighbour.
+            # Another order in each round, so that none always follows the same one.
             for name in random.Random(number).sample(names, len(names)):
                 count = counts[name]
                 samples[name].append(clock(calls[name], number * count, count) / count)

@@ -38,8 +38,8 @@ from examples.te_vqgan.stage1.presets import ARMS, Stage1Settings
 
 __all__ = ["main"]
 
-# The engine of the library's search for the nearest code.
-ENGINE = "TE_QUANT_SEARCH"
+# They choose the engine of the library's search for the nearest code; the second is older.
+ENGINES = ("TE_QUANT_SEARCH", "TE_QUANT_FUSED_SEARCH")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,13 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _searched_by_torch() -> Iterator[None]:
     """Keep faiss away unless the user chose, so that numbers do not depend on whether it is installed."""
-    chosen = ENGINE in os.environ
-    os.environ.setdefault(ENGINE, "torch")
+    if any(name in os.environ for name in ENGINES):
+        yield
+        return
+    os.environ[ENGINES[0]] = "torch"
     try:
         yield
     finally:
-        if not chosen:
-            del os.environ[ENGINE]
+        os.environ.pop(ENGINES[0], None)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

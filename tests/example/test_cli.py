@@ -464,19 +464,23 @@ def _wait(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("chosen", "expected"), [(None, "torch"), ("auto", "auto")])
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, "torch"), ({"TE_QUANT_SEARCH": "auto"}, "auto"), ({"TE_QUANT_FUSED_SEARCH": "1"}, None)],
+)
 def test_commands_search_by_torch_unless_the_user_chose(
-    chosen: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+    chosen: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Published numbers may not depend on whether faiss is installed; nothing stays changed afterwards."""
-    monkeypatch.delenv("TE_QUANT_SEARCH", raising=False)
-    if chosen:
-        monkeypatch.setenv("TE_QUANT_SEARCH", chosen)
+    for name in __main__.ENGINES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
     seen: list[str | None] = []
     monkeypatch.setattr(__main__, "_status", lambda _: seen.append(os.environ.get("TE_QUANT_SEARCH")) or 0)
     assert main(["report"]) == 0
     assert seen == [expected]
-    assert os.environ.get("TE_QUANT_SEARCH") == chosen
+    assert os.environ.get("TE_QUANT_SEARCH") == chosen.get("TE_QUANT_SEARCH")
 
 
 def test_help_names_every_command() -> None:

@@ -35,6 +35,7 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let faiss search small problems too, in batches of a few hundred rows, on any CPU."""
     monkeypatch.delenv(ENGINE, raising=False)
     monkeypatch.setattr(by_faiss, "_level", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(by_faiss, "_MIN_SCORES", 1)
     monkeypatch.setattr(by_faiss, "_MIN_ROWS", 1)
     monkeypatch.setattr(by_faiss, "_MIN_CODES", 1)
@@ -102,8 +103,8 @@ def test_threads_are_those_of_torch_and_nothing_stays_changed(threads: int, call
     before = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
     latents, codebook = (tensor + 5 for tensor in draw(900, 300, 8))
     assert_nearest(nearest_code(latents, codebook), latents, codebook)
-    # Rows are shifted some at a time.
-    assert [rows for rows, _, _ in calls] == [512, 388]
+    # Rows are shifted some at a time, in equal parts.
+    assert [rows for rows, _, _ in calls] == [450, 450]
     assert {call[1:] for call in calls} == {(threads, 0)}
     assert (faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold) == before
     assert before[1] > 0
@@ -312,12 +313,24 @@ def test_fewer_rows_than_threads_are_left_to_torch(monkeypatch: pytest.MonkeyPat
 def test_the_vector_instructions_decide_which_codes_are_searched(
     level: str, suited: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others were not measured, or are slower."""
+    """With other instructions it is slower, or was not measured."""
     monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
     monkeypatch.setattr(faiss.SIMDConfig, "get_level_name", staticmethod(lambda: level))
     sizes = [0, 16, 17, 32, 33, 256]
     found = [c for c in sizes if by_faiss.faiss_suits(torch.empty(1_024, c), torch.empty(1_024, c), False)]
     assert found == suited
+
+
+def test_faiss_is_not_imported_for_long_codes_that_it_does_not_suit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch knows the vector instructions too, and short codes are the control."""
+    asked: list[str] = []
+    monkeypatch.setattr(by_faiss, "_level", lambda: asked.append("level") or "AVX2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not by_faiss.faiss_suits(torch.empty(1_024, 33), torch.empty(1_024, 33), False)
+    assert asked == []
+    assert by_faiss.faiss_suits(torch.empty(1_024, 16), torch.empty(1_024, 16), False)
+    assert asked == ["level"]
 
 
 _PROCESSES = """

@@ -6,10 +6,10 @@ For short codes faiss keeps scores in registers, while a matrix product of torch
 them again. For long codes it multiplies by blocks that stay in cache, and reads each score once. Four things about
 it are no concern of the caller:
 
-- It adds ‖z‖² to the scores, for short codes before it compares the last of them, for long ones to all. So it
-  rounds more coarsely where latents lie much farther from the middle of the codes than the codes do. Such rows,
-  and those that are not finite, are searched again by torch. So are all rows where squares leave the range of
-  float32.
+- It adds ‖z‖² to the scores: for long codes to all of them, for short ones to the best before the last comparison.
+  So it rounds more coarsely where latents lie much farther from the middle of the codes than the codes do. Such
+  rows, and those that are not finite, are searched again by torch. So are all rows where squares leave the range
+  of float32.
 - Equal codes may be rounded in different ways. Among short ones these are the codes that are left over from whole
   vectors, so the codes are filled up with copies of the first one, and then it takes the first of equal codes.
   Indices of long codes are sent to the first code that is equal.
@@ -48,7 +48,7 @@ _FOR_LONG = ("AVX512",)
 # 1,000 x 1,024 x 8, 0.31 at 8,192 x 16,384 x 8, 0.27 at 262,144 x 256 x 8, 0.10 at 10,000 x 65,536 x 4, 0.42 at
 # 4,096 x 1,024 x 16, 0.63 at 16,384 x 8,192 x 32, 0.78 at 65,536 x 1,024 x 32, 0.91 at 64 x 4,096 x 16. The same
 # between products of torch, whose threads are still busy waiting: 0.18 to 0.75. One thread, AVX2: 0.11 to 0.84.
-# Long codes: 0.68 at 1,000 x 256 x 64, 0.82 at 16,384 x 1,024 x 256, 0.72 at 250,000 x 256 x 256, 0.86 at
+# Long codes: 0.69 at 1,000 x 1,024 x 64, 0.82 at 16,384 x 1,024 x 256, 0.72 at 250,000 x 256 x 256, 0.86 at
 # 6,000 x 65,536 x 128, 0.84 at 65,536 x 1,024 x 512; between products of torch 0.65 to 0.96, one thread 0.58 to
 # 0.84.
 # Where calls weigh more than scores: 1.2 at 4,096 x 16 x 8, 1.3 at 65,536 x 8 x 8, 1.4 at 64 x 64 x 8.
@@ -74,7 +74,11 @@ def faiss_suits(latents: Tensor, codebook: Tensor, dot: bool) -> bool:
     # With fewer rows than threads it shares out the codes, and equal codes then differ in their scores.
     if codes < _MIN_CODES or rows < max(_MIN_ROWS, torch.get_num_threads()) or rows * codes < _MIN_SCORES:
         return False
-    return size > 0 and (size <= _longest_short() or _level().startswith(_FOR_LONG))
+    long = size > max(_LONGEST_SHORT.values())
+    # Asked of torch first, so that faiss is not imported where it does not suit.
+    if size == 0 or (long and not torch.backends.cpu.get_cpu_capability().startswith(_FOR_LONG)):
+        return False
+    return size <= _longest_short() or _level().startswith(_FOR_LONG)
 
 
 def faiss_argmin(latents: Tensor, codebook: Tensor, by_torch: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -107,10 +111,11 @@ def faiss_argmin(latents: Tensor, codebook: Tensor, by_torch: Callable[[Tensor, 
         table = torch.cat([table, table[:1].expand(-len(table) % _UNIT, size)])
     found = []
     with _prepared() as faiss:
-        for rows in latents.split(max(1, _BATCH // size) if shifted else len(latents)):
+        # In equal parts: with fewer rows than threads equal codes differ.
+        for rows in latents.tensor_split(-(-len(latents) // max(1, _BATCH // size)) if shifted else 1):
             seen = rows - center if shifted else rows
             distances, nearest = faiss.knn(seen.numpy(), table.numpy(), 1)
-            # A row without a distance has the largest number there is.
+            # faiss reports the largest float for a row without a distance.
             if distances.max() > limit:
                 far = distances[:, 0] > limit
                 nearest[far, 0] = by_torch(rows[torch.from_numpy(far)], codebook).numpy()
