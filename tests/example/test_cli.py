@@ -477,7 +477,12 @@ def test_commands_search_by_torch_unless_the_user_chose(
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     seen: list[str | None] = []
-    monkeypatch.setattr(__main__, "_status", lambda _: seen.append(os.environ.get("TE_QUANT_SEARCH")) or 0)
+
+    def status(_: object) -> int:
+        seen.append(os.environ.get("TE_QUANT_SEARCH"))
+        return 0
+
+    monkeypatch.setattr(__main__, "_status", status)
     assert main(["report"]) == 0
     assert seen == [expected]
     assert os.environ.get("TE_QUANT_SEARCH") == chosen.get("TE_QUANT_SEARCH")
