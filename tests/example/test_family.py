@@ -71,7 +71,7 @@ def test_every_quantizer_is_measured(trained: Path) -> None:
         assert run["settings"]["quantizer"]["kind"] == FAMILY[run["name"]].kind
     assert {run["evaluation"]["combinations"] for run in runs} == {240, 256}
     learnt = {run["name"]: run["evaluation"]["learnt_numbers"] for run in runs}
-    assert learnt["vq"] == learnt["vq_ema"]
+    assert learnt["vq"] == learnt["vq_ema"] == learnt["vq_defaults"]
     assert learnt["vq"]["quantizer"] == 256 * SETTINGS.model.code_dim
     assert learnt["fsq"]["quantizer"] == 0
 
@@ -225,7 +225,7 @@ def test_several_seeds_are_averaged(trained: Path) -> None:
     assert len(rows) == 2
     assert "| 21.00 ± 1.41 |" in rows[0]
     assert rows[0].endswith("| 0.500 ± 0.354 (0.500) |")
-    assert rows[1].startswith("| VectorQuantizer, EMA, 1 of 2 seeds |")
+    assert rows[1].startswith("| VectorQuantizer, defaults, 1 of 2 seeds |")
     assert "Trainings with seeds 0, 3: " in table
     assert "Means ± standard deviations over seeds." in table
     figure = family_scatter(results["runs"])

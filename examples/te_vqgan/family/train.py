@@ -26,7 +26,14 @@ from examples.te_vqgan.stage1.joint import joint_indices, num_combinations
 from examples.te_vqgan.stage1.perceptual import require_perceptual
 from examples.te_vqgan.stage1.presets import Stage1Settings, present_form, to_dict
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
-from te_quant import AutoencoderConfig, Quantizer, VectorQuantizer, VQAutoencoder, measure_equivariance
+from te_quant import (
+    AutoencoderConfig,
+    ProductQuantizer,
+    Quantizer,
+    VectorQuantizer,
+    VQAutoencoder,
+    measure_equivariance,
+)
 from te_quant.quantizers import QUANTIZERS
 
 __all__ = ["FAMILY", "Member", "build_quantizer", "collect_family", "member_settings", "train_family"]
@@ -40,7 +47,8 @@ class Member(NamedTuple):
     Attributes:
         title: how table and figure call it.
         kind: its class.
-        options: of its constructor; a learnt codebook's ``code_dim`` is the preset's.
+        options: of its constructor; a learnt codebook's ``code_dim`` is the preset's. Those of a product name the
+            options of its parts, which share the channels equally.
     """
 
     title: str
@@ -48,7 +56,7 @@ class Member(NamedTuple):
     options: Mapping[str, Any]
 
 
-# As the paper trains its codebook, but for what a title says.
+# As the paper trains its codebook, but for what a title says and for the library's defaults.
 _PAPERS: Mapping[str, Any] = {
     "num_codes": 256,
     "codebook_update": "gradient",
@@ -60,19 +68,25 @@ _PAPERS: Mapping[str, Any] = {
 # About 256 codes each, as the presets have; titles say where it is another number.
 FAMILY: dict[str, Member] = {
     "vq": Member("VectorQuantizer", "VectorQuantizer", _PAPERS),
+    "vq_defaults": Member("VectorQuantizer, defaults", "VectorQuantizer", {"num_codes": 256}),
     "vq_ema": Member("VectorQuantizer, EMA", "VectorQuantizer", {**_PAPERS, "codebook_update": "ema"}),
     "vq_orthogonal": Member("VectorQuantizer, λ = 10", "VectorQuantizer", {**_PAPERS, "orthogonal_reg": 10.0}),
     "vq_cosine": Member("VectorQuantizer, cosine", "VectorQuantizer", {**_PAPERS, "metric": "cosine"}),
     "simvq": Member("SimVQ", "SimVQ", {"num_codes": 256}),
     "fsq": Member("FSQ (8, 6, 5)", "FSQ", {"levels": [8, 6, 5]}),
     "lfq": Member("LFQ, 8 channels", "LFQ", {"code_dim": 8}),
+    "bsq": Member("LFQ on the sphere (BSQ), 8 channels", "LFQ", {"code_dim": 8, "spherical": True}),
     "rvq": Member("Residual, 2 × 16", "ResidualVectorQuantizer", {"num_codes": 16, "num_quantizers": 2}),
+    "product": Member("Product, 16 × 16", "ProductQuantizer", {"quantizers": [{**_PAPERS, "num_codes": 16}] * 2}),
 }
 
 
 def build_quantizer(name: str, code_dim: int) -> Quantizer:
     """Build the member called ``name``; ``code_dim`` is that of its codebook, if it has one."""
     kind, options = FAMILY[name].kind, FAMILY[name].options
+    if kind == "ProductQuantizer":
+        parts = options["quantizers"]
+        return ProductQuantizer([VectorQuantizer(code_dim=code_dim // len(parts), **part) for part in parts])
     sizes: dict[str, Any] = {} if kind in ("FSQ", "LFQ") else {"code_dim": code_dim}
     return QUANTIZERS[kind](**sizes, **options)
 
