@@ -233,6 +233,15 @@ def test_several_seeds_are_averaged(trained: Path) -> None:
     assert len([line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]) == 3
 
 
+def test_the_legend_of_the_published_figure_is_whole() -> None:
+    """All names lie within the figure."""
+    figure = family_scatter(json.loads(published("family/results.json").read_text())["runs"])
+    figure.draw_without_rendering()
+    legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= legend.x0 < legend.x1 <= whole.x1
+    assert whole.y0 <= legend.y0 < legend.y1 <= whole.y1
+
+
 @pytest.mark.slow
 def test_seeds_are_trained_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--seeds trains and collects them; with --seed it is refused."""

@@ -107,7 +107,8 @@ def family_scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
     axes.grid(alpha=0.3)
     # One entry a quantizer, however many seeds it has.
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2, frameon=False)
+    legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2, fontsize="small")
+    legend.set_frame_on(False)
     figure.suptitle("Quantizers trained alike, a point a training")
     return figure
 
