@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,12 @@ from torch import Tensor
 from examples.te_vqgan.data.sources import load_digits
 from examples.te_vqgan.stage1 import token_search
 from examples.te_vqgan.stage1.evaluation import dataset
+from examples.te_vqgan.stage1.joint import vector_quantizer
 from examples.te_vqgan.stage1.presets import settings_for
-from examples.te_vqgan.stage1.round_trip import read, rounded
+from examples.te_vqgan.stage1.round_trip import encode_at, read, rounded
 from examples.te_vqgan.stage1.token_search import search_tokens
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
+from examples.te_vqgan.stage1.wanted_codes import wanted_code_losses
 from te_quant import VQAutoencoder
 from te_quant.shifts import roll
 from tests.published import published
@@ -43,7 +47,7 @@ def _cost(model: VQAutoencoder, indices: Tensor, phases: Tensor, images: Tensor,
 
 @pytest.mark.parametrize("penalty", [0.0, 0.02, 1.0])
 def test_what_is_found_costs_less_than_what_the_encoder_says(penalty: float) -> None:
-    """For every image; without a step only the tokens of decoded pictures are tried."""
+    """For every image; without a step they are the encoder's."""
     model, images = _model("integer_exact"), _images(3)
     said = read(model, images)
     found = search_tokens(model, images, penalties=[penalty], candidates=4, max_steps=5)
@@ -52,11 +56,8 @@ def test_what_is_found_costs_less_than_what_the_encoder_says(penalty: float) -> 
     assert bool((after <= before).all())
     assert bool((after < before).any())
     assert torch.equal(found.phases, said.phases)
-    settled = _cost(
-        model, *search_tokens(model, images, penalties=[penalty], candidates=4, max_steps=0), images, penalty
-    )
-    assert bool((settled <= before).all())
-    assert bool((settled < before).any())
+    still = search_tokens(model, images, penalties=[penalty], candidates=4, max_steps=0)
+    assert torch.equal(still.indices, said.indices)
 
 
 def test_the_penalty_brings_tokens_back() -> None:
@@ -75,15 +76,55 @@ def test_the_penalty_brings_tokens_back() -> None:
 
 
 def test_no_step_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many there are, and however few changes are on offer; without the readings at the end."""
-    monkeypatch.setattr(token_search, "_READINGS", 0)
+    """However many there are, and however few changes are on offer; readings help where no change does."""
     model, images = _model("integer_exact"), _images(3)
-    costs = [
-        _cost(model, *search_tokens(model, images, penalties=[0.0], candidates=1, max_steps=steps), images, 0.0)
-        for steps in (1, 2, 25)
-    ]
-    assert bool((costs[1] <= costs[0]).all())
-    assert bool((costs[2] <= costs[1]).all())
+    ends = []
+    for readings in (0, 4):
+        monkeypatch.setattr(token_search, "_READINGS", readings)
+        costs = [
+            _cost(
+                model, *search_tokens(model, images, penalties=[0.1], candidates=1, max_steps=steps), images, 0.1
+            )
+            for steps in (0, 1, 2, 25)
+        ]
+        assert all(bool((after <= before).all()) for before, after in itertools.pairwise(costs))
+        ends.append(costs[-1])
+    assert bool((ends[1] <= ends[0]).all())
+    assert bool((ends[1] < ends[0]).any())
+
+
+def test_the_slope_is_that_of_the_smooth_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differences of the formula, written down once more; pictures are not rounded, which has no slope."""
+    monkeypatch.setattr(token_search, "rounded", lambda pictures: pictures)
+    model, images = _model("integer_exact"), _images(2)
+    codes = vector_quantizer(model).codebook.detach()
+    said = read(model, images)
+    again = said.indices.clone()
+    again[:, 0, :2] = (again[:, 0, :2] + 1) % len(codes)
+    found = token_search._Found(said.indices, images.new_zeros(2), again)
+    slope = token_search._slope(model, found, said.phases, images, codes, 0.7)
+    lost = again != said.indices
+
+    def parts(quantized: Tensor) -> tuple[Tensor, Tensor]:
+        pictures = model.decode(quantized, said.phases)
+        latents, _ = encode_at(model, pictures, said.phases)
+        hinges = wanted_code_losses(latents, codes, said.indices, margin=token_search._MARGIN)
+        return (pictures.clamp(-1, 1) - images).square().flatten(1).mean(1), hinges
+
+    here = codes[said.indices].movedim(-1, 1)
+    present = parts(here)[1].clamp_min(1e-4)
+    assert bool((present[lost] > 1e-4).any())
+
+    def cost(quantized: Tensor) -> Tensor:
+        errors, hinges = parts(quantized)
+        return (errors + 0.3 * 0.7 * (hinges / present * lost).flatten(1).mean(1)).sum()
+
+    direction = torch.randn(here.shape, generator=torch.Generator().manual_seed(1), dtype=here.dtype)
+    step = 1e-6 * direction
+    difference = float(cost(here + step) - cost(here - step)) / 2e-6
+    expected = float((slope.movedim(-1, 1) * direction).sum())
+    assert difference == pytest.approx(expected, rel=1e-4)
+    assert difference != pytest.approx(float((slope.movedim(-1, 1) * direction.flip(0)).sum()), rel=1e-2)
 
 
 def test_one_change_is_the_best_of_all_that_were_tried() -> None:

@@ -1,7 +1,7 @@
 """The tokens of an image by search, so that its picture is better and reads back as the same tokens.
 
 Shape letters: B images, C channels, H W pixels, h w token grid, K codes, D code size, L downsamplings,
-M candidates.
+R changes of all images.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from examples.te_vqgan.stage1.joint import vector_quantizer
-from examples.te_vqgan.stage1.round_trip import Tokens, read, rounded
+from examples.te_vqgan.stage1.round_trip import Tokens, encode_at, read, rounded
+from examples.te_vqgan.stage1.wanted_codes import wanted_code_losses
 from te_quant import VQAutoencoder
 
 __all__ = ["PENALTIES", "search_tokens"]
 
-PENALTIES = (0.003, 0.012, 0.05, 0.2)
+PENALTIES = (0.003, 0.012, 0.04)
 """Of a picture none of whose tokens come back, in units of the squared error of pixels in [-1, 1]."""
 
 # What two codes at the mean squared distance of two codes are assumed to add to the error, beyond the slope.
 _CURVATURE = 1e-3
+# A token counts as read back where its latent is nearer to its code by this share of the sum of both distances.
+_MARGIN = 0.02
+# The slope promises more tokens back than a change of one code brings. So much of that is believed.
+_BELIEVED = 0.3
 # Tokens that did not come back which are tried one by one.
 _ADOPTED = 8
-_READINGS = 8
+_READINGS = 4
 
 
 class _Found(NamedTuple):
@@ -48,7 +53,7 @@ def search_tokens(
     images: Tensor,
     *,
     penalties: Sequence[float] = PENALTIES,
-    candidates: int = 24,
+    candidates: int = 64,
     max_steps: int = 100,
 ) -> Tokens:
     """Return tokens whose picture is near the image and reads back as the same tokens.
@@ -62,15 +67,19 @@ def search_tokens(
     equivariant to, the search is too.
 
     In each step these changes of one token are tried: the ``candidates`` that promise most by the slope of the
-    error, as many at and next to the tokens that did not come back, and that each of these becomes what it was
-    read as. At the end the picture is encoded and decoded eight times, and the cheapest tokens of these are taken.
+    cost, and that each token that did not come back becomes what it was read as. Then all of these at once. Where
+    none of them helps, the pictures of all these changes are encoded and decoded four times more, and the cheapest
+    tokens found on the way are taken.
+
+    The slope of the cost needs a smooth penalty. For each token that did not come back it is the hinge of
+    :func:`~.wanted_codes.wanted_code_losses`, divided by its present value.
 
     Args:
         model: in evaluation mode; the phases that its encoder chooses are kept.
         images: in [-1, 1].
         penalties: one after the other; each search goes on where that before it ended.
         candidates: decoded in each step, for each image.
-        max_steps: changed tokens for each penalty.
+        max_steps: for each penalty.
 
     Shape:
         images: (B, C, H, W). Returns indices (B, h, w) and phases (B, L, 2).
@@ -89,14 +98,11 @@ def search_tokens(
         for _ in range(max_steps):
             if len(going) == 0:
                 break
-            some, phases = images[going], start.phases[going]
-            changed, worth = _changes(model, found, phases, some, codes, spread, candidates)
-            best = _best(model, changed, worth, phases, some, penalty, found.costs)
+            best = _step(model, found, start.phases[going], images[going], codes, spread, penalty, candidates)
             better = best.costs < found.costs
             indices[going[better]] = best.indices[better]
             going = going[better]
             found = _Found(*(part[better] for part in best))
-    _settle(model, indices, start.phases, images, penalties[-1])
     return Tokens(indices, start.phases)
 
 
@@ -132,15 +138,62 @@ def _cost(
     return _Found(indices, costs, again)
 
 
-def _settle(model: VQAutoencoder, indices: Tensor, phases: Tensor, images: Tensor, penalty: float) -> None:
-    """Replace tokens by those of their picture, or of that of these and so on, where they cost least."""
-    found = _cost(model, indices, phases, images, penalty)
-    costs = found.costs
-    for _ in range(_READINGS):
-        found = _cost(model, found.again, phases, images, penalty)
-        better = found.costs < costs
-        indices[better] = found.indices[better]
-        costs = torch.minimum(costs, found.costs)
+def _cheapest(found: _Found, owners: Tensor, count: int) -> _Found:
+    """Return the first of the cheapest tokens of each of ``count`` owners, all of which have some."""
+    order = torch.sort(found.costs, stable=True).indices
+    places = torch.arange(len(order), device=order.device)
+    first = torch.full((count,), len(order), device=order.device)
+    chosen = order[first.scatter_reduce(0, owners[order], places, "amin")]
+    return _Found(*(part[chosen] for part in found))
+
+
+def _step(
+    model: VQAutoencoder,
+    found: _Found,
+    phases: Tensor,
+    images: Tensor,
+    codes: Tensor,
+    spread: Tensor,
+    penalty: float,
+    candidates: int,
+) -> _Found:
+    """Return the best change of each image, which may cost more than what it has."""
+    changed, owners = _changes(model, found, phases, images, codes, spread, penalty, candidates)
+    tried = _cost(model, changed, phases[owners], images[owners], penalty, found.costs[owners])
+    best = _cheapest(tried, owners, len(images))
+    # Where no change helps, what their pictures are read as may, which is several changes at once.
+    lost = (found.again != found.indices).flatten(1).any(1)
+    stuck = ((best.costs >= found.costs) & lost).nonzero().squeeze(1)
+    if len(stuck):
+        several = torch.isin(owners, stuck)
+        owners = owners[several]
+        tried = _cost(model, changed[several], phases[owners], images[owners], penalty)
+        for _ in range(_READINGS):
+            tried = _cost(model, tried.again, phases[owners], images[owners], penalty)
+            number = torch.searchsorted(stuck, owners)
+            read_on = _cheapest(tried, number, len(stuck))
+            better = read_on.costs < best.costs[stuck]
+            for part, other in zip(best, read_on, strict=True):
+                part[stuck[better]] = other[better]
+    return best
+
+
+def _slope(
+    model: VQAutoencoder, found: _Found, phases: Tensor, images: Tensor, codes: Tensor, penalty: float
+) -> Tensor:
+    """Return (B, h, w, D), that of a smooth cost in the codes of the tokens."""
+    lost = found.again != found.indices
+    with torch.enable_grad():
+        quantized = F.embedding(found.indices, codes).movedim(-1, 1).requires_grad_(True)
+        pictures = model.decode(quantized, phases)
+        cost = _errors(pictures.clamp(-1, 1), images).sum()
+        if bool(lost.any()):
+            latents, _ = encode_at(model, rounded(pictures), phases)
+            hinges = wanted_code_losses(latents, codes, found.indices, margin=_MARGIN)
+            shares = torch.where(lost, hinges / hinges.detach().clamp_min(1e-4), 0.0)
+            cost = cost + _BELIEVED * penalty * shares.flatten(1).mean(1).sum()
+        (slope,) = torch.autograd.grad(cost, quantized)
+    return slope.movedim(1, -1)
 
 
 def _changes(
@@ -150,57 +203,27 @@ def _changes(
     images: Tensor,
     codes: Tensor,
     spread: Tensor,
+    penalty: float,
     candidates: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return (B, M, h, w), the tokens after each change, and (B, M), whether it is worth a try."""
+    """Return (R, h, w), the tokens after each change worth a try, and (R,), which image each belongs to."""
     indices = found.indices
-    with torch.enable_grad():
-        quantized = F.embedding(indices, codes).movedim(-1, 1).requires_grad_(True)
-        errors = _errors(model.decode(quantized, phases).clamp(-1, 1), images)
-        (slope,) = torch.autograd.grad(errors.sum(), quantized)
-    with torch.no_grad():
-        present, slope = quantized.movedim(1, -1), slope.movedim(1, -1)
-        distances = present.square().sum(-1, keepdim=True) - 2 * present @ codes.T + codes.square().sum(1)
-        expected = slope @ codes.T - (slope * present).sum(-1, keepdim=True)
-        expected = (expected + _CURVATURE / spread * distances).scatter(3, indices.unsqueeze(3), torch.inf)
-        # Each token that did not come back becomes what it was read as, those first whose codes are nearest.
-        lost = found.again != indices
-        gaps = distances.gather(3, found.again.unsqueeze(3)).squeeze(3).masked_fill(~lost, torch.inf)
-        gaps, cells = gaps.flatten(1).topk(min(_ADOPTED, lost[0].numel()), largest=False)
-        adopted = cells * len(codes) + found.again.flatten(1).gather(1, cells)
-        # Others at these tokens and next to them may bring them back.
-        around = F.pad(lost.to(expected.dtype), (1, 1, 1, 1), mode="circular")
-        near = F.max_pool2d(around, 3, stride=1).unsqueeze(-1) > 0
-        first, second = (
-            scores.flatten(1).topk(candidates, largest=False)
-            for scores in (expected, expected.masked_fill(~near, torch.inf))
-        )
-        places = torch.cat([first.indices, second.indices, adopted], 1)
-        worth = torch.cat([first.values, second.values, gaps], 1) < torch.inf
-        changed = indices.flatten(1).unsqueeze(1).repeat(1, places.shape[1], 1)
-        changed.scatter_(2, (places // len(codes)).unsqueeze(2), (places % len(codes)).unsqueeze(2))
-        # All of them at once.
-        changed = torch.cat([changed.view(*places.shape, *indices.shape[1:]), found.again.unsqueeze(1)], 1)
-        return changed, torch.cat([worth, lost.flatten(1).any(1, keepdim=True)], 1)
-
-
-@torch.no_grad()
-def _best(
-    model: VQAutoencoder,
-    changed: Tensor,
-    worth: Tensor,
-    phases: Tensor,
-    images: Tensor,
-    penalty: float,
-    below: Tensor,
-) -> _Found:
-    """Return the cheapest of the changes of each image; only those below the present cost are read back."""
-    image, change = worth.nonzero().unbind(1)
-    found = _cost(model, changed[image, change], phases[image], images[image], penalty, below[image])
-    costs = torch.full_like(worth, torch.inf, dtype=found.costs.dtype)
-    costs[image, change] = found.costs
-    costs, choice = costs.min(1)
-    row = torch.empty_like(worth, dtype=torch.int64)
-    row[image, change] = torch.arange(len(image), device=row.device)
-    chosen = row.gather(1, choice.unsqueeze(1)).squeeze(1)
-    return _Found(found.indices[chosen], costs, found.again[chosen])
+    slope = _slope(model, found, phases, images, codes, penalty)
+    present = F.embedding(indices, codes)
+    distances = present.square().sum(-1, keepdim=True) - 2 * present @ codes.T + codes.square().sum(1)
+    expected = slope @ codes.T - (slope * present).sum(-1, keepdim=True)
+    expected = (expected + _CURVATURE / spread * distances).scatter(3, indices.unsqueeze(3), torch.inf)
+    promising = expected.flatten(1).topk(candidates, largest=False)
+    # Each token that did not come back becomes what it was read as, those first whose codes are nearest.
+    lost = found.again != indices
+    gaps = distances.gather(3, found.again.unsqueeze(3)).squeeze(3).masked_fill(~lost, torch.inf)
+    gaps, cells = gaps.flatten(1).topk(min(_ADOPTED, lost[0].numel()), largest=False)
+    adopted = cells * len(codes) + found.again.flatten(1).gather(1, cells)
+    places = torch.cat([promising.indices, adopted], 1)
+    worth = torch.cat([promising.values, gaps], 1) < torch.inf
+    changed = indices.flatten(1).unsqueeze(1).repeat(1, places.shape[1], 1)
+    changed.scatter_(2, (places // len(codes)).unsqueeze(2), (places % len(codes)).unsqueeze(2))
+    # All of them at once.
+    changed = torch.cat([changed.view(*places.shape, *indices.shape[1:]), found.again.unsqueeze(1)], 1)
+    worth = torch.cat([worth, lost.flatten(1).any(1, keepdim=True)], 1)
+    return changed[worth], worth.nonzero()[:, 0]

@@ -11,27 +11,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["wanted_code_loss"]
+__all__ = ["wanted_code_loss", "wanted_code_losses"]
 
 
-def wanted_code_loss(
-    latents: Tensor, codebook: Tensor, indices: Tensor, *, margin: float, where: Tensor | None = None
-) -> Tensor:
-    """Return a hinge loss that is zero where a latent is nearer to its wanted code than to any other, by a margin.
+def wanted_code_losses(latents: Tensor, codebook: Tensor, indices: Tensor, *, margin: float) -> Tensor:
+    """Return for each token a hinge that is zero where its latent is nearer to its wanted code than to any other.
 
     With d the squared distance of a latent to the code that it should have and d' that to the nearest other one,
-    the loss is the mean of max(0, (d - d') / (d + d') + margin) over the tokens. The scale of the codes does not
-    matter.
+    it is max(0, (d - d') / (d + d') + margin). The scale of the codes does not matter.
 
     Args:
         latents: before quantization.
         codebook: the codes.
         indices: of the codes that they should have.
-        margin: in (0, 1]. At 1 only a latent on its code has no loss.
-        where: tokens that count, all by default. The loss is zero if none does.
+        margin: in [0, 1]. At 1 only a latent on its code has no loss.
 
     Shape:
-        latents: (B, D, h, w). codebook: (K, D), K >= 2. indices, where: (B, h, w). Result: ().
+        latents: (B, D, h, w). codebook: (K, D), K >= 2. indices: (B, h, w). Result: (B, h, w).
 
     Source: Sato and Yamada 1995, "Generalized learning vector quantization", Eq. 2, with the codes of the tokens
         in place of those of a class, and a hinge.
@@ -44,8 +40,25 @@ def wanted_code_loss(
         others = products.scatter(1, wanted, math.inf).argmin(1)
     own = (rows - F.embedding(wanted.squeeze(1), codebook)).square().sum(1)
     other = (rows - F.embedding(others, codebook)).square().sum(1)
-    losses = F.relu((own - other) / (own + other) + margin)
+    return F.relu((own - other) / (own + other) + margin).view_as(indices)
+
+
+def wanted_code_loss(
+    latents: Tensor, codebook: Tensor, indices: Tensor, *, margin: float, where: Tensor | None = None
+) -> Tensor:
+    """Return the mean of :func:`wanted_code_losses` over the tokens.
+
+    Args:
+        latents: before quantization.
+        codebook: the codes.
+        indices: of the codes that they should have.
+        margin: in [0, 1].
+        where: tokens that count, all by default. The loss is zero if none does.
+
+    Shape:
+        latents: (B, D, h, w). codebook: (K, D), K >= 2. indices, where: (B, h, w). Result: ().
+    """
+    losses = wanted_code_losses(latents, codebook, indices, margin=margin)
     if where is None:
         return losses.mean()
-    weights = where.flatten()
-    return (losses * weights).sum() / weights.sum().clamp_min(1)
+    return (losses * where).sum() / where.sum().clamp_min(1)
