@@ -368,7 +368,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "docs/reference/results/round-trips.md": {
         "0.3": "weights, which are settings, and the aim",
         "0.003": "a penalty of the search, a setting",
-        "0.2": "a penalty of the search, a setting",
+        "0.04": "a penalty of the search, a setting",
     },
     "docs/reference/results/benchmarks.md": {
         "0.99": "the decay of a peer's moving average, a setting",
