@@ -122,6 +122,16 @@ def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
         render(tmp_path / "nothing")
 
 
+def test_settings_of_an_older_version_are_the_same(tmp_path: Path) -> None:
+    """A setting that it did not have yet takes its default; the same setting with another value is refused."""
+    older = copy.deepcopy(RUNS["a/integer_exact-seed1"])
+    assert older["settings"].pop("shift_weight") == 0
+    write_round_trips(tmp_path, {**RUNS, "a/integer_exact-seed1": older}, command="x")
+    older["settings"]["shift_weight"] = 0.5
+    with pytest.raises(ValueError, match="settings that differ in seed and weight only, got 2 kinds"):
+        write_round_trips(tmp_path, {"a/integer_exact-seed1": older}, command="x")
+
+
 @pytest.mark.slow
 def test_the_command_measures_finished_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -146,6 +156,13 @@ def test_the_command_measures_finished_runs(
     assert costs[0] < costs[1]
     assert main(["round-trips", "--into", into]) == 0
     assert "| weight | seeds |" in capsys.readouterr().out
+    other = copy.deepcopy(RUNS["a/integer_exact-seed0"])
+    write_round_trips(
+        tmp_path / "other", {"d": other | {"settings": other["settings"] | {"steps": 7}}}, command="x"
+    )
+    monkeypatch.setattr(round_trips, "measure_run", None)  # would take long
+    assert main(["round-trips", "--runs", *folders, "--into", str(tmp_path / "other")]) == 1
+    assert "that differ in seed and weight only, got 2 kinds" in capsys.readouterr().err
     assert main(["round-trips", "--runs", str(tmp_path), "--into", into]) == 1
     assert "folder must be that of a finished stage1 run" in capsys.readouterr().err
 

@@ -42,12 +42,19 @@ def add_round_trips_command(add: Callable[..., argparse.ArgumentParser]) -> None
 def _round_trips(options: argparse.Namespace) -> None:
     import torch
 
-    from examples.te_vqgan.reports.round_trips import measure_run, render, write_round_trips
+    from examples.te_vqgan.reports.round_trips import (
+        measure_run,
+        render,
+        require_alike,
+        write_round_trips,
+    )
     from examples.te_vqgan.runs.provenance import command_line
     from examples.te_vqgan.stage1.exactness import finished_settings
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.runs:
+        require_alike(options.runs, options.into)
     for folder in options.runs or ():
         source = load_digits(finished_settings(folder).data, options.data_dir)
         run = measure_run(folder, source, options.images, options.search_images)

@@ -20,7 +20,7 @@ from examples.te_vqgan.runs.files import read_json_object, write_bytes_atomicall
 from examples.te_vqgan.runs.provenance import git_commit, versions
 from examples.te_vqgan.stage1.evaluation import dataset
 from examples.te_vqgan.stage1.exactness import finished_settings
-from examples.te_vqgan.stage1.presets import ARMS, to_dict
+from examples.te_vqgan.stage1.presets import ARMS, present_form, to_dict
 from examples.te_vqgan.stage1.round_trip import measure_round_trips
 from examples.te_vqgan.stage1.token_search import PENALTIES, search_tokens
 from te_quant import VQAutoencoder, measure_equivariance
@@ -29,7 +29,7 @@ from te_quant.tables import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MATCH", "MOST_LOST", "measure_run", "render", "write_round_trips"]
+__all__ = ["MATCH", "MOST_LOST", "measure_run", "render", "require_alike", "write_round_trips"]
 
 MATCH, MOST_LOST = 0.99, 0.3
 """What was aimed at: this share of the tokens comes back, and at most so many dB of PSNR are lost."""
@@ -102,14 +102,26 @@ def measure_run(folder: Path, source: DigitSource, count: int, searched: int = 0
             search["search"] = _measure_search(model, images, searched)
     return {
         **search,
-        "arm": folder.name.rsplit("-seed", 1)[0],
-        "settings": to_dict(settings),
+        **_what_was_trained(folder),
         "round_trip": measure_round_trips(model, images, count, torch.device("cpu"), cycles=_CYCLES),
         "test": evaluation["test"],
         "kappa": {name: equivariance[name]["kappa"] for name in ("aligned", "sub_stride")},
         "seconds": provenance["training"]["wall_seconds"],
         "commit": provenance["commit"],
     }
+
+
+def _what_was_trained(folder: Path) -> dict[str, Any]:
+    return {"arm": folder.name.rsplit("-seed", 1)[0], "settings": to_dict(finished_settings(folder))}
+
+
+def require_alike(folders: Sequence[Path], into: Path) -> None:
+    """Say before anything is measured whether :func:`write_round_trips` would refuse the runs in ``folders``.
+
+    Raises:
+        ValueError: as there, or one of them is not finished.
+    """
+    _require_alike([*_present(into).values(), *(_what_was_trained(folder) for folder in folders)])
 
 
 def _measure_search(model: VQAutoencoder, images: QuadrantDataset, count: int) -> dict[str, Any]:
@@ -150,12 +162,10 @@ def write_round_trips(folder: Path, runs: Mapping[str, Run], *, command: str) ->
         ValueError: they differ from each other, or from those in ``folder``, in more than seed and weight. Nothing
             is written then.
     """
-    path = folder / _FILE
-    before: dict[str, Any] = read_json_object(path)["runs"] if path.is_file() else {}
     facts = {"command": command, "measured_at": git_commit(), "versions": versions()}
-    after = before | {name: {**run, **facts} for name, run in runs.items()}
+    after = _present(folder) | {name: {**run, **facts} for name, run in runs.items()}
     _require_alike(list(after.values()))
-    write_text_atomically(path, json.dumps({"runs": dict(sorted(after.items()))}, indent=1) + "\n")
+    write_text_atomically(folder / _FILE, json.dumps({"runs": dict(sorted(after.items()))}, indent=1) + "\n")
     render(folder)
 
 
@@ -175,10 +185,16 @@ def render(folder: Path) -> None:
     write_bytes_atomically(folder / "round-trips.png", encode_png(_figure(runs), dpi=110))
 
 
+def _present(folder: Path) -> dict[str, Any]:
+    path = folder / _FILE
+    return dict(read_json_object(path)["runs"]) if path.is_file() else {}
+
+
 def _require_alike(runs: Sequence[Run]) -> None:
     apart = ("seed", "round_trip_weight")
     kinds = {
-        json.dumps([run["arm"], {k: v for k, v in run["settings"].items() if k not in apart}]) for run in runs
+        json.dumps([run["arm"], {k: v for k, v in present_form(run["settings"]).items() if k not in apart}])
+        for run in runs
     }
     expected = "of one arm, with settings that differ in seed and weight only"
     require(len(kinds) == 1, "runs", expected, f"{len(kinds)} kinds; give others another --into")
