@@ -76,6 +76,7 @@ def _searched(run: dict[str, Any], encoder: float, psnr: float | None) -> dict[s
             "perplexity": 40.0,
             "kappa": {"aligned": 1.0, "sub_stride": 0.99},
             "shifted": 4,
+            "penalties": [0.1],
             "cpu_seconds_per_image": 5.0,
         }
     return found
@@ -132,6 +133,32 @@ def test_settings_of_an_older_version_are_the_same(tmp_path: Path) -> None:
         write_round_trips(tmp_path, {"a/integer_exact-seed1": older}, command="x")
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("round_trip", {"images": 9}, "images must be the same for all runs in --into, got 8 and 9"),
+        ("encoder", {"images": 9}, "search-images must be the same for all runs in --into, got 8 and 9"),
+        ("search", {"images": 9}, "search-images must be the same for all runs in --into, got 8 and 9"),
+        (
+            "search",
+            {"penalties": [7]},
+            r"penalties must be the same for all runs in --into, got \[0.1\] and \[7\]",
+        ),
+    ],
+)
+def test_runs_that_were_measured_differently_are_refused(
+    tmp_path: Path, part: str, change: dict[str, Any], message: str
+) -> None:
+    """The note under a table speaks of all of its rows."""
+    runs = {name: _searched(run, 30.0, 29.0) for name, run in RUNS.items()}
+    write_round_trips(tmp_path, runs, command="x")
+    other = runs["b/integer_exact-seed1"]
+    with pytest.raises(ValueError, match=message):
+        write_round_trips(tmp_path, {"b/integer_exact-seed1": other | {part: other[part] | change}}, command="x")
+    write_round_trips(tmp_path, RUNS, command="x")
+    assert not (tmp_path / "search.md").exists()
+
+
 @pytest.mark.slow
 def test_the_command_measures_finished_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -185,5 +212,5 @@ def test_the_published_table_follows_from_its_data(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(round_trips, "encode_png", lambda *_, **__: b"")
         render(tmp_path)
-    table = (tmp_path / "round-trips.md").read_text()
-    assert table == published("round-trips/round-trips.md").read_text()
+    for name in ("round-trips.md", "search.md"):
+        assert (tmp_path / name).read_text() == published(f"round-trips/{name}").read_text()

@@ -52,7 +52,7 @@ def write_family(folder: Path) -> None:
 
 
 def family_table(results: Mapping[str, Any]) -> str:
-    """Return a row a quantizer in Markdown, of the means over its seeds, and below it under which conditions."""
+    """Return one row per quantizer in Markdown, of the means over its seeds, and below it under which conditions."""
     runs = results["runs"]
     groups = by_arm(runs)
     seeds = {title: [run["settings"]["seed"] for run in group] for title, group in groups.items()}
@@ -105,11 +105,11 @@ def family_scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
         ylabel="κ of indices after shifts below a token",
     )
     axes.grid(alpha=0.3)
-    # One entry a quantizer, however many seeds it has.
+    # One entry per quantizer, however many seeds it has.
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2, fontsize="small")
     legend.set_frame_on(False)
-    figure.suptitle("Quantizers trained alike, a point a training")
+    figure.suptitle("Quantizers trained in the same way, one point per training")
     return figure
 
 

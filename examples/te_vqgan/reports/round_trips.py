@@ -1,4 +1,4 @@
-"""What it costs that tokenizers read back their own pictures: ``round-trips.json``, a table and a picture."""
+"""What it costs that tokenizers read back their own pictures: ``round-trips.json``, two tables and a picture."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def require_alike(folders: Sequence[Path], into: Path) -> None:
     """Say before anything is measured whether :func:`write_round_trips` would refuse the runs in ``folders``.
 
     Raises:
-        ValueError: as there, or one of them is not finished.
+        ValueError: they differ in more than seed and weight, or one of them is not finished.
     """
     _require_alike([*_present(into).values(), *(_what_was_trained(folder) for folder in folders)])
 
@@ -170,10 +170,10 @@ def write_round_trips(folder: Path, runs: Mapping[str, Run], *, command: str) ->
 
 
 def render(folder: Path) -> None:
-    """Write ``round-trips.md`` and ``round-trips.png`` from the data in ``folder``.
+    """Write ``round-trips.md``, ``round-trips.png`` and, if tokens were searched, ``search.md`` from the data.
 
     Raises:
-        ValueError: there are none, or they differ in more than seed and weight.
+        ValueError: there are none, they differ in more than seed and weight, or were not measured alike.
     """
     path = folder / _FILE
     require(path.is_file(), "into", f"a folder with {_FILE}", folder)
@@ -182,6 +182,8 @@ def render(folder: Path) -> None:
     write_text_atomically(folder / "round-trips.md", _table(runs))
     if any("search" in run for run in runs):
         write_text_atomically(folder / "search.md", _search_table(runs))
+    else:
+        (folder / "search.md").unlink(missing_ok=True)
     write_bytes_atomically(folder / "round-trips.png", encode_png(_figure(runs), dpi=110))
 
 
@@ -198,6 +200,17 @@ def _require_alike(runs: Sequence[Run]) -> None:
     }
     expected = "of one arm, with settings that differ in seed and weight only"
     require(len(kinds) == 1, "runs", expected, f"{len(kinds)} kinds; give others another --into")
+    # Rows of one table stand for the same images and, if any were searched, the same search.
+    measured: dict[str, set[str]] = {}
+    for run in runs:
+        measured.setdefault("images", set()).add(str(run["round_trip"]["images"]))
+        for name in ("encoder", "search"):
+            if name in run:
+                measured.setdefault("search-images", set()).add(str(run[name]["images"]))
+        if "search" in run:
+            measured.setdefault("penalties", set()).add(str(run["search"]["penalties"]))
+    for name, values in measured.items():
+        require(len(values) == 1, name, "the same for all runs in --into", " and ".join(sorted(values)))
 
 
 def _by_weight(runs: Sequence[Run]) -> dict[float, list[Run]]:
@@ -213,7 +226,7 @@ def _without_loss(run: Run, runs: Sequence[Run]) -> Run | None:
 
 
 def _lost(run: Run, runs: Sequence[Run]) -> float | None:
-    """What a run loses against that of its seed without the loss."""
+    """Return the PSNR that a run loses against that of its seed without the loss."""
     other = _without_loss(run, runs)
     return None if other is None else float(other["test"]["psnr"] - run["test"]["psnr"])
 

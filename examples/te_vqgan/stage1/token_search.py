@@ -1,4 +1,4 @@
-"""The tokens of an image by search, so that its picture is better and reads back as the same tokens.
+"""Search for tokens whose picture is close to the image and is read back, mostly, as the same tokens.
 
 Shape letters: B images, C channels, H W pixels, h w token grid, K codes, D code size, L downsamplings,
 R changes of all images.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.stage1.joint import vector_quantizer
 from examples.te_vqgan.stage1.round_trip import Tokens, encode_at, read, rounded
 from examples.te_vqgan.stage1.wanted_codes import wanted_code_losses
@@ -23,11 +24,11 @@ __all__ = ["PENALTIES", "search_tokens"]
 PENALTIES = (0.003, 0.012, 0.04)
 """Of a picture none of whose tokens come back, in units of the squared error of pixels in [-1, 1]."""
 
-# What two codes at the mean squared distance of two codes are assumed to add to the error, beyond the slope.
+# Squared error that is added, beyond the slope, for a change as large as the mean squared distance of two codes.
 _CURVATURE = 1e-3
-# A token counts as read back where its latent is nearer to its code by this share of the sum of both distances.
+# Of the hinge in the slope.
 _MARGIN = 0.02
-# The slope promises more tokens back than a change of one code brings. So much of that is believed.
+# The slope promises more tokens back than a change of one code brings. This share of the promise counts.
 _BELIEVED = 0.3
 # Tokens that did not come back which are tried one by one.
 _ADOPTED = 8
@@ -40,7 +41,8 @@ class _Found(NamedTuple):
     Attributes:
         indices: (B, h, w).
         costs: (B,), squared error plus penalty.
-        again: (B, h, w), the tokens of the picture of ``indices``.
+        again: (B, h, w), the tokens of the picture of ``indices``; ``indices`` where it was not read, or is
+            sampled at other phases.
     """
 
     indices: Tensor
@@ -56,20 +58,20 @@ def search_tokens(
     candidates: int = 64,
     max_steps: int = 100,
 ) -> Tokens:
-    """Return tokens whose picture is near the image and reads back as the same tokens.
+    """Search for tokens whose picture is close to the image and is read back, mostly, as the same tokens.
 
     The search starts at what the encoder says and changes one token at a time, as long as that lowers
 
         mean squared error of the 8-bit picture + penalty · share of its tokens that the encoder reads differently.
 
-    A picture whose own tokens all come back has the cost 0 there, and the encoder starts at them: so it is read
-    back whole. Every step is the same for every image of a batch and at every place, so what the encoder is
-    equivariant to, the search is too.
+    A picture that is sampled at other phases has lost all its tokens. One that was decoded from tokens that come
+    back has the cost 0 at these tokens; the search starts there and stays. Every step is the same for every image
+    of a batch and at every place, so what the encoder is equivariant to, the search is too.
 
-    In each step these changes of one token are tried: the ``candidates`` that promise most by the slope of the
-    cost, and that each token that did not come back becomes what it was read as. Then all of these at once. Where
-    none of them helps, the pictures of all these changes are encoded and decoded four times more, and the cheapest
-    tokens found on the way are taken.
+    Each step decodes these variants of each image: the ``candidates`` changes of one token that the slope of the
+    cost favours; the eight tokens that were read differently whose codes are nearest to those that were read, each
+    set to what was read; and all tokens as they were read. If none of them costs less and some tokens were read
+    differently, all variants are encoded and decoded four times, and the cheapest tokens on the way are taken.
 
     The slope of the cost needs a smooth penalty. For each token that did not come back it is the hinge of
     :func:`~.wanted_codes.wanted_code_losses`, divided by its present value.
@@ -78,8 +80,12 @@ def search_tokens(
         model: in evaluation mode; the phases that its encoder chooses are kept.
         images: in [-1, 1].
         penalties: one after the other; each search goes on where that before it ended.
-        candidates: decoded in each step, for each image.
+        candidates: decoded in each step, for each image; so many pictures per image are in memory at once.
         max_steps: for each penalty.
+
+    Raises:
+        TypeError: the quantizer of the model is none with one codebook.
+        ValueError: its metric is not "l2".
 
     Shape:
         images: (B, C, H, W). Returns indices (B, h, w) and phases (B, L, 2).
@@ -87,7 +93,9 @@ def search_tokens(
     Source: Schroeder and Atal 1985, "Code-excited linear prediction", which chooses codes by what they decode to.
         The penalty is ours.
     """
-    codes = vector_quantizer(model).codebook.detach()
+    quantizer = vector_quantizer(model)
+    require(quantizer.metric == "l2", "model.quantizer.metric", '"l2"', repr(quantizer.metric))
+    codes = quantizer.codebook.detach()
     spread = torch.cdist(codes, codes).square().mean()
     with torch.no_grad():
         start = read(model, images)
@@ -123,7 +131,10 @@ def _cost(
     penalty: float,
     below: Tensor | None = None,
 ) -> _Found:
-    """Return what tokens cost; those that cost at least ``below`` may have a lower cost than theirs."""
+    """Return what tokens cost.
+
+    Where the squared error alone reaches ``below``, the picture is not read, and the cost is that error.
+    """
     pictures = _pictures(model, indices, phases)
     costs = _errors(pictures, images).double()
     again = indices.clone()
@@ -132,9 +143,11 @@ def _cost(
     )
     if len(near):
         found = read(model, pictures[near])
-        again[near] = found.indices
+        # Tokens at other phases lie elsewhere, so none of them can be compared or taken.
+        off = (found.phases != phases[near]).flatten(1).any(1)
+        again[near] = torch.where(off.view(-1, 1, 1), indices[near], found.indices)
         lost = (found.indices != indices[near]).flatten(1).double().mean(1)
-        costs[near] += penalty * (lost + (found.phases != phases[near]).flatten(1).any(1))
+        costs[near] += penalty * torch.where(off, 1.0, lost)
     return _Found(indices, costs, again)
 
 
@@ -213,7 +226,8 @@ def _changes(
     distances = present.square().sum(-1, keepdim=True) - 2 * present @ codes.T + codes.square().sum(1)
     expected = slope @ codes.T - (slope * present).sum(-1, keepdim=True)
     expected = (expected + _CURVATURE / spread * distances).scatter(3, indices.unsqueeze(3), torch.inf)
-    promising = expected.flatten(1).topk(candidates, largest=False)
+    expected = expected.flatten(1)
+    promising = expected.topk(min(candidates, expected.shape[1]), largest=False)
     # Each token that did not come back becomes what it was read as, those first whose codes are nearest.
     lost = found.again != indices
     gaps = distances.gather(3, found.again.unsqueeze(3)).squeeze(3).masked_fill(~lost, torch.inf)
@@ -223,7 +237,7 @@ def _changes(
     worth = torch.cat([promising.values, gaps], 1) < torch.inf
     changed = indices.flatten(1).unsqueeze(1).repeat(1, places.shape[1], 1)
     changed.scatter_(2, (places // len(codes)).unsqueeze(2), (places % len(codes)).unsqueeze(2))
-    # All of them at once.
+    # All of these at once.
     changed = torch.cat([changed.view(*places.shape, *indices.shape[1:]), found.again.unsqueeze(1)], 1)
     worth = torch.cat([worth, lost.flatten(1).any(1, keepdim=True)], 1)
     return changed[worth], worth.nonzero()[:, 0]

@@ -15,7 +15,7 @@ __all__ = ["wanted_code_loss", "wanted_code_losses"]
 
 
 def wanted_code_losses(latents: Tensor, codebook: Tensor, indices: Tensor, *, margin: float) -> Tensor:
-    """Return for each token a hinge that is zero where its latent is nearer to its wanted code than to any other.
+    """Return a hinge for each token: zero where its latent is nearest to its wanted code, by a margin.
 
     With d the squared distance of a latent to the code that it should have and d' that to the nearest other one,
     it is max(0, (d - d') / (d + d') + margin). The scale of the codes does not matter.
