@@ -195,7 +195,7 @@ def test_the_command_measures_finished_runs(
 
 
 def test_the_published_tokenizer_reads_back_its_pictures() -> None:
-    """Also those of digits that it has not seen; one that was trained without the loss does not."""
+    """Far more of them than one that was trained without the loss, also of digits of another data set."""
     settings = settings_for("small", "integer_exact", {"data": "digits", "held_out": False, "eval_images": 32})
     images = dataset(settings, load_digits("digits"), "test")
     matches = []
@@ -203,7 +203,8 @@ def test_the_published_tokenizer_reads_back_its_pictures() -> None:
         folder = published(f"{name}/model.safetensors").parent
         model = VQAutoencoder.from_pretrained(folder, dtype=torch.float32)
         matches.append(measure_round_trips(model, images, 32, torch.device("cpu"), cycles=1)["match"][0])
-    assert matches[0] > 0.8 > matches[1]
+    assert matches[0] > 0.65
+    assert matches[1] < 0.55
 
 
 def test_the_published_table_follows_from_its_data(tmp_path: Path) -> None:

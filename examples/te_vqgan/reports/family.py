@@ -52,7 +52,7 @@ def write_family(folder: Path) -> None:
 
 
 def family_table(results: Mapping[str, Any]) -> str:
-    """Return one row per quantizer in Markdown, of the means over its seeds, and below it under which conditions."""
+    """Return one row per quantizer in Markdown, the means over its seeds, and below it under which conditions."""
     runs = results["runs"]
     groups = by_arm(runs)
     seeds = {title: [run["settings"]["seed"] for run in group] for title, group in groups.items()}
