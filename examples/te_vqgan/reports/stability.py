@@ -129,7 +129,7 @@ def write_stability(folder: Path, reports: Mapping[str, tuple[str, StabilityRepo
         name: {"title": title, **facts, "report": report.to_dict()} for name, (title, report) in reports.items()
     }
     tokenizers = dict(sorted((before | after).items()))
-    write_text_atomically(path, json.dumps({"tokenizers": tokenizers}, indent=1) + "\n")
+    write_text_atomically(path, json.dumps({"tokenizers": tokenizers}) + "\n")
     render(folder)
 
 
