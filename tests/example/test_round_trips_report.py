@@ -190,6 +190,8 @@ def test_the_command_measures_finished_runs(
     monkeypatch.setattr(round_trips, "measure_run", None)  # would take long
     assert main(["round-trips", "--runs", *folders, "--into", str(tmp_path / "other")]) == 1
     assert "that differ in seed and weight only, got 2 kinds" in capsys.readouterr().err
+    assert main(["round-trips", "--runs", *folders, "--into", into, "--images", "9"]) == 1
+    assert "images must be the same for all runs in --into, got 8 and 9" in capsys.readouterr().err
     assert main(["round-trips", "--runs", str(tmp_path), "--into", into]) == 1
     assert "folder must be that of a finished stage1 run" in capsys.readouterr().err
 

@@ -46,6 +46,7 @@ def _round_trips(options: argparse.Namespace) -> None:
         measure_run,
         render,
         require_alike,
+        run_name,
         write_round_trips,
     )
     from examples.te_vqgan.runs.provenance import command_line
@@ -54,11 +55,11 @@ def _round_trips(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.runs:
-        require_alike(options.runs, options.into)
+        require_alike(options.runs, options.into, options.images, options.search_images)
     for folder in options.runs or ():
         source = load_digits(finished_settings(folder).data, options.data_dir)
         run = measure_run(folder, source, options.images, options.search_images)
-        name = f"{folder.resolve().parent.name}/{folder.name}"
+        name = run_name(folder)
         # One by one, so that an interruption loses only the current one.
         write_round_trips(options.into, {name: run}, command=command_line(options.words))
         print(f"{name}: {run['round_trip']['match'][0]:.3f} of the tokens come back", flush=True)

@@ -29,7 +29,7 @@ from te_quant.tables import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MATCH", "MOST_LOST", "measure_run", "render", "require_alike", "write_round_trips"]
+__all__ = ["MATCH", "MOST_LOST", "measure_run", "render", "require_alike", "run_name", "write_round_trips"]
 
 MATCH, MOST_LOST = 0.99, 0.3
 """What was aimed at: this share of the tokens comes back, and at most so many dB of PSNR are lost."""
@@ -115,13 +115,33 @@ def _what_was_trained(folder: Path) -> dict[str, Any]:
     return {"arm": folder.name.rsplit("-seed", 1)[0], "settings": to_dict(finished_settings(folder))}
 
 
-def require_alike(folders: Sequence[Path], into: Path) -> None:
-    """Say before anything is measured whether :func:`write_round_trips` would refuse the runs in ``folders``.
+def run_name(folder: Path) -> str:
+    """Return what ``round-trips.json`` calls the run in ``folder``."""
+    return f"{folder.resolve().parent.name}/{folder.name}"
+
+
+def require_alike(folders: Sequence[Path], into: Path, count: int, searched: int = 0) -> None:
+    """Say before anything is measured whether :func:`write_round_trips` would refuse it.
+
+    Args:
+        folders: of the runs.
+        into: where their results will be added.
+        count: images of the round trips.
+        searched: images that are also encoded by search.
 
     Raises:
-        ValueError: they differ in more than seed and weight, or one of them is not finished.
+        ValueError: the runs differ in more than seed and weight, are not measured in the same way as those in
+            ``into``, or one of them is not finished.
     """
-    _require_alike([*_present(into).values(), *(_what_was_trained(folder) for folder in folders)])
+    runs = _present(into)
+    for folder in folders:
+        planned = {**_what_was_trained(folder), "round_trip": {"images": count}}
+        if searched:
+            planned["encoder"] = {"images": searched}
+            if planned["settings"]["round_trip_weight"] > 0:
+                planned["search"] = {"images": searched, "penalties": list(PENALTIES)}
+        runs[run_name(folder)] = planned
+        _require_alike(list(runs.values()))
 
 
 def _measure_search(model: VQAutoencoder, images: QuadrantDataset, count: int) -> dict[str, Any]:
@@ -173,7 +193,8 @@ def render(folder: Path) -> None:
     """Write ``round-trips.md``, ``round-trips.png`` and, if tokens were searched, ``search.md`` from the data.
 
     Raises:
-        ValueError: there are none, they differ in more than seed and weight, or were not measured alike.
+        ValueError: there are none, they differ in more than seed and weight, or were not measured in the same
+            way.
     """
     path = folder / _FILE
     require(path.is_file(), "into", f"a folder with {_FILE}", folder)
