@@ -228,6 +228,8 @@ def test_several_seeds_are_averaged(trained: Path) -> None:
     assert rows[1].startswith("| VectorQuantizer, defaults, 1 of 2 seeds |")
     assert "Trainings with seeds 0, 3: " in table
     assert "Means ± standard deviations over seeds." in table
+    assert "κ [of a single training its 95 % bootstrap interval] over" in table
+    assert "κ over" in family_table({"command": "it", "runs": [runs[0], again]})
     figure = family_scatter(results["runs"])
     assert len(figure.legends[0].get_texts()) == 2
     assert len([line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]) == 3

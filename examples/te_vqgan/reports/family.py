@@ -69,12 +69,14 @@ def family_table(results: Mapping[str, Any]) -> str:
     test, settings = runs[0]["evaluation"]["test"], runs[0]["settings"]
     digits = _report(runs[0]).settings.num_images
     commits = sorted({run["provenance"]["commit"] or "unknown" for run in runs})
+    alone = any(len(group) == 1 for group in groups.values())
+    single = " [of a single training its 95 % bootstrap interval]" if alone else ""
     trained, spread = (
         (f"One training each with seed {every[0]}", f" [95 % bootstrap interval over {digits:,} test digits]")
         if len(every) == 1
         else (
             f"Trainings with seeds {', '.join(map(str, every))}",
-            f" [of a single training its 95 % bootstrap interval] over {digits:,} test digits",
+            f"{single} over {digits:,} test digits",
         )
     )
     means = "" if len(every) == 1 else " Means ± standard deviations over seeds."
