@@ -128,17 +128,22 @@ def test_the_slope_is_that_of_the_smooth_cost(monkeypatch: pytest.MonkeyPatch) -
     assert difference != pytest.approx(float((slope.movedim(-1, 1) * direction.flip(0)).sum()), rel=1e-2)
 
 
-def test_one_change_is_the_best_of_all_that_were_tried() -> None:
+@pytest.mark.parametrize("penalty", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("arm", ["integer_exact", "stride_exact"])
+def test_one_change_is_the_best_of_all_that_were_tried(
+    arm: str, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An oracle tries every code at every place; with all as candidates the first step takes the best of them."""
-    model, images = _model("integer_exact"), _images(1, side=8)
+    monkeypatch.setattr(token_search, "_READINGS", 0)
+    model, images = _model(arm), _images(1, side=8)
     said = read(model, images)
-    found = search_tokens(model, images, penalties=[0.0], candidates=2 * 2 * 15, max_steps=1)
+    found = search_tokens(model, images, penalties=[penalty], candidates=2 * 2 * 15, max_steps=1)
     single = said.indices.expand(2 * 2 * 16, -1, -1).clone().flatten(1)
     place = torch.arange(2 * 2 * 16)
     single[place, place // 16] = place % 16
     every = torch.cat([single.view(-1, 2, 2), read(model, rounded(model.decode_indices(*said))).indices])
-    costs = _cost(model, every, said.phases.expand(len(every), -1, -1), images, 0.0)
-    assert float(_cost(model, *found, images, 0.0)) == pytest.approx(float(costs.min()), rel=1e-12)
+    costs = _cost(model, every, said.phases.expand(len(every), -1, -1), images, penalty)
+    assert float(_cost(model, *found, images, penalty)) == pytest.approx(float(costs.min()), rel=1e-12)
 
 
 @pytest.mark.parametrize("shift", [(8, 4), (3, 1), (1, 0), (2, 2)])
