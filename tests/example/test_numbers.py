@@ -341,16 +341,16 @@ def _verdict_rows() -> list[tuple[str, str]]:
 
 
 def test_verdicts_in_the_table_of_claims_follow_the_criterion() -> None:
-    """In every difference p is below 5 % for what is confirmed, in none for what is not resolved."""
+    """It says "confirmed" if a p is below 5 %, and "not resolved" if one is not."""
     _marked(ROOT / "docs/reference/results/paper.md")
     checked = []
     for measured, verdict in _verdict_rows():
         expressions = re.findall(r"<!-- (\w+): ((?:welch|paired)_p\(.*?\)) -->", measured)
         values = [mean(evaluate(expression, DATA[data]())) for data, expression in expressions]
-        if verdict in ("confirmed", "not resolved"):
-            assert values, measured
-            assert all((value < 0.05) == (verdict == "confirmed") for value in values), measured
-            checked.append(verdict)
+        stated = {word for word in ("confirmed", "not resolved") if word in verdict}
+        if stated:
+            assert {"confirmed" if value < 0.05 else "not resolved" for value in values} == stated, measured
+            checked += stated
     assert checked.count("not resolved") >= 3
     assert checked.count("confirmed") >= 1
 

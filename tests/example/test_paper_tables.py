@@ -280,7 +280,7 @@ def test_findings_tell_gains_from_losses() -> None:
     assert "Text to image: the penalty (TE-VQGAN) loses 0.125 (0.500 against 0.625 at Quad1)." in worse
     assert " gains " not in worse
     same = _findings(vqgan=[0.5], te_vqgan=[0.5001])
-    assert "changes nothing to the digits shown (0.500 against 0.500 at Quad1)." in same
+    assert "makes no difference to digit accuracy (0.500 against 0.500 at Quad1)." in same
     assert " gains " not in same
     assert " loses " not in same
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import email
 import email.message
 import re
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +56,17 @@ def test_result_archives_stay_out_of_the_sdist(sdist: Sdist) -> None:
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "src").rglob("*.py")}
     assert code <= set(sdist.files)
     assert sdist.size < 4 * 2**20
+
+
+def test_tracked_files_stay_below_30_megabytes() -> None:
+    """Published results are the bulk of a clone."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("no checkout")
+    listed = subprocess.run([git, "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = [ROOT / name for name in listed.split("\0") if name]
+    assert len(files) > 100
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 30e6
 
 
 def test_sdist_holds_what_the_documentation_shows(sdist: Sdist) -> None:

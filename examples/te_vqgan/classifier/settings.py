@@ -21,21 +21,21 @@ class ClassifierSettings:
         canvas_size: side of the images whose cells are read, pixels; a multiple of 32.
         seed: of the initial weights and of the cells drawn.
         steps: optimiser steps, at least 1.
-        batch_size: cells a step.
+        batch_size: cells per step.
         learning_rate: peak rate of AdamW.
-        weight_decay: of AdamW, for the weights of convolutions and heads alone.
+        weight_decay: of AdamW, only for the weights of convolutions and heads.
         warmup_steps: the rate rises linearly for so many steps.
         final_lr_share: ...and then falls on half a cosine to this share of its peak, in [0, 1].
         label_smoothing: of the digit's cross entropy, in [0, 1].
         widths: channels of the stages, as :class:`~examples.te_vqgan.classifier.model.CellClassifier` takes them.
-        blocks: residual blocks a stage.
+        blocks: residual blocks per stage.
         stem_stride: stride of its first convolution, at least 1.
         margin: pixels at each border of a cell that it does not look at, at least 0.
-        shift: as all below, a field of :class:`~examples.te_vqgan.classifier.cells.Distortion`.
-        rotation: see there.
-        scale: see there.
-        shear: see there.
-        flaws: see there.
+        shift: a field of :class:`~examples.te_vqgan.classifier.cells.Distortion`.
+        rotation: a field of it too.
+        scale: a field of it too.
+        shear: a field of it too.
+        flaws: a field of it too.
         bf16: compute the network in bfloat16 (the losses stay in float32).
         log_every: a line in the log after so many steps.
         validate_every: validation numbers in that line after so many steps; a multiple of ``log_every``.

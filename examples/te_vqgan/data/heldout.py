@@ -54,7 +54,7 @@ def held_out(num_classes: int = _NUM_CLASSES) -> NDArray[np.bool_]:
 
 
 def allowed(split: str, num_classes: int = _NUM_CLASSES) -> NDArray[np.bool_]:
-    """What the images of ``split`` may show: the held-out combinations alone, in training all others.
+    """What the images of ``split`` may show: only the held-out combinations, in training all others.
 
     The paper states the constraint for the training and the test set. Which of them its validation set follows is
     not known; here it is the test set, so that a choice made on it is a choice for the task that is reported.

@@ -48,7 +48,7 @@ _AGREEMENTS = {
     "placement": "placement (the paper's)",
     "aligned": "whole tokens",
     "sub_stride": "below a token",
-    "sub_stride_foreground": "below a token, ink alone",
+    "sub_stride_foreground": "below a token, only ink",
 }
 _DISTINCT = {"distinct_images": "distinct images", "distinct_pairs": "distinct (image, shift) pairs"}
 # What a comparison of several folders keeps of a run, and what must be equal.

@@ -25,11 +25,11 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     sentences = [sentence for title, runs in others for sentence in _compare(title, runs, base, base_runs)]
     fewest = min(len(runs) for runs in groups.values())
     if not others:
-        sentences.append(f"{base} alone is finished, so nothing is compared.")
+        sentences.append(f"Only {base} is finished, so nothing is compared.")
     elif fewest == 1:
         sentences.append("At least one arm has a single seed, so its spread between seeds is not known.")
     else:
-        sentences.append(f"Means over at least {fewest} seeds an arm, ± standard deviation between seeds.")
+        sentences.append(f"Means over at least {fewest} seeds per arm, ± standard deviation between seeds.")
     return sentences
 
 

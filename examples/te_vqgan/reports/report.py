@@ -223,8 +223,8 @@ def _blocks(results: Mapping[str, Any]) -> list[Block]:
             f"Reconstruction and code use over {measured['test']['images']:,} test images "
             f"({measured['test']['tokens']:,} tokens); agreements over {conditions.num_images:,} single test "
             f"digits. An agreement is a share of equal indices; in brackets is Cohen's κ, which is 0 where the "
-            f"agreement is what chance gives with the same code use. The placement metric moves a digit by "
-            f"whole tokens alone. Shifts below a token are measured at the best whole-token alignment of each "
+            f"agreement is what chance gives with the same code use. The placement metric moves a digit only "
+            f"by whole tokens. Shifts below a token are measured at the best whole-token alignment of each "
             f"image, and against the quantized Fourier-shifted latents. “Used at least once” grows with the "
             f"number of tokens; perplexity and codes above 0.1 % hardly do."
         ),

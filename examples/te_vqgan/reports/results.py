@@ -88,11 +88,11 @@ METRICS: dict[str, Metric] = {
     ),
     "cosine": Metric("mean |cosine| of two used codes", _entry("codebook", "mean_abs_cosine_used"), ".3f"),
     "placement": _agreement("placement", "placement agreement, as the paper measures (κ)"),
-    "placement_foreground": _agreement("placement_foreground", "placement, tokens with ink alone (κ)"),
+    "placement_foreground": _agreement("placement_foreground", "placement, only tokens with ink (κ)"),
     "aligned": _agreement("aligned", "agreement after shifts by whole tokens (κ)"),
-    "aligned_foreground": _agreement("aligned_foreground", "whole tokens, with ink alone (κ)"),
+    "aligned_foreground": _agreement("aligned_foreground", "whole tokens, only those with ink (κ)"),
     "sub_stride": _agreement("sub_stride", "agreement after shifts below a token (κ)"),
-    "sub_stride_foreground": _agreement("sub_stride_foreground", "below a token, with ink alone (κ)"),
+    "sub_stride_foreground": _agreement("sub_stride_foreground", "below a token, only those with ink (κ)"),
     "sub_stride_fourier": _agreement("sub_stride_fourier", "below a token, against Fourier-shifted latents (κ)"),
 }
 

@@ -54,7 +54,7 @@ class Stage2Settings:
         eval_images: captions and images of the test set, and half as many of seen combinations.
         seed: of the weights, and of what training and sampling draw.
         steps: optimiser steps, at least 1.
-        batch_size: pairs a step.
+        batch_size: pairs per step.
         directions: names out of :data:`DIRECTIONS`, trained in turn.
         updates_per_batch: 1; or the number of directions, which then take one step each on the same pairs, at the
             same rate. ``steps`` and ``warmup_steps`` count single steps all the same, and are multiples of it.

@@ -46,7 +46,7 @@ def draw_captions(images: NDArray[np.uint8], captions: Sequence[str]) -> Figure:
     for axis, image, caption in zip(axes, images, captions, strict=False):
         _show(axis, image)
         axis.set_title("\n".join(textwrap.wrap(caption, 34)), fontsize=8)
-    figure.suptitle("Test images with their first captions: held-out combinations alone")
+    figure.suptitle("Test images with their first captions: only held-out combinations")
     return figure
 
 

@@ -63,7 +63,7 @@ def _against(words: str, question: str, values: Sequence[float], base: Sequence[
     gap = statistics.fmean(values) - statistics.fmean(base)
     numbers = f"{statistics.fmean(values):.3f} against {statistics.fmean(base):.3f} at Quad1"
     if f"{abs(gap):.3f}" == "0.000":
-        return f"{words.capitalize()}: {question} changes nothing to the digits shown ({numbers})."
+        return f"{words.capitalize()}: {question} makes no difference to digit accuracy ({numbers})."
     text = f"{words.capitalize()}: {question} {'gains' if gap > 0 else 'loses'} {abs(gap):.3f} ({numbers})"
     if len(values) > 1 and len(base) > 1:
         spread = (statistics.variance(values) / len(values) + statistics.variance(base) / len(base)) ** 0.5
