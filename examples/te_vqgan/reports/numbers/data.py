@@ -286,8 +286,9 @@ DATA: Mapping[str, Callable[[], Place]] = {
     "fine": lambda: _results("small-fine"),
     "alive": lambda: _results("alive"),
     "photos": lambda: _results("photos"),
-    # Not there before the confirmatory runs are.
-    "tests": lambda: _read("examples/te_vqgan/results/small-fine/hypotheses.json", confirmatory),
+    "confirm": lambda: _results("confirmatory"),
+    # Not there before all confirmatory runs are.
+    "tests": lambda: _read("examples/te_vqgan/results/confirmatory/hypotheses.json", confirmatory),
     "family": lambda: _read("examples/te_vqgan/results/family/results.json", _family),
     "paper": functools.cache(_paper),
     "bench": lambda: _read("benchmarks/results/cpu/results.json", _Benchmarks),
