@@ -578,6 +578,10 @@ REFUSED = {
     ),
     "rank": (lambda model, images: audit(model, images[0]), r"images must be of shape \(B, C, H, W\)"),
     "integers": (lambda model, images: audit(model, images.long()), "images must be floating point"),
+    "half precision": (
+        lambda model, images: audit(model.half(), images.half()),
+        r"images must be float32 or float64, .*, got torch.float16; pass model.float\(\) and images.float\(\)",
+    ),
     "no image": (lambda model, images: audit(model, images[:0]), "images must be at least one, got 0"),
     "batch": (lambda model, images: audit(model, images, batch_size=0), "batch_size must be an int >= 1"),
     "whole": (
@@ -617,8 +621,50 @@ def test_refusals(name):
     """Each wrong argument has one clear error."""
     call, match = REFUSED[name]
     model, images = nn.Sequential(conv(1, 1), conv(1, 1, stride=2)), fresh(1, 1, 16, 16)
-    with pytest.raises(TypeError if name in ("function", "integers", "one number") else ValueError, match=match):
+    types = ("function", "integers", "half precision", "one number")
+    with pytest.raises(TypeError if name in types else ValueError, match=match):
         call(model, images)
+
+
+class Cast(nn.Module):
+    """A change of dtype."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, images):
+        """Cast."""
+        return images.to(self.dtype)
+
+
+def half_inside(dtype):
+    """A convolution in half precision in a model of float32."""
+    return nn.Sequential(Cast(dtype), conv(1, 1, mode="zeros").to(dtype), Cast(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("where", ["model", "run", "autocast"])
+def test_half_precision_inside_is_refused(dtype, where):
+    """Its rounding is as large as what padding loses, which would read exact. Wider dtypes tell both apart."""
+    images = fresh(2, 1, 16, 16).float()
+    model = {"model": half_inside(dtype), "run": conv(1, 1).to(dtype), "autocast": conv(1, 1).float()}[where]
+    module = r"'0' \(Cast\)" if where == "model" else r"'' \(Conv2d\)"
+    match = f"module {module} must compute in float32 or float64, .*, got {dtype}; call model.float"
+    run = (lambda x: model(x.to(dtype))) if where == "run" else None
+    autocast = torch.autocast("cpu", dtype, enabled=where == "autocast")
+    with autocast, pytest.raises(TypeError, match=match + r"\(\) and leave torch.autocast"):
+        audit(model, images, run=run)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_float32_and_float64_name_the_same_border_error():
+    """What half precision is refused for can be seen in both."""
+    model, images = conv(3, 3, mode="zeros"), fresh(2, 3, 16, 16)
+    wide, single = audit(model, images), audit(model.float(), images.float())
+    assert wide.rows[0].border_error > 1e-3
+    assert single.rows[0].border_error == pytest.approx(wide.rows[0].border_error, rel=1e-4)
+    assert [r.worst("border").name for r in (wide, single)] == ["", ""]
 
 
 def small_report():

@@ -106,19 +106,21 @@ def audit(
             terminal. One pass finds the strides, and one per batch measures.
 
     Shape:
-        images: (B, C, H, W) floating point.
+        images: (B, C, H, W) float32 or float64.
         grid: (B, ·, h, w) floating, H/h = W/w or its inverse an integer, h and w at least 4. A module that gives
             a tuple, list or mapping is judged by the first grid in it. All grids among its inputs are moved.
 
     Raises:
         ValueError: no module maps grid to grid, sides are too small or do not fit the stride of a module, a shift
             is out of range or ``whole`` has an unknown name.
-        TypeError: module is no module, or images are not floating point.
+        TypeError: module is no module, or images or what a module takes or gives are not float32 or float64. The
+            rounding of half precision, also under ``torch.autocast``, is as large as what padding loses.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)
+    _refuse_half("images must be", images, "pass model.float() and images.float()")
     require(len(images) > 0, "images", "at least one", 0)
     batch_size = require_int("batch_size", batch_size, 1)
     names = {name for name, _ in module.named_modules()}
@@ -267,6 +269,8 @@ class _Auditor:
             self._skip(call, parent, source, output)
             return
         for grid in (source, result):
+            name = f"module {call.name!r} ({type(call.module).__name__})"
+            _refuse_half(f"{name} must compute in", grid, "call model.float() and leave torch.autocast")
             stride = stride_of(grid, self.sides, self.batch)
             self.stride = math.lcm(self.stride, stride.numerator if stride else 1)
         if parent is not None:
@@ -324,6 +328,13 @@ def _pairs(shifts: Iterable[Shift]) -> tuple[Shift, ...]:
     for shift in pairs:
         roll(torch.empty(1, 1), shift)  # refuses what is no pair of ints
     return tuple((int(dy), int(dx)) for dy, dx in pairs)
+
+
+def _refuse_half(start: str, grid: Tensor, cure: str) -> None:
+    """Refuse half precision: its rounding would hide errors as large as those of padding."""
+    if torch.finfo(grid.dtype).eps > torch.finfo(torch.float32).eps:
+        expected = "float32 or float64, as the rounding of half precision hides errors"
+        raise TypeError(f"{start} {expected}, got {grid.dtype}; {cure}.")
 
 
 def _is_attention(module: nn.Module) -> bool:
