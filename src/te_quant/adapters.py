@@ -20,6 +20,9 @@ from te_quant._checks import require, require_int, require_type
 
 __all__ = ["Tokenizer", "cosmos", "diffusers", "llamagen", "open_magvit2", "taming"]
 
+# The way out for a model that no adapter fits.
+_OWN_FUNCTIONS = "write the two functions of an adapters.Tokenizer yourself"
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -77,26 +80,28 @@ def diffusers(model: nn.Module) -> Tokenizer:
     Source: diffusers, ``models/autoencoders/vq_model.py``.
     """
     vq = _published(model, "a VQModel of diffusers", "encode", "quantize", "decode", "config")
-    look_up = vq.quantize.get_codebook_entry
+    quantize = _part(vq, "quantize", "a VectorQuantizer", "get_codebook_entry", "re_embed", "vq_embed_dim")
+    config = _part(vq, "config", "that of a VQModel", "block_out_channels", "lookup_from_codebook")
 
     def encode(images: Tensor) -> Tensor:
         latents = vq.encode(_as_weights(model, images)).latents
-        return _grid(vq.quantize(latents)[2][2], latents)
+        return _grid(quantize(latents)[2][2], latents)
 
     def decode(indices: Tensor) -> Tensor:
         batch, height, width = indices.shape
-        shape = (batch, height, width, vq.quantize.vq_embed_dim)
-        if vq.config.lookup_from_codebook:
+        shape = (batch, height, width, quantize.vq_embed_dim)
+        if config.lookup_from_codebook:
             image = vq.decode(indices.flatten(), force_not_quantize=True, shape=shape).sample
         else:
-            image = vq.decode(look_up(indices.flatten(), shape), force_not_quantize=True).sample
+            codes = quantize.get_codebook_entry(indices.flatten(), shape)
+            image = vq.decode(codes, force_not_quantize=True).sample
         return _widened(image)
 
-    stride = 2 ** (len(vq.config.block_out_channels) - 1)
-    return Tokenizer(_without_gradient(encode), _without_gradient(decode), stride, vq.quantize.re_embed)
+    stride = 2 ** (len(config.block_out_channels) - 1)
+    return Tokenizer(_without_gradient(encode), _without_gradient(decode), stride, quantize.re_embed)
 
 
-def taming(model: nn.Module) -> Tokenizer:
+def taming(model: nn.Module, *, stride: int | None = None, num_codes: int | None = None) -> Tokenizer:
     """Adapt a ``VQModel`` of taming-transformers, the code of LDM included.
 
     Its ``decode_code`` expects another shape in every version, so the codes are looked up by
@@ -104,15 +109,19 @@ def taming(model: nn.Module) -> Tokenizer:
 
     Args:
         model: in evaluation mode; images in [-1, 1]. Gumbel quantizers have another method and are refused.
+        stride: s. None: what ``model.encoder.num_resolutions`` tells.
+        num_codes: K. None: what ``model.quantize.n_e`` tells, or ``re_embed`` if it has one.
 
     Raises:
         TypeError: ``model`` lacks a method or a field that such a model has.
 
     Source: taming-transformers, ``taming/models/vqgan.py``.
     """
-    vq = _published(model, "a VQModel of taming-transformers", "encode", "quantize", "decode", "encoder")
-    quantize = _published(vq.quantize, "a VectorQuantizer2 in model.quantize", "get_codebook_entry", "e_dim")
-    num_codes = getattr(quantize, "re_embed", quantize.n_e)
+    vq = _published(model, "a VQModel of taming-transformers", "encode", "quantize", "decode")
+    quantize = _part(vq, "quantize", "a VectorQuantizer2", "get_codebook_entry", "e_dim")
+    stride = _stride(vq) if stride is None else stride
+    num_codes = getattr(quantize, "re_embed", None) if num_codes is None else num_codes
+    num_codes = _num_codes(vq) if num_codes is None else num_codes
 
     def encode(images: Tensor) -> Tensor:
         codes, _, info = vq.encode(_as_weights(model, images))
@@ -122,21 +131,26 @@ def taming(model: nn.Module) -> Tokenizer:
         shape = (*indices.shape, quantize.e_dim)
         return _widened(vq.decode(quantize.get_codebook_entry(indices.flatten(), shape=shape)))
 
-    return Tokenizer(_without_gradient(encode), _without_gradient(decode), _stride(vq), num_codes)
+    return Tokenizer(_without_gradient(encode), _without_gradient(decode), stride, num_codes)
 
 
-def llamagen(model: nn.Module) -> Tokenizer:
+def llamagen(model: nn.Module, *, stride: int | None = None, num_codes: int | None = None) -> Tokenizer:
     """Adapt a ``VQModel`` of LlamaGen (``VQ_8``, ``VQ_16``).
 
     Args:
         model: in evaluation mode; images in [-1, 1].
+        stride: s. None: what ``model.encoder.num_resolutions`` tells.
+        num_codes: K. None: what ``model.quantize.n_e`` tells.
 
     Raises:
         TypeError: ``model`` lacks a method or a field that such a model has.
 
     Source: LlamaGen, ``tokenizer/tokenizer_image/vq_model.py``.
     """
-    vq = _published(model, "a VQModel of LlamaGen", "encode", "quantize", "decode_code", "encoder")
+    vq = _published(model, "a VQModel of LlamaGen", "encode", "quantize", "decode_code")
+    quantize = _part(vq, "quantize", "a VectorQuantizer", "e_dim")
+    stride = _stride(vq) if stride is None else stride
+    num_codes = _num_codes(vq) if num_codes is None else num_codes
 
     def encode(images: Tensor) -> Tensor:
         codes, _, info = vq.encode(_as_weights(model, images))
@@ -144,10 +158,10 @@ def llamagen(model: nn.Module) -> Tokenizer:
 
     def decode(indices: Tensor) -> Tensor:
         batch, height, width = indices.shape
-        shape = (batch, vq.quantize.e_dim, height, width)
+        shape = (batch, quantize.e_dim, height, width)
         return _widened(vq.decode_code(indices.flatten(), shape))
 
-    return Tokenizer(_without_gradient(encode), _without_gradient(decode), _stride(vq), vq.quantize.n_e)
+    return Tokenizer(_without_gradient(encode), _without_gradient(decode), stride, num_codes)
 
 
 def open_magvit2(model: nn.Module, *, stride: int) -> Tokenizer:
@@ -165,7 +179,7 @@ def open_magvit2(model: nn.Module, *, stride: int) -> Tokenizer:
     Source: Open-MAGVIT2 (SEED-Voken), ``models/lfqgan.py``.
     """
     vq = _published(model, "a VQModel of Open-MAGVIT2", "encode", "quantize", "decode")
-    quantize = _published(vq.quantize, "an LFQ in model.quantize", "get_codebook_entry", "codebook_size")
+    quantize = _part(vq, "quantize", "an LFQ", "get_codebook_entry", "codebook_size", "codebook_dim")
     factorized = bool(getattr(quantize, "token_factorization", False))
     require(not factorized, "model", "of one index per token", "factorized tokens, which are two")
 
@@ -208,16 +222,29 @@ def cosmos(encoder: nn.Module, decoder: nn.Module, *, stride: int, num_codes: in
     return Tokenizer(_without_gradient(encode), _without_gradient(decode), stride, num_codes)
 
 
-def _published(model: Any, expected: str, *names: str) -> Any:
+def _published(model: Any, expected: str, *names: str, where: str = "model", cure: str = _OWN_FUNCTIONS) -> Any:
     """Return ``model``, which must have the attributes ``names``."""
-    missing = [name for name in names if not hasattr(model, name)]
+    missing = ", ".join(name for name in names if not hasattr(model, name))
     if missing:
-        raise TypeError(f"model must be {expected}, got {type(model).__name__} without {', '.join(missing)}.")
+        raise TypeError(f"{where} must be {expected}, got {type(model).__name__} without {missing}; {cure}.")
     return model
 
 
+def _part(vq: Any, name: str, expected: str, *names: str, cure: str = _OWN_FUNCTIONS) -> Any:
+    """Return a part of the model, which must have the attributes ``names``."""
+    return _published(getattr(vq, name), expected, *names, where=f"model.{name}", cure=cure)
+
+
 def _stride(vq: Any) -> int:
-    return int(2 ** (vq.encoder.num_resolutions - 1))
+    cure = "pass stride"
+    _published(vq, "a VQModel with an encoder", "encoder", cure=cure)
+    encoder = _part(vq, "encoder", "an Encoder", "num_resolutions", cure=cure)
+    return int(2 ** (encoder.num_resolutions - 1))
+
+
+def _num_codes(vq: Any) -> int:
+    num_codes: int = _part(vq, "quantize", "a VectorQuantizer", "n_e", cure="pass num_codes").n_e
+    return num_codes
 
 
 def _grid(indices: Tensor, latents: Tensor) -> Tensor:

@@ -241,8 +241,95 @@ def test_a_gumbel_quantizer_of_taming_is_refused() -> None:
     """It has no get_codebook_entry of this form."""
     model = _VQ(channels_second=False)
     model.quantize = nn.Identity()
-    with pytest.raises(TypeError, match=r"VectorQuantizer2 in model\.quantize, got Identity without"):
+    with pytest.raises(TypeError, match=r"model\.quantize must be a VectorQuantizer2, got Identity without"):
         adapters.taming(model)
+
+
+class _Config:
+    """What diffusers' FrozenDict is: fields as attributes."""
+
+    block_out_channels, lookup_from_codebook = (8, 8, 8), False
+
+
+class _DiffusersQuantize(nn.Module):
+    """The fields of diffusers' quantizer."""
+
+    re_embed, vq_embed_dim = 16, 5
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
+        raise NotImplementedError
+
+
+def vq(name: str) -> Any:
+    """A stand-in that the adapter of that name accepts."""
+    if name == "open_magvit2":
+        return _Magvit()
+    model: Any = _VQ(channels_second=name == "llamagen")
+    if name == "diffusers":
+        model.quantize, model.config = _DiffusersQuantize(), _Config()
+    return model
+
+
+ADAPTERS: dict[str, Callable[..., adapters.Tokenizer]] = {
+    "diffusers": adapters.diffusers,
+    "taming": adapters.taming,
+    "llamagen": adapters.llamagen,
+    "open_magvit2": lambda m: adapters.open_magvit2(m, stride=4),
+}
+OWN = "write the two functions of an adapters.Tokenizer yourself"
+# Adapter, the part that is replaced by another one (by nothing if empty), the field that it lacks then, the cure.
+LACKING = [
+    ("diffusers", "config", "block_out_channels, lookup_from_codebook", OWN),
+    ("diffusers", "quantize", "get_codebook_entry, re_embed, vq_embed_dim", OWN),
+    ("taming", "encoder", "num_resolutions", "pass stride"),
+    ("taming", "quantize", "get_codebook_entry, e_dim", OWN),
+    ("taming", "quantize.n_e", "n_e", "pass num_codes"),
+    ("llamagen", "encoder", "num_resolutions", "pass stride"),
+    ("llamagen", "quantize", "e_dim", OWN),
+    ("llamagen", "quantize.n_e", "n_e", "pass num_codes"),
+    ("open_magvit2", "quantize", "get_codebook_entry, codebook_size, codebook_dim", OWN),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "fields", "cure"), LACKING)
+def test_a_part_of_another_class_is_refused_by_what_it_lacks(name: str, part: str, fields: str, cure: str) -> None:
+    """In one TypeError with the way out, before anything runs; the whole model is accepted."""
+    model = vq(name)
+    assert ADAPTERS[name](model).stride == 4
+    if part == "quantize.n_e":
+        del model.quantize.n_e
+    else:
+        setattr(model, part, {} if part == "config" else nn.Identity())
+    owner = {"config": "dict", "quantize.n_e": "_Quantize"}.get(part, "Identity")
+    place = rf"model\.{part.partition('.')[0]} must be .*, got {owner} without {fields}; {cure}"
+    with pytest.raises(TypeError, match=place):
+        ADAPTERS[name](model)
+
+
+@pytest.mark.parametrize("name", ["taming", "llamagen"])
+def test_given_facts_replace_those_of_the_model(name: str) -> None:
+    """A model that does not tell its stride or its codes, or has no encoder at all, gets them from the caller."""
+    model = vq(name)
+    encoder, images = model.encoder, torch.rand(1, 3, 16, 16) * 2 - 1
+    told = ADAPTERS[name](model)
+    del model.encoder, model.quantize.n_e
+    model.encode = lambda x: model.quantize(encoder(x))
+    with pytest.raises(TypeError, match="got _VQ without encoder; pass stride"):
+        ADAPTERS[name](model, num_codes=16)
+    tokenizer = ADAPTERS[name](model, stride=4, num_codes=16)
+    assert (tokenizer.stride, tokenizer.num_codes) == (told.stride, told.num_codes) == (4, 16)
+    indices = told.encode(images)
+    assert torch.equal(tokenizer.encode(images), indices)
+    assert torch.equal(tokenizer.decode(indices), told.decode(indices))
+    with pytest.raises(ValueError, match="stride must be an int >= 1, got 0"):
+        ADAPTERS[name](model, stride=0, num_codes=16)
+
+
+def test_remapped_codes_of_taming_count() -> None:
+    """A quantizer that maps its indices has as many codes as the map has targets."""
+    model = vq("taming")
+    model.quantize.re_embed = 8
+    assert adapters.taming(model).num_codes == 8
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
