@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from te_quant.equivariance import measure_equivariance, numerical_floor
+from te_quant import VectorQuantizer
+from te_quant.equivariance import measure_equivariance, numerical_floor, placement_agreement
+from te_quant.stability import Identity, measure_stability
 
 
 def levels(images: torch.Tensor) -> torch.Tensor:
@@ -103,3 +106,114 @@ def test_wrong_arguments_are_refused(change, error, match):
     options = {"tokenize": levels, "images": torch.zeros(2, 1, 8, 8), "num_codes": 8} | change
     with pytest.raises(error, match=match):
         numerical_floor(options.pop("tokenize"), options.pop("images"), **options)
+
+
+def dropping():
+    """A tokenizer with dropout, whose codebook stays."""
+    encoder = nn.Sequential(nn.Conv2d(1, 4, 4, stride=4), nn.Dropout(0.5))
+    return nn.Sequential(encoder, VectorQuantizer(16, 4, codebook_update="gradient"))
+
+
+def learning():
+    """A tokenizer whose codebook moves in training mode."""
+    return nn.Sequential(nn.Conv2d(1, 4, 4, stride=4), VectorQuantizer(16, 4))
+
+
+def render(indices):
+    """Any picture of 4 pixels per token."""
+    return (indices / 8 - 1)[:, None].repeat_interleave(4, -1).repeat_interleave(4, -2)
+
+
+def torch_metric(tokenize, images):
+    """Of torchmetrics, whose forward resets its counts for each batch."""
+    pytest.importorskip("torchmetrics")
+    from te_quant.integrations.torchmetrics import TokenMatch
+
+    metric = TokenMatch(16)
+    for batch in torch.split(images, 2):
+        metric(tokenize, render, batch)
+
+
+# What measures, how many calls it makes besides the check, and what its error calls the tokenizer.
+MEASURES = {
+    # Two batches of one reference, one whole shift and one shift below a token.
+    "circular": (
+        lambda tokenize, images: measure_equivariance(
+            tokenize,
+            images,
+            protocol="circular",
+            stride=4,
+            num_codes=16,
+            variants={},
+            shifts=[(4, 0)],
+            sub_stride_shifts=[(1, 0)],
+            batch_size=2,
+            resamples=0,
+        ),
+        6,
+        "tokenize",
+    ),
+    "placement": (
+        lambda tokenize, images: placement_agreement(
+            tokenize, images, canvas_size=32, stride=4, num_codes=16, batch_size=2, resamples=0
+        ),
+        10,
+        "tokenize",
+    ),
+    "floor": (
+        lambda tokenize, images: numerical_floor(
+            tokenize, images, num_codes=16, variants={"again": 2}, batch_size=2, resamples=0
+        ),
+        4,
+        "tokenize",
+    ),
+    "stability": (
+        lambda tokenize, images: measure_stability(
+            tokenize, render, images, transforms=[Identity()], num_codes=16, batch_size=2, resamples=0
+        ),
+        4,
+        "encode",
+    ),
+    "torchmetrics": (torch_metric, 4, "encode"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:no sprite contains the ground")
+@pytest.mark.parametrize("network", [dropping, learning])
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_tokenizer_in_training_mode_is_refused(name, network):
+    """Figures would mix its randomness with the shifts. In evaluation mode the check costs one call of a batch."""
+    measure, calls, argument = MEASURES[name]
+    model, images, sizes = network(), torch.rand(4, 1, 16, 16) * 2 - 1, []
+
+    def tokenize(x):
+        sizes.append(len(x))
+        return model[1](model[0](x)).indices
+
+    match = rf"^{argument} must be the same for the same images; call model\.eval\(\) first, got other indices for"
+    with pytest.raises(ValueError, match=match):
+        measure(tokenize, images)
+    assert len(sizes) <= 3
+    model.eval()
+    sizes.clear()
+    measure(tokenize, images)
+    assert sizes == [2] * (calls + 1)
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.005, False), (0.02, True)])
+def test_rounding_of_a_device_is_no_randomness(share, refused):
+    """Kernels that sum in any order change a few near-ties; one token in a hundred may differ."""
+    images = torch.rand(1, 1, 64, 64) * 2 - 1
+    calls = []
+
+    def tokenize(x):
+        calls.append(len(x))
+        indices = levels(x)
+        indices.flatten()[: int(share * indices.numel()) if len(calls) == 2 else 0] ^= 1
+        return indices
+
+    if refused:
+        with pytest.raises(ValueError, match="got other indices for 20 of 1,024 tokens"):
+            numerical_floor(tokenize, images, num_codes=8)
+    else:
+        assert numerical_floor(tokenize, images, num_codes=8)["batch of one"].rate == 1

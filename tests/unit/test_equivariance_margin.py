@@ -235,7 +235,7 @@ def test_contradictions_are_counted_and_shown():
     def tokenize(images):
         tokens = (images[:, 0, ::2, ::2] > 0).long()
         calls.append(len(images))
-        if len(calls) == 2:
+        if len(calls) == 3:
             tokens[0, 0, 0] = 1 - tokens[0, 0, 0]
         return tokens
 

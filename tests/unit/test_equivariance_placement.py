@@ -125,7 +125,8 @@ def test_no_gradient_is_recorded():
         return torch.zeros(len(images), 4, 4, dtype=torch.int64)
 
     placement_agreement(tokenize, -torch.ones(1, 1, 8, 8), canvas_size=16, stride=4, num_codes=1)
-    assert grads == [False] * 5
+    # Five places, the first of them twice.
+    assert grads == [False] * 6
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_comparisons_and_pictures_say_what_was_drawn() -> None:
 
 
 def test_progress_announces_the_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    """One of each batch for the reference, the places, the shifts and the variants; as many as are made."""
+    """One of each batch for the reference, the places, the shifts and the variants, and one more of the first."""
     calls = 0
 
     def counted(images: Tensor) -> Tensor:
@@ -118,8 +118,8 @@ def test_progress_announces_the_passes(capsys: pytest.CaptureFixture[str]) -> No
     variants = {"again": counted}
     measure_equivariance(counted, noise(3, 1, 8, 8), variants=variants, progress=True, **options)
     # Two batches: the reference, 5 places, 24 whole shifts, 3 below a token, 4 fractions, 1 variant.
-    assert capsys.readouterr().err.startswith("measure_equivariance: 76 passes\n")
-    assert calls == 76
+    assert capsys.readouterr().err.startswith("measure_equivariance: 77 passes\n")
+    assert calls == 77
     measure_equivariance(counted, noise(3, 1, 8, 8), variants={}, **options)
     assert capsys.readouterr().err == ""
 

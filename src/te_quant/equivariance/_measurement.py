@@ -18,7 +18,13 @@ from te_quant._measuring.bootstrap import Resamples
 from te_quant._measuring.float64 import float64
 from te_quant._values import require_finite
 from te_quant.equivariance._draw import FractionalShift
-from te_quant.equivariance.metrics.agreement import Agreement, PairCounts, mark_foreground, tokens_of
+from te_quant.equivariance.metrics.agreement import (
+    Agreement,
+    PairCounts,
+    mark_foreground,
+    require_repeatable,
+    tokens_of,
+)
 from te_quant.equivariance.metrics.margin import MarginTally
 from te_quant.equivariance.metrics.numerical_floor import Variant, variant_tokens
 from te_quant.equivariance.metrics.pair_tally import PairTally
@@ -79,20 +85,24 @@ class Measurement:
 
     @property
     def passes_per_batch(self) -> int:
-        """How often a batch goes through the tokenizer."""
+        """How often a batch goes through the tokenizer; the first one once more."""
         s = self.settings
         shifts = len(s.shifts) + len(s.sub_stride_shifts) + len(s.fractional_shifts)
         return 1 + (_PLACEMENTS if self.views.sprites else 0) + shifts + len(self.given.variants)
 
     def passes(self, batches: Iterable[Tensor]) -> Iterator[None]:
         """Take in batches of images, one pass after the other."""
-        for batch in batches:
-            yield from self._passes(batch)
+        for number, batch in enumerate(batches):
+            yield from self._passes(batch, first=number == 0)
             self._close()
 
-    def _passes(self, batch: Tensor) -> Iterator[None]:
+    def _passes(self, batch: Tensor, *, first: bool) -> Iterator[None]:
         images = self.views.shifted(batch, (0, 0))
-        tokens, z = self._tokens(images), self._latents(images)
+        tokens = self._tokens(images)
+        if first:
+            yield
+            require_repeatable("tokenize", self.given.tokenize, images, tokens)
+        z = self._latents(images)
         margins = None if self.margins is None or z is None else self.margins.margins(z, tokens)
         reference = _Reference(images, tokens, self._foreground(images), z, margins, self._decode(images))
         yield

@@ -70,7 +70,8 @@ def measure_equivariance(
 
     Put your model in evaluation mode first; nothing here touches its state. One image costs one call of
     ``tokenize``, ``latents`` and ``reconstruct``, as far as they are given, for every shift, plus five for the
-    placements: one *pass* is one such call for a batch. The 95 % intervals come from resampling the images (the
+    placements: one *pass* is one such call for a batch. The first batch is tokenized once more, to refuse a
+    tokenizer that draws random numbers. The 95 % intervals come from resampling the images (the
     sprites): they say how far the figures would move with other images, not with another training run or another
     draw of shifts.
 
@@ -133,8 +134,8 @@ def measure_equivariance(
     Raises:
         ValueError: sizes that do not fit protocol and stride, values outside of ``data_range``, shifts out of
             range, ``quantize`` or ``codebook`` without ``latents``, a codebook whose nearest codes are not what
-            ``tokenize`` returns, or a callable that returns other shapes, latents that are not finite, or indices
-            outside [0, K).
+            ``tokenize`` returns, a ``tokenize`` that returns other indices for the same images, or a callable that
+            returns other shapes, latents that are not finite, or indices outside [0, K).
         TypeError: a callable returns something else than tensors of its kind.
 
     Source: placement: evaluation code of Shin et al. 2021, arXiv:2112.00384; κ: Cohen 1960; end to
@@ -181,7 +182,8 @@ def measure_equivariance(
     warn_of_another_range("images", images, data_range, ground=views.ground, tau=chosen_tau, stacklevel=3)
     run = Measurement(views, settings, given)
     batches = torch.split(images, batch_size)
-    total = len(batches) * run.passes_per_batch
+    # The first batch is tokenized once more.
+    total = 1 + len(batches) * run.passes_per_batch
     for _ in with_progress(run.passes(batches), total=total, description="measure_equivariance", show=progress):
         pass
     return run.report()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from te_quant._checks import require_floating, require_int, require_rank, require_type
 from te_quant._measuring.data_range import DEFAULT_RANGE, DataRange, checked_range, require_within
-from te_quant.equivariance.metrics.agreement import PairCounts, count_pairs
+from te_quant.equivariance.metrics.agreement import PairCounts, count_pairs, require_repeatable
 from te_quant.functional import perplexity
 from te_quant.stability.round_trip import ImageMap, decoded, first_tokens, round_trips
 from te_quant.stability.transforms import Identity, Transform
@@ -94,6 +94,8 @@ class _Stability(Metric):
             require_type("transform", transform, Transform, "a te_quant.stability.Transform")
         self.transform = Identity() if transform is None else transform
         self.data_range = checked_range(data_range)
+        # The counts do not tell whether a batch is the first one, as ``forward`` sets them to 0 for each batch.
+        self._is_checked = False
         for name, shape in (("equal", ()), ("first", (num_codes,)), ("second", (num_codes,))):
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         for name in ("whole", "images"):
@@ -102,6 +104,8 @@ class _Stability(Metric):
     @torch.no_grad()
     def update(self, encode: ImageMap, decode: ImageMap, images: Tensor) -> None:
         """Send a batch through ``encode``, ``decode``, the transform and ``encode`` again.
+
+        The first batch is encoded once more, to refuse an encoder that draws random numbers.
 
         Args:
             encode: images -> indices; put the model in evaluation mode first.
@@ -114,6 +118,9 @@ class _Stability(Metric):
             return
         require_within("images", images, self.data_range)
         tokens, _ = first_tokens(encode, images, self.num_codes)
+        if not self._is_checked:
+            require_repeatable("encode", encode, images, tokens)
+            self._is_checked = True
         shown, _ = decoded(decode, tokens, images)
         (found,) = round_trips(
             encode,

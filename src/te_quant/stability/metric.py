@@ -29,7 +29,7 @@ from te_quant._measuring.data_range import (
     require_within,
 )
 from te_quant._values import require_in_range
-from te_quant.equivariance.metrics.agreement import mark_foreground
+from te_quant.equivariance.metrics.agreement import mark_foreground, require_repeatable
 from te_quant.equivariance.metrics.pair_tally import PairTally
 from te_quant.equivariance.metrics.shift_error import PixelTally
 from te_quant.equivariance.report.values import reconstruction_error
@@ -39,7 +39,6 @@ from te_quant.stability.round_trip import (
     RoundTrip,
     decoded,
     first_tokens,
-    require_repeatable,
     round_trips,
 )
 from te_quant.stability.transforms import Transform, checked_transforms
@@ -185,7 +184,7 @@ class TokenStability(nn.Module):
         )
         if self._layout is None:
             source = shown if images is None else images
-            require_repeatable(encode, source, encode(source) if images is None else first)
+            require_repeatable("encode", encode, source, encode(source) if images is None else first)
         marked = mark_foreground(
             shown if images is None else images, stride=stride, ground=self.ground, tau=self.tau
         )

@@ -44,11 +44,14 @@ __all__ = [
     "count_pairs",
     "foreground_tokens",
     "mark_foreground",
+    "require_repeatable",
     "tokens_of",
 ]
 
 # Below this 1 - P_e is rounding error: with n pooled tokens the smallest non-zero value is about 1/n.
 CHANCE_GAP = 1e-12
+# Share of tokens that may differ when the same images are tokenized twice: kernels may sum in any order.
+_MOST_DIFFERING = 0.01
 
 
 @dataclass(frozen=True)
@@ -286,3 +289,22 @@ def checked_tokens(
         inside = low >= 0 and high < num_codes
         require(inside, label, f"indices in [0, num_codes={num_codes})", f"values from {low} to {high}")
     return indices.to(device=images.device, dtype=torch.int64)
+
+
+def require_repeatable(name: str, tokenize: Callable[[Tensor], Tensor], images: Tensor, tokens: Tensor) -> None:
+    """Refuse a tokenizer that draws random numbers or learns while it is measured; calls it once.
+
+    Args:
+        name: what the error calls it.
+        tokenize: images -> indices.
+        images: what it has tokenized before.
+        tokens: what it returned then.
+    """
+    again = tokenize(images).to(tokens.device)
+    differing = int((again != tokens).sum()) if again.shape == tokens.shape else tokens.numel()
+    require(
+        differing <= _MOST_DIFFERING * tokens.numel(),
+        name,
+        "the same for the same images; call model.eval() first",
+        f"other indices for {differing:,} of {tokens.numel():,} tokens",
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_int, require_rank, require_type
 from te_quant._measuring.bootstrap import Resamples
-from te_quant.equivariance.metrics.agreement import Agreement, checked_tokens, tokens_of
+from te_quant.equivariance.metrics.agreement import Agreement, checked_tokens, require_repeatable, tokens_of
 from te_quant.equivariance.metrics.pair_tally import PairTally
 
 __all__ = ["DEFAULT_VARIANTS", "Variant", "check_variants", "numerical_floor", "variant_tokens"]
@@ -52,7 +52,7 @@ def numerical_floor(
         num_codes: number of codes, K.
         variants: what to compare with ``tokenize``, by name: another callable, or a batch size at which
             ``tokenize`` is called again. None: ``{"batch of one": 1}``.
-        batch_size: images per call.
+        batch_size: images per call. The first batch is tokenized once more, to refuse randomness.
         resamples: how often the images are resampled for the intervals; 0 for none.
         seed: of the resampling.
 
@@ -63,7 +63,8 @@ def numerical_floor(
         One agreement per variant; ``differing`` counts the indices that changed.
 
     Raises:
-        ValueError: no image, an impossible size, or a callable that returns other shapes or indices.
+        ValueError: no image, an impossible size, a callable that returns other shapes or indices, or a tokenizer
+            that returns other indices for the same images.
         TypeError: a variant is neither a callable nor an int, or returns no integer tensor.
     """
     require_rank("images", images, (4,), "(B, C, H, W)")
@@ -74,11 +75,13 @@ def numerical_floor(
     drawn = Resamples(len(images), resamples, seed)
     checked = check_variants(variants)
     tallies = {name: PairTally(num_codes) for name in checked}
-    for batch in torch.split(images, batch_size):
+    for number, batch in enumerate(torch.split(images, batch_size)):
         first = tokenize(batch)
         require_rank("tokenize(images)", first, (3,), "(N, h, w)")
         grid = (first.shape[1], first.shape[2])
         indices = checked_tokens(first, batch, grid=grid, num_codes=num_codes, label="tokenize(images)")
+        if number == 0:
+            require_repeatable("tokenize", tokenize, batch, indices)
         for name, tally in tallies.items():
             other = variant_tokens(name, checked[name], tokenize, batch, grid=grid, num_codes=num_codes)
             tally.add(indices, other)

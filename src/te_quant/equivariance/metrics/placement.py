@@ -25,7 +25,7 @@ from te_quant._measuring.data_range import (
     require_within,
     warn_of_another_range,
 )
-from te_quant.equivariance.metrics.agreement import Agreement, mark_foreground, tokens_of
+from te_quant.equivariance.metrics.agreement import Agreement, mark_foreground, require_repeatable, tokens_of
 from te_quant.equivariance.metrics.pair_tally import PairTally
 from te_quant.shifts import Shift, place
 
@@ -160,6 +160,11 @@ def placement_agreement(
         >>> placement_agreement(tokenize, sprites, canvas_size=16, stride=4, num_codes=2).rate
         1.0
 
+    Raises:
+        ValueError: S/4 is no multiple of s, the sprites are not S/2 wide and high, values leave ``data_range`` by
+            more than a quarter of it, or ``tokenize`` returns another shape, indices outside [0, K), or other
+            indices for the same images; the first batch is tokenized once more to see that.
+
     Source: evaluation code of Shin et al. 2021, arXiv:2112.00384. Differs: κ is ours, with
         every pair counted in both orders, since no placement is the reference.
     """
@@ -172,12 +177,17 @@ def placement_agreement(
     if sprites.numel() > 0:
         # The decorator above is one more frame.
         warn_of_another_range("sprites", sprites, data_range, ground=ground, tau=tolerance, stacklevel=3)
-    tally = PairTally(num_codes)
+    tally, checked = PairTally(num_codes), False
     for batch in torch.split(sprites, batch_size):
         canvases = paste_sprites(batch, canvas_size=canvas_size, ground=ground)
         grid = (canvas_size // stride, canvas_size // stride)
-        indices = torch.stack([tokens_of(tokenize, placed, grid=grid, num_codes=num_codes) for placed in canvases])
-        first, second = placement_pairs(indices, stride=stride)
+        indices = []
+        for placed in canvases:
+            indices.append(tokens_of(tokenize, placed, grid=grid, num_codes=num_codes))
+            if not checked:
+                require_repeatable("tokenize", tokenize, placed, indices[0])
+                checked = True
+        first, second = placement_pairs(torch.stack(indices), stride=stride)
         mask = None if tau is None else mark_foreground(batch, stride=stride, ground=ground, tau=tolerance)
         tally.add(first, second, None if mask is None else mask.unsqueeze(1).expand_as(first))
         tally.close()
