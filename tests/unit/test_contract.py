@@ -182,7 +182,7 @@ def test_circular_encoders_keep_their_contract(combination: dict) -> None:
     @given(
         levels=st.sampled_from([(1, 1), (1, 1, 2)]),
         cells=image_sides(1, largest=5),
-        shift=shifts(23),
+        shift=shifts(23, identity=True),
     )
     @settings(deadline=None, max_examples=6)
     def holds(levels: tuple[int, ...], cells: tuple[int, int], shift: tuple[int, int]) -> None:
@@ -222,7 +222,7 @@ def test_interior_encoders_keep_their_contract(combination: dict) -> None:
     stride, distance = encoder.equivariance.stride, encoder.equivariance.receptive_field
     side = 2 * (distance + 6)
 
-    @given(move=shifts(2))
+    @given(move=shifts(2, identity=True))
     @settings(deadline=None, max_examples=4)
     def holds(move: tuple[int, int]) -> None:
         pair = windows(side, (stride * move[0], stride * move[1]))

@@ -54,7 +54,7 @@ def test_blur_pool_keeps_constants(size: int, stride: int, value: float) -> None
     assert (faded - images).abs().max() >= 0.1 * value
 
 
-@given(size=st.integers(1, 6), stride=st.integers(1, 4), k=shifts(3))
+@given(size=st.integers(1, 6), stride=st.integers(1, 4), k=shifts(3, identity=True))
 @settings(deadline=None, max_examples=40)
 def test_circular_blur_pool_commutes_with_stride_multiples(size: int, stride: int, k: tuple[int, int]) -> None:
     """Shifting the input by s·k shifts the output by k, exactly, if s divides the sides."""
@@ -176,7 +176,7 @@ def test_a_blur_of_an_unknown_padding_is_refused() -> None:
         ConvBlurPool(3, padding_mode="zeros", blur_padding_mode="same")
 
 
-@given(kind=st.sampled_from(KINDS), k=shifts(4))
+@given(kind=st.sampled_from(KINDS), k=shifts(4, identity=True))
 @settings(deadline=None, max_examples=40)
 def test_circular_downsampling_commutes_with_even_shifts(kind: str, k: tuple[int, int]) -> None:
     """All four are exactly equivariant under multiples of the stride."""

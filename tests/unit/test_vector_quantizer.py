@@ -108,7 +108,7 @@ def test_assignment_is_the_nearest_or_most_alike(metric: str) -> None:
     assert torch.equal(indices, cosines.argmax(1)) == (metric == "cosine")
 
 
-@given(codebooks(), st.floats(0.01, 0.24), shifts(5), st.data())
+@given(codebooks(), st.floats(0.01, 0.24), shifts(2), st.data())
 @settings(deadline=None, max_examples=40)
 def test_tokens_follow_latents_that_move_and_stir_less_than_their_margin(
     codebook: Tensor, margin: float, shift: tuple[int, int], data: st.DataObject

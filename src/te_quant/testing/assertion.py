@@ -49,6 +49,8 @@ def assert_shift_equivariant(
 
     An output without positions, (B, K) or (B,), has to be invariant: it must not change. Where the assertion
     fails, the function is called twice more on the same images, and the message says so if it is random.
+    An output that is the same everywhere, such as that of a quantizer of one code, follows every shift and passes:
+    of a collapsed tokenizer, test the latents instead.
 
     Example:
         >>> layer = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, padding_mode="circular").double()
@@ -62,7 +64,8 @@ def assert_shift_equivariant(
         function: images -> feature map, indices or numbers; or tokens -> images. Put a model in evaluation mode
             first.
         images: any images, or what a decoder takes: codes or indices. Under ``crop`` larger than the window.
-        shifts: shifts (dy, dx) in pixels (in tokens for a decoder), at least one.
+        shifts: shifts (dy, dx) in pixels (in tokens for a decoder), at least one of which moves the images: under
+            ``circular`` (0, 0) and multiples of the sides do not.
         stride: s, pixels from one position of the output to the next.
         upsampling: positions of the output for one of the input: of a decoder, the pixels per token.
         tolerance: largest ``relative_error`` of a floating output; of indices, the largest share that may differ.
@@ -79,19 +82,23 @@ def assert_shift_equivariant(
 
     Raises:
         AssertionError: the output does not move with the images. The message names the shift, the position, the
-            size of the error and the likely cause, which may be that the function is random, or that the sides of
-            the output show another ``stride`` or ``upsampling``.
-        ValueError: there is no shift, a shift does not move the output by whole positions, the output has another
-            shape after the shift, or no position is valid in both.
+            size of the error and the likely cause: a layer, a random function, NaN or infinity in the output, or
+            that the sides of the output show another ``stride`` or ``upsampling``, or do not fit circular shifts.
+        ValueError: no shift moves the images, a shift does not move the output by whole positions, the output has
+            another shape after the shift, or no position is valid in both.
     """
     amounts = list(shifts)
     require(len(amounts) > 0, "shifts", "at least one", "none")
     if tolerance is not None:
         tolerance = require_number("tolerance", tolerance, 0)
     options: dict[str, Any] = {"protocol": protocol, "fill": fill, "size": size}
+    moving, sides = False, (0, 0)
     for shift in amounts:
         factors: dict[str, Any] = {"stride": stride, "upsampling": upsampling, "token_shift": token_shift}
         error = equivariance_error(function, images, shift, **factors, **options)
+        sides = error.input_sides
+        periods = sides if protocol == "circular" else (math.inf, math.inf)
+        moving |= any(part % period for part, period in zip(shift, periods, strict=True))
         allowed = tolerance
         if allowed is None:
             allowed = 0.0 if error.is_indices else TOLERANCES[error.dtype]
@@ -99,9 +106,16 @@ def assert_shift_equivariant(
             noise = equivariance_error(function, images, (0, 0), **options)
             # NaN differs from itself without any randomness.
             random = allowed < _size(noise) < math.inf
-            call = _other_call(error, stride, upsampling) if token_shift is None else ""
-            look = _randomness(noise) if random else call or f"Where to look: {_suspect(error, stride)}."
+            if random:
+                look = _randomness(noise)
+            elif not _is_finite(error):
+                look = _not_finite(images)
+            else:
+                call = _other_call(error, stride, upsampling, protocol) if token_shift is None else ""
+                look = call or f"Where to look: {_suspect(error, stride)}."
             raise AssertionError(f"{_complaint(error, allowed)} {look}")
+    still = f"{amounts}, which every function follows"
+    require(moving, "shifts", f"some that move images of {_text(sides)} under {protocol!r}", still)
 
 
 def _size(error: ShiftDifference) -> float:
@@ -109,15 +123,26 @@ def _size(error: ShiftDifference) -> float:
     return error.rate if error.is_indices else error.relative_error
 
 
+def _is_finite(error: ShiftDifference) -> bool:
+    """Return whether the largest difference is one of numbers."""
+    return math.isfinite(error.expected) and math.isfinite(error.actual)
+
+
 def _complaint(error: ShiftDifference, allowed: float) -> str:
     expected, actual = error.expected, error.actual
+    kind = "invariant" if error.is_invariant else "equivariant"
+    if not _is_finite(error):
+        place = f"{error.position} ({error.where()})"
+        return (
+            f"not {kind} at shift {error.shift}: the output is {expected:.6g} at {place} for unshifted images, "
+            f"and {actual:.6g} where that should have moved to for shifted ones."
+        )
     if error.is_indices:
         size = f"{error.differing} of {error.compared} indices differ ({allowed:.3g} of them may)"
         values = f"first at {error.position}: expected {int(expected)}, got {int(actual)}"
     else:
         size = f"relative error {error.relative_error:.3g} (tolerance {allowed:.3g} for {error.dtype})"
         values = f"largest at {error.position}: expected {expected:.6g}, got {actual:.6g}"
-    kind = "invariant" if error.is_invariant else "equivariant"
     where = f"{error.where()} of the output for unshifted images"
     return f"not {kind} at shift {error.shift}: {size}; {values} ({where})."
 
@@ -132,24 +157,41 @@ def _randomness(noise: ShiftDifference) -> str:
     )
 
 
-def _other_call(error: ShiftDifference, stride: int, upsampling: int) -> str:
-    """Name the stride or the upsampling that the sides of the output show; empty where the given ones agree."""
+def _not_finite(images: Tensor) -> str:
+    if not bool(images.isfinite().all()):
+        return "The images have NaN or infinity themselves."
+    return "Find where the function first makes NaN or infinity, which no tolerance can judge."
+
+
+def _other_call(error: ShiftDifference, stride: int, upsampling: int, protocol: Protocol) -> str:
+    """Name the stride or the upsampling that the sides of the output show; empty where the given ones agree.
+
+    Other sides show neither. Circular shifts cannot move such an output with the images.
+    """
     if error.output_sides is None:
         return ""
     sides = list(zip(error.input_sides, error.output_sides, strict=True))
-    if any(before * upsampling == behind * stride for before, behind in sides):
+    if all(before * upsampling == behind * stride for before, behind in sides):
         return ""
     (height, width), (h, w) = error.input_sides, error.output_sides
     larger = height >= h
-    # Other sides, such as those behind a convolution without padding, show neither.
+    found = f"The output is {h}x{w} for {'images' if larger else 'an input'} of {height}x{width}"
     factors = {before / behind if larger else behind / before for before, behind in sides}
     factor = factors.pop()
     if factors or not factor.is_integer():
-        return ""
+        needed = "x".join(f"{before * upsampling / stride:g}" for before, _ in sides)
+        call = f"stride={stride}" + (f" and upsampling={upsampling}" if upsampling > 1 else "")
+        cure = "pad circularly, or pass protocol='crop' with a size"
+        fits = protocol != "circular"
+        return "" if fits else f"{found}, but a circular shift needs {needed} at {call}: {cure}."
     right = {"stride": int(factor) if larger else 1, "upsampling": 1 if larger else int(factor)}
     given = {"stride": stride, "upsampling": upsampling}
     cure = " and ".join(f"{name}={value}" for name, value in right.items() if value != given[name])
-    return f"The output is {h}x{w} for {'images' if larger else 'an input'} of {height}x{width}; pass {cure}."
+    return f"{found}; pass {cure}."
+
+
+def _text(sides: tuple[int, int]) -> str:
+    return "x".join(str(side) for side in sides)
 
 
 def _suspect(error: ShiftDifference, stride: int) -> str:

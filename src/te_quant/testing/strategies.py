@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["codebooks", "image_sides", "images", "latents_off_boundaries", "shifts"]
 
 
-def shifts(limit: int, *, multiple_of: int = 1, identity: bool = True) -> SearchStrategy[Shift]:
+def shifts(limit: int, *, multiple_of: int = 1, identity: bool = False) -> SearchStrategy[Shift]:
     """Draw pixel shifts (dy, dx).
 
     Args:
-        limit: the largest distance along either axis, pixels.
+        limit: the largest distance along either axis, pixels. :func:`assert_shift_equivariant` needs one below the
+            sides of the images, so that every shift moves them.
         multiple_of: all are multiples of it; the stride of a model, or 1.
-        identity: whether (0, 0) is among them.
+        identity: whether (0, 0) is among them; it moves nothing.
 
     Example:
         >>> from hypothesis import given
