@@ -5,6 +5,7 @@ Shape letters: B batch, C code size, h w token grid, K codes, N latent vectors.
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from te_quant import (
     VectorQuantizer,
 )
 from te_quant.interop import load_diffusers, load_vector_quantize, reverse_bits
+from te_quant.layers import BlurPool2d
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "migrating.md").read_text(encoding="utf-8")
 K, C = 9, 4
@@ -644,6 +646,71 @@ def loaded() -> tuple[Any, Any, Tensor]:
         other.save_pretrained(folder)
         mine = load_diffusers(folder)
     return other, mine, torch.rand(2, 3, 8, 8) * 2 - 1
+
+
+BLUR = "antialiased-cnns"
+
+
+class _BlurPool(nn.Module):
+    """The formula of their layer, with its defaults and its buffer."""
+
+    def __init__(self, channels: int, pad_type: str = "reflect", filt_size: int = 4, stride: int = 2) -> None:
+        super().__init__()
+        self.stride, self.pads = stride, ((filt_size - 1) // 2, filt_size // 2)
+        self.mode = {"reflect": "reflect", "repl": "replicate", "zero": "constant"}[pad_type]
+        taps = torch.tensor([float(math.comb(filt_size - 1, tap)) for tap in range(filt_size)])
+        self.register_buffer("filt", (torch.outer(taps, taps) / taps.sum() ** 2).repeat(channels, 1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        padded = F.pad(images, self.pads * 2, mode=self.mode)
+        return F.conv2d(padded, self.filt, stride=self.stride, groups=len(self.filt))
+
+
+def moved_blur(theirs: nn.Module, **options: Any) -> tuple[Tensor, Tensor]:
+    """The results of theirs and of ours, into which its state is loaded."""
+    mine = BlurPool2d(channels=6, **options)
+    assert str(mine.load_state_dict(theirs.state_dict())) == "<All keys matched successfully>"
+    images = torch.randn(2, 6, 11, 14)
+    return theirs(images), mine(images)
+
+
+@row(BLUR, "the defaults")
+def blur_defaults() -> None:
+    torch.testing.assert_close(*moved_blur(_BlurPool(6), kernel_size=4, padding_mode="reflect"))
+    package = pytest.importorskip("antialiased_cnns", reason="antialiased-cnns is not installed")
+    torch.testing.assert_close(*moved_blur(package.BlurPool(6), kernel_size=4, padding_mode="reflect"))
+
+
+@row(BLUR, "channels")
+def blur_channels() -> None:
+    mine = BlurPool2d(kernel_size=4, padding_mode="reflect")
+    mine.load_state_dict(_BlurPool(6).state_dict())
+    images = torch.randn(1, 6, 8, 8)
+    torch.testing.assert_close(mine(images), _BlurPool(6)(images))
+    with pytest.raises(TypeError, match="positional argument"):
+        BlurPool2d(6)  # type: ignore[misc]
+
+
+@row(BLUR, "filt_size")
+def blur_sizes() -> None:
+    for size in range(1, 8):
+        torch.testing.assert_close(
+            *moved_blur(_BlurPool(6, filt_size=size, stride=3), kernel_size=size, stride=3, padding_mode="reflect")
+        )
+    with pytest.raises(
+        RuntimeError, match="filt must be the binomial kernel of 5 taps for each channel, got another"
+    ):
+        moved_blur(_BlurPool(6))
+
+
+@row(BLUR, "pad_type")
+def blur_paddings() -> None:
+    for theirs, ours in (("reflect", "reflect"), ("repl", "replicate"), ("zero", "zeros")):
+        torch.testing.assert_close(*moved_blur(_BlurPool(6, theirs), kernel_size=4, padding_mode=ours))
+    # Our default loads as well, and changes the border and nothing else.
+    before, after = moved_blur(_BlurPool(6), kernel_size=4)
+    assert (before - after).abs().max() > 0.1
+    torch.testing.assert_close(before[..., 1:-2, 1:-2], after[..., 1:-2, 1:-2])
 
 
 # Importing diffusers takes seconds, and so does the first mask of vector-quantize-pytorch.

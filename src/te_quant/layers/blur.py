@@ -26,8 +26,8 @@ class BlurPool2d(nn.Module):
 
     It takes any number of channels, any floating dtype and any side; it has no weights and adds nothing to
     a ``state_dict``. It loads in place of the ``BlurPool`` of antialiased-cnns, whose kernel (``filt``) is dropped
-    after a check that it is the one of this layer. Constants stay as they are, except next to a border that is
-    padded with zeros.
+    after a check that it is the one of this layer. Its padding is not stored: pass ``padding_mode``, which is
+    ``reflect`` there by default. Constants stay as they are, except next to a border that is padded with zeros.
     Exact for: multiples of the stride, under circular padding.
 
     Args:
