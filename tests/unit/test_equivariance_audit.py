@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from te_quant import AutoencoderConfig, VQAutoencoder, build_encoder
+from te_quant import (
+    AutoencoderConfig,
+    ProductQuantizer,
+    ResidualVectorQuantizer,
+    VectorQuantizer,
+    VQAutoencoder,
+    build_encoder,
+)
 from te_quant.equivariance.audits.auditor import audit
 from te_quant.equivariance.audits.constant_image import constant_image_probe
 from te_quant.equivariance.audits.report import AuditReport
@@ -562,6 +569,43 @@ def test_the_model_is_left_as_it_was(calls):
     assert torch.equal(images, before)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Tokenizer(nn.Module):
+    """A strided convolution and a quantizer."""
+
+    def __init__(self, quantizer):
+        super().__init__()
+        self.encoder, self.quantizer = nn.Conv2d(1, 4, 3, 2, 1), quantizer
+
+    def forward(self, images):
+        """The codes."""
+        return self.quantizer(self.encoder(images)).quantized
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: VectorQuantizer(8, 4),
+        lambda: ResidualVectorQuantizer(8, 4, num_quantizers=2, codebook_update="ema"),
+        lambda: ProductQuantizer([VectorQuantizer(8, 2), VectorQuantizer(8, 2)]),
+    ],
+    ids=["vector", "residual", "product"],
+)
+def test_a_codebook_in_training_does_not_move(build):
+    """What the last step has recorded stays pending, so its indices decode to its codes; eval() would move it."""
+    model, images = Tokenizer(build()), fresh(4, 1, 16, 16).float()
+    for _ in range(2):
+        model(images)
+    out = model.quantizer(model.encoder(images))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = audit(model, images)
+    assert {row.name for row in report.rows} >= {"encoder"}
+    assert model.quantizer.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.quantizer.decode(out.indices), out.codes)
+    model.eval()
+    assert not torch.equal(model.quantizer.decode(out.indices), out.codes)
 
 
 def test_dropout_is_off_and_gradients_stay_away():

@@ -80,9 +80,9 @@ def audit(
     a sequence of tokens, is named first in every form of the report: the worst of the audited modules need not be
     the worst of the model then.
 
-    The model is put into evaluation mode; its training flags, its hooks and the random state are as before
-    afterwards, also if it fails. All shifts of a batch go through the model at once, so normalisation by
-    statistics of the *batch* is not audited soundly.
+    The model is put into evaluation mode by its training flags. These, its hooks, its buffers and the random state
+    are as before afterwards, also if it fails; a codebook that learns by moving averages does not move. All shifts
+    of a batch go through the model at once, so normalisation by statistics of the *batch* is not audited soundly.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -141,7 +141,9 @@ def audit(
     views = with_progress(passes(), total=1 + len(batches), description="audit", show=progress)
     handles = auditor.attach()
     try:
-        module.eval()
+        # Not by eval(), which would apply what a codebook has pending, and change what its last indices decode to.
+        for child, _ in flags:
+            child.training = False
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             for shown in views:
                 auditor.look(shown)
