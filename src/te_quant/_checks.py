@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "padding_cure",
     "plain",
     "plain_fields",
     "require",
@@ -127,6 +128,11 @@ def require_axis(name: str, tensor: Tensor, axis: int, size: int, size_name: str
     if actual != size:
         shape = tuple(tensor.shape)
         raise ValueError(f"{name} axis {axis} must be {size_name}={size}, got {actual} ({name} shape {shape}).")
+
+
+def padding_cure(divisor: int) -> str:
+    """Return how images get sides that are multiples of ``divisor``, for the end of a message."""
+    return f"pad them with te_quant.autoencoder.pad_to_divisor(images, {divisor})"
 
 
 def require_floating(name: str, tensor: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from typing import get_args
 
 import numpy as np
@@ -12,9 +13,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from te_quant.autoencoder import pad_to_divisor
 from te_quant.filters import PADDING_MODES
-from te_quant.layers import DOWNSAMPLERS, BlurPool2d, ConvBlurPool, Downsample, build_downsample
+from te_quant.layers import (
+    DOWNSAMPLERS,
+    BlurPool2d,
+    ConvBlurPool,
+    Downsample,
+    FourierDownsample2d,
+    PolyphaseDownsample2d,
+    StridedConv,
+    build_downsample,
+)
 from te_quant.testing import image_sides, shifts
 from tests.unit.grid_oracles import blur, convolve, fresh, pad, roll
 
@@ -226,8 +238,8 @@ def test_downsampling_halves_the_sides(kind: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "match"),
     [
-        ((1, 2, 5, 4), r"images sides must be divisible by 2, got shape \(1, 2, 5, 4\)"),
-        ((1, 2, 4, 5), r"images sides must be divisible by 2, got shape \(1, 2, 4, 5\)"),
+        ((1, 2, 5, 4), r"images sides must be divisible by 2, got shape \(1, 2, 5, 4\); pad them with"),
+        ((1, 2, 4, 5), r"images sides must be divisible by 2, got shape \(1, 2, 4, 5\); pad them with"),
         ((4, 4), r"images must be of shape \(B, C, H, W\), got shape \(4, 4\)"),
     ],
 )
@@ -235,6 +247,20 @@ def test_downsampling_refuses_odd_sides(kind: str, shape: tuple[int, ...], match
     """An odd side has no circular grid of every second pixel."""
     with pytest.raises(ValueError, match=match):
         build_downsample(kind, 2, padding_mode="circular").double()(fresh(*shape))
+
+
+@pytest.mark.parametrize(
+    "layer", [StridedConv(2, padding_mode="circular"), PolyphaseDownsample2d(3), FourierDownsample2d(3)]
+)
+def test_the_cure_for_sides_that_do_not_fit_works(layer: nn.Module) -> None:
+    """As each message names it, with the stride of the layer; a blur needs none."""
+    images, s = fresh(1, 2, 5, 7).float(), layer.stride
+    for cure in (f"pad_to_divisor(images, {s})", "BlurPool2d" if isinstance(layer, StridedConv) else "pad"):
+        with pytest.raises(ValueError, match=re.escape(cure)):
+            layer(images)
+    padded = layer(pad_to_divisor(images, s))
+    result = padded[0] if isinstance(padded, tuple) else padded
+    assert result.shape == BlurPool2d(stride=s)(images).shape == (1, 2, -(-5 // s), -(-7 // s))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from te_quant._checks import require, require_axis, require_floating, require_integer_tensor, require_rank
+from te_quant._checks import (
+    padding_cure,
+    require,
+    require_axis,
+    require_floating,
+    require_integer_tensor,
+    require_rank,
+)
 from te_quant._precision import HALF, is_autocast
 from te_quant.autoencoder.config import AutoencoderConfig
 from te_quant.autoencoder.contract import encoder_contract
@@ -277,8 +284,7 @@ def require_divisible(images: Tensor, divisor: int) -> None:
     height, width = images.shape[-2:]
     if height % divisor or width % divisor or height == 0 or width == 0:
         expected = f"positive multiples of the divisor {divisor}"
-        cure = f"pad them with te_quant.autoencoder.pad_to_divisor(images, {divisor})"
-        require(False, "images sides", expected, f"images shape {tuple(images.shape)}; {cure}")
+        require(False, "images sides", expected, f"images shape {tuple(images.shape)}; {padding_cure(divisor)}")
 
 
 def _stage(

@@ -17,7 +17,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from te_quant._checks import require, require_choice, require_int, require_rank
+from te_quant._checks import padding_cure, require, require_choice, require_int, require_rank
 from te_quant.contract import Group, Reach, Statement, sliding_window
 from te_quant.filters import PADDING_MODES, PaddingMode, pad2d
 from te_quant.layers.blocks import PaddedConv2d
@@ -401,4 +401,5 @@ def _require_even_sides(images: Tensor) -> None:
     height, width = images.shape[-2:]
     # An odd side cannot be shifted circularly by the stride: the grid of kept pixels would not close.
     if height % 2 or width % 2:
-        require(False, "images sides", "divisible by 2", f"shape {tuple(images.shape)}")
+        cure = f"{padding_cure(2)}, or use BlurPool2d, which takes any side"
+        require(False, "images sides", "divisible by 2", f"shape {tuple(images.shape)}; {cure}")

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from torch import Tensor, nn
 
-from te_quant._checks import require, require_int, require_rank
+from te_quant._checks import padding_cure, require, require_int, require_rank
 from te_quant.contract import Reach, Statement
 from te_quant.filters import fourier_resample
 from te_quant.layers.stating import derived
@@ -62,7 +62,8 @@ class FourierDownsample2d(nn.Module):
         require_rank("images", images, (4,), "(B, C, H, W)")
         s, (height, width) = self.stride, images.shape[2:]
         if height % s or width % s or not height or not width:
-            require(False, "images sides", f"positive multiples of {s}", f"shape {tuple(images.shape)}")
+            given = f"shape {tuple(images.shape)}" + (f"; {padding_cure(s)}" if height and width else "")
+            require(False, "images sides", f"positive multiples of {s}", given)
         return fourier_resample(images, (height // s, width // s))
 
     def extra_repr(self) -> str:

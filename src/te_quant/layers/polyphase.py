@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from te_quant._checks import (
+    padding_cure,
     require,
     require_axis,
     require_choice,
@@ -89,7 +90,7 @@ class PolyphaseDownsample2d(nn.Module):
         s, (B, C, H, W) = self.stride, images.shape
         # Without divisibility the components differ in size, and a shift does not permute them.
         if H % s or W % s:
-            require(False, "images sides", f"divisible by {s}", f"shape {tuple(images.shape)}")
+            require(False, "images sides", f"divisible by {s}", f"shape {tuple(images.shape)}; {padding_cure(s)}")
         parts = images.reshape(B, C, H // s, s, W // s, s)
         norms = torch.linalg.vector_norm(_squarable(parts.detach()), dim=(1, 2, 4))
         best = norms.flatten(1).argmax(1)
