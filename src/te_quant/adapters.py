@@ -80,7 +80,7 @@ def diffusers(model: nn.Module) -> Tokenizer:
     Source: diffusers, ``models/autoencoders/vq_model.py``.
     """
     vq = _published(model, "a VQModel of diffusers", "encode", "quantize", "decode", "config")
-    quantize = _part(vq, "quantize", "a VectorQuantizer", "get_codebook_entry", "re_embed", "vq_embed_dim")
+    quantize = _part(vq, "quantize", "that of a VQModel", "get_codebook_entry", "re_embed", "vq_embed_dim")
     config = _part(vq, "config", "that of a VQModel", "block_out_channels", "lookup_from_codebook")
 
     def encode(images: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def llamagen(model: nn.Module, *, stride: int | None = None, num_codes: int | No
     Source: LlamaGen, ``tokenizer/tokenizer_image/vq_model.py``.
     """
     vq = _published(model, "a VQModel of LlamaGen", "encode", "quantize", "decode_code")
-    quantize = _part(vq, "quantize", "a VectorQuantizer", "e_dim")
+    quantize = _part(vq, "quantize", "that of a VQModel", "e_dim")
     stride = _stride(vq) if stride is None else stride
     num_codes = _num_codes(vq) if num_codes is None else num_codes
 
@@ -243,7 +243,7 @@ def _stride(vq: Any) -> int:
 
 
 def _num_codes(vq: Any) -> int:
-    num_codes: int = _part(vq, "quantize", "a VectorQuantizer", "n_e", cure="pass num_codes").n_e
+    num_codes: int = _part(vq, "quantize", "one that tells its codes", "n_e", cure="pass num_codes").n_e
     return num_codes
 
 
