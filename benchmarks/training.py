@@ -214,7 +214,15 @@ CONTENDERS: dict[str, Callable[[int, int], Layer] | None] = {
     "FSQ": library_layer(lambda K, _: FSQ(levels_of(K))),
     "LFQ": library_layer(lambda K, _: LFQ(int(math.log2(K)))),
     "ResidualVectorQuantizer, 2 levels": library_layer(
-        lambda K, C: ResidualVectorQuantizer(2 ** math.ceil(math.log2(K) / 2), C, 2)
+        # The defaults when it was measured.
+        lambda K, C: ResidualVectorQuantizer(
+            2 ** math.ceil(math.log2(K) / 2),
+            C,
+            2,
+            codebook_update="gradient",
+            commitment_weight=0.25,
+            decay=0.99,
+        )
     ),
     PEER: _peer("VectorQuantize"),
     PEER_ALIVE: _peer("VectorQuantize", kmeans_init=True, threshold_ema_dead_code=2),

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from te_quant import VectorQuantizer
+from te_quant import ResidualVectorQuantizer, VectorQuantizer
 
-__all__ = ["exactly", "not_finite", "numpy_generator", "plain_quantizer"]
+__all__ = ["exactly", "not_finite", "numpy_generator", "plain_quantizer", "plain_residual"]
 
-plain_quantizer = partial(
-    VectorQuantizer, codebook_update="gradient", commitment_weight=0.25, decay=0.99, revival_threshold=0.0
-)
+_PLAIN: dict[str, Any] = {
+    "codebook_update": "gradient",
+    "commitment_weight": 0.25,
+    "decay": 0.99,
+    "revival_threshold": 0.0,
+}
+
+plain_quantizer = partial(VectorQuantizer, **_PLAIN)
 """A codebook that only moves by what the test is about: by default a parameter, and no code is ever replaced."""
+
+plain_residual = partial(ResidualVectorQuantizer, **_PLAIN)
+"""Codebooks of which the same is true."""
 
 
 def exactly(message: str) -> str:

@@ -94,6 +94,9 @@ _OFFSETS = (0.0, 1000.0)
 _ROWS, _PAIRS = 4096, 1 << 26
 _LARGE = 1 << 22
 
+# With the defaults of the published measurements.
+_residual = partial(ResidualVectorQuantizer, 24, 6, 3, commitment_weight=0.25, decay=0.99)
+
 QUANTIZERS: dict[str, Callable[..., Quantizer]] = {
     "vq": partial(VectorQuantizer, 48, 6, codebook_update="gradient"),
     "vq-penalty": partial(VectorQuantizer, 48, 6, codebook_update="gradient", orthogonal_reg=10.0),
@@ -101,8 +104,8 @@ QUANTIZERS: dict[str, Callable[..., Quantizer]] = {
     "vq-cosine": partial(VectorQuantizer, 48, 6, metric="cosine"),
     "vq-ema": partial(VectorQuantizer, 48, 6, codebook_update="ema"),
     "vq-ema-penalty": partial(VectorQuantizer, 48, 6, codebook_update="ema", orthogonal_reg=10.0, decay=0.5),
-    "rvq": partial(ResidualVectorQuantizer, 24, 6, 3),
-    "rvq-ema": partial(ResidualVectorQuantizer, 24, 6, 3, codebook_update="ema", shared_codebook=True),
+    "rvq": partial(_residual, codebook_update="gradient"),
+    "rvq-ema": partial(_residual, codebook_update="ema", shared_codebook=True),
     "fsq": partial(FSQ, (8, 5, 5, 5)),
     "lfq": partial(LFQ, 9, entropy_group_dim=4),
     "sim": partial(SimVQ, 48, 6),

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from te_quant import FSQ, LFQ, ProductQuantizer, Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant.tables import Table
-from tests.helpers import plain_quantizer
+from tests.helpers import plain_quantizer, plain_residual
 
 __all__ = ["COUNTED", "EVENTS", "collectives", "collectives_table", "group_of_two"]
 
@@ -41,7 +41,7 @@ COUNTED: dict[str, Callable[[], Quantizer]] = {
     "VectorQuantizer, ema, orthogonal_active_only": lambda: plain_quantizer(
         K, C, orthogonal_reg=10.0, orthogonal_active_only=True, codebook_update="ema"
     ),
-    "ResidualVectorQuantizer, gradient": lambda: ResidualVectorQuantizer(K, C, Q),
+    "ResidualVectorQuantizer, gradient": lambda: plain_residual(K, C, Q),
     "ResidualVectorQuantizer, ema": lambda: ResidualVectorQuantizer(K, C, Q, codebook_update="ema"),
     "ResidualVectorQuantizer, ema, shared_codebook": lambda: ResidualVectorQuantizer(
         K, C, Q, codebook_update="ema", shared_codebook=True

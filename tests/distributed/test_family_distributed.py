@@ -17,17 +17,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from te_quant import LFQ, ResidualVectorQuantizer, SimVQ
+from te_quant import LFQ, SimVQ
+from tests.helpers import plain_residual
 
 WORLD = 2
 TIMEOUT = 90.0
 
 # Which latents replace dead codes depends on how they are spread over processes.
-_RVQ_EMA = partial(ResidualVectorQuantizer, 6, 4, decay=0.8, codebook_update="ema", revival_threshold=0.0)
+_RVQ_EMA = partial(plain_residual, 6, 4, decay=0.8, codebook_update="ema")
 STATEFUL: dict[str, Any] = {
     "sim": partial(SimVQ, 6, 4, decay=0.8),
     "sim-skip": partial(SimVQ, 6, 4, decay=0.8, nonfinite="skip"),
-    "rvq": partial(ResidualVectorQuantizer, 6, 4, 2, decay=0.8, orthogonal_reg=3.0),
+    "rvq": partial(plain_residual, 6, 4, 2, decay=0.8, orthogonal_reg=3.0),
     "rvq-ema": partial(_RVQ_EMA, num_quantizers=2, orthogonal_reg=3.0),
     "rvq-ema-shared": partial(_RVQ_EMA, num_quantizers=3, shared_codebook=True),
 }

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,23 @@ def test_settings_of_members_differ_in_the_quantizer_alone() -> None:
         described = {field: getattr(AutoencoderConfig(), field) for field in quantizer_fields()}
         assert settings.model == dataclasses.replace(SETTINGS.model, **{**described, **sizes})
         assert dataclasses.replace(settings, model=SETTINGS.model) == SETTINGS
+
+
+def test_settings_of_an_earlier_version_are_read_as_they_were(
+    trained: Path, source: DigitSource, tmp_path: Path
+) -> None:
+    """They name no default of the residual quantizer, whose defaults were others; other settings are refused."""
+    folder = tmp_path / "rvq-seed0"
+    shutil.copytree(trained / "rvq-seed0", folder)
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    assert settings["quantizer"]["codebook_update"] == "gradient"
+    settings["quantizer"] = {"kind": "ResidualVectorQuantizer", "num_codes": 16, "num_quantizers": 2}
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert train_family(SETTINGS, tmp_path, source, names=["rvq"], progress=False) == []
+    settings["quantizer"]["codebook_update"] = "ema"
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ValueError, match="settings must be those of the run in"):
+        train_family(SETTINGS, tmp_path, source, names=["rvq"], progress=False)
 
 
 def test_joint_index_is_one_to_one() -> None:

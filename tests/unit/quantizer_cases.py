@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from te_quant import FSQ, LFQ, ResidualVectorQuantizer, SimVQ, VectorQuantizer
-from tests.helpers import plain_quantizer
+from te_quant import FSQ, LFQ, SimVQ, VectorQuantizer
+from tests.helpers import plain_quantizer, plain_residual
 
 __all__ = [
     "QUANTIZERS",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _vq = partial(plain_quantizer, 11, 6)
-_rvq = partial(ResidualVectorQuantizer, 11, 6, 3, revival_threshold=0.0)
+_rvq = partial(plain_residual, 11, 6, 3)
 
 
 def _sim(num_codes: int = 11, code_dim: int = 6, **options: Any) -> SimVQ:
@@ -75,7 +75,7 @@ QUANTIZERS: dict[str, Callable[..., Any]] = {
     "rvq-ema": partial(_rvq, codebook_update="ema", orthogonal_reg=10.0, decay=0.5),
     "rvq-ema-shared-dropout": partial(_rvq, codebook_update="ema", shared_codebook=True, quantizer_dropout=True),
     "rvq-skip-dropout": partial(_rvq, nonfinite="skip", codebook_update="ema", quantizer_dropout=True),
-    "rvq-one-step": partial(ResidualVectorQuantizer, 11, 6, 1, quantizer_dropout=True),
+    "rvq-one-step": partial(plain_residual, 11, 6, 1, quantizer_dropout=True),
     "fsq": partial(FSQ, (8, 5, 5, 5)),
     "fsq-even": partial(FSQ, [4, 2, 6]),
     "fsq-one-channel": partial(FSQ, (7,)),

@@ -36,7 +36,7 @@ from te_quant.layers import (
 )
 from te_quant.layers.downsample import BlurPool2d, MaxBlurPool
 from te_quant.quantizers import QUANTIZERS, Rows
-from tests.helpers import plain_quantizer
+from tests.helpers import plain_quantizer, plain_residual
 from tests.unit.grid_oracles import fresh, roll
 
 # These two have layers that replicate the border whatever they are told.
@@ -880,7 +880,7 @@ OWN = {
     "sim": lambda: SimVQ(8, 6),
     "fsq": lambda: FSQ((4, 3, 5)),
     "lfq": lambda: LFQ(5),
-    "residual": lambda: ResidualVectorQuantizer(4, 6, 3),
+    "residual": lambda: plain_residual(4, 6, 3),
 }
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from te_quant import FSQ, ProductQuantizer, Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant._execution import recomputation
 from te_quant.quantizers import _residual_steps
-from tests.helpers import exactly, plain_quantizer
+from tests.helpers import exactly, plain_quantizer, plain_residual
 from tests.unit.quantizer_cases import QUANTIZERS, latents_for, state_of
 from tests.unit.quantizer_oracles import mean_squared_cosine
 
@@ -167,7 +167,7 @@ def test_generated_code_checkpoints_alike(name: str, nesting: str) -> None:
     [
         plain_quantizer(11, 6, temperature=1.0),
         plain_quantizer(11, 6, orthogonal_reg=1.0, orthogonal_max_codes=3),
-        ResidualVectorQuantizer(11, 6, 3, quantizer_dropout=True),
+        plain_residual(11, 6, 3, quantizer_dropout=True),
     ],
 )
 def test_a_generator_cannot_be_drawn_from_twice(quantizer: Quantizer) -> None:
@@ -642,9 +642,7 @@ def test_states_of_older_versions(name: str) -> None:
     assert all(torch.equal(quantizer.state_dict()[entry], value) for entry, value in copied.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "kind", [plain_quantizer, partial(ResidualVectorQuantizer, num_quantizers=3, revival_threshold=0.0)]
-)
+@pytest.mark.parametrize("kind", [plain_quantizer, partial(plain_residual, num_quantizers=3)])
 def test_states_of_the_two_updates_load_into_each_other(kind: Callable[..., Any]) -> None:
     """Sums are derived, so that the codebook goes on from where it is, or dropped with a word."""
     gradient, ema = kind(11, 6), kind(11, 6, codebook_update="ema")

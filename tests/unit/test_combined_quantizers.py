@@ -27,7 +27,7 @@ from te_quant import (
 )
 from te_quant.quantizers._combined import CombinedQuantizer
 from te_quant.testing import QUANTIZER_CHECKS
-from tests.helpers import exactly
+from tests.helpers import exactly, plain_residual
 from tests.unit.quantizer_cases import state_of
 
 # Quantizers of three channels, from a channel_dim.
@@ -205,7 +205,7 @@ def test_terms_are_named_by_their_place() -> None:
     ]
 
 
-@pytest.mark.parametrize("build", [residual, partial(ResidualVectorQuantizer, 7, 3, 2)], ids=["given", "built"])
+@pytest.mark.parametrize("build", [residual, partial(plain_residual, 7, 3, 2)], ids=["given", "built"])
 def test_loss_weights_are_factors_of_the_levels(build: Any) -> None:
     """The loss of each level, as terms without weights have it, times its weight."""
     make = build(VQ, VQ) if build is residual else build
@@ -299,7 +299,7 @@ def test_dropout_for_a_share_of_the_batch(given: bool) -> None:
     if given:
         quantizer = ResidualVectorQuantizer(stages=[FSQ((3, 3)) for _ in range(4)], quantizer_dropout=0.4)
     else:
-        quantizer = ResidualVectorQuantizer(5, 2, 4, quantizer_dropout=0.4)
+        quantizer = plain_residual(5, 2, 4, quantizer_dropout=0.4)
     used = (quantizer(torch.randn(4000, 2, 3)).indices >= 0).sum(-1)
     assert torch.equal(used, used[:, :1].expand_as(used))
     shares = torch.bincount(used[:, 0], minlength=5)[1:] / 4000
@@ -319,7 +319,7 @@ def test_a_dropped_level_learns_nothing() -> None:
 
 def test_stages_follow_the_channel_axis() -> None:
     """A stage that was built for the whole, called without it, reads the same layout."""
-    quantizer = ResidualVectorQuantizer(5, 3, 2, channel_dim=-1)
+    quantizer = plain_residual(5, 3, 2, channel_dim=-1)
     latents = torch.randn(2, 7, 3)
     assert torch.equal(quantizer.stages[0](latents).indices, quantizer(latents).indices[..., 0])
 

@@ -34,7 +34,7 @@ from te_quant._pixels.band_limit import resample_by_products
 from te_quant.filters import fourier_resample
 from te_quant.gpt import GPT, GPTConfig, KeyValueCache, Segment
 from te_quant.quantizers import Quantizer
-from tests.helpers import plain_quantizer
+from tests.helpers import plain_quantizer, plain_residual
 
 # To watch every call that the exporters make takes longer than the exporters themselves.
 pytestmark = [pytest.mark.no_cover]
@@ -48,9 +48,9 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "vq-ema-cosine": partial(plain_quantizer, 32, 6, codebook_update="ema", metric="cosine"),
     "vq-rotation": partial(plain_quantizer, 32, 6, gradient_estimator="rotation_trick"),
     "vq-one-code": partial(plain_quantizer, 1, 6),
-    "rvq": partial(ResidualVectorQuantizer, 32, 6, 3),
-    "rvq-shared": partial(ResidualVectorQuantizer, 32, 6, 3, shared_codebook=True),
-    "rvq-dropout": partial(ResidualVectorQuantizer, 32, 6, 3, quantizer_dropout=True),
+    "rvq": partial(plain_residual, 32, 6, 3),
+    "rvq-shared": partial(plain_residual, 32, 6, 3, shared_codebook=True),
+    "rvq-dropout": partial(plain_residual, 32, 6, 3, quantizer_dropout=True),
     "residual-fsq": lambda: ResidualVectorQuantizer(stages=[FSQ((7, 5, 5)), FSQ((5, 5, 5))]),
     "product": lambda: ProductQuantizer([VectorQuantizer(32, 4), LFQ(2, spherical=True)]),
     "fsq": partial(FSQ, (8, 5, 5)),

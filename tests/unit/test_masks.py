@@ -30,7 +30,7 @@ from te_quant import (
     VectorQuantizer,
 )
 from te_quant.quantizers import Rows
-from tests.helpers import exactly, plain_quantizer
+from tests.helpers import exactly, plain_quantizer, plain_residual
 from tests.unit.quantizer_cases import QUANTIZERS, is_random, mostly_slow, state_of
 
 DOUBLE = torch.float64
@@ -104,9 +104,9 @@ NESTINGS: dict[str, Any] = {
     "vq": partial(plain_quantizer, 9, 4),
     "sim": partial(SimVQ, 9, 4),
     "rvq": partial(ResidualVectorQuantizer, 9, 4, 3, codebook_update="ema"),
-    "dropout": partial(ResidualVectorQuantizer, 9, 4, 3, quantizer_dropout=True),
+    "dropout": partial(plain_residual, 9, 4, 3, quantizer_dropout=True),
     "stages": lambda: ResidualVectorQuantizer(stages=[FSQ((5, 5)), LFQ(2)], loss_weights=(1.0, 0.5)),
-    "product": lambda: ProductQuantizer([ResidualVectorQuantizer(9, 2, 2), FSQ((3, 3))]),
+    "product": lambda: ProductQuantizer([plain_residual(9, 2, 2), FSQ((3, 3))]),
 }
 
 
@@ -163,7 +163,7 @@ def test_a_strangers_quantizer_with_several_indices_never_sees_minus_one() -> No
     [
         partial(plain_quantizer, 6, 4),
         partial(plain_quantizer, 6, 4, codebook_update="ema", metric="cosine"),
-        partial(ResidualVectorQuantizer, 6, 4, 2),
+        partial(plain_residual, 6, 4, 2),
         lambda: ProductQuantizer([VectorQuantizer(6, 2), VectorQuantizer(6, 2)]),
     ],
     ids=["gradient", "ema", "rvq", "product"],
@@ -261,7 +261,7 @@ def test_usage_counts_the_indices_of_tokens_that_count() -> None:
 
 def test_a_prefix_of_levels_leaves_masked_tokens_out() -> None:
     """``encode`` for a few levels too."""
-    quantizer = ResidualVectorQuantizer(7, 4, 3)
+    quantizer = plain_residual(7, 4, 3)
     mask = torch.rand(3, 5) < 0.5
     latents = torch.where(mask.unsqueeze(1), torch.randn(3, 4, 5), math.nan)
     indices = quantizer.encode(latents, mask=mask)

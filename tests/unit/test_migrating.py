@@ -391,6 +391,28 @@ def vqp_residual() -> None:
     torch.testing.assert_close(output.loss, losses.mean())
 
 
+@row(VQP, "ResidualVQ, how it learns")
+def vqp_residual_learning() -> None:
+    # From the same codes, and without revival all levels move alike.
+    latents = rows()
+    other = peers().ResidualVQ(dim=C, codebook_size=K, num_quantizers=3)
+    levels = [layer._codebook for layer in other.layers]
+    for level in levels:
+        level.embed_avg.data.copy_(level.embed)
+    alike, default = (
+        ResidualVectorQuantizer(K, C, 3, channel_dim=-1, **own) for own in ({"decay": 0.8, **OFF}, {})
+    )
+    for mine in (alike, default):
+        for stage, level in zip(mine.stages, levels, strict=True):
+            stage.set_codebook(level.embed[0])  # type: ignore[operator]
+        mine(latents)
+        mine.apply_pending()
+    other(latents)
+    for stage, level in zip(alike.stages, levels, strict=True):
+        torch.testing.assert_close(stage.codebook, level.embed[0])
+    assert not torch.allclose(default.stages[0].codebook, levels[0].embed[0])  # type: ignore[arg-type]
+
+
 @row(VQP, "LFQ")
 def vqp_lfq() -> None:
     other, mine = peers().LFQ(dim=6, codebook_size=64).eval(), LFQ(6, channel_dim=-1).eval()

@@ -11,7 +11,7 @@ import torch
 from te_quant import Quantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant._precision import unit_rows
 from te_quant.functional import orthogonality
-from tests.helpers import plain_quantizer
+from tests.helpers import plain_quantizer, plain_residual
 
 
 def test_unit_rows_have_the_gradient_of_a_normalisation() -> None:
@@ -74,7 +74,7 @@ _WITH_STATISTICS: dict[str, Callable[[], Quantizer]] = {
         8, 4, codebook_update="ema", decay=0.5, metric="cosine", orthogonal_reg=1.0
     ),
     "rvq-ema": lambda: ResidualVectorQuantizer(8, 4, 2, codebook_update="ema", decay=0.5),
-    "rvq-shared": lambda: ResidualVectorQuantizer(8, 4, 2, shared_codebook=True),
+    "rvq-shared": lambda: plain_residual(8, 4, 2, shared_codebook=True),
     "sim": lambda: SimVQ(8, 4),
 }
 

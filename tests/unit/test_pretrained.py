@@ -9,11 +9,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from te_quant import _pretrained
+from te_quant import ResidualVectorQuantizer, _pretrained
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
 from tests.unit.grid_oracles import fresh
 
@@ -384,3 +385,44 @@ def test_loading_refuses_a_dtype_that_is_not_floating(folder: Path) -> None:
         ValueError, match=r"dtype must be a floating-point torch\.dtype, or None, got torch\.int64"
     ):
         VQAutoencoder.from_pretrained(folder, dtype=torch.int64)
+
+
+RESIDUAL = {"name": "ResidualVectorQuantizer", "num_codes": 8, "code_dim": 6, "num_quantizers": 2}
+FORMER = {"codebook_update": "gradient", "commitment_weight": 0.25, "decay": 0.99}
+PRESENT = {"codebook_update": "ema", "commitment_weight": 1.0, "decay": 0.9}
+
+
+def learning(config: AutoencoderConfig) -> dict[str, Any]:
+    """How the one residual quantizer that a config builds learns."""
+    (found,) = (part for part in config.build_quantizer().modules() if isinstance(part, ResidualVectorQuantizer))
+    return {name: found.options()[name] for name in FORMER}
+
+
+def with_quantizer(described: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Descriptions by the place of the quantizer."""
+    return {"alone": described, "inside": {"name": "ProductQuantizer", "quantizers": [described]}}
+
+
+@pytest.mark.parametrize("own", [{}, {"codebook_update": "ema"}, {"decay": 0.5}], ids=["none", "ema", "decay"])
+@pytest.mark.parametrize("place", ["alone", "inside"])
+def test_files_that_name_no_changed_default_keep_the_former_ones(own: dict, place: str) -> None:
+    """Files named only what was no default at their time; a config without a file (the control) is new."""
+    described = with_quantizer({**RESIDUAL, **own})[place]
+    # At the top a file shows what its quantizer has, so a product shows only the defaults.
+    shown = {**FORMER, **own} if place == "alone" else {}
+    stored = {**SMALL.to_dict(), **shown, "quantizer": described}
+    config = AutoencoderConfig.from_dict(json.loads(json.dumps(stored)))
+    assert learning(config) == {**FORMER, **own}
+    assert learning(AutoencoderConfig(quantizer=described)) == {**PRESENT, **own}
+
+
+@pytest.mark.parametrize("own", [{}, FORMER, {"decay": 0.5}], ids=["present", "former", "decay"])
+@pytest.mark.parametrize("place", ["alone", "inside"])
+def test_files_name_options_whose_default_has_changed(own: dict, place: str) -> None:
+    """So each version reads the same quantizer."""
+    config = AutoencoderConfig(quantizer=with_quantizer({**RESIDUAL, **own})[place])
+    described = config.to_dict()["quantizer"]
+    assert set(FORMER) <= set(described if place == "alone" else described["quantizers"][0])
+    again = AutoencoderConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert learning(again) == learning(config) == {**PRESENT, **own}

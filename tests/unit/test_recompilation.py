@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from te_quant import LFQ, ResidualVectorQuantizer, SimVQ
+from te_quant import LFQ, SimVQ
 from te_quant.functional import nearest_code
-from tests.helpers import plain_quantizer
+from tests.helpers import plain_quantizer, plain_residual
 
 pytestmark = pytest.mark.no_cover
 
@@ -34,7 +34,7 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "all-of-lfq": (lambda: LFQ(6), LFQ_WEIGHTS),
     "all-of-sim": (lambda: SimVQ(9, 6), ("commitment_weight", "decay")),
     "residual": (
-        lambda: ResidualVectorQuantizer(9, 6, 2, orthogonal_reg=1.0),
+        lambda: plain_residual(9, 6, 2, orthogonal_reg=1.0),
         ("commitment_weight", "orthogonal_reg"),
     ),
     **{f"lfq-{name}": (lambda: LFQ(6), (name,)) for name in LFQ_WEIGHTS},

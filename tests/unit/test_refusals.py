@@ -22,7 +22,7 @@ from te_quant.filters import binomial_kernel, filter2d, fourier_resample, pad2d
 from te_quant.functional import nearest_code, perplexity, rotation_trick, straight_through
 from te_quant.layers import BlurPool2d, BlurUpsample2d
 from te_quant.shifts import fourier_shift, place
-from tests.helpers import exactly, plain_quantizer
+from tests.helpers import exactly, plain_quantizer, plain_residual
 
 IMAGES = torch.zeros(1, 1, 4, 4)
 PIXELS = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
             TypeError,
             "frozen must be a bool, got 'no'.",
         )
-        for quantizer in (plain_quantizer(4, 4), SimVQ(4, 4), ResidualVectorQuantizer(4, 4, 2))
+        for quantizer in (plain_quantizer(4, 4), SimVQ(4, 4), plain_residual(4, 4, 2))
     },
     "a word as processes": (
         lambda: SimVQ(4, 4, process_group="all"),  # type: ignore[arg-type]

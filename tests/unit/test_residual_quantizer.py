@@ -5,6 +5,7 @@ Shape letters: N latent vectors, C code size, K codes a codebook, Q codebooks.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -13,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from te_quant import ResidualVectorQuantizer
+from te_quant import ResidualVectorQuantizer, VectorQuantizer
 from te_quant.functional import rotation_trick
-from tests.helpers import exactly, plain_quantizer
+from tests.helpers import exactly, plain_quantizer, plain_residual
 from tests.unit.quantizer_cases import state_of
 from tests.unit.quantizer_oracles import orthogonality_oracle
 
 
 def spread(codes: int = 7, dim: int = 4, steps: int = 3, **options: Any) -> ResidualVectorQuantizer:
     """A float64 quantizer whose codes are spread like the latents, each codebook smaller than the one before."""
-    quantizer = ResidualVectorQuantizer(codes, dim, steps, **{"revival_threshold": 0.0, **options}).double()
+    quantizer = plain_residual(codes, dim, steps, **options).double()
     with torch.no_grad():
         for place, stage in enumerate(quantizer.stages):
             stage.codebook.copy_(torch.randn(codes, dim, dtype=torch.float64) / (place + 1))
@@ -239,7 +240,7 @@ def test_kmeans_fits_what_is_left() -> None:
     """Step after step the error falls; a shared codebook is that of the latents."""
     latents = torch.randn(300, 4, dtype=torch.float64)
     for shared in (True, False):
-        quantizer = ResidualVectorQuantizer(16, 4, 3, shared_codebook=shared).double()
+        quantizer = plain_residual(16, 4, 3, shared_codebook=shared).double()
         generator = torch.Generator().manual_seed(0)
         quantizer.kmeans_init(latents, generator=generator)
         indices = quantizer.encode(latents)
@@ -378,7 +379,7 @@ def test_beside_vector_quantize_pytorch(shared: bool) -> None:
     which ours is the mean.
     """
     peers = pytest.importorskip("vector_quantize_pytorch")
-    ours = ResidualVectorQuantizer(12, 5, 3, shared_codebook=shared, quantizer_dropout=True, channel_dim=-1)
+    ours = plain_residual(12, 5, 3, shared_codebook=shared, quantizer_dropout=True, channel_dim=-1)
     theirs = peers.ResidualVQ(
         dim=5, num_quantizers=3, codebook_size=12, shared_codebook=shared, quantize_dropout=True,
         rotation_trick=False, commitment_weight=0.25, kmeans_init=False,
@@ -397,3 +398,29 @@ def test_beside_vector_quantize_pytorch(shared: bool) -> None:
     torch.testing.assert_close(output.quantized, quantized)
     coarse = theirs.get_output_from_indices(indices[..., :2])
     torch.testing.assert_close(ours.decode(output.indices[..., :2]), coarse)
+
+
+def test_defaults_are_those_of_one_codebook() -> None:
+    """Every option that both classes have."""
+    ours, single = (inspect.signature(kind).parameters for kind in (ResidualVectorQuantizer, VectorQuantizer))
+    shared = [name for name in ours if name in single and name not in ("num_codes", "code_dim")]
+    assert {name: ours[name].default for name in shared} == {name: single[name].default for name in shared}
+    assert {"codebook_update", "commitment_weight", "decay", "revival_threshold"} <= set(shared)
+
+
+def test_defaults_use_the_codes() -> None:
+    """Almost all at every level after 50 steps; under the settings of the paper (the control) fewer."""
+    used = {}
+    for name, build in {"defaults": ResidualVectorQuantizer, "paper": plain_residual}.items():
+        quantizer = build(32, 4, 3)
+        optimizer = torch.optim.Adam(quantizer.parameters(), 1e-3) if name == "paper" else None
+        for _ in range(50):
+            loss = quantizer(torch.randn(256, 4, requires_grad=True)).loss
+            if optimizer is not None:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        indices = quantizer.eval()(torch.randn(2048, 4)).indices
+        used[name] = [len(level.unique()) for level in indices.unbind(-1)]
+    assert min(used["defaults"]) >= 30
+    assert max(used["paper"]) < 30

@@ -65,6 +65,9 @@ _PAPERS: Mapping[str, Any] = {
     "revival_threshold": 0.0,
 }
 
+# Defaults of ResidualVectorQuantizer when it was trained; its settings did not name them.
+_FORMER_DEFAULTS: Mapping[str, Any] = {"codebook_update": "gradient", "commitment_weight": 0.25, "decay": 0.99}
+
 # About 256 codes each, as the presets have; titles say where it is another number.
 FAMILY: dict[str, Member] = {
     "vq": Member("VectorQuantizer", "VectorQuantizer", _PAPERS),
@@ -76,7 +79,9 @@ FAMILY: dict[str, Member] = {
     "fsq": Member("FSQ (8, 6, 5)", "FSQ", {"levels": [8, 6, 5]}),
     "lfq": Member("LFQ, 8 channels", "LFQ", {"code_dim": 8}),
     "bsq": Member("LFQ on the sphere (BSQ), 8 channels", "LFQ", {"code_dim": 8, "spherical": True}),
-    "rvq": Member("Residual, 2 × 16", "ResidualVectorQuantizer", {"num_codes": 16, "num_quantizers": 2}),
+    "rvq": Member(
+        "Residual, 2 × 16", "ResidualVectorQuantizer", {**_FORMER_DEFAULTS, "num_codes": 16, "num_quantizers": 2}
+    ),
     "product": Member("Product, 16 × 16", "ProductQuantizer", {"quantizers": [{**_PAPERS, "num_codes": 16}] * 2}),
 }
 
@@ -154,7 +159,7 @@ def collect_family(settings: Stage1Settings, out: Path, *, seeds: Sequence[int],
         for seed in seeds:
             seeded = dataclasses.replace(settings, seed=seed)
             folder = _folder(out, name, seeded)
-            if not finished_run(folder, _plain(seeded, name), present_form):
+            if not finished_run(folder, _plain(seeded, name), _present_form):
                 continue
             parts = {
                 part: read_json_object(folder / f"{part}.json")
@@ -174,6 +179,14 @@ def _plain(settings: Stage1Settings, name: str) -> dict[str, Any]:
     return {**to_dict(member_settings(settings, name)), "quantizer": quantizer}
 
 
+def _present_form(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return stored settings as this version writes them."""
+    present = present_form(stored)
+    if present["quantizer"]["kind"] == "ResidualVectorQuantizer":
+        present["quantizer"] = {**_FORMER_DEFAULTS, **present["quantizer"]}
+    return present
+
+
 def _train(
     name: str,
     base: Stage1Settings,
@@ -184,11 +197,11 @@ def _train(
     command: str | None,
 ) -> bool:
     folder, plain, settings = _folder(out, name, base), _plain(base, name), member_settings(base, name)
-    if finished_run(folder, plain, present_form):
+    if finished_run(folder, plain, _present_form):
         return False
     # Before the folder is taken, or it would hold settings that never ran.
     require_perceptual(settings.perceptual)
-    with begun_run(folder, plain, resume=True, present=present_form) as checkpoint:
+    with begun_run(folder, plain, resume=True, present=_present_form) as checkpoint:
         trainer = Stage1Trainer(
             settings,
             where.apply(),

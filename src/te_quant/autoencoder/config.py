@@ -19,7 +19,7 @@ from te_quant.layers.activation import ACTIVATIONS, Activation
 from te_quant.layers.downsample import DOWNSAMPLERS, Downsample
 from te_quant.layers.norm import NORMS, Norm
 from te_quant.layers.upsample import UPSAMPLERS, Upsample
-from te_quant.quantizers import LFQ, QUANTIZERS, Quantizer, VectorQuantizer
+from te_quant.quantizers import LFQ, QUANTIZERS, Quantizer, ResidualVectorQuantizer, VectorQuantizer
 from te_quant.quantizers._losses import GradientEstimator
 from te_quant.quantizers.lfq import MAX_CODE_DIM
 from te_quant.quantizers.vector import CodebookUpdate, Metric
@@ -30,6 +30,8 @@ __all__ = ["AutoencoderConfig"]
 _GROUPS = 32
 _WIDTH = 128
 _MULTIPLIERS = (1, 2, 2)
+# What these options of ResidualVectorQuantizer were by default when files left defaults out.
+_FORMER_DEFAULTS: Mapping[str, Any] = {"codebook_update": "gradient", "commitment_weight": 0.25, "decay": 0.99}
 _SEQUENCES = ("channel_multipliers", "widths", "decoder_widths", "attention_levels")
 
 
@@ -370,6 +372,10 @@ class AutoencoderConfig:
         if "codebook_update" in options and "revival_threshold" not in options:
             # A file from before codes were revived.
             options = {**options, "revival_threshold": 0.0}
+        if "quantizer" in options and set(_FORMER_DEFAULTS) <= set(options):
+            # A file shows at the top what its quantizer has, but not what quantizers inside have.
+            shown = {name: options[name] for name in _FORMER_DEFAULTS}
+            options = {**options, "quantizer": _as_stored(options["quantizer"], shown)}
         return cls(**options)
 
 
@@ -394,12 +400,30 @@ def quantizer_fields() -> tuple[str, ...]:
 def description(quantizer: Quantizer) -> dict[str, Any]:
     """Return the name of a quantizer's class and those of its options that are not defaults, as JSON has them.
 
+    Options whose default has changed are always named.
+
     Raises:
         ValueError: an option has no form in JSON.
     """
-    defaults = {name: option.default for name, option in inspect.signature(type(quantizer)).parameters.items()}
-    options = {name: value for name, value in quantizer.options().items() if value != defaults[name]}
+    parameters = inspect.signature(type(quantizer)).parameters
+    changed = _FORMER_DEFAULTS if type(quantizer) is ResidualVectorQuantizer else ()
+    options = {
+        name: value
+        for name, value in quantizer.options().items()
+        if value != parameters[name].default or name in changed
+    }
     return {"name": type(quantizer).__name__, **_as_json(options)}
+
+
+def _as_stored(described: object, defaults: Mapping[str, Any]) -> Any:
+    """Name the options of residual quantizers that a file left out because they were ``defaults`` then."""
+    if isinstance(described, list):
+        return [_as_stored(part, defaults) for part in described]
+    if not isinstance(described, Mapping):
+        return described
+    options = {name: _as_stored(value, _FORMER_DEFAULTS) for name, value in described.items()}
+    built = described.get("name") == "ResidualVectorQuantizer" and "stages" not in described
+    return {**defaults, **options} if built else options
 
 
 def _require_few_bits(code_dim: object) -> None:

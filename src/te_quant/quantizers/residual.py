@@ -75,9 +75,8 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         quantizer_dropout: a share in [0, 1] of the elements of axis 0, drawn at random. In training each of them
             uses only its first n levels, n uniform in 1..L. ``True`` is all of them, ``False`` none. Afterwards
             the first few indices decode well without the others: ``decode(indices[..., :n])``.
-        codebook_update: ``"gradient"`` or ``"ema"``, as for :class:`~te_quant.VectorQuantizer`. That one has other
-            defaults: ``"ema"``, commitment weight 1 and decay 0.9, with which more codes are used here too. Under
-            ``"ema"`` all codebooks move together between two steps. Not with ``stages``.
+        codebook_update: ``"ema"`` or ``"gradient"``, as for :class:`~te_quant.VectorQuantizer`. Under ``"ema"``
+            all codebooks start at latents and move together between two steps. Not with ``stages``.
         commitment_weight: β of the commitment term, >= 0. The codebook term has weight 1. Not with ``stages``.
         orthogonal_reg: λ of the orthogonality penalty, the mean over the codebooks, >= 0. Not with ``stages``.
         gradient_estimator: ``"straight_through"`` or ``"rotation_trick"``, from the latents to the sum of codes;
@@ -137,11 +136,11 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         loss_weights: Sequence[float] | None = None,
         shared_codebook: bool = False,
         quantizer_dropout: bool | float = False,
-        codebook_update: CodebookUpdate = "gradient",
-        commitment_weight: float = 0.25,
+        codebook_update: CodebookUpdate = "ema",
+        commitment_weight: float = 1.0,
         orthogonal_reg: float = 0.0,
         gradient_estimator: GradientEstimator = "straight_through",
-        decay: float = 0.99,
+        decay: float = 0.9,
         revival_threshold: float = 0.01,
         channel_dim: int = 1,
         nonfinite: NonfiniteMode | None = None,
