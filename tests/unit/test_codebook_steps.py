@@ -6,6 +6,7 @@ Shape letters: N latent vectors, C code size, K codes.
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -313,6 +314,35 @@ def test_codes_are_those_of_decode_until_the_codebook_moves(name: str) -> None:
     for seed in range(3):
         output = quantizer(latents_for(quantizer, (seed + 1, -1, 4, 5)))
         assert torch.equal(quantizer.decode(output.indices), output.codes)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("kind", ["single", "levels", "groups", "sim"])
+def test_copies_made_inside_a_block_are_outside_of_it(kind: str, copied: Callable[[Any], Any]) -> None:
+    """What the block recorded before the copy counts once in each of the two; later passes count in their own."""
+    quantizer: Any = {
+        "single": lambda: VectorQuantizer(8, 4),
+        "levels": lambda: ResidualVectorQuantizer(8, 4, 2),
+        "groups": lambda: ProductQuantizer([VectorQuantizer(8, 2) for _ in range(2)]),
+        "sim": lambda: SimVQ(8, 4),
+    }[kind]()
+    first, second = torch.randn(2, 50, 4)
+    alone = copy.deepcopy(quantizer)
+    with quantizer.accumulate():
+        quantizer(first)
+        taken = copied(quantizer)
+        before = state_of(quantizer)
+        quantizer(second)  # The negative control: the original stays in the block.
+        names = [name for name in before if not name.rpartition(".")[2].startswith("pending")]
+        assert all(torch.equal(state_of(quantizer)[name], before[name]) for name in names)
+    alone(first)
+    for one in (alone, taken):
+        one(second)
+        one.eval()
+    assert all(torch.equal(state_of(alone)[name], state_of(taken)[name]) for name in before)
+    assert not all(torch.equal(state_of(alone)[name], before[name]) for name in names)
 
 
 @pytest.mark.parametrize("action", ["eval", "freeze", "accumulate", "revive_dead_codes", "apply_pending"])

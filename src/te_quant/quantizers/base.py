@@ -387,7 +387,8 @@ class Quantizer(nn.Module):
 
         What is pending is applied at the start, then the codebook stands still; the first training pass after the
         block moves it by everything that the block recorded. Use it for gradient accumulation, and where several
-        checkpointed passes come before one backward pass.
+        checkpointed passes come before one backward pass. A copy that is made inside is outside of the block:
+        what was recorded until then is pending in both, and each moves by it once.
 
         Example:
             >>> from te_quant import VectorQuantizer
@@ -528,6 +529,10 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """Name the sizes, which tell one quantizer from the next."""
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build a copy or an unpickled quantizer; no block ends for it, so it is outside of every one."""
+        super().__setstate__({**state, "_accumulating": False})
 
     def _learnt(self) -> Iterator[nn.Parameter]:
         """The parameters that take gradients unless frozen."""
