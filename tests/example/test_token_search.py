@@ -17,7 +17,7 @@ from examples.te_vqgan.stage1.round_trip import encode_at, read, rounded
 from examples.te_vqgan.stage1.token_search import search_tokens
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
 from examples.te_vqgan.stage1.wanted_codes import wanted_code_losses
-from te_quant import VQAutoencoder
+from te_quant import VectorQuantizer, VQAutoencoder
 from te_quant.shifts import roll
 from tests.published import published
 
@@ -168,7 +168,7 @@ def test_the_search_moves_with_the_image(shift: tuple[int, int]) -> None:
 def test_other_metrics_are_refused() -> None:
     """Codes under cosine are scaled before they are decoded."""
     model = _model("integer_exact")
-    model.quantizer.metric = "cosine"
+    model.quantizer = VectorQuantizer(16, model.config.code_dim, metric="cosine")
     with pytest.raises(ValueError, match=r"model\.quantizer\.metric must be \"l2\", got 'cosine'"):
         search_tokens(model, _images(1))
 

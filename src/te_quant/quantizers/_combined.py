@@ -6,7 +6,7 @@ Shape letters: C code size, N latent vectors, Q indices per vector, n of them fo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,11 @@ class CombinedQuantizer(Quantizer):
 
     A subclass names its parts in :meth:`_parts`; one of them may serve several times.
     """
+
+    _fixed = (*Quantizer._fixed, "num_quantizers")
+
+    _handed_on: ClassVar[tuple[str, ...]] = ("channel_dim", "nonfinite")
+    """Names of the options that the parts have too; assigned to the whole they are assigned to all of these."""
 
     def __init__(
         self,
@@ -189,6 +194,15 @@ class CombinedQuantizer(Quantizer):
             self._visit(rows, lifecycle)
         longest = max(len(revived) for revived in lifecycle.revived)
         return torch.stack([F.pad(revived, (0, longest - len(revived))) for revived in lifecycle.revived])
+
+    def _checked(self, name: str, value: Any) -> Any:
+        value = super()._checked(name, value)
+        if name in self._handed_on:
+            for part in self._all_quantizers():
+                if part is not self and name in part.__dict__:
+                    setattr(part, name, value)
+                    value = getattr(part, name)
+        return value
 
     def _parts(self) -> Sequence[Quantizer]:
         """The quantizer of each level or group."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -129,6 +130,19 @@ class QuantizerOutput(NamedTuple):
     codes: Tensor
 
 
+def _check_layout(*, channel_dim: object, nonfinite: object) -> dict[str, Any]:
+    """Refuse what is no layout or no mode; return both."""
+    channel_dim = require_int("channel_dim", channel_dim)
+    require_choice("channel_dim", channel_dim, (1, -1))
+    require_choice("nonfinite", nonfinite, (None, "raise", "skip", "off"))
+    return {"channel_dim": channel_dim, "nonfinite": nonfinite}
+
+
+@cache
+def _names_of(check: Callable[..., dict[str, Any]]) -> tuple[str, ...]:
+    return tuple(inspect.signature(check).parameters)
+
+
 class Quantizer(nn.Module):
     """Base class of all quantizers: latents in any layout in, codes and indices out.
 
@@ -191,6 +205,8 @@ class Quantizer(nn.Module):
         tensor([5])
     """
 
+    channel_dim: int
+    nonfinite: NonfiniteMode | None
     num_quantizers: int | None = None
     lowest_index: int = 0
     """The smallest index of a token that counts; -1 where codebooks may be left out. Masked tokens have -1."""
@@ -202,6 +218,12 @@ class Quantizer(nn.Module):
     statistics: ClassVar[tuple[str, ...]] = ()
     """Names of the buffers that stay in float32 when the module is converted to half precision."""
 
+    _checks: ClassVar[tuple[Callable[..., dict[str, Any]], ...]] = (_check_layout,)
+    """What checks options, in the constructor all together and later again whenever one of them is assigned."""
+
+    _fixed: ClassVar[tuple[str, ...]] = ("num_codes", "code_dim")
+    """Names of the options that buffers or codes depend on."""
+
     def __init__(
         self,
         num_codes: int,
@@ -212,15 +234,9 @@ class Quantizer(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        num_codes = require_int("num_codes", num_codes, 1)
-        code_dim = require_int("code_dim", code_dim, 1)
-        channel_dim = require_int("channel_dim", channel_dim)
-        require_choice("channel_dim", channel_dim, (1, -1))
-        require_choice("nonfinite", nonfinite, (None, "raise", "skip", "off"))
-        self.num_codes = num_codes
-        self.code_dim = code_dim
-        self.channel_dim = channel_dim
-        self.nonfinite = nonfinite
+        self.num_codes = require_int("num_codes", num_codes, 1)
+        self.code_dim = require_int("code_dim", code_dim, 1)
+        self._set_options(_check_layout, channel_dim=channel_dim, nonfinite=nonfinite)
         self.frozen = False
         self._accumulating = False
         self._group = GroupReference(process_group)
@@ -529,6 +545,27 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """Name the sizes, which tell one quantizer from the next."""
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Until it is set for the first time, the constructor checks it.
+        super().__setattr__(name, self._checked(name, value) if name in self.__dict__ else value)
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """Return the new value of an attribute as it is stored; refuse what the constructor refuses."""
+        if name in self._fixed:
+            own = self.__dict__[name]
+            expected, got = f"{own!r}, as the quantizer was built", f"{value!r}; build another quantizer with it"
+            require(type(value) is type(own) and value == own, name, expected, got)
+        for check in self._checks:
+            names = _names_of(check)
+            if name in names:
+                value = check(**{**{each: self.__dict__[each] for each in names}, name: value}).get(name, value)
+        return value
+
+    def _set_options(self, check: Callable[..., dict[str, Any]], **options: Any) -> None:
+        """Check options together, then set them."""
+        for name, value in check(**options).items():
+            setattr(self, name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build a copy or an unpickled quantizer; no block ends for it, so it is outside of every one."""

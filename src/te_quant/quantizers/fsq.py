@@ -68,6 +68,8 @@ class FSQ(TensorFreeQuantizer):
         torch.Size([2, 8, 8])
     """
 
+    _fixed = (*TensorFreeQuantizer._fixed, "levels")
+
     def __init__(
         self,
         levels: Sequence[int],

@@ -5,7 +5,8 @@ Shape letters: B batch, C channels, h w token grid, K = 2^C codes, N = B*h*w lat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,40 @@ MAX_CODE_DIM = 62
 
 # 2^24 probabilities are 64 MiB in float32, and as much again for their gradient.
 _MAX_JOINT = 24
+
+
+def _check_options(
+    *,
+    code_dim: int,
+    commitment_weight: object,
+    entropy_weight: object,
+    diversity_weight: object,
+    temperature: object,
+    entropy_group_dim: object,
+    spherical: object,
+) -> dict[str, Any]:
+    """Refuse options that are out of range or contradict each other; return them as they are stored."""
+    commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
+    entropy_weight = require_number("entropy_weight", entropy_weight, 0.0)
+    diversity_weight = require_number("diversity_weight", diversity_weight, 0.0)
+    temperature = require_number("temperature", temperature, 0.0)
+    require(temperature > 0, "temperature", "a finite number > 0", repr(temperature))
+    require_type("spherical", spherical, bool, "a bool")
+    diverse = entropy_weight > 0 and diversity_weight > 0
+    if entropy_group_dim is not None:
+        entropy_group_dim = require_int("entropy_group_dim", entropy_group_dim, 1, min(code_dim, _MAX_JOINT))
+        name = "entropy_group_dim"
+        require(diverse, name, "unset while entropy_weight or diversity_weight is 0", entropy_group_dim)
+    joint = code_dim <= _MAX_JOINT or not diverse or entropy_group_dim is not None
+    require(joint, "entropy_group_dim", f"an int <= {_MAX_JOINT} while code_dim={code_dim} is above", None)
+    return {
+        "commitment_weight": float(commitment_weight),
+        "entropy_weight": float(entropy_weight),
+        "diversity_weight": float(diversity_weight),
+        "temperature": float(temperature),
+        "entropy_group_dim": entropy_group_dim,
+        "spherical": spherical,
+    }
 
 
 class LFQ(TensorFreeQuantizer):
@@ -90,6 +125,16 @@ class LFQ(TensorFreeQuantizer):
         tensor([5])
     """
 
+    _checks = (*TensorFreeQuantizer._checks, _check_options)
+    _fixed = (*TensorFreeQuantizer._fixed, "spherical")
+
+    commitment_weight: float
+    entropy_weight: float
+    diversity_weight: float
+    temperature: float
+    entropy_group_dim: int | None
+    spherical: bool
+
     # Each level halves the size of the codes, as binary digits do.
     residual_scale = 0.5
 
@@ -111,25 +156,15 @@ class LFQ(TensorFreeQuantizer):
         super().__init__(
             2**code_dim, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
         )
-        commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
-        entropy_weight = require_number("entropy_weight", entropy_weight, 0.0)
-        diversity_weight = require_number("diversity_weight", diversity_weight, 0.0)
-        temperature = require_number("temperature", temperature, 0.0)
-        require(temperature > 0, "temperature", "a finite number > 0", repr(temperature))
-        require_type("spherical", spherical, bool, "a bool")
-        diverse = entropy_weight > 0 and diversity_weight > 0
-        if entropy_group_dim is not None:
-            entropy_group_dim = require_int("entropy_group_dim", entropy_group_dim, 1, min(code_dim, _MAX_JOINT))
-            name = "entropy_group_dim"
-            require(diverse, name, "unset while entropy_weight or diversity_weight is 0", entropy_group_dim)
-        joint = code_dim <= _MAX_JOINT or not diverse or entropy_group_dim is not None
-        require(joint, "entropy_group_dim", f"an int <= {_MAX_JOINT} while code_dim={code_dim} is above", None)
-        self.commitment_weight = float(commitment_weight)
-        self.entropy_weight = float(entropy_weight)
-        self.diversity_weight = float(diversity_weight)
-        self.temperature = float(temperature)
-        self.entropy_group_dim = entropy_group_dim
-        self.spherical = spherical
+        self._set_options(
+            partial(_check_options, code_dim=code_dim),
+            commitment_weight=commitment_weight,
+            entropy_weight=entropy_weight,
+            diversity_weight=diversity_weight,
+            temperature=temperature,
+            entropy_group_dim=entropy_group_dim,
+            spherical=spherical,
+        )
 
     def search(self, rows: Rows) -> Tensor:
         """Return the index of each row; zero counts as -1."""

@@ -82,6 +82,8 @@ class ProductQuantizer(CombinedQuantizer):
         (512, 200)
     """
 
+    _fixed = (*CombinedQuantizer._fixed, "num_groups")
+
     def __init__(
         self,
         quantizers: Sequence[Quantizer],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from te_quant._checks import plain, require, require_int, require_number, require_type
+from te_quant._checks import plain, require, require_choice, require_int, require_number, require_type
 from te_quant._precision import full_precision
 from te_quant.functional import orthogonality
 from te_quant.quantizers import _residual_steps
@@ -30,7 +30,7 @@ from te_quant.quantizers._combined import (
 from te_quant.quantizers._losses import SURROGATES, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import Batch
-from te_quant.quantizers.base import Losses, NonfiniteMode, Quantized, Quantizer
+from te_quant.quantizers.base import NO_CODE, Losses, NonfiniteMode, Quantized, Quantizer
 from te_quant.quantizers.vector import CodebookUpdate, VectorQuantizer
 
 if TYPE_CHECKING:
@@ -39,15 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["ResidualVectorQuantizer"]
 
 # Options of the codebooks that the constructor builds; given stages have their own.
-_OF_CODEBOOKS = (
-    "shared_codebook",
-    "codebook_update",
-    "commitment_weight",
-    "orthogonal_reg",
-    "decay",
-    "revival_threshold",
-    "generator",
-)
+_OF_ALL_CODEBOOKS = ("codebook_update", "commitment_weight", "orthogonal_reg", "decay", "revival_threshold")
+_OF_CODEBOOKS = ("shared_codebook", *_OF_ALL_CODEBOOKS, "generator")
 _SIZES = ("num_codes", "code_dim", "num_quantizers")
 
 
@@ -126,6 +119,17 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         >>> coarse = quantizer.decode(output.indices[..., :2])  # the first two codebooks only
     """
 
+    _fixed = (*CombinedQuantizer._fixed, "shared_codebook", "codebook_update")
+    _handed_on = (*CombinedQuantizer._handed_on, "gradient_estimator", *_OF_ALL_CODEBOOKS)
+
+    gradient_estimator: GradientEstimator
+    quantizer_dropout: bool | float
+    codebook_update: CodebookUpdate
+    commitment_weight: float
+    orthogonal_reg: float
+    decay: float
+    revival_threshold: float
+
     def __init__(
         self,
         num_codes: int | None = None,
@@ -148,6 +152,7 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         generator: torch.Generator | None = None,
     ) -> None:
         require_type("shared_codebook", shared_codebook, bool, "a bool")
+        require_choice("gradient_estimator", gradient_estimator, SURROGATES)
         quantizer_dropout = _require_share(quantizer_dropout)
         alike: dict[str, Any] = {
             "channel_dim": channel_dim,
@@ -196,9 +201,9 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         self.loss_weights = _require_weights(loss_weights, levels)
         self.shared_codebook = shared_codebook
         self.quantizer_dropout = quantizer_dropout
-        self.gradient_estimator: GradientEstimator = gradient_estimator
+        self.gradient_estimator = gradient_estimator
         if stages is None:
-            self.codebook_update: CodebookUpdate = codebook_update
+            self.codebook_update = codebook_update
             self.commitment_weight = float(commitment_weight)
             self.orthogonal_reg = float(orthogonal_reg)
             self.decay = float(decay)
@@ -303,6 +308,21 @@ class ResidualVectorQuantizer(CombinedQuantizer):
     def extra_repr(self) -> str:
         """What the stages do not tell."""
         return f"num_quantizers={self.num_quantizers}, shared_codebook={self.shared_codebook}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_ALL_CODEBOOKS and not self.__dict__.get("_built", True):
+            require(False, name, "set on each of quantizer.stages, which have their own", repr(value))
+        super().__setattr__(name, value)
+
+    def _checked(self, name: str, value: Any) -> Any:
+        if name == "gradient_estimator":
+            require_choice(name, value, SURROGATES)
+        elif name == "loss_weights":
+            value = _require_weights(value, len(self._parts()))
+        elif name == "quantizer_dropout":
+            value = _require_share(value)
+            self.lowest_index = NO_CODE if value else min(part.lowest_index for part in self._parts())
+        return super()._checked(name, value)
 
     @property
     def _drops(self) -> bool:

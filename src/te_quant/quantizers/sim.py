@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 __all__ = ["SimVQ"]
 
 
+def _check_options(*, commitment_weight: object, gradient_estimator: object, decay: object) -> dict[str, Any]:
+    """Refuse options that are out of range; return them as they are stored."""
+    commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
+    require_choice("gradient_estimator", gradient_estimator, SURROGATES)
+    decay = require_number("decay", decay, 0.0, below=1.0)
+    return {
+        "commitment_weight": float(commitment_weight),
+        "gradient_estimator": gradient_estimator,
+        "decay": float(decay),
+    }
+
+
 class SimVQ(Quantizer):
     """Replace each latent vector by its nearest code, all codes being moved together by one matrix.
 
@@ -79,6 +91,11 @@ class SimVQ(Quantizer):
     """
 
     statistics = ("usage", "pending_counts")
+    _checks = (*Quantizer._checks, _check_options)
+
+    commitment_weight: float
+    gradient_estimator: GradientEstimator
+    decay: float
     coefficients: Tensor
     usage: Tensor
     pending_counts: Tensor
@@ -99,13 +116,13 @@ class SimVQ(Quantizer):
         super().__init__(
             num_codes, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
         )
-        commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
-        require_choice("gradient_estimator", gradient_estimator, SURROGATES)
-        decay = require_number("decay", decay, 0.0, below=1.0)
         require_generator(generator)
-        self.commitment_weight = float(commitment_weight)
-        self.gradient_estimator: GradientEstimator = gradient_estimator
-        self.decay = float(decay)
+        self._set_options(
+            _check_options,
+            commitment_weight=commitment_weight,
+            gradient_estimator=gradient_estimator,
+            decay=decay,
+        )
         initial = torch.empty(num_codes, code_dim).normal_(std=code_dim**-0.5, generator=generator)
         self.register_buffer("coefficients", initial)
         self.basis = nn.Parameter(torch.eye(code_dim))

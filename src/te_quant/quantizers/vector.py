@@ -58,6 +58,60 @@ CodebookUpdate: TypeAlias = Literal["gradient", "ema"]
 _REVIVAL_THRESHOLD = 0.01
 
 
+def _check_options(
+    *,
+    metric: object,
+    codebook_update: object,
+    commitment_weight: object,
+    codebook_weight: object,
+    orthogonal_reg: object,
+    orthogonal_active_only: object,
+    orthogonal_max_codes: object,
+    gradient_estimator: object,
+    temperature: object,
+    decay: object,
+    revival_threshold: object,
+) -> dict[str, Any]:
+    """Refuse options that are out of range or contradict each other; return them as they are stored."""
+    require_choice("metric", metric, get_args(Metric))
+    require_choice("codebook_update", codebook_update, get_args(CodebookUpdate))
+    follows = metric != "dot" or codebook_update == "gradient"
+    require(follows, "codebook_update", "'gradient' with metric='dot'", repr(codebook_update))
+    commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
+    codebook_weight = require_number("codebook_weight", codebook_weight, 0.0)
+    has_term = codebook_update == "gradient" or codebook_weight == 1
+    expected = "1 with codebook_update='ema', under which there is no codebook term"
+    require(has_term, "codebook_weight", expected, repr(codebook_weight))
+    orthogonal_reg = require_number("orthogonal_reg", orthogonal_reg, 0.0)
+    require_type("orthogonal_active_only", orthogonal_active_only, bool, "a bool")
+    if orthogonal_max_codes is not None:
+        orthogonal_max_codes = require_int("orthogonal_max_codes", orthogonal_max_codes, 1)
+    subset = {"orthogonal_active_only": orthogonal_active_only, "orthogonal_max_codes": orthogonal_max_codes}
+    for name, value in subset.items():
+        require(not value or orthogonal_reg > 0, name, "unset while orthogonal_reg is 0", repr(value))
+    require_choice("gradient_estimator", gradient_estimator, SURROGATES)
+    temperature = require_number("temperature", temperature, 0.0)
+    decay = require_number("decay", decay, 0.0, below=1.0)
+    revival_threshold = require_number("revival_threshold", revival_threshold, 0.0, below=1.0)
+    unused = codebook_update == "ema" or revival_threshold in (0.0, _REVIVAL_THRESHOLD)
+    expected = f"0 or its default {_REVIVAL_THRESHOLD:g} with codebook_update='gradient'"
+    got = f"{revival_threshold!r}; call revive_dead_codes between two steps"
+    require(unused, "revival_threshold", expected, got)
+    return {
+        "metric": metric,
+        "codebook_update": codebook_update,
+        "commitment_weight": float(commitment_weight),
+        "codebook_weight": float(codebook_weight),
+        "orthogonal_reg": float(orthogonal_reg),
+        "orthogonal_active_only": orthogonal_active_only,
+        "orthogonal_max_codes": orthogonal_max_codes,
+        "gradient_estimator": gradient_estimator,
+        "temperature": float(temperature),
+        "decay": float(decay),
+        "revival_threshold": float(revival_threshold),
+    }
+
+
 class VectorQuantizer(Quantizer):
     """Replace each latent vector by its nearest code.
 
@@ -141,6 +195,20 @@ class VectorQuantizer(Quantizer):
     """
 
     statistics = ("usage", "code_sums", "pending_counts", "pending_sums", "pending_subset", "pending_rows")
+    _checks = (*Quantizer._checks, _check_options)
+    _fixed = (*Quantizer._fixed, "metric", "codebook_update", "orthogonal_max_codes")
+
+    metric: Metric
+    codebook_update: CodebookUpdate
+    commitment_weight: float
+    codebook_weight: float
+    orthogonal_reg: float
+    orthogonal_active_only: bool
+    orthogonal_max_codes: int | None
+    gradient_estimator: GradientEstimator
+    temperature: float
+    decay: float
+    revival_threshold: float
     codebook: Tensor
     usage: Tensor
     code_sums: Tensor
@@ -174,44 +242,23 @@ class VectorQuantizer(Quantizer):
         super().__init__(
             num_codes, code_dim, channel_dim=channel_dim, nonfinite=nonfinite, process_group=process_group
         )
-        require_choice("metric", metric, get_args(Metric))
-        require_choice("codebook_update", codebook_update, get_args(CodebookUpdate))
-        follows = metric != "dot" or codebook_update == "gradient"
-        require(follows, "codebook_update", "'gradient' with metric='dot'", repr(codebook_update))
-        commitment_weight = require_number("commitment_weight", commitment_weight, 0.0)
-        codebook_weight = require_number("codebook_weight", codebook_weight, 0.0)
-        has_term = codebook_update == "gradient" or codebook_weight == 1
-        expected = "1 with codebook_update='ema', under which there is no codebook term"
-        require(has_term, "codebook_weight", expected, repr(codebook_weight))
-        orthogonal_reg = require_number("orthogonal_reg", orthogonal_reg, 0.0)
-        require_type("orthogonal_active_only", orthogonal_active_only, bool, "a bool")
-        if orthogonal_max_codes is not None:
-            orthogonal_max_codes = require_int("orthogonal_max_codes", orthogonal_max_codes, 1)
-        subset = {"orthogonal_active_only": orthogonal_active_only, "orthogonal_max_codes": orthogonal_max_codes}
-        for name, value in subset.items():
-            require(not value or orthogonal_reg > 0, name, "unset while orthogonal_reg is 0", repr(value))
-        require_choice("gradient_estimator", gradient_estimator, SURROGATES)
-        temperature = require_number("temperature", temperature, 0.0)
-        decay = require_number("decay", decay, 0.0, below=1.0)
-        revival_threshold = require_number("revival_threshold", revival_threshold, 0.0, below=1.0)
-        unused = codebook_update == "ema" or revival_threshold in (0.0, _REVIVAL_THRESHOLD)
-        expected = f"0 or its default {_REVIVAL_THRESHOLD:g} with codebook_update='gradient'"
-        got = f"{revival_threshold!r}; call revive_dead_codes between two steps"
-        require(unused, "revival_threshold", expected, got)
         require_generator(generator)
-        self.metric: Metric = metric
+        self._set_options(
+            _check_options,
+            metric=metric,
+            codebook_update=codebook_update,
+            commitment_weight=commitment_weight,
+            codebook_weight=codebook_weight,
+            orthogonal_reg=orthogonal_reg,
+            orthogonal_active_only=orthogonal_active_only,
+            orthogonal_max_codes=orthogonal_max_codes,
+            gradient_estimator=gradient_estimator,
+            temperature=temperature,
+            decay=decay,
+            revival_threshold=revival_threshold,
+        )
         # Codes of unit length cannot learn how long the residuals of a level are.
         self.residual_scale = 0.5 if metric == "cosine" else 1.0
-        self.codebook_update: CodebookUpdate = codebook_update
-        self.commitment_weight = float(commitment_weight)
-        self.codebook_weight = float(codebook_weight)
-        self.orthogonal_reg = float(orthogonal_reg)
-        self.orthogonal_active_only = orthogonal_active_only
-        self.orthogonal_max_codes = orthogonal_max_codes
-        self.gradient_estimator: GradientEstimator = gradient_estimator
-        self.temperature = float(temperature)
-        self.decay = float(decay)
-        self.revival_threshold = float(revival_threshold)
         # The range of taming-transformers and of the paper's code.
         initial = torch.empty(num_codes, code_dim).uniform_(-1 / num_codes, 1 / num_codes, generator=generator)
         ema = codebook_update == "ema"
@@ -406,6 +453,14 @@ class VectorQuantizer(Quantizer):
         if name == "codebook" and isinstance(value, nn.Parameter) and name in self.__dict__.get("_buffers", ()):
             raise TypeError("codebook must be set by set_codebook under codebook_update='ema', got a Parameter.")
         super().__setattr__(name, value)
+
+    def _checked(self, name: str, value: Any) -> Any:
+        value = super()._checked(name, value)
+        if name == "revival_threshold" and self.codebook_update == "ema":
+            expected = "0, as the quantizer was built, which keeps no latents to replace codes by"
+            cure = "build another quantizer with it and load this one's state_dict"
+            require(value == 0 or "pending_rows" in self._buffers, name, expected, f"{value!r}; {cure}")
+        return value
 
     def extra_repr(self) -> str:
         """The options that tell one quantizer from the next."""

@@ -1,0 +1,191 @@
+"""Options that change after construction: checked as by the constructor, or refused where they are fixed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from te_quant import FSQ, LFQ, ProductQuantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
+from tests.helpers import exactly, plain_quantizer, plain_residual
+from tests.unit.quantizer_cases import state_of
+
+BUILD: dict[str, Callable[..., Any]] = {
+    "vq": lambda **own: VectorQuantizer(8, 4, **{"orthogonal_reg": 1.0, **own}),
+    "vq-gradient": lambda **own: plain_quantizer(8, 4, **own),
+    "rvq": lambda **own: ResidualVectorQuantizer(8, 4, 2, **own),
+    "stages": lambda **own: ResidualVectorQuantizer(stages=[FSQ((3, 3)), VectorQuantizer(8, 2)], **own),
+    "sim": lambda **own: SimVQ(8, 4, **own),
+    "fsq": lambda **own: FSQ((3, 3, 5), **own),
+    "lfq": lambda **own: LFQ(5, **own),
+    "lfq-large": lambda **own: LFQ(30, **{"diversity_weight": 0.0, **own}),
+}
+WEIGHTS = {
+    "vq": ("commitment_weight", "orthogonal_reg", "temperature", "decay", "revival_threshold"),
+    "vq-gradient": ("commitment_weight", "codebook_weight", "orthogonal_reg", "temperature", "decay"),
+    "rvq": ("commitment_weight", "orthogonal_reg", "decay", "revival_threshold"),
+    "sim": ("commitment_weight", "decay"),
+    "lfq": ("commitment_weight", "entropy_weight", "diversity_weight", "temperature"),
+}
+OTHERS: list[tuple[str, str, Any]] = [
+    ("vq", "codebook_weight", 0.5),
+    ("vq", "decay", 1.0),
+    ("vq", "revival_threshold", 1.0),
+    ("vq", "orthogonal_active_only", 1),
+    ("vq-gradient", "orthogonal_active_only", True),
+    ("vq-gradient", "revival_threshold", 0.5),
+    ("rvq", "decay", 2.0),
+    ("rvq", "quantizer_dropout", 2.0),
+    ("rvq", "loss_weights", (1.0, -1.0)),
+    ("rvq", "loss_weights", (1.0,)),
+    ("stages", "gradient_estimator", "x"),
+    ("sim", "decay", 1.0),
+    ("lfq", "temperature", 0.0),
+    ("lfq", "entropy_group_dim", 6),
+    ("lfq-large", "diversity_weight", 1.0),
+    *((name, "gradient_estimator", "x") for name in ("vq", "vq-gradient", "rvq", "sim")),
+    *((name, option, "x") for name in BUILD if name != "stages" for option in ("channel_dim", "nonfinite")),
+    *((name, option, bad) for name, all_of in WEIGHTS.items() for option in all_of for bad in (-1, math.nan, "1")),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value"), OTHERS)
+def test_assignments_refuse_what_the_constructor_refuses(name: str, option: str, value: Any) -> None:
+    """In the same words, and the option stays as it was, in the parts too."""
+    with pytest.raises((ValueError, TypeError), match=r"^[a-z_]+(\[1\])? must be .+, got .+\.$") as refused:
+        BUILD[name](**{option: value})
+    quantizer = BUILD[name]()
+    before = [part.options() for part in quantizer.modules() if hasattr(part, "options")]
+    with pytest.raises(refused.type, match=exactly(str(refused.value))):
+        setattr(quantizer, option, value)
+    assert [part.options() for part in quantizer.modules() if hasattr(part, "options")] == before
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name in WEIGHTS for option in WEIGHTS[name]])
+def test_weights_may_change(name: str, option: str) -> None:
+    """Negative control: a value that the constructor takes, of numpy too, is as if built with it."""
+    quantizer, built = BUILD[name](), BUILD[name](**({} if option == "revival_threshold" else {option: 0.25}))
+    value = 0.01 if option == "revival_threshold" else torch.tensor(0.25).numpy()[()]
+    setattr(quantizer, option, value)
+    assert quantizer.options() == built.options()
+    assert type(getattr(quantizer, option)) is float
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("vq", "num_codes", 9),
+        ("vq", "code_dim", 5),
+        ("vq", "metric", "cosine"),
+        ("vq", "metric", "foo"),
+        ("vq", "codebook_update", "gradient"),
+        ("vq", "orthogonal_max_codes", 3),
+        ("rvq", "codebook_update", "gradient"),
+        ("rvq", "shared_codebook", True),
+        ("rvq", "num_quantizers", 3),
+        ("sim", "num_codes", 9),
+        ("fsq", "levels", (3, 3, 7)),
+        ("lfq", "code_dim", 6),
+        ("lfq", "spherical", True),
+    ],
+)
+def test_fixed_options_are_refused(name: str, option: str, value: Any) -> None:
+    """Buffers or codes depend on them. The value that they have is no change."""
+    quantizer = BUILD[name]()
+    own = getattr(quantizer, option)
+    message = (
+        f"{option} must be {own!r}, as the quantizer was built, got {value!r}; build another quantizer with it."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        setattr(quantizer, option, value)
+    setattr(quantizer, option, own)
+    assert getattr(quantizer, option) == own
+
+
+def test_the_groups_of_a_product_are_fixed() -> None:
+    """Also where one quantizer serves all."""
+    quantizer = ProductQuantizer([FSQ((3, 3))], num_groups=2)
+    with pytest.raises(ValueError, match="num_groups must be 2, as the quantizer was built, got 3"):
+        quantizer.num_groups = 3
+
+
+@pytest.mark.parametrize(
+    "build", [VectorQuantizer, lambda *sizes, **own: ResidualVectorQuantizer(*sizes, 2, **own)]
+)
+def test_revival_needs_what_the_constructor_builds(build: Callable[..., Any]) -> None:
+    """The cure that the message names works; a quantizer that was built to revive may stop and go on."""
+    quantizer = build(8, 4, revival_threshold=0.0)
+    quantizer(torch.randn(50, 4))
+    message = (
+        "revival_threshold must be 0, as the quantizer was built, which keeps no latents to replace codes by, got "
+        "0.01; build another quantizer with it and load this one's state_dict."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        quantizer.revival_threshold = 0.01
+    assert quantizer.revival_threshold == 0
+    other = build(8, 4, revival_threshold=0.01)
+    other.load_state_dict(quantizer.state_dict())
+    for threshold in (0.01, 0.0, 0.02):
+        other.revival_threshold = threshold
+        other(torch.randn(50, 4))
+    assert other.eval().options()["revival_threshold"] == 0.02
+
+
+@pytest.mark.parametrize("option", ["decay", "orthogonal_reg", "revival_threshold", "commitment_weight"])
+def test_levels_follow_the_whole(option: str) -> None:
+    """After the change a residual quantizer moves as one that was built with it; without it (the control) not."""
+    value, latents = 0.95, torch.randn(3, 60, 4)
+    torch.manual_seed(1)
+    changed = ResidualVectorQuantizer(8, 4, 2)
+    built = ResidualVectorQuantizer(8, 4, 2, **{option: value})  # type: ignore[arg-type]
+    built.load_state_dict(changed.state_dict())
+    same = copy.deepcopy(changed)
+    setattr(changed, option, value)
+    losses = {}
+    for name, quantizer in {"changed": changed, "built": built, "same": same}.items():
+        losses[name] = [quantizer(batch).loss for batch in latents]
+        quantizer.eval()
+    assert losses["changed"] == losses["built"]
+    states = [state_of(quantizer) for quantizer in (changed, built, same)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    moved = not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
+    assert moved or losses["changed"] != losses["same"]
+
+
+def test_given_stages_are_changed_one_by_one() -> None:
+    """An attribute of the whole would have no effect."""
+    quantizer = BUILD["stages"]()
+    message = "decay must be set on each of quantizer.stages, which have their own, got 0.5."
+    with pytest.raises(ValueError, match=exactly(message)):
+        quantizer.decay = 0.5
+    quantizer.stages[1].decay = 0.5
+    assert quantizer.stages[1].decay == 0.5
+
+
+def test_layouts_are_those_of_the_parts() -> None:
+    """And what is done about NaN; a quantizer without a gradient estimator gets none."""
+    quantizer = ProductQuantizer([plain_residual(8, 3, 2), FSQ((3, 3))])
+    quantizer.channel_dim, quantizer.nonfinite = -1, "skip"
+    parts = [part for part in quantizer.modules() if hasattr(part, "options")]
+    assert {(part.channel_dim, part.nonfinite) for part in parts} == {(-1, "skip")}
+    rebuilt = ProductQuantizer(**quantizer.options())
+    assert rebuilt(torch.randn(2, 7, 5)).indices.shape == (2, 7, 3)
+    stages = BUILD["stages"]()
+    stages.gradient_estimator = "rotation_trick"
+    assert stages.stages[1].gradient_estimator == "rotation_trick"
+    assert not hasattr(stages.stages[0], "gradient_estimator")
+
+
+def test_dropout_may_start_later() -> None:
+    """Then indices may be -1, which the quantizer says."""
+    quantizer = BUILD["rvq"]()
+    assert quantizer.lowest_index == 0
+    quantizer.quantizer_dropout = True
+    assert quantizer.lowest_index == -1
+    assert int(quantizer(torch.randn(40, 4)).indices.min()) == -1
+    quantizer.quantizer_dropout = False
+    assert quantizer.lowest_index == 0
