@@ -1,4 +1,4 @@
-"""Transforms of ``torch.func`` over quantizers that do not learn: evaluation mode, or frozen.
+"""Transforms of ``torch.func`` over quantizers that do not learn: evaluation mode, frozen, or without statistics.
 
 The oracles are a loop over samples, reverse-mode autograd in float64, and diffusers' quantizer.
 
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call, grad, grad_and_value, jacfwd, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
+from te_quant import FSQ, LFQ, ProductQuantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
 from te_quant.functional import rotation_trick, straight_through
 from te_quant.quantizers import Quantizer
 from tests.helpers import exactly, not_finite, plain_quantizer
@@ -204,3 +207,70 @@ def test_the_same_as_diffusers() -> None:
     torch.testing.assert_close(vmap(grad(of_ours))(samples), vmap(grad(of_theirs))(samples))
     # Theirs has no forward derivatives, because torch.cdist has none.
     torch.testing.assert_close(jacfwd(of_ours)(samples[0]), jacrev(of_theirs)(samples[0]))
+
+
+RECORDING = {
+    "vq": lambda: plain_quantizer(9, 6),
+    "vq-ema": lambda: VectorQuantizer(9, 6),
+    "rvq": lambda: ResidualVectorQuantizer(9, 6, 2),
+    "stages": lambda: ResidualVectorQuantizer(stages=[FSQ((3, 3)), VectorQuantizer(9, 2)]),
+    "product": lambda: ProductQuantizer([FSQ((3, 3)), SimVQ(9, 2)]),
+    "sim": lambda: SimVQ(9, 6),
+}
+MESSAGE = (
+    "mode must be evaluation or frozen under torch.func, got training, which would lose what it records; "
+    "call eval() or freeze() first."
+)
+
+
+@pytest.mark.parametrize("name", RECORDING)
+def test_training_that_would_record_is_refused(name: str) -> None:
+    """As batch normalization does: what the passes saw would be lost, and a new codebook would never start."""
+    quantizer: Any = RECORDING[name]()
+    samples = torch.randn(3, 5, quantizer.code_dim)
+    parameters = {key: value.detach() for key, value in quantizer.named_parameters()}
+    calls: list[Callable[[], Any]] = [
+        lambda: vmap(quantizer)(samples),
+        lambda: grad(lambda z: quantizer(z).loss)(samples[0]),
+        lambda: jvp(lambda z: quantizer(z).loss, (samples[0],), (samples[1],)),
+        lambda: grad_and_value(lambda p: functional_call(quantizer, p, (samples[0],)).loss)(parameters),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=exactly(MESSAGE)):
+            call()
+    for cure in (quantizer.eval, quantizer.train, quantizer.freeze):
+        cure()
+        if not quantizer.training or quantizer.frozen:
+            for call in calls:
+                call()
+    with pytest.raises(RuntimeError, match="running_mean"):
+        vmap(torch.nn.BatchNorm1d(6))(torch.randn(3, 5, 6))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(FSQ, (5, 3)),
+        partial(LFQ, 2),
+        lambda: ProductQuantizer([FSQ((5,)), LFQ(1)]),
+        lambda: ResidualVectorQuantizer(stages=[FSQ((5, 3)), VectorQuantizer(9, 2).freeze()]),
+    ],
+    ids=["fsq", "lfq", "product", "frozen-stage"],
+)
+def test_training_that_records_nothing_gives_what_a_loop_gives(build: Callable[[], Any]) -> None:
+    """Quantizers without statistics, and those whose parts are frozen, lose nothing."""
+    quantizer = build()
+    assert quantizer.training
+    samples = torch.randn(3, 5, 2)
+    function = scalar(quantizer)
+    torch.testing.assert_close(vmap(grad(function))(samples), loop_gradient(function, samples))
+
+
+def test_batched_backward_passes_repeat_a_checkpointed_step() -> None:
+    """``is_grads_batched`` is a vmap of the backward pass, which only repeats a forward pass that was recorded."""
+    quantizer, latents = VectorQuantizer(9, 6), torch.randn(5, 6, requires_grad=True)
+    quantizer(torch.randn(50, 6))
+    output = checkpoint(lambda z: quantizer(z).quantized, latents, use_reentrant=False)
+    (got,) = torch.autograd.grad(output, latents, torch.eye(30).view(30, 5, 6), is_grads_batched=True)
+    torch.testing.assert_close(got, torch.eye(30).view(30, 5, 6))
+    assert quantizer.pending_counts.sum() == 5

@@ -2,7 +2,7 @@
 
 Activation checkpointing discards what a forward pass computed and runs it a second time during the backward pass.
 The second time must see the codebook that the first one saw, and must not count the batch again. torch.func may
-run a function any number of times, on tensors that no buffer can hold; there nothing is recorded either.
+run a function any number of times, on tensors that no buffer can hold; there a pass that would record is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from te_quant._execution.modes import in_transform
 
-__all__ = ["between_steps", "refuse_redraw"]
+__all__ = ["between_steps", "refuse_redraw", "refuse_transform"]
 
 _library = torch.library.Library("te_quant", "FRAGMENT")
 # Without an argument a compiler might compute the answer once and for all.
@@ -24,7 +24,7 @@ _library.define("refuse_redraw(Tensor drawn) -> Tensor", tags=(torch.Tag.pt2_com
 
 @torch.no_grad()
 def between_steps(checked: Tensor, buffers: Iterable[Tensor], change: Callable[[], None]) -> None:
-    """Run ``change``, which changes ``buffers`` in place, unless autograd or torch.func repeats a forward pass.
+    """Run ``change``, which changes ``buffers`` in place, unless autograd repeats a forward pass.
 
     Args:
         checked: the latents that their check returned. A compiled graph may order its nodes as it likes, but
@@ -33,7 +33,7 @@ def between_steps(checked: Tensor, buffers: Iterable[Tensor], change: Callable[[
         change: what to do.
     """
     if not torch.compiler.is_compiling():
-        if not _in_backward() and not in_transform():
+        if not _in_backward():
             change()
         return
     # One graph serves both passes, so what it changed is taken back where the pass turns out to be the second.
@@ -42,6 +42,16 @@ def between_steps(checked: Tensor, buffers: Iterable[Tensor], change: Callable[[
     again = torch.ops.te_quant.recomputing(checked)
     for buffer, old in before:
         buffer.copy_(torch.where(again, old, buffer))
+
+
+def refuse_transform() -> None:
+    """Refuse a training pass that torch.func runs: what it recorded would be lost."""
+    # A backward pass may be batched too, and only repeats what was recorded before.
+    if in_transform() and (torch.compiler.is_compiling() or not _in_backward()):
+        raise RuntimeError(
+            "mode must be evaluation or frozen under torch.func, got training, which would lose what it records; "
+            "call eval() or freeze() first."
+        )
 
 
 def refuse_redraw(drawn: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -241,6 +241,9 @@ class CombinedQuantizer(Quantizer):
         for part in self._owned():
             yield from part._learnt()
 
+    def _records(self) -> bool:
+        return not self.frozen and any(part._records() for part in self._owned())
+
     def _remembered(self) -> Iterator[Tensor]:
         for part in self._owned():
             yield from part._remembered()

@@ -27,7 +27,7 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
-from te_quant._execution import between_steps, is_exporting
+from te_quant._execution import between_steps, is_exporting, refuse_transform
 from te_quant._precision import HALF, full_precision, wide_buffers
 from te_quant._values import may_be_true, require_in_range
 from te_quant.functional import straight_through
@@ -162,7 +162,8 @@ class Quantizer(nn.Module):
     - :meth:`record` and :meth:`apply_pending` (optional): for quantizers that learn from the latents themselves. A
       training pass ends with ``record``, which puts what it saw into buffers of its own. The next one begins with
       :meth:`advance`, which calls ``apply_pending``: it moves the codebook. So the codebook never moves inside a
-      step. Neither is called while frozen, while autograd recomputes a forward pass, or inside ``torch.func``.
+      step. Neither is called while frozen, or while autograd recomputes a forward pass; and a
+      pass inside ``torch.func`` is refused where it would record.
 
     ``te_quant.testing.check_quantizer`` holds a subclass to all of this; the page "Add a quantizer" builds one.
 
@@ -261,6 +262,9 @@ class Quantizer(nn.Module):
                 get what a pass over these tokens only would give them, apart from numbers drawn at random.
             generator: randomness of what is drawn in training; the global one if None.
 
+        Raises:
+            RuntimeError: a pass that would change state is exported, or run by a transform of ``torch.func``.
+
         Example:
             >>> from te_quant import VectorQuantizer
             >>> latents = torch.randn(2, 3, 4)  # two sequences, padded to three tokens
@@ -277,6 +281,8 @@ class Quantizer(nn.Module):
         changing = self.training and not self.frozen
         if changing and is_exporting():
             raise RuntimeError("mode must be evaluation to export a quantizer, got training; call eval() first.")
+        if changing and self._records():
+            refuse_transform()
         with full_precision(latents.device):
             rows = self._rows(latents, kept)
             if changing:
@@ -580,6 +586,10 @@ class Quantizer(nn.Module):
         with wide_buffers(self, self.statistics):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _records(self) -> bool:
+        """Whether a training pass puts anything into buffers."""
+        return not self.frozen and type(self).record is not Quantizer.record
 
     def _remembered(self) -> Iterator[Tensor]:
         """The buffers that training passes change."""
