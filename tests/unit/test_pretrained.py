@@ -426,3 +426,18 @@ def test_files_name_options_whose_default_has_changed(own: dict, place: str) -> 
     again = AutoencoderConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert learning(again) == learning(config) == {**PRESENT, **own}
+
+
+@pytest.mark.parametrize("given", [{}, {"codebook_update": "ema"}, {"commitment_weight": 1.0, "decay": 0.9}])
+def test_fields_at_their_defaults_describe_what_is_built(given: dict) -> None:
+    """They cannot be told from fields that were left out, so a residual quantizer has the same defaults."""
+    config = AutoencoderConfig(quantizer=RESIDUAL, **given)
+    assert learning(config) == PRESENT
+    assert {name: getattr(config, name) for name in PRESENT} == PRESENT
+
+
+def test_fields_beyond_their_defaults_must_be_what_is_built() -> None:
+    """Negative control: the described quantizer has another update than the field says."""
+    message = r"config\.codebook_update must be its default 'ema', or what config\.quantizer has \('ema', "
+    with pytest.raises(ValueError, match=message + r"ResidualVectorQuantizer\), got 'gradient'\."):
+        AutoencoderConfig(quantizer=RESIDUAL, codebook_update="gradient")

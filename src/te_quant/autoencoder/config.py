@@ -116,7 +116,7 @@ class AutoencoderConfig:
             constructor wants ``num_codes`` or ``code_dim`` and they are not named, those of the fields are used.
             Quantizers inside are described in the same way, completely: ``"stages": [{"name": ...}, ...]``.
             The fields above then show what the quantizer has; one that says something else beyond its default is
-            refused.
+            refused. A field at its default counts as left out, so the quantizer's own options decide.
         attention: ``False`` builds a model without attention, like ``attention_levels=()``; together with levels
             or a ``middle_attention`` that contradict it, it is refused. It is not stored itself.
 
