@@ -138,7 +138,9 @@ def index_axes(quantizer: Any) -> tuple[int, ...]:
 
 def index_layout(quantizer: Any) -> str:
     """The shape of indices, as errors name it."""
-    return "(B, h, w, Q), (B, N, Q) or (N, Q)" if index_axes(quantizer) else "(B, h, w), (B, N) or (N,)"
+    if index_axes(quantizer):
+        return "(N, Q), (B, T, Q), (B, h, w, Q) or (B, d, h, w, Q)"
+    return "(N,), (B, T), (B, h, w) or (B, d, h, w)"
 
 
 def has_loss(quantizer: Any) -> bool:

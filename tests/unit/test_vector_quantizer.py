@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from te_quant import VectorQuantizer
+from te_quant import ResidualVectorQuantizer, VectorQuantizer
 from te_quant.functional import rotation_trick
 from te_quant.testing import assert_shift_equivariant, codebooks, latents_off_boundaries, shifts
 from tests.helpers import exactly, plain_quantizer
@@ -462,3 +465,31 @@ def test_gradient_training_finds_clusters() -> None:
             getattr(quantizer(latents), term).backward()
             optimizer.step()
         assert ((quantizer.codebook - centres).norm(dim=1).max().item() < 0.2) == arrives
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("build", [VectorQuantizer, partial(ResidualVectorQuantizer, num_quantizers=2)])
+def test_the_layouts_that_a_refusal_names_work(build: Callable[..., Any], channel_dim: int) -> None:
+    """All of them and no others: for latents, and for indices of one or Q axes."""
+    quantizer = build(9, 3, channel_dim=channel_dim)
+    sizes = {"N": 5, "B": 2, "C": 3, "T": 4, "d": 3, "h": 2, "w": 5, "Q": 2}
+    found = []
+    for method, wrong in (
+        (quantizer, torch.zeros(3)),
+        (quantizer.decode, torch.zeros([1] * 7, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match=r"must be of shape \(.*\), got shape \(.*\)\.$") as refused:
+            method(wrong)
+        named = str(refused.value).partition(" of shape ")[2].partition(", got")[0]
+        found.append(
+            [[sizes[axis] for axis in re.findall(r"\w", shape)] for shape in re.findall(r"\(.*?\)", named)]
+        )
+    latents, indices = found
+    assert [len(shape) for shape in latents] == [2, 3, 4, 5]
+    for shape, chosen in zip(latents, indices, strict=True):
+        output = quantizer(torch.randn(shape))
+        assert list(output.indices.shape) == chosen
+        assert list(quantizer.decode(output.indices).shape) == shape
+    for shape in ([3], [2, 3, 2, 2, 2, 3]):
+        with pytest.raises(ValueError, match=r"latents must be of shape \(N, C\), .*, got shape"):
+            quantizer(torch.zeros(shape))

@@ -45,6 +45,12 @@ _Self = TypeVar("_Self", bound="Quantizer")
 # The index of a token that is masked, or of a codebook that is left out.
 NO_CODE = -1
 
+# The layouts that are read: rows, a sequence, an image and a volume or video, by ``channel_dim``.
+LATENT_SHAPES = {
+    1: "(N, C), (B, C, T), (B, C, h, w) or (B, C, d, h, w)",
+    -1: "(N, C), (B, T, C), (B, h, w, C) or (B, d, h, w, C)",
+}
+
 # Parameters of a constructor that describe a run, not the quantizer.
 _NO_OPTIONS = ("self", "generator", "process_group")
 
@@ -325,8 +331,8 @@ class Quantizer(nn.Module):
         """Return the codes of ``indices``, contiguous, C at ``channel_dim``; differentiable in what is learnt.
 
         Args:
-            indices: (B, h, w), (B, N) or (N,), integer, in [0, K), or -1, whose code is zero; with 1 to Q indices
-                per token in a last axis where ``num_quantizers`` is set.
+            indices: (N,), (B, T), (B, h, w) or (B, d, h, w), integer, in [0, K), or -1, whose code is zero; with 1
+                to Q indices per token in a last axis where ``num_quantizers`` is set.
 
         Raises:
             ValueError: an index has no code, or the rank, the number of codebooks or the device does not fit.
@@ -600,8 +606,7 @@ class Quantizer(nn.Module):
 
     def _check_latents(self, latents: Tensor) -> None:
         """Refuse latents that do not fit."""
-        shape = "(B, C, h, w) or (N, C)" if self.channel_dim == 1 else "(B, N, C) or (N, C)"
-        require_rank("latents", latents, (2, 3, 4, 5), shape)
+        require_rank("latents", latents, (2, 3, 4, 5), LATENT_SHAPES[self.channel_dim])
         require_floating("latents", latents)
         axis = 1 if self.channel_dim == 1 else latents.ndim - 1
         other = -1 if self.channel_dim == 1 else 1
@@ -685,9 +690,9 @@ class Quantizer(nn.Module):
         """Refuse what no code belongs to; return the indices as int64."""
         require_integer_tensor("indices", indices)
         if self.num_quantizers is None:
-            require_rank("indices", indices, (1, 2, 3, 4), "(B, h, w), (B, N) or (N,)")
+            require_rank("indices", indices, (1, 2, 3, 4), "(N,), (B, T), (B, h, w) or (B, d, h, w)")
         else:
-            require_rank("indices", indices, (2, 3, 4, 5), "(B, h, w, Q), (B, N, Q) or (N, Q)")
+            require_rank("indices", indices, (2, 3, 4, 5), "(N, Q), (B, T, Q), (B, h, w, Q) or (B, d, h, w, Q)")
             stages, shape = indices.shape[-1], tuple(indices.shape)
             expected = f"1 to num_quantizers={self.num_quantizers}"
             fits = 1 <= stages <= self.num_quantizers

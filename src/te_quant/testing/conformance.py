@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from te_quant.quantizers import Quantizer, QuantizerOutput
+from te_quant.quantizers.base import LATENT_SHAPES
 
 __all__ = ["QUANTIZER_CHECKS", "QuantizerFactory", "check_quantizer"]
 
@@ -405,7 +406,7 @@ def _empty_batches(promise: str, factory: QuantizerFactory) -> None:
 
 @_check("latents of another rank, size, kind, dtype or device are refused by name")
 def _wrong_latents(promise: str, factory: QuantizerFactory) -> None:
-    for channel_dim, wanted in ((1, "(B, C, h, w) or (N, C)"), (-1, "(B, N, C) or (N, C)")):
+    for channel_dim, wanted in LATENT_SHAPES.items():
         quantizer = _build(factory, channel_dim=channel_dim)
         c = quantizer.code_dim
         for shape in ((c,), (1, c, 1, 1, 1, c)):
