@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from te_quant import FSQ, LFQ, AutoencoderConfig, VQAutoencoder, _constants
+from te_quant import FSQ, LFQ, AutoencoderConfig, VectorQuantizer, VQAutoencoder, _constants
 from te_quant.layers import (
     BlurPool2d,
     BlurUpsample2d,
@@ -285,6 +285,22 @@ def test_quantizer_without_tensors_refuses_latents_of_another_dtype(name: str) -
     message = "latents must be torch.float64 as the quantizer, got torch.float32; convert one of the two."
     with pytest.raises(TypeError, match=exactly(message)):
         quantizer(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("own", DTYPES)
+@pytest.mark.parametrize("given", DTYPES)
+def test_quantizers_without_tensors_take_the_dtypes_that_others_take(own: torch.dtype, given: torch.dtype) -> None:
+    """A codebook is the oracle; float64 goes with nothing else, and float32 not into half precision."""
+    quantizers = [SUBJECTS[name]().to(own) for name in ("fsq", "lfq")] + [VectorQuantizer(4, 4).to(own)]
+    latents = torch.randn(2, 4).to(given)
+    for quantizer in quantizers:
+        if own == given or (given in (torch.float16, torch.bfloat16) and own != torch.float64):
+            output = quantizer(latents)
+            assert (output.quantized.dtype, output.codes.dtype) == (given, own)
+        else:
+            message = f"latents must be {own} as the quantizer, got {given}; convert one of the two."
+            with pytest.raises(TypeError, match=exactly(message)):
+                quantizer(latents)
 
 
 @pytest.mark.parametrize("name", ["fsq", "lfq"])

@@ -40,10 +40,11 @@ class FSQ(TensorFreeQuantizer):
             that are skipped are quantized as if zero. Under ``"off"`` NaN becomes the lowest level.
 
     Shape:
-        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the module's dtype; under
-            autocast also half precision, which is computed in float32.
-        quantized, codes: as latents, in [-1, 1]. indices: the latents' shape without the channel axis, int64 in
-            [0, K), or -1 where masked. losses: (), all zero.
+        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, of the module's dtype or in half precision,
+            which is computed in float32. As for a module with weights, that dtype is torch's default when it is
+            built, and follows ``half()`` or ``double()``. Only a module in float64 takes no half precision.
+        quantized: as latents, in [-1, 1]. codes: the same in the module's dtype. indices: the latents' shape
+            without the channel axis, int64 in [0, K), or -1 where masked. losses: (), all zero.
 
     Attributes:
         num_codes: number of codes, K. ``decode(torch.arange(K))`` lists the codes.
@@ -52,7 +53,7 @@ class FSQ(TensorFreeQuantizer):
     Raises:
         ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does
             not fit, or latents are not finite.
-        TypeError: latents are not floating point, or of another dtype than the module.
+        TypeError: latents are not floating point, or of another dtype than the module and not in half precision.
 
     Source: Mentzer et al. 2023, arXiv:2309.15505, Section 3.1 and appendix A.1, whose order of digits this is:
         index = Σ_i digit_i · Π_{j<i} L_j, so the first channel changes fastest. Differs: the range is not

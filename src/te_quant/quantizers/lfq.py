@@ -99,10 +99,11 @@ class LFQ(TensorFreeQuantizer):
             torch.distributed's default group, looked up at each call, and only this process when there is none.
 
     Shape:
-        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, floating point, of the module's dtype; under
-            autocast also half precision, which is computed in float32.
-        quantized, codes: as latents, -1 or 1, or ±1/√C if spherical. indices: the latents' shape without the
-            channel axis, int64 in [0, K), or -1 where masked. losses: ().
+        latents: (B, C, h, w), (B, N, C), (N, C) or up to rank 5, of the module's dtype or in half precision,
+            which is computed in float32. As for a module with weights, that dtype is torch's default when it is
+            built, and follows ``half()`` or ``double()``. Only a module in float64 takes no half precision.
+        quantized: as latents, -1 or 1, or ±1/√C if spherical. codes: the same in the module's dtype. indices: the
+            latents' shape without the channel axis, int64 in [0, K), or -1 where masked. losses: ().
 
     Attributes:
         num_codes: number of codes, K.
@@ -110,7 +111,7 @@ class LFQ(TensorFreeQuantizer):
     Raises:
         ValueError: an option is out of range, axis ``channel_dim`` of latents is not C, the rank or device does
             not fit, or latents are not finite.
-        TypeError: latents are not floating point, or of another dtype than the module.
+        TypeError: latents are not floating point, or of another dtype than the module and not in half precision.
 
     Source: Yu et al. 2023, arXiv:2310.05737 (MAGVIT-v2), Eq. 3 (sign, zero counting as -1), Eq. 4 (index =
         Σ_i 2^(i-1)·[z_i > 0], so the first channel is the lowest bit) and Eq. 5 (entropy terms). Differs: log K is
