@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from te_quant import AutoencoderConfig, Quantizer, VQAutoencoder
+from te_quant import AutoencoderConfig, Quantizer, VectorQuantizer, VQAutoencoder
 from tests.unit.module_cases import (
     CASES,
     EXEMPT,
@@ -701,3 +701,20 @@ def test_frozen_is_frozen_whoever_toggles_gradients(name: str) -> None:
     for step in range(2):
         training_step(model, case.example(step), seed=step, rate=1.0)
     assert_same_bits(state_of(quantizer), before)
+
+
+def test_averaged_buffers_are_those_of_one_codebook() -> None:
+    """With ``use_buffers`` sums and counts are averaged; ``eval()`` makes codes of them, not their own average."""
+    quantizer = VectorQuantizer(8, 4)
+    averaged = AveragedModel(quantizer, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(20):
+        quantizer(torch.randn(100, 4))
+        averaged.update_parameters(quantizer)
+    one: Any = averaged.module
+    mean = one.codebook.clone()
+    share = 1 - one.decay
+    usage = one.usage.lerp(one.pending_counts, share)
+    sums = one.code_sums.lerp(one.pending_sums, share)
+    averaged.eval()
+    torch.testing.assert_close(one.codebook, sums / usage.unsqueeze(1), rtol=1e-4, atol=1e-5)
+    assert (one.codebook - mean).abs().max() > 1e-3
