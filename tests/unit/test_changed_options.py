@@ -1,4 +1,4 @@
-"""Options that change after construction: checked as by the constructor, or refused where they are fixed."""
+"""Options after construction: changes are checked as by the constructor or refused, and print shows them."""
 
 from __future__ import annotations
 
@@ -189,3 +189,53 @@ def test_dropout_may_start_later() -> None:
     assert int(quantizer(torch.randn(40, 4)).indices.min()) == -1
     quantizer.quantizer_dropout = False
     assert quantizer.lowest_index == 0
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "text"),
+    [
+        (VectorQuantizer(8, 4), "VectorQuantizer(num_codes=8, code_dim=4)"),
+        (
+            VectorQuantizer(
+                8,
+                4,
+                metric="cosine",
+                codebook_update="gradient",
+                commitment_weight=0.25,
+                gradient_estimator="rotation_trick",
+                decay=0.99,
+                revival_threshold=0.0,
+                channel_dim=-1,
+            ),
+            "VectorQuantizer(num_codes=8, code_dim=4, metric='cosine', codebook_update='gradient', "
+            "commitment_weight=0.25, gradient_estimator='rotation_trick', decay=0.99, revival_threshold=0.0, "
+            "channel_dim=-1)",
+        ),
+        (SimVQ(8, 4, decay=0.5), "SimVQ(num_codes=8, code_dim=4, decay=0.5)"),
+        (FSQ([3, 5], nonfinite="skip"), "FSQ(levels=(3, 5), nonfinite='skip')"),
+        (LFQ(4, entropy_weight=0.2), "LFQ(code_dim=4, entropy_weight=0.2)"),
+        (
+            ResidualVectorQuantizer(8, 4, 2, decay=0.5),
+            "ResidualVectorQuantizer(\n  num_codes=8, code_dim=4, num_quantizers=2, decay=0.5\n"
+            "  (stages): ModuleList(\n    (0-1): 2 x VectorQuantizer(num_codes=8, code_dim=4, decay=0.5)\n  )\n)",
+        ),
+        (
+            ProductQuantizer([FSQ((3, 5))], num_groups=2),
+            "ProductQuantizer(\n  num_groups=2\n  (quantizers): ModuleList(\n    (0): FSQ(levels=(3, 5))\n  )\n)",
+        ),
+    ],
+)
+def test_print_shows_options_beyond_their_defaults(quantizer: Any, text: str) -> None:
+    """What one compares after loading or migrating; an option that is not named has its default."""
+    assert repr(quantizer) == text
+
+
+def test_print_of_options_that_are_no_plain_attributes() -> None:
+    """A parameter of the name of an option, and an option that was not kept."""
+
+    class Own(FSQ):
+        def __init__(self, levels: Any, scale: float = 1.0, lost: int = 3) -> None:
+            super().__init__(levels)
+            self.scale = torch.nn.Parameter(torch.tensor([scale, 2 * scale]))
+
+    assert repr(Own((3, 5), 2.0, 4)) == "Own(levels=(3, 5))"

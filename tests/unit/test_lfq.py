@@ -224,7 +224,7 @@ def test_refuses_bad_options(dim: Any, options: dict[str, Any], error: type[Exce
 
 def test_shows_its_options() -> None:
     """In print."""
-    assert repr(LFQ(4)) == "LFQ(code_dim=4, entropy_weight=0.1)"
+    assert repr(LFQ(4)) == "LFQ(code_dim=4)"
 
 
 def test_beside_vector_quantize_pytorch() -> None:

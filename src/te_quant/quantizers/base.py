@@ -555,8 +555,15 @@ class Quantizer(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        """Name the sizes, which tell one quantizer from the next."""
-        return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
+        """Name the options that have no default, and those that differ from theirs."""
+        shown = []
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            # What is no attribute is not known, and modules inside are printed below.
+            value = getattr(self, name, parameter.default)
+            hidden = name in _NO_OPTIONS or isinstance(value, Tensor | nn.Module)
+            if not hidden and value != parameter.default:
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Until it is set for the first time, the constructor checks it.

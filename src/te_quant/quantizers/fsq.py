@@ -132,10 +132,6 @@ class FSQ(TensorFreeQuantizer):
             losses=Losses(codebook=nothing.detach(), commitment=nothing, regularization=nothing.detach()),
         )
 
-    def extra_repr(self) -> str:
-        """The options that tell one quantizer from the next."""
-        return f"levels={self.levels}"
-
     def _digits(self, bounded: Tensor) -> Tensor:
         """(N, C) -> (N, C) int64, of a channel of L levels in [0, L)."""
         digits = bounded.round().long() + self._whole(_zeros, bounded)

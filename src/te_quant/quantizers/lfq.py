@@ -201,11 +201,6 @@ class LFQ(TensorFreeQuantizer):
             losses=losses,
         )
 
-    def extra_repr(self) -> str:
-        """The options that tell one quantizer from the next."""
-        sphere = ", spherical=True" if self.spherical else ""
-        return f"code_dim={self.code_dim}, entropy_weight={self.entropy_weight:g}{sphere}"
-
     def _codes(self, bits: Tensor) -> Tensor:
         # -1 + 2·bit in one operation; on a CPU looking the two values up costs more.
         below = constant(_below, dtype=self.dtype, device=bits.device)

@@ -163,10 +163,6 @@ class ProductQuantizer(CombinedQuantizer):
         """Return what the constructor was given, by name; see the base class."""
         return {**super().options(), "quantizers": list(self.quantizers)}
 
-    def extra_repr(self) -> str:
-        """What the quantizers inside do not tell."""
-        return f"num_groups={len(self._parts())}"
-
     def _parts(self) -> list[Quantizer]:
         return cast("list[Quantizer]", list(self.quantizers)) * (self.num_groups or 1)
 

@@ -305,10 +305,6 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         options = {name: getattr(self, name) for name in names if name not in ("generator", "process_group")}
         return options if self._built else {**options, "stages": list(self.stages)}
 
-    def extra_repr(self) -> str:
-        """What the stages do not tell."""
-        return f"num_quantizers={self.num_quantizers}, shared_codebook={self.shared_codebook}"
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OF_ALL_CODEBOOKS and not self.__dict__.get("_built", True):
             require(False, name, "set on each of quantizer.stages, which have their own", repr(value))

@@ -462,13 +462,6 @@ class VectorQuantizer(Quantizer):
             require(value == 0 or "pending_rows" in self._buffers, name, expected, f"{value!r}; {cure}")
         return value
 
-    def extra_repr(self) -> str:
-        """The options that tell one quantizer from the next."""
-        return (
-            f"num_codes={self.num_codes}, code_dim={self.code_dim}, metric={self.metric!r}, "
-            f"codebook_update={self.codebook_update!r}, orthogonal_reg={self.orthogonal_reg:g}"
-        )
-
     def _learnt(self) -> Iterator[nn.Parameter]:
         # A moving-average codebook never takes gradients.
         return self.parameters() if self.codebook_update == "gradient" else iter(())
