@@ -96,6 +96,13 @@ class CodebookUsage(nn.Module):
         >>> usage.update(torch.tensor([[0, 0], [2, 2]]))
         >>> usage.compute().perplexity
         2.0
+        >>> from te_quant import ResidualVectorQuantizer
+        >>> quantizer = ResidualVectorQuantizer(num_codes=4, code_dim=2, num_quantizers=3)
+        >>> levels = [CodebookUsage(size) for size in quantizer.codebook_sizes]
+        >>> for counter, indices in zip(levels, quantizer.encode(torch.randn(50, 2)).unbind(-1)):
+        ...     counter.update(indices)
+        >>> [counter.compute().tokens for counter in levels]
+        [50, 50, 50]
     """
 
     def __init__(
@@ -116,7 +123,9 @@ class CodebookUsage(nn.Module):
     def update(self, indices: Tensor) -> None:
         """Count ``indices``: any shape, integer, in [0, K).
 
-        The index -1 of masked tokens and of levels left out is refused: count ``indices[indices >= 0]``.
+        The index -1 of masked tokens and of levels left out is refused: count ``indices[indices >= 0]``. Where
+        tokens have Q indices, all of them are counted as of one codebook; give ``indices[..., level]`` to a counter
+        of its own to see each level.
 
         Raises:
             ValueError: an index is out of range, or on another device.

@@ -447,13 +447,8 @@ def test_usage_is_counted_while_training_by_gradient_too() -> None:
 def test_repr_names_the_options() -> None:
     """The printed module tells what it is."""
     text = repr(plain_quantizer(5, 2, metric="cosine", orthogonal_reg=10.0))
-    for part in (
-        "num_codes=5",
-        "code_dim=2",
-        "metric='cosine'",
-        "codebook_update='gradient'",
-        "orthogonal_reg=10",
-    ):
+    parts = ("num_codes=5", "code_dim=2", "metric='cosine'", "codebook_update='gradient'", "orthogonal_reg=10")
+    for part in parts:
         assert part in text
 
 
