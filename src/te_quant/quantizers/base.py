@@ -588,7 +588,7 @@ class Quantizer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build a copy or an unpickled quantizer; no block ends for it, so it is outside of every one."""
-        super().__setstate__({**state, "_accumulating": False})
+        super().__setstate__({**state, "_accumulating": False})  # type: ignore[no-untyped-call]
 
     def _learnt(self) -> Iterator[nn.Parameter]:
         """The parameters that take gradients unless frozen."""
