@@ -441,3 +441,17 @@ def test_fields_beyond_their_defaults_must_be_what_is_built() -> None:
     message = r"config\.codebook_update must be its default 'ema', or what config\.quantizer has \('ema', "
     with pytest.raises(ValueError, match=message + r"ResidualVectorQuantizer\), got 'gradient'\."):
         AutoencoderConfig(quantizer=RESIDUAL, codebook_update="gradient")
+
+
+@pytest.mark.parametrize("place", ["alone", "inside"])
+def test_files_with_former_defaults_take_an_instance_that_has_them(tmp_path: Path, place: str) -> None:
+    """The same model as without the instance; one with the present defaults (the control) is another quantizer."""
+    former = AutoencoderConfig(quantizer=with_quantizer({**RESIDUAL, **FORMER})[place]).build_quantizer()
+    model = VQAutoencoder(replace(SMALL, quantizer=with_quantizer({**RESIDUAL, **FORMER})[place]))
+    stored = {**model.config.to_dict(), "quantizer": with_quantizer(RESIDUAL)[place]}
+    _pretrained.save(tmp_path, "VQAutoencoder", stored, model.state_dict())
+    again = VQAutoencoder.from_pretrained(tmp_path, quantizer=former)
+    assert again.config == VQAutoencoder.from_pretrained(tmp_path).config == model.config
+    present = AutoencoderConfig(quantizer=with_quantizer(RESIDUAL)[place]).build_quantizer()
+    with pytest.raises(ValueError, match="quantizer must be the one that the file describes"):
+        VQAutoencoder.from_pretrained(tmp_path, quantizer=present)

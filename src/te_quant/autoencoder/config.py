@@ -372,10 +372,8 @@ class AutoencoderConfig:
         if "codebook_update" in options and "revival_threshold" not in options:
             # A file from before codes were revived.
             options = {**options, "revival_threshold": 0.0}
-        if "quantizer" in options and set(_FORMER_DEFAULTS) <= set(options):
-            # A file shows at the top what its quantizer has, but not what quantizers inside have.
-            shown = {name: options[name] for name in _FORMER_DEFAULTS}
-            options = {**options, "quantizer": _as_stored(options["quantizer"], shown)}
+        if "quantizer" in options:
+            options = {**options, "quantizer": stored_quantizer(options)}
         return cls(**options)
 
 
@@ -413,6 +411,14 @@ def description(quantizer: Quantizer) -> dict[str, Any]:
         if value != parameters[name].default or name in changed
     }
     return {"name": type(quantizer).__name__, **_as_json(options)}
+
+
+def stored_quantizer(options: Mapping[str, Any]) -> Any:
+    """Return what the options of a stored config say of the quantizer, with the defaults of their time."""
+    if set(_FORMER_DEFAULTS) <= set(options):
+        # A file shows at the top what its quantizer has, but not what quantizers inside have.
+        return _as_stored(options["quantizer"], {name: options[name] for name in _FORMER_DEFAULTS})
+    return options["quantizer"]
 
 
 def _as_stored(described: object, defaults: Mapping[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from te_quant._pretrained import Report
 from te_quant._values import require_in_range
 from te_quant.autoencoder.card import autoencoder_card
 from te_quant.autoencoder.coders import Level, build_decoder, build_encoder
-from te_quant.autoencoder.config import AutoencoderConfig, description
+from te_quant.autoencoder.config import AutoencoderConfig, description, stored_quantizer
 from te_quant.contract import Encoding, EquivarianceContract
 from te_quant.filters import in_format_of
 from te_quant.quantizers import Quantizer
@@ -405,8 +405,10 @@ def _fitting(config: AutoencoderConfig, quantizer: object) -> AutoencoderConfig:
 def _config_around(options: dict[str, Any], quantizer: Quantizer) -> AutoencoderConfig:
     """Return the config that a file holds for a model with ``quantizer``, which must be the one it describes."""
     described = description(quantizer)
-    saved = options.pop("quantizer", None)
-    if saved is None:
+    if "quantizer" in options:
+        saved = stored_quantizer(options)
+        del options["quantizer"]
+    else:
         saved = description(AutoencoderConfig.from_dict(options).build_quantizer())
     require(saved == described, "quantizer", f"the one that the file describes, {saved}", described)
     return AutoencoderConfig.from_dict(options)
