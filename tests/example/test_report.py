@@ -92,7 +92,7 @@ def test_findings_say_how_many_seeds_there_are() -> None:
     """One seed says nothing of the spread; one arm compares nothing."""
     assert "At least one arm has a single seed" in _text(_run("A", 0), _run("B", 0))
     assert "at least 2 seeds" in _text(_run("A", 0), _run("A", 1), _run("B", 0), _run("B", 1))
-    assert "A alone is finished" in _text(_run("A", 0))
+    assert "Only A is finished" in _text(_run("A", 0))
 
 
 def test_every_finding_about_an_arm_names_it() -> None:
