@@ -287,6 +287,7 @@ DATA: Mapping[str, Callable[[], Place]] = {
     "alive": lambda: _results("alive"),
     "photos": lambda: _results("photos"),
     "confirm": lambda: _results("confirmatory"),
+    "attempts": lambda: _results("attempts"),
     # Not there before all confirmatory runs are.
     "tests": lambda: _read("examples/te_vqgan/results/confirmatory/hypotheses.json", confirmatory),
     "family": lambda: _read("examples/te_vqgan/results/family/results.json", _family),
