@@ -124,8 +124,8 @@ class CodebookUsage(nn.Module):
         """Count ``indices``: any shape, integer, in [0, K).
 
         The index -1 of masked tokens and of levels left out is refused: count ``indices[indices >= 0]``. Where
-        tokens have Q indices, all are counted as of one codebook; give ``indices[..., level]`` to a counter
-        of its own to see each level.
+        tokens have Q indices, all are counted as of one codebook. To see each level, use one counter per level
+        and give it ``indices[..., level]``.
 
         Raises:
             ValueError: an index is out of range, or on another device.

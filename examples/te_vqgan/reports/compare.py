@@ -184,7 +184,7 @@ def exactness(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def scatter(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw κ below a token against reconstruction error and against perplexity, a point a run, a colour an arm."""
+    """Draw κ below a token against reconstruction error and perplexity, one point per run, one colour per arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")

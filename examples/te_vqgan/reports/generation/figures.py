@@ -112,7 +112,7 @@ def draw_confusions(counts: Mapping[str, NDArray[np.int64]], class_names: Sequen
 
 
 def draw_tradeoff(points: Sequence[Point]) -> Figure:
-    """Draw the accuracy of text to image against equivariance and against code use, a point a run."""
+    """Draw the accuracy of text to image against equivariance and against code use, one point per run."""
     figure = _figure(10.5, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
     arms = list(dict.fromkeys(point.arm for point in points))
@@ -130,7 +130,7 @@ def draw_tradeoff(points: Sequence[Point]) -> Figure:
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
     )
-    figure.suptitle("Does an equivariant tokenizer draw better? Held-out combinations, a point a seed")
+    figure.suptitle("Does an equivariant tokenizer draw better? Held-out combinations, one point per seed")
     return figure
 
 
