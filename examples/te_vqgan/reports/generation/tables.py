@@ -97,7 +97,7 @@ def table1(results: Mapping[str, Any], task: str) -> Table:
         cells += [mean(accuracies(runs, images, rule, task, case, "seen")) for case in ("quad1", "quad4")]
         if task == "text_to_image":
             cells.append(mean([read_right(run, "reconstruction") for run in runs if "reading" in run]))
-        rows.append([f"{_ROW_NAMES.get(arm, ARMS[arm].title)}{counted(runs)}", *cells])
+        rows.append([_row_name(arm, runs), *cells])
     return Table(header, rows)
 
 
@@ -152,8 +152,12 @@ def rules_table(results: Mapping[str, Any], task: str, cases: Sequence[str] = _C
             mean([share(part[task]["cases"][case] for case in cases) for part in held[name] if task in part])
             for name in names
         ]
-        rows.append([f"{ARMS[arm].title}{counted(runs)}", *cells])
+        rows.append([_row_name(arm, runs), *cells])
     return Table(["tokenizer", *(rule_title(name, task) for name in names)], rows)
+
+
+def _row_name(arm: str, runs: Sequence[Any]) -> str:
+    return f"{_ROW_NAMES.get(arm, ARMS[arm].title)}{counted(runs)}"
 
 
 def _place(rule: str) -> tuple[int, int]:
