@@ -36,7 +36,6 @@ OTHERS: list[tuple[str, str, Any]] = [
     ("vq", "decay", 1.0),
     ("vq", "revival_threshold", 1.0),
     ("vq", "orthogonal_active_only", 1),
-    ("vq-gradient", "orthogonal_active_only", True),
     ("vq-gradient", "revival_threshold", 0.5),
     ("rvq", "decay", 2.0),
     ("rvq", "quantizer_dropout", 2.0),
@@ -133,6 +132,28 @@ def test_revival_needs_what_the_constructor_builds(build: Callable[..., Any]) ->
         other.revival_threshold = threshold
         other(torch.randn(50, 4))
     assert other.eval().options()["revival_threshold"] == 0.02
+
+
+@pytest.mark.parametrize("subset", [{"orthogonal_active_only": True}, {"orthogonal_max_codes": 3}])
+@pytest.mark.parametrize("name", ["vq", "vq-gradient"])
+def test_the_penalty_may_fade_in_and_out(name: str, subset: dict[str, Any]) -> None:
+    """At 0 it is as if the options of its subset were not there, in files too; above 0 (the control) it is not."""
+    torch.manual_seed(1)
+    start = BUILD[name](orthogonal_reg=0.0, **subset)
+    torch.manual_seed(1)
+    plain = BUILD[name](orthogonal_reg=0.0)
+    changed = copy.deepcopy(start)
+    changed.orthogonal_reg = 5.0
+    latents = torch.randn(40, 4)
+    assert start(latents).loss == plain(latents).loss < changed(latents).loss
+    changed.orthogonal_reg = 0.0
+    assert changed(latents).regularization_loss == 0
+    for quantizer in (start, plain, changed):
+        quantizer.eval()
+    assert torch.equal(start.codebook, plain.codebook)
+    rebuilt = type(changed)(**changed.options())
+    rebuilt.load_state_dict(changed.state_dict())
+    assert torch.equal(rebuilt.eval()(latents).indices, changed(latents).indices)
 
 
 @pytest.mark.parametrize("option", ["decay", "orthogonal_reg", "revival_threshold", "commitment_weight"])

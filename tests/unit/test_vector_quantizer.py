@@ -373,8 +373,6 @@ def test_off_does_not_look() -> None:
         ({"codebook_weight": 0.25, "codebook_update": "ema"}, ValueError, "codebook_weight must be 1 with codebook_update='ema', under which there is no codebook term, got 0.25."),  # noqa: E501
         ({"orthogonal_reg": -1}, ValueError, "orthogonal_reg must be a finite number >= 0, got -1."),
         ({"orthogonal_reg": math.inf}, ValueError, "orthogonal_reg must be a finite number >= 0, got inf."),
-        ({"orthogonal_active_only": True}, ValueError, "orthogonal_active_only must be unset while orthogonal_reg is 0, got True."),  # noqa: E501
-        ({"orthogonal_max_codes": 3}, ValueError, "orthogonal_max_codes must be unset while orthogonal_reg is 0, got 3."),  # noqa: E501
         ({"orthogonal_max_codes": 0, "orthogonal_reg": 1.0}, ValueError, "orthogonal_max_codes must be an int >= 1, got 0."),  # noqa: E501
         ({"orthogonal_max_codes": 2.5, "orthogonal_reg": 1.0}, TypeError, "orthogonal_max_codes must be an int >= 1, got 2.5."),  # noqa: E501
         ({"gradient_estimator": "ste"}, ValueError, "gradient_estimator must be one of 'straight_through', 'rotation_trick', got 'ste'."),  # noqa: E501

@@ -211,6 +211,8 @@ def _settings(module: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "codebook_update": "gradient" if follows else "ema",
         "commitment_weight": weight,
         "orthogonal_reg": penalty,
+        "orthogonal_active_only": module.orthogonal_reg_active_codes_only,
+        "orthogonal_max_codes": module.orthogonal_reg_max_codes,
         "gradient_estimator": "rotation_trick" if module.rotation_trick else "straight_through",
         "decay": book.decay,
         "revival_threshold": 0.0 if follows else _revival_threshold(book, tensors),
@@ -221,9 +223,6 @@ def _settings(module: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         require(book.eps == EPSILON, "eps", f"{EPSILON:g}", f"{book.eps:g}; {cure}")
     else:
         options["codebook_weight"] = weight if module.learnable_codebook else 0.0
-    if penalty:
-        options["orthogonal_active_only"] = module.orthogonal_reg_active_codes_only
-        options["orthogonal_max_codes"] = module.orthogonal_reg_max_codes
     sampler = book.gumbel_sample.keywords
     require(not sampler["straight_through"], "straight_through", "False", "True; train with another estimator")
     if sampler["stochastic"]:

@@ -86,9 +86,6 @@ def _check_options(
     require_type("orthogonal_active_only", orthogonal_active_only, bool, "a bool")
     if orthogonal_max_codes is not None:
         orthogonal_max_codes = require_int("orthogonal_max_codes", orthogonal_max_codes, 1)
-    subset = {"orthogonal_active_only": orthogonal_active_only, "orthogonal_max_codes": orthogonal_max_codes}
-    for name, value in subset.items():
-        require(not value or orthogonal_reg > 0, name, "unset while orthogonal_reg is 0", repr(value))
     require_choice("gradient_estimator", gradient_estimator, SURROGATES)
     temperature = require_number("temperature", temperature, 0.0)
     decay = require_number("decay", decay, 0.0, below=1.0)
@@ -133,8 +130,10 @@ class VectorQuantizer(Quantizer):
             term, so there it must be 1. Code that has β on the wrong term (taming-transformers, and diffusers with
             ``legacy=True``) trains with ``commitment_weight=1.0, codebook_weight=β``.
         orthogonal_reg: λ of the orthogonality penalty; unitless, >= 0. 10 in the paper.
-        orthogonal_active_only: the penalty looks only at the codes that this batch uses.
+        orthogonal_active_only: the penalty looks only at the codes that this batch uses. Without effect while
+            ``orthogonal_reg`` is 0, as where a schedule starts or ends.
         orthogonal_max_codes: while training, the penalty looks at a random subset of at most this many codes.
+            Without effect while ``orthogonal_reg`` is 0.
         gradient_estimator: ``"straight_through"`` or ``"rotation_trick"``: how the gradient passes to the
             latents.
         temperature: 0 takes the code that ``metric`` says. Above 0, while training, a code is drawn with
