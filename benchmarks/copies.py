@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.paired import compare
 from benchmarks.problem import Size
-from benchmarks.results import stamp
+from benchmarks.results import stamp, three_digits
 from te_quant import VectorQuantizer
 from te_quant.quantizers._rows import Layout
 
@@ -77,7 +77,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
     lines = ["| K | C | as a view, ms | contiguous, ms | cost of the copy |", "|---|---|---|---|---|"]
     for cell in cells:
         mean, low, high = (100 * (cell["ratio"][name] - 1) for name in ("mean", "low", "high"))
-        times = f"{cell['before_ms']:.3g} | {cell['after_ms']:.3g}"
+        times = f"{three_digits(cell['before_ms'])} | {three_digits(cell['after_ms'])}"
         lines.append(f"| {cell['K']:,} | {cell['C']} | {times} | {mean:.1f} % [{low:.1f}, {high:.1f}] |")
     return "\n".join(lines) + "\n"
 

@@ -46,7 +46,7 @@ from benchmarks.contest import OURS
 from benchmarks.peers import EMA_REVIVAL, MODES
 from benchmarks.problem import Problem, Size
 from benchmarks.quantizers import quantizer_contender
-from benchmarks.results import stamp
+from benchmarks.results import stamp, three_digits
 from benchmarks.sizes import SIZES
 from examples.te_vqgan.runs.files import write_text_atomically
 
@@ -266,7 +266,7 @@ def table(cells: Sequence[dict[str, Any]], sizes: Sequence[dict[str, Any]]) -> s
         ratios = [size["ratio"], *(found[mode]["ratio"] if mode in found else None for mode in modes)]
         texts = ["" if ratio is None else "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**ratio) for ratio in ratios]
         numbers = [f"{size[name]:,}" for name in Size._fields]
-        before = f"{found[MODES[0]]['before_ms']:.3g}"
+        before = three_digits(found[MODES[0]]["before_ms"])
         lines.append(f"| {' | '.join([*numbers, before, *texts])} |")
     return "\n".join(lines) + "\n"
 

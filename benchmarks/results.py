@@ -32,7 +32,7 @@ import torch
 from examples.te_vqgan.runs.files import write_text_atomically
 from examples.te_vqgan.runs.provenance import versions
 
-__all__ = ["FORMAT", "Store", "command_line", "commit", "stamp"]
+__all__ = ["FORMAT", "Store", "command_line", "commit", "stamp", "three_digits"]
 
 FORMAT = 1
 
@@ -183,3 +183,12 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def three_digits(value: float) -> str:
+    """Write a number with three significant digits and without an exponent: 0.0123, 174, 2,520.
+
+    Below a ten-thousandth it has one.
+    """
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:.3g}"

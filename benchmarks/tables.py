@@ -12,6 +12,7 @@ from benchmarks.contest import OURS
 from benchmarks.floor import rates_of, search_limit
 from benchmarks.generation import COMPILED, HUGGING_FACE, HUGGING_FACE_COMPILED, SUMMED, WHOLE
 from benchmarks.problem import Size
+from benchmarks.results import three_digits
 from benchmarks.share import CONTENDERS, Interval, seconds, share
 from benchmarks.stage1 import MODES, plain_name
 from benchmarks.targets import OWN_SEARCHES, TARGETS, TRAINING_TARGETS, YARDSTICKS, Target, Verdict, judge
@@ -140,7 +141,7 @@ def _generation(document: Document) -> str:
             # Uncached generation has to do more than the bounds of the cached one say.
             cached = name not in (WHOLE, SUMMED)
             bounds = [facts["bytes"] / bandwidth, facts["operations"] / speed] if cached else [math.nan, math.nan]
-            seconds = f"{time:.3g} [{entry['low']:.3g}, {entry['high']:.3g}]"
+            seconds = f"{three_digits(time)} [{three_digits(entry['low'])}, {three_digits(entry['high'])}]"
             against = _times(time / ours["median"]) if ours.get("status") == "ok" else _NONE
             rows.append([*first, seconds, against, f"{made / time:,.0f}", *(_times(time / b) for b in bounds)])
     return to_markdown([Table(header, rows)])
@@ -260,7 +261,7 @@ def _trained(trained: Trained) -> list[str]:
         number("psnr", ".2f"),
         number("used", ",.0f"),
         number("perplexity", ",.0f"),
-        f"{1000 * time:.3g}",
+        three_digits(1000 * time),
         *others,
     ]
 
@@ -393,11 +394,11 @@ def _speed(document: Document) -> float:
 
 
 def _limit(seconds: float) -> str:
-    return f"{1000 * seconds:.3g}" if math.isfinite(seconds) else _NONE
+    return three_digits(1000 * seconds) if math.isfinite(seconds) else _NONE
 
 
 def _milliseconds(entry: Mapping[str, Any]) -> str:
-    low, median, high = (f"{1000 * entry[name]:.3g}" for name in ("low", "median", "high"))
+    low, median, high = (three_digits(1000 * entry[name]) for name in ("low", "median", "high"))
     return f"{median} [{low}, {high}]"
 
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.contest import Cell, Context
 from benchmarks.gpu import fast, right, tuned
-from benchmarks.results import Store
+from benchmarks.results import Store, three_digits
 from benchmarks.timing import describe
 
 __all__ = ["PARTS", "Part", "chosen", "run_cells"]
@@ -97,5 +97,5 @@ def _summary(result: dict[str, Any]) -> str:
     parts = []
     for name, entry in result["contenders"].items():
         ok = entry["status"] == "ok"
-        parts.append(f"{name} {1000 * entry['median']:.3g} ms" if ok else f"{name} {entry['status']}")
+        parts.append(f"{name} {three_digits(1000 * entry['median'])} ms" if ok else f"{name} {entry['status']}")
     return ", ".join(parts)

@@ -13,6 +13,7 @@ from benchmarks.gpu import right, tuned
 from benchmarks.gpu.fast import CDIST, FLASH_KMEANS, FUSED, THREE_PRODUCTS, allowance, product_name
 from benchmarks.peers import MODES
 from benchmarks.problem import Size
+from benchmarks.results import three_digits
 from benchmarks.tables import Document, contest_table, machine_table, targets_table
 from benchmarks.targets import Cells, Target, Values, ratio
 from benchmarks.timing import Limits
@@ -173,7 +174,11 @@ def _tuned(document: Document) -> str:
 def _milliseconds(entry: Mapping[str, Any] | None, cell: Mapping[str, Any]) -> str:
     if entry is None:
         return str(cell.get("reason", _NONE))
-    return f"{1000 * entry['median']:.3g}" if entry["status"] == "ok" else f"{entry['status']} ({entry['reason']})"
+    return (
+        three_digits(1000 * entry["median"])
+        if entry["status"] == "ok"
+        else f"{entry['status']} ({entry['reason']})"
+    )
 
 
 def _cells(document: Document, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -28,7 +28,7 @@ from benchmarks.peers import MODES, QUANTIZERS
 from benchmarks.plots import write_plots
 from benchmarks.problem import Problem, Size, require_memory
 from benchmarks.quantizers import quantizer_contender
-from benchmarks.results import Store
+from benchmarks.results import Store, three_digits
 from benchmarks.search import _SEARCHES, ENGINE, FUSED, WITHOUT_FAISS, search_contender, searches
 from benchmarks.search import cells as search_cells
 from benchmarks.sections import SECTIONS
@@ -665,15 +665,32 @@ def test_stage1_is_judged_in_equal_modes() -> None:
     assert (verdict.points, verdict.worst, verdict.met) == (1, 1.05, True)
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2524.9, "2,520"),
+        (999.6, "1,000"),
+        (999.4, "999"),
+        (174.0, "174"),
+        (1.2345, "1.23"),
+        (0.012, "0.012"),
+        (0.0, "0"),
+    ],
+)
+def test_numbers_have_three_digits_and_no_exponent(value: float, text: str) -> None:
+    """Also where rounding adds a digit."""
+    assert three_digits(value) == text
+
+
 def test_stage1_table_tells_gains_of_torch_from_ours() -> None:
     """Per mode the ratio of both networks and the gain of each over its own eager float32."""
     table = tables({"runs": {}, "cells": _stage1_cells()})["stage1"]
-    times = "3e+03 [3e+03, 3e+03]", "1e+03 [1e+03, 1e+03]", "1.5e+03 [1.5e+03, 1.5e+03]"
+    times = "3,000 [3,000, 3,000]", "1,000 [1,000, 1,000]", "1,500 [1,500, 1,500]"
     assert f"| eager float32 | 16 | {times[0]} | {times[0]} | 1.00 x | 1.00 x | 1.00 x |" in table
     assert f"| eager bf16 | 16 | {times[1]} | {times[2]} | 1.50 x | 3.00 x | 2.00 x |" in table
     assert f"| eager bf16 | 64 | failed | {times[2]} | – | – | 1.80 x |" in table
     assert "| compiled float32 | 64 | not measured | not measured | – | – | – |" in table
-    assert "| circular | te_quant eager bf16 | 16 | 1.05e+03 [1.05e+03, 1.05e+03] | +5.0% |" in table
+    assert "| circular | te_quant eager bf16 | 16 | 1,050 [1,050, 1,050] | +5.0% |" in table
 
 
 def test_only_other_implementations_must_not_be_faster() -> None:
