@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--into", type=Path, help="write results.json and the comparison of --arms here")
     several = add("regimes", _regimes, "write one table over reports of presets that differ in one setting")
     several.add_argument(
-        "--results", type=Path, nargs="+", required=True, help="folders of reports, the baseline first"
+        "--results", type=Path, nargs="+", required=True, help="folders of reports, named as their presets"
     )
     several.add_argument("--into", type=Path, required=True, help="Markdown file to write")
     add_family_command(add)

@@ -341,18 +341,18 @@ def _verdict_rows() -> list[tuple[str, str]]:
 
 
 def test_verdicts_in_the_table_of_claims_follow_the_criterion() -> None:
-    """It says "confirmed" if a p is below 5 %, and "not resolved" if one is not."""
+    """It says "supported" if a p is below 5 %, and "not resolved" if one is not."""
     _marked(ROOT / "docs/reference/results/paper.md")
     checked = []
     for measured, verdict in _verdict_rows():
         expressions = re.findall(r"<!-- (\w+): ((?:welch|paired)_p\(.*?\)) -->", measured)
         values = [mean(evaluate(expression, DATA[data]())) for data, expression in expressions]
-        stated = {word for word in ("confirmed", "not resolved") if word in verdict}
+        stated = {word for word in ("supported", "not resolved") if word in verdict}
         if stated:
-            assert {"confirmed" if value < 0.05 else "not resolved" for value in values} == stated, measured
+            assert {"supported" if value < 0.05 else "not resolved" for value in values} == stated, measured
             checked += stated
     assert checked.count("not resolved") >= 3
-    assert checked.count("confirmed") >= 1
+    assert checked.count("supported") >= 1
 
 
 # Decimal numbers in the pages of results that are no results of ours, with the reason.

@@ -13,7 +13,6 @@ from examples.te_vqgan.reports.document import Table, to_markdown
 from examples.te_vqgan.reports.generation.tables import counted, full_size, mean, quadrants, read_right
 from examples.te_vqgan.reports.results import read_results
 from examples.te_vqgan.runs.checks import require
-from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.files import write_text_atomically
 from examples.te_vqgan.stage1.presets import ARMS, DEFAULT_ARMS
 from examples.te_vqgan.stage2.rules import rule_title
@@ -25,7 +24,7 @@ _SHOWN = {"text_to_image": ("paper", "tenth", "2"), "image_to_text": ("paper", "
 # Columns before those of the rules.
 _MEASURED = 6
 _HEADER = [
-    "what differs",
+    "preset",
     "tokenizer",
     "tokens",
     "codes used",
@@ -37,31 +36,31 @@ _HEADER = [
 
 
 def write_regimes(folders: Sequence[Path], path: Path) -> None:
-    """Write the table of the reports in ``folders`` to ``path``; each says how it differs from the first.
+    """Write the table of the reports in ``folders``, each named as its preset, to ``path``.
 
     Raises:
         ValueError: a folder has no ``results.json`` with a measured Stage 2.
     """
     for folder in folders:
         require((folder / "results.json").is_file(), "results", "folders with results.json", str(folder))
-    results = [read_results(folder / "results.json") for folder in folders]
+    results = {folder.resolve().name: read_results(folder / "results.json") for folder in folders}
     write_text_atomically(path, to_markdown([regimes(results)]))
 
 
-def regimes(results: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for VQGAN and one for TE-VQGAN in each of the results; means over seeds, deviations in brackets.
+def regimes(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for VQGAN and one for TE-VQGAN of each preset; means over seeds, deviations in brackets.
 
     Rules of decoding that no result has take no column.
     """
     rows: list[list[str]] = []
-    for one in results:
+    for preset, one in results.items():
         images = full_size(one)
         if images is None:
             raise ValueError("results must hold a measured Stage 2, got none.")
         for arm in DEFAULT_ARMS:
             runs = [run for run in one["runs"] if run["arm"] == arm]
             if runs:
-                rows.append([_what_differs(results[0], one, arm), *_cells(arm, runs, str(images))])
+                rows.append([f"`{preset}`", *_cells(arm, runs, str(images))])
     kept = [n for n in range(len(_HEADER)) if n < _MEASURED or any(row[n] != mean([]) for row in rows)]
     return Table([_HEADER[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
@@ -84,12 +83,3 @@ def _cells(arm: str, runs: Sequence[Mapping[str, Any]], images: str) -> list[str
             for rule in rules
         ),
     ]
-
-
-def _what_differs(base: Mapping[str, Any], one: Mapping[str, Any], arm: str) -> str:
-    """The settings in which two trainings of an arm differ, seeds aside."""
-    before, after = (
-        {**next(run["settings"] for run in results["runs"] if run["arm"] == arm), "seed": 0}
-        for results in (base, one)
-    )
-    return "; ".join(differing(before, after)) or "(the preset `small`)"
