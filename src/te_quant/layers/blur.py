@@ -31,7 +31,7 @@ class BlurPool2d(nn.Module):
     Exact for: multiples of the stride, under circular padding.
 
     Args:
-        kernel_size: k, at least 1, odd or even; 5 in the paper.
+        kernel_size: k, at least 1, odd or even; 5 in Shin et al. 2021.
         stride: s, pixels, at least 1.
         padding_mode: ``zeros``, ``replicate``, ``reflect`` or ``circular``; ``(k - 1) // 2`` pixels before
             and ``k // 2`` after.
@@ -47,7 +47,7 @@ class BlurPool2d(nn.Module):
             ``channels``.
         RuntimeError: from ``load_state_dict``, if it holds another kernel.
 
-    Source: Zhang 2019, arXiv:1904.11486. Differs: the size is ⌈H/s⌉ for even k too, and for any k and s.
+    Source: Zhang 2019, arXiv:1904.11486. Differs: any k and s.
 
     Example:
         >>> import torch

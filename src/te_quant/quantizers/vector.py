@@ -184,11 +184,11 @@ class VectorQuantizer(Quantizer):
 
     Example:
         >>> from te_quant import VectorQuantizer
-        >>> quantizer = VectorQuantizer(num_codes=256, code_dim=64, orthogonal_reg=10.0)
+        >>> quantizer = VectorQuantizer(num_codes=256, code_dim=64)
         >>> output = quantizer(torch.randn(8, 64, 16, 16, requires_grad=True))
         >>> output.quantized.shape, output.indices.shape
         (torch.Size([8, 64, 16, 16]), torch.Size([8, 16, 16]))
-        >>> output.loss.backward()  # add your reconstruction loss; an optimizer moves quantizer.codebook
+        >>> output.loss.backward()  # add your reconstruction loss; the next training pass moves the codes
         >>> torch.equal(quantizer.decode(output.indices), output.codes)
         True
     """
