@@ -95,7 +95,7 @@ def measure_equivariance(
         canvas_size: side, or (height, width), in pixels of what the tokenizer sees: the canvas, or under ``crop``
             the window. None: twice the sprites under ``canvas``, the images themselves under ``circular``, and
             under ``crop`` the largest multiple of the stride that can move by a token in every direction.
-        protocol: how content moves; see :mod:`te_quant.shifts`.
+        protocol: how content moves: ``canvas``, ``circular`` or ``crop``; see :mod:`te_quant.shifts`.
         reconstruct: images -> images; adds the reconstruction error, and end to end the PSNR of decoded shifted
             images against shifted decoded images.
         latents: images -> latents z before quantization; adds the feature errors in dB, and with ``quantize`` or

@@ -124,12 +124,12 @@ class VectorQuantizer(Quantizer):
             follows moving averages of the latents between two passes. It needs no optimizer, and feels the
             penalty with the same λ (:mod:`te_quant.quantizers._penalized_means` says how). ``"gradient"``: it is a
             parameter that starts at random and follows ``codebook_loss`` and the penalty through your optimizer,
-            as in the paper; start it with :meth:`kmeans_init`.
-        commitment_weight: β of the commitment term ‖z - sg(e)‖², >= 0; .25 in the papers.
-        codebook_weight: of the codebook term ‖sg(z) - e‖², >= 0; 1 in the papers. Under ``"ema"`` there is no such
-            term, so there it must be 1. Code that has β on the wrong term (taming-transformers, and diffusers with
+            as in Shin et al. 2021; start it with :meth:`kmeans_init`.
+        commitment_weight: β of the commitment term ‖z - sg(e)‖², >= 0; .25 in Shin et al. 2021.
+        codebook_weight: of the codebook term ‖sg(z) - e‖², >= 0; 1 in Shin et al. 2021, and under ``"ema"``, where
+            there is no such term. Code that has β on the wrong term (taming-transformers, and diffusers with
             ``legacy=True``) trains with ``commitment_weight=1.0, codebook_weight=β``.
-        orthogonal_reg: λ of the orthogonality penalty; unitless, >= 0. 10 in the paper.
+        orthogonal_reg: λ of the orthogonality penalty; unitless, >= 0. 10 in Shin et al. 2021.
         orthogonal_active_only: the penalty looks only at the codes that this batch uses. Without effect while
             ``orthogonal_reg`` is 0, as where a schedule starts or ends.
         orthogonal_max_codes: while training, the penalty looks at a random subset of at most this many codes.
@@ -146,9 +146,9 @@ class VectorQuantizer(Quantizer):
             where they are. A codebook that follows gradients has :meth:`kmeans_init` and
             :meth:`revive_dead_codes` for that; there only 0 and the default, which change nothing, are accepted.
         channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
-        nonfinite: what to do about NaN and infinite latents. ``"raise"`` a ``ValueError``; ``"skip"`` the
-            vectors that have any: they take no part in losses and updates, get no gradient, and are quantized
-            as if zero; ``"off"`` does not look. ``None`` is ``"raise"`` on the CPU and ``"off"`` on
+        nonfinite: what to do about NaN and infinite latents. ``"raise"`` raises a ``ValueError``. ``"skip"`` skips
+            the vectors that have any: they take no part in losses and updates, get no gradient, and are quantized
+            as if zero. ``"off"`` does not look for them. ``None`` is ``"raise"`` on the CPU and ``"off"`` on
             accelerators, where looking means waiting for the device. With several processes prefer
             ``"skip"``: where one process raises, the others wait for it in the next collective.
         process_group: the processes over which statistics are summed and random rows are drawn. ``None`` is

@@ -69,7 +69,7 @@ def assert_shift_equivariant(
         stride: s, pixels from one position of the output to the next.
         upsampling: positions of the output for one of the input: of a decoder, the pixels per token.
         tolerance: largest ``relative_error`` of a floating output; of indices, the largest share that may differ.
-            None: :data:`TOLERANCES` of the dtype of the output, and no index.
+            None: :data:`TOLERANCES` of the dtype of the output; no index may differ.
         protocol: how images move: ``circular``, ``canvas`` or ``crop``; see :mod:`te_quant.shifts`.
         token_shift: how far the output has to move, image by image, where that is not ``shift * upsampling /
             stride``, as :func:`phase_token_shift` gives for adaptive polyphase layers.
