@@ -25,7 +25,9 @@ _ALIVE = (
     "shift_loss_light",
     "shift_loss_revival",
 )
-_ALL = tuple(arm for arm in ARMS if arm not in _ALIVE)
+# For a longer training of the GPT, on the finer grid.
+_LONG = ("stride_exact_shift_loss",)
+_ALL = tuple(arm for arm in ARMS if arm not in (*_ALIVE, *_LONG))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -260,6 +260,8 @@ ARMS: dict[str, Arm] = {
     "shift_loss": Arm("EMA, shift loss 0.2", _EMA, {"shift_weight": 0.2}),
     "shift_loss_light": Arm("EMA, shift loss 0.1", _EMA, {"shift_weight": 0.1}),
     "shift_loss_revival": Arm("EMA, revival, shift loss 0.2", _REVIVAL, {"shift_weight": 0.2}),
+    # Stride-exact, with few bits per token in spite of many codes.
+    "stride_exact_shift_loss": Arm("circular, EMA, shift loss 0.2", {**_EMA, **_CIRCULAR}, {"shift_weight": 0.2}),
 }
 # What `run` trains if it is not told which.
 DEFAULT_ARMS = ("vqgan", "te_vqgan")
