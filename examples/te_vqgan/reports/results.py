@@ -308,11 +308,11 @@ def mean_and_deviation(values: Sequence[float], pattern: str) -> str:
 
 
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep every nth line, those with validation numbers, and the last."""
+    """Keep every nth line, those with validation numbers, and the last; numbers to five digits."""
     every = max(1, len(lines) // _LOG_LINES)
     last = len(lines) - 1
     return [
-        line
+        {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in line.items()}
         for number, line in enumerate(lines)
         if number % every == 0 or "validation_l1" in line or number == last
     ]
