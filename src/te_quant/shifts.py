@@ -331,7 +331,10 @@ def _pair(name: str, value: Iterable[int]) -> Shift:
 
 def _require_ground(images: Tensor, fill: float) -> None:
     fill = require_number("fill", fill)
-    require(images.is_floating_point() or float(fill).is_integer(), "fill", f"an integer for {images.dtype}", fill)
+    if not images.is_floating_point() and images.dtype != torch.bool:
+        limits = torch.iinfo(images.dtype)
+        fits = float(fill).is_integer() and limits.min <= fill <= limits.max
+        require(fits, "fill", f"an integer in [{limits.min}, {limits.max}] for {images.dtype}", fill)
 
 
 def _require_plane(name: str, tensor: Tensor) -> None:

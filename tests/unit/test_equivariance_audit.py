@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from dataclasses import FrozenInstanceError, replace
 from typing import NamedTuple
@@ -668,6 +669,51 @@ def test_refusals(name):
     types = ("function", "integers", "half precision", "one number")
     with pytest.raises(TypeError if name in types else ValueError, match=match):
         call(model, images)
+
+
+@pytest.mark.parametrize(("model", "name"), [(nn.Sequential(conv(1, 1), conv(1, 1)), "1"), (conv(1, 1), "")])
+def test_modules_that_compute_nan_are_named(model, name):
+    """No error compares with NaN, so all would read exact. Finite weights are the control."""
+    images = fresh(1, 1, 16, 16)
+    audit(model, images)
+    with pytest.raises(ValueError, match=r"^images must be finite, got 1 NaN or infinite of 256 values"):
+        audit(model, torch.where(images == images.max(), math.inf, images))
+    layer = model.get_submodule(name)
+    layer.weight.data[0, 0, 0, 0] = math.nan
+    match = rf"^module {re.escape(repr(name))} \(Conv2d\) must be finite, got 256 NaN or infinite of 256 values"
+    with pytest.raises(ValueError, match=match):
+        audit(model, images)
+
+
+@pytest.mark.parametrize("prepend", [False, True])
+def test_hooks_of_others_run_once(prepend):
+    """A repeated module calls them itself, so it is given what they were given."""
+    model, images = nn.Sequential(conv(1, 1), nn.SiLU()), fresh(2, 1, 16, 16)
+    assert audit(model, images).worst("global") is None
+    model[0].register_forward_pre_hook(lambda _, args: (args[0] * 2 - 1,), prepend=prepend)
+    report = audit(model, images)
+    assert [report.worst(part) for part in ("border", "global")] == [None, None]
+    model[0].padding_mode = "zeros"
+    assert audit(model, images).worst("border").name == "0"
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_models_are_followed_as_they_were_written(fullgraph):
+    """And are compiled as before afterwards."""
+    model, images = nn.Sequential(conv(1, 1, mode="zeros"), nn.SiLU(), conv(1, 1)), fresh(2, 1, 16, 16)
+    calls = []
+
+    def backend(graph, _inputs):
+        calls.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    rows = {row.name: row.border_error for row in audit(model, images).rows}
+    found = {row.name.removeprefix("_orig_mod."): row.border_error for row in audit(compiled, images).rows}
+    assert found == rows
+    assert not calls
+    compiled(images)
+    assert len(calls) == 1
 
 
 class Cast(nn.Module):

@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
@@ -61,7 +61,11 @@ def test_files_of_reports_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "got"),
-    [("[1]", "got list."), ("half", r"got another file \(Expecting value"), ("{}", "format must be 2 or 3")],
+    [
+        ("[1]", "got list."),
+        ("half", r"got another file \(Expecting value"),
+        ("{}", "format must be 2 or 3"),
+    ],
 )
 @pytest.mark.parametrize("kind", [EquivarianceReport, StabilityReport, AuditReport])
 def test_files_without_a_report_are_refused(kind, text, got, tmp_path):
@@ -71,6 +75,17 @@ def test_files_without_a_report_are_refused(kind, text, got, tmp_path):
     got = got if kind is EquivarianceReport else got.replace("2 or 3", "1")
     with pytest.raises(ValueError, match=got):
         kind.load(path)
+
+
+@pytest.mark.parametrize("field", ["aligned", "transforms", "rows"])
+@pytest.mark.parametrize("kind", [EquivarianceReport, StabilityReport, AuditReport])
+def test_another_kind_of_report_is_named(kind, field):
+    """Whatever its format says. Of its own kind the missing fields are named, the control."""
+    other = {"aligned": EquivarianceReport, "transforms": StabilityReport, "rows": AuditReport}[field]
+    assert field in {one.name for one in fields(other)}
+    named = f"report must be one of {kind.__name__}, got one of {other.__name__}, which has load and from_dict too"
+    with pytest.raises(ValueError, match="fields must be" if kind is other else named):
+        kind.from_dict({"format": 3 if kind is EquivarianceReport else 1, field: []})
 
 
 def test_infinite_psnr_survives_json():

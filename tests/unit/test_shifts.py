@@ -233,9 +233,14 @@ def test_lanczos_shift_keeps_constants_and_moves_smooth_waves():
         (lambda: roll(torch.zeros(3, 3), (1, 0.5)), TypeError, r"shift\[1\] must be an int, got 0.5"),
         (lambda: canvas(torch.zeros(3, 3), (0, 0), fill=float("nan")), ValueError, "fill must be a finite number"),
         (
+            lambda: canvas(torch.zeros(3, 3, dtype=torch.uint8), (0, 0), fill=-1.0),
+            ValueError,
+            r"fill must be an integer in \[0, 255\] for torch.uint8, got -1.0",
+        ),
+        (
             lambda: canvas(torch.zeros(3, 3).long(), (0, 0), fill=0.5),
             ValueError,
-            "fill must be an integer for torch.int64, got 0.5",
+            r"fill must be an integer in \[-9223372036854775808, 9223372036854775807\] for torch.int64, got 0.5",
         ),
         (
             lambda: crop(torch.zeros(4, 4), (0, 0), size=(0, 2)),

@@ -508,7 +508,7 @@ class Own(Transform):
     [
         (Own(mask=lambda grid: torch.ones(grid, dtype=torch.int64)), TypeError, "valid_tokens of 'own' must be bool, got torch.int64; return mask.bool()."),  # noqa: E501
         (Own(mask=lambda _: torch.ones(2, 2, dtype=torch.bool)), ValueError, "valid_tokens of 'own' must be of shape (4, 5), got shape (2, 2)."),  # noqa: E501
-        (Own(mask=lambda grid: torch.zeros(grid, dtype=torch.bool)), ValueError, "valid_tokens of 'own' must be True for at least one token of a 4x5 grid, got none."),  # noqa: E501
+        (Own(mask=lambda grid: torch.zeros(grid, dtype=torch.bool)), ValueError, "valid_tokens of 'own' must be True for at least one token of a 4x5 grid, got none; pass transforms= without it, or larger images."),  # noqa: E501
         (Own(tokens=lambda tokens: tokens[:, 1:]), ValueError, "move_tokens of 'own' must be of shape (3, 4, 5) and torch.int64, got torch.int64 of shape (3, 3, 5)."),  # noqa: E501
         (Own(images=lambda images: images[..., 1:]), ValueError, "transform_images of 'own' must be of shape (3, 1, 16, 20), got shape (3, 1, 16, 19)."),  # noqa: E501
     ],
@@ -539,6 +539,29 @@ def test_the_default_needs_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
         measure_stability(encode, decode, IMAGES)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_collection_keeps_metrics_of_different_transforms_apart() -> None:
+    """Even where the first batch cannot tell them apart; it updates metrics of one transform together."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    from te_quant.integrations.torchmetrics import TokenMatch, WholeImages
+
+    kinds = {
+        "identity": lambda: TokenMatch(K),
+        "flip": lambda: TokenMatch(K, transform=Flip()),
+        "whole": lambda: WholeImages(K, transform=Flip()),
+    }
+    collection = torchmetrics.MetricCollection({name: kind() for name, kind in kinds.items()})
+    alone = {name: kind() for name, kind in kinds.items()}
+    blank = cell_images(torch.zeros_like(tokens_of(3)))
+    for images in (blank, cell_images(tokens_of(3))):
+        collection.update(spoilt, decode, images)
+        for metric in alone.values():
+            metric.update(spoilt, decode, images)
+    expected = {name: float(metric.compute()) for name, metric in alone.items()}
+    assert {name: float(value) for name, value in collection.compute().items()} == expected
+    assert sorted(map(sorted, collection.compute_groups.values())) == [["flip", "whole"], ["identity"]]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torchmetrics_find_the_same() -> None:
@@ -555,7 +578,9 @@ def test_torchmetrics_find_the_same() -> None:
     for position, kind in enumerate((TokenMatch, TokenMatchKappa, WholeImages)):
         metric = kind(K, transform=Flip())
         # So that several processes count together.
-        assert {reduction.__name__ for reduction in metric._reductions.values()} == {"dim_zero_sum"}
+        reductions = {name: reduction.__name__ for name, reduction in metric._reductions.items()}
+        assert {one for name, one in reductions.items() if name != "kind"} == {"dim_zero_sum"}
+        assert reductions["kind"] == "dim_zero_max"
         assert metric(spoilt, decode, images[:3]).item() == pytest.approx(expected[3][position], rel=1e-6)
         metric.update(spoilt, decode, images[3:])
         for moved_metric in (metric, copy.deepcopy(metric).half(), copy.deepcopy(metric).set_dtype(torch.half)):

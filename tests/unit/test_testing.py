@@ -318,6 +318,33 @@ def test_an_output_of_other_sides_is_named(layer, options, told):
     assert "Where to look" not in str(got.value)
 
 
+@pytest.mark.parametrize(
+    ("layout", "told"),
+    [
+        (
+            lambda x: x.movedim(1, -1),
+            "The output is (B, h, w, ...), (1, 4, 2, 2), but positions must be its last two",
+        ),
+        (
+            lambda x: x.flatten(2).mT,
+            "The output is a sequence, (1, 8, 2), but positions must be its last two axes: ",
+        ),
+        (
+            lambda x: x.flatten(2),
+            "The output is a sequence, (1, 2, 8), but positions must be its last two axes: resh",
+        ),
+    ],
+    ids=["channels last", "sequence", "channels first"],
+)
+def test_an_output_in_another_layout_is_named(layout, told):
+    """Its sides are not those of a map, whatever is padded; the cure that is named works."""
+    layer, images = nn.Conv2d(2, 2, 4, 4).double(), torch.rand(1, 2, 16, 8).double()
+    with pytest.raises(AssertionError, match=re.escape(told)) as got:
+        assert_shift_equivariant(lambda x: layout(layer(x)), images, shifts=[(4, 4)], stride=4)
+    assert "pad circularly" not in str(got.value)
+    assert_shift_equivariant(layer, images, shifts=[(4, 4)], stride=4)
+
+
 def test_the_cure_for_an_unpadded_layer_works():
     """A window, or circular padding."""
     layer, images = nn.Conv2d(2, 2, 3).double(), torch.rand(1, 2, 16, 12).double()
@@ -490,6 +517,13 @@ def test_function_may_write_into_its_input():
             r"size must be \(height, width\) under the crop protocol",
         ),
         (lambda x: (x,), (0, 0), {}, TypeError, r"function\(images\) must be .* tensor, got tuple"),
+        (
+            lambda x: x[:0],
+            (0, 0),
+            {},
+            ValueError,
+            r"function\(images\) must be one output per image, 1, got 0",
+        ),
         (lambda x: x > 0, (0, 0), {}, TypeError, r"function\(images\) must be .* tensor, got torch.bool"),
         (lambda x: x[0, 0], (0, 0), {}, ValueError, r"function\(images\) must be of shape \(B, ..., h, w\)"),
         (
@@ -598,6 +632,19 @@ def test_codes_are_separated(codebook):
 
 
 @quick
+@given(testing.codebooks(num_codes=(20, 25), code_dim=(1, 2), dtype=torch.bfloat16))
+def test_codes_are_separated_as_far_as_a_dtype_can(codebook):
+    """At the most codes that are not refused."""
+    assert min(gaps_by_loops(codebook.double().numpy())) >= 0.5
+
+
+def test_a_range_of_sizes_is_a_pair():
+    """One number is no range."""
+    with pytest.raises(TypeError, match=r"^num_codes must be a pair of ints \(smallest, largest\), got 16\.$"):
+        testing.codebooks(num_codes=16)
+
+
+@quick
 @given(testing.codebooks(), st.floats(0, 0.24), st.sampled_from([torch.float32, torch.float64]), st.data())
 def test_margins_are_certified(codebook, margin, dtype, data):
     """The oracle: distances to all bisecting planes in float64; no push up to the margin changes a token."""
@@ -653,11 +700,15 @@ def test_crowded_codes_are_never_chosen():
         (lambda: testing.shifts(2, multiple_of=3), "limit must be an int >= 3"),
         (lambda: testing.image_sides(4, smallest=9, largest=11), "largest must be an int >= 12"),
         (lambda: testing.codebooks(num_codes=(5, 4)), r"num_codes\[1\] must be an int >= 5"),
+        (
+            lambda: testing.codebooks(num_codes=(1, 256), code_dim=(1, 4), dtype=torch.bfloat16),
+            r"num_codes\[1\] must be at most 25 with code_dim\[0\]=1 in torch.bfloat16, got 256",
+        ),
         (lambda: testing.codebooks(separation=-1.0), "separation must be a finite number >= 0"),
         (lambda: testing.images((4, 4), channels=0), "channels must be an int >= 1"),
         (lambda: latents_off_boundaries(torch.zeros(1, 1), margin=-1), "margin must be a finite number >= 0"),
     ],
-    ids=["shifts", "sides", "codes", "separation", "channels", "margin"],
+    ids=["shifts", "sides", "codes", "crowded", "separation", "channels", "margin"],
 )
 def test_strategies_refuse_impossible_ranges(build, match):
     """At once, not in the middle of a test."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from te_quant import ResidualVectorQuantizer
 from te_quant.autoencoder import AutoencoderConfig, TiledAutoencoder, VQAutoencoder
-from te_quant.autoencoder.tiling import _spans
+from te_quant.autoencoder.tiling import _spans, has_exact_tokens
 from te_quant.contract import Group, Reach
 from te_quant.filters import PADDING_MODES
 from te_quant.layers import DOWNSAMPLERS
@@ -279,6 +279,19 @@ def test_a_layer_that_promises_nothing_does_not_count_as_local(monkeypatch: pyte
     model = model_of(**LOCAL, downsample="own", decoder_padding="circular")
     assert model.equivariance.receptive_field is not None
     assert TiledAutoencoder(model, tile_size=16, overlap=4).overlap == 4
+
+
+@pytest.mark.parametrize("down", ["conv_replicate_blur_pool", "unpadded_max_blur_pool", "strided_conv"])
+@torch.no_grad()
+def test_a_layer_that_pads_otherwise_among_circular_ones_is_not_local(down: str) -> None:
+    """A tile that wraps shows it what the image does not have there. The last one is the control."""
+    circular = {"encoder_padding": "circular", "decoder_padding": "circular"}
+    model = model_of(**LOCAL, downsample=down, **circular)
+    tiled, images = TiledAutoencoder(model, tile_size=72, overlap=48), fresh(1, 1, 96, 96)
+    equal = torch.allclose(tiled.encode(images), model.encode(images), rtol=0, atol=TOLERANCE)
+    assert has_exact_tokens(model) == equal == (down == "strided_conv")
+    zeros = model_of(**LOCAL, downsample=down, encoder_padding="zeros", decoder_padding="zeros")
+    assert has_exact_tokens(zeros)
 
 
 @given(side=st.integers(1, 60), size=st.integers(1, 30), overlap=st.integers(0, 29), circular=st.booleans())

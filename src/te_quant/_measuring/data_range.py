@@ -5,11 +5,13 @@ Shape letters: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from torch import Tensor
 
 from te_quant._checks import require, require_number
+from te_quant._values import require_finite
 
 __all__ = [
     "DEFAULT_RANGE",
@@ -55,12 +57,13 @@ def require_within(name: str, images: Tensor, data_range: DataRange) -> DataRang
         data_range: low and high.
 
     Raises:
-        ValueError: a value lies outside by more than a quarter of the range, or is not finite.
+        ValueError: a value is not finite, or lies outside by more than a quarter of the range.
     """
     smallest, largest = (float(bound) for bound in images.aminmax())
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        require_finite(name, images)
     low, high = data_range
     slack = _OVERSHOOT * (high - low)
-    # NaN compares with nothing, so it is refused too.
     inside = smallest >= low - slack and largest <= high + slack
     values = f"values from {smallest:g} to {largest:g}"
     if not inside:

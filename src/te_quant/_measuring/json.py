@@ -11,7 +11,10 @@ from typing import Any
 
 from te_quant._checks import require
 
-__all__ = ["interval", "numbers", "plain", "read_report", "write_report"]
+__all__ = ["interval", "numbers", "plain", "read_report", "refuse_another_kind", "write_report"]
+
+# A field that only this kind of report has.
+_KINDS = {"aligned": "EquivarianceReport", "transforms": "StabilityReport", "rows": "AuditReport"}
 
 
 def plain(value: Any) -> Any:
@@ -53,6 +56,13 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{os.fspath(path)} must be {expected}, got another file ({error}).") from error
     require(isinstance(data, dict), os.fspath(path), expected, type(data).__name__)
     return dict(data)
+
+
+def refuse_another_kind(data: Mapping[str, Any], kind: str) -> None:
+    """Refuse the values of a report of another class than ``kind``, and name that class."""
+    for field, other in _KINDS.items():
+        right = field not in data or other == kind
+        require(right, "report", f"one of {kind}", f"one of {other}, which has load and from_dict too")
 
 
 def _number(value: Any) -> Any:

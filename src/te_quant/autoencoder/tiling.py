@@ -22,6 +22,7 @@ from te_quant._checks import (
 )
 from te_quant.autoencoder.coders import require_divisible
 from te_quant.autoencoder.model import VQAutoencoder
+from te_quant.contract import Group
 from te_quant.filters import PaddingMode, in_format_of
 
 __all__ = ["TiledAutoencoder", "has_exact_tokens"]
@@ -41,9 +42,10 @@ class TiledAutoencoder:
       not around the tile, so the contract of the encoder holds for tiles too. The default takes windows to lie
       around their pixel, as those of all layers of this package do. A layer of your own that looks further to one
       side needs more.
-    - GroupNorm takes its statistics from the tile, and attention sees only the tile. The tokens then differ from
-      those of the whole image, and not only at seams. The default overlap is a quarter of the tile, and decoded
-      tiles are blended linearly.
+    - GroupNorm takes its statistics from the tile, and attention sees only the tile; among circular layers, one
+      that pads otherwise (``conv_replicate_blur_pool``, ``unpadded_max_blur_pool``) wraps as they do. The tokens
+      then differ from those of the whole image, and not only at seams. The default overlap is a quarter of the
+      tile, and decoded tiles are blended linearly.
 
     Encoders that choose a phase (``polyphase``) are refused, because each tile would choose its own.
 
@@ -160,10 +162,15 @@ def _local_reach(model: VQAutoencoder) -> tuple[int | None, int | None]:
     """Return how many pixels a token reads and how many tokens a pixel reads; None for all, or if it is unknown.
 
     A layer that depends on the position in the image computes something else in a tile, however little it reads.
+    So does a layer that pads otherwise among circular ones, as their tiles wrap around the border.
     """
-    encoder, decoder = model.equivariance, model.decoder.statement
-    before = None if encoder.group == "none" else encoder.receptive_field
-    return before, None if decoder.exact_for == "none" else decoder.reach.size
+    encoder, decoder, config = model.equivariance, model.decoder.statement, model.config
+
+    def local(group: Group, padding: PaddingMode) -> bool:
+        return group != "none" and (padding != "circular" or group != "interior")
+
+    before = encoder.receptive_field if local(encoder.group, config.encoder_padding) else None
+    return before, decoder.reach.size if local(decoder.exact_for, config.decoder_padding) else None
 
 
 class _Span(NamedTuple):

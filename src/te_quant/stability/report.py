@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
-from te_quant._measuring.json import interval, numbers, plain, read_report, write_report
+from te_quant._measuring.json import interval, numbers, plain, read_report, refuse_another_kind, write_report
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.report.values import ReconstructionError
 from te_quant.stability.plot import plot_stability
@@ -72,8 +72,9 @@ class StabilityReport(StabilityValues, Tabular):
         """Rebuild a report from :meth:`to_dict`, before or after JSON.
 
         Raises:
-            ValueError: another format, or missing or unknown fields.
+            ValueError: another kind of report, another format, or missing or unknown fields.
         """
+        refuse_another_kind(data, "StabilityReport")
         known = data.get("format") == FORMAT
         require(
             known, "format", f"{FORMAT} (measure again: another format lacks fields)", repr(data.get("format"))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_integer_tensor, require_rank
+from te_quant._measuring.calls import call_on_copy
 from te_quant._measuring.data_range import DataRange
 from te_quant._values import require_finite, require_in_range
 from te_quant.stability.transforms import Transform, apply_transform, move, valid
@@ -54,7 +55,7 @@ def passes(transforms: Sequence[Transform], cycles: int, *, from_images: bool) -
 def first_tokens(encode: ImageMap, images: Tensor, num_codes: int | None) -> tuple[Tensor, int]:
     """Encode images; returns the tokens and the stride, which follows from both shapes."""
     label = "encode(images)"
-    tokens = encode(images)
+    tokens = call_on_copy(encode, images)
     require_integer_tensor(label, tokens)
     require_rank(label, tokens, (3,), "(B, h, w), one index per token")
     return _checked(label, tokens, images, (tokens.shape[1], tokens.shape[2]), num_codes), _stride(
@@ -65,7 +66,7 @@ def first_tokens(encode: ImageMap, images: Tensor, num_codes: int | None) -> tup
 def decoded(decode: ImageMap, tokens: Tensor, images: Tensor | None) -> tuple[Tensor, int]:
     """Decode tokens, into the shape of ``images`` if given; returns the images and the stride."""
     label = "decode(indices)"
-    result = decode(tokens)
+    result = call_on_copy(decode, tokens)
     require_floating(label, result)
     require_rank(label, result, (4,), "(B, C, H, W)")
     expected = (len(tokens), *result.shape[1:]) if images is None else tuple(images.shape)
@@ -103,9 +104,10 @@ def round_trips(
     """
     grid = (tokens.shape[1], tokens.shape[2])
     stride = images.shape[-1] // grid[1]
-    for number, transform in enumerate(transforms):
-        shown, expected, marked, current = images, tokens, foreground, tokens
-        mask = here = valid(transform, grid, stride=stride).to(tokens.device)
+    # Asked first, so that nothing is computed for nothing.
+    counting = [valid(transform, grid, stride=stride).to(tokens.device) for transform in transforms]
+    for number, (transform, here) in enumerate(zip(transforms, counting, strict=True)):
+        shown, expected, marked, current, mask = images, tokens, foreground, tokens, here
         for cycle in range(1, cycles + 1):
             if cycle > 1:
                 shown, _ = decoded(decode, current, images)
@@ -113,7 +115,8 @@ def round_trips(
                 label = f"valid_tokens of {transform.name!r}"
                 require(bool(mask.any()), label, f"True for some token after {cycle} cycles", "none")
             changed = apply_transform(transform, shown, stride=stride, data_range=data_range)
-            after = _checked("encode(images)", encode(changed), changed, grid, num_codes).to(tokens.device)
+            after = call_on_copy(encode, changed)
+            after = _checked("encode(images)", after, changed, grid, num_codes).to(tokens.device)
             before = move(transform, current, stride=stride)
             expected, marked = (move(transform, part, stride=stride) for part in (expected, marked))
             yield RoundTrip(number, cycle, expected, before, after, marked, mask)

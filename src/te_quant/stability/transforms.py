@@ -410,7 +410,8 @@ def valid(transform: Transform, grid: tuple[int, int], *, stride: int) -> Tensor
     if mask.dtype != torch.bool:
         raise TypeError(f"{label} must be bool, got {mask.dtype}; return mask.bool().")
     require(tuple(mask.shape) == grid, label, f"of shape {grid}", f"shape {tuple(mask.shape)}")
-    require(bool(mask.any()), label, f"True for at least one token of a {grid[0]}x{grid[1]} grid", "none")
+    expected = f"True for at least one token of a {grid[0]}x{grid[1]} grid"
+    require(bool(mask.any()), label, expected, "none; pass transforms= without it, or larger images")
     return mask
 
 

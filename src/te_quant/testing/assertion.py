@@ -174,6 +174,16 @@ def _other_call(error: ShiftDifference, stride: int, upsampling: int, protocol: 
     if all(before * upsampling == behind * stride for before, behind in sides):
         return ""
     (height, width), (h, w) = error.input_sides, error.output_sides
+    wanted = [before * upsampling / stride for before, _ in sides]
+    shape = error.output_shape
+    if shape[1:3] == tuple(wanted):
+        dims = "(B, h, w, ...)"
+        return f"The output is {dims}, {tuple(shape)}, but positions must be its last two axes: movedim(-1, 1)."
+    if len(shape) == 3 and math.prod(wanted) in shape[1:]:
+        return (
+            f"The output is a sequence, {tuple(shape)}, but positions must be its last two axes: reshape it to "
+            f"(B, ..., {wanted[0]:g}, {wanted[1]:g})."
+        )
     larger = height >= h
     found = f"The output is {h}x{w} for {'images' if larger else 'an input'} of {height}x{width}"
     factors = {before / behind if larger else behind / before for before, behind in sides}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_choice, require_int, require_rank
+from te_quant._measuring.calls import call_on_copy
 from te_quant._measuring.float64 import float64
 from te_quant.equivariance._border import border_distances
 from te_quant.shifts import PROTOCOLS, Protocol, Shift, align, canvas, crop, roll
@@ -46,6 +47,7 @@ class ShiftDifference(Tabular):
         is_invariant: whether the output has no positions, so that it has to stay as it is.
         input_sides: (H, W) of what the function was given.
         output_sides: (h, w) of f(x); None without positions.
+        output_shape: of f(x).
     """
 
     shift: Shift
@@ -63,6 +65,7 @@ class ShiftDifference(Tabular):
     is_invariant: bool = False
     input_sides: tuple[int, int] = (0, 0)
     output_sides: tuple[int, int] | None = None
+    output_shape: tuple[int, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -145,9 +148,11 @@ def equivariance_error(
     upsampling = require_int("upsampling", upsampling, 1)
     require_choice("protocol", protocol, PROTOCOLS)
     first, second = (_view(images, t, protocol, fill, size) for t in ((0, 0), shift))
-    # The function may keep or overwrite what it is given.
-    reference, moved = _output(function, first.clone()), _output(function, second.clone())
-    fits = len(reference) == len(images) and moved.shape == reference.shape and moved.dtype == reference.dtype
+    reference, moved = _output(function, first), _output(function, second)
+    require(
+        len(reference) == len(images), "function(images)", f"one output per image, {len(images)}", len(reference)
+    )
+    fits = moved.shape == reference.shape and moved.dtype == reference.dtype
     shown = f"{tuple(reference.shape)} and {tuple(moved.shape)}"
     require(fits, "function(images)", "of one shape (B, ..., h, w) and dtype before and after the shift", shown)
     if token_shift is None:
@@ -164,7 +169,10 @@ def equivariance_error(
         steps = [(int(dy), int(dx)) for dy, dx in law.tolist()]
     found = _compare(reference, moved, steps, shift, protocol)
     return replace(
-        found, input_sides=_sides(first), output_sides=None if found.is_invariant else _sides(reference)
+        found,
+        input_sides=_sides(first),
+        output_sides=None if found.is_invariant else _sides(reference),
+        output_shape=tuple(reference.shape),
     )
 
 
@@ -211,7 +219,7 @@ def _sides(values: Tensor) -> tuple[int, int]:
 
 
 def _output(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    output = function(images)
+    output = call_on_copy(function, images)
     if not isinstance(output, Tensor) or output.is_complex() or output.dtype == torch.bool:
         actual = output.dtype if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"function(images) must be a floating-point or integer tensor, got {actual}.")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["codebooks", "image_sides", "images", "latents_off_boundaries", "shifts"]
 
+# Codes keep apart along the first of their channels.
+_AXES = 8
+
 
 def shifts(limit: int, *, multiple_of: int = 1, identity: bool = False) -> SearchStrategy[Shift]:
     """Draw pixel shifts (dy, dx).
@@ -112,16 +115,27 @@ def codebooks(
 
     Shape:
         (K, C).
+
+    Raises:
+        ValueError: an option is out of range, or so many codes of so few channels do not keep apart in ``dtype``.
+        TypeError: ``num_codes`` or ``code_dim`` is no pair.
     """
-    for name, (low, high) in (("num_codes", num_codes), ("code_dim", code_dim)):
-        low = require_int(f"{name}[0]", low, 1)
-        high = require_int(f"{name}[1]", high, low)
+    for name, pair in (("num_codes", num_codes), ("code_dim", code_dim)):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"{name} must be a pair of ints (smallest, largest), got {pair!r}.")
+        low = require_int(f"{name}[0]", pair[0], 1)
+        require_int(f"{name}[1]", pair[1], low)
+    # Up to this many lattice points along an axis, rounding takes less than the room that they leave.
+    side, axes = int(0.5 / torch.finfo(dtype).eps / 1.25), min(code_dim[0], _AXES)
+    most = side**axes // 2
+    few = f"at most {most} with code_dim[0]={code_dim[0]} in {dtype}"
+    require(num_codes[1] <= most, "num_codes[1]", few, num_codes[1])
     separation = require_number("separation", separation, 0)
     st = _hypothesis()
 
     def build(k: int, c: int, seed: int) -> Tensor:
         generator = _generator(seed)
-        axes = min(c, 8)
+        axes = min(c, _AXES)
         side = 1
         while side**axes < 2 * k:
             side += 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from te_quant._checks import require, require_floating, require_int, require_rank
 from te_quant._measuring.progress import progress as with_progress
+from te_quant._values import require_finite
 from te_quant.equivariance.audits._grid import (
     MIN_SIDE,
     first_grid,
@@ -112,7 +113,8 @@ def audit(
 
     Raises:
         ValueError: no module maps grid to grid, sides are too small or do not fit the stride of a module, a shift
-            is out of range or ``whole`` has an unknown name.
+            is out of range, ``whole`` has an unknown name, or images or what a module takes or gives are not
+            finite.
         TypeError: module is no module, or images or what a module takes or gives are not float32 or float64. The
             rounding of half precision, also under ``torch.autocast``, is as large as what padding loses.
     """
@@ -121,6 +123,7 @@ def audit(
     require_rank("images", images, (4,), "(B, C, H, W)")
     require_floating("images", images)
     _refuse_half("images must be", images, "pass model.float() and images.float()")
+    require_finite("images", images)
     require(len(images) > 0, "images", "at least one", 0)
     batch_size = require_int("batch_size", batch_size, 1)
     names = {name for name, _ in module.named_modules()}
@@ -144,7 +147,9 @@ def audit(
         # Not by eval(), which would apply what a codebook has pending, and change what its last indices decode to.
         for child, _ in flags:
             child.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        # A compiled model is followed as it was written: hooks cannot be traced.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.no_grad(), torch.random.fork_rng(devices=devices):
             for shown in views:
                 auditor.look(shown)
                 call(torch.cat(shown))
@@ -189,7 +194,8 @@ class _Auditor:
         """Hook every module; the caller removes the handles."""
         handles = []
         for name, module in self.model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+            # Before the hooks of others, which run again when the module is repeated.
+            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(self._leave))
         return handles
 
@@ -273,6 +279,7 @@ class _Auditor:
         for grid in (source, result):
             name = f"module {call.name!r} ({type(call.module).__name__})"
             _refuse_half(f"{name} must compute in", grid, "call model.float() and leave torch.autocast")
+            require_finite(name, grid)
             stride = stride_of(grid, self.sides, self.batch)
             self.stride = math.lcm(self.stride, stride.numerator if stride else 1)
         if parent is not None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
-from te_quant._measuring.json import plain, read_report, write_report
+from te_quant._measuring.json import plain, read_report, refuse_another_kind, write_report
 from te_quant._measuring.text import counted
 from te_quant.equivariance.audits.plot import plot_audit
 from te_quant.equivariance.audits.rows import PARTS, AuditRow, Part, SkippedModule, decibels, worst_row
@@ -161,8 +161,9 @@ class AuditReport(Tabular):
         """Rebuild a report from :meth:`to_dict`, before or after JSON.
 
         Raises:
-            ValueError: another format, or missing or unknown fields.
+            ValueError: another kind of report, another format, or missing or unknown fields.
         """
+        refuse_another_kind(data, "AuditReport")
         require(data.get("format") == FORMAT, "format", str(FORMAT), repr(data.get("format")))
         values = _fields(cls, {name: value for name, value in data.items() if name != "format"})
         values["rows"] = tuple(AuditRow(**_fields(AuditRow, row)) for row in data["rows"])

@@ -25,6 +25,7 @@ from te_quant._checks import (
     require_rank,
 )
 from te_quant._measuring.bootstrap import NO_INTERVAL, Interval
+from te_quant._measuring.calls import call_on_copy, changed_state, state_versions
 from te_quant._measuring.data_range import (
     DEFAULT_RANGE,
     DataRange,
@@ -274,7 +275,9 @@ def tokens_of(
     Shape:
         images: (B, ...). Returns (B, h, w) int64 on the device of ``images``.
     """
-    return checked_tokens(tokenize(images), images, grid=grid, num_codes=num_codes, label=f"{name}({argument})")
+    return checked_tokens(
+        call_on_copy(tokenize, images), images, grid=grid, num_codes=num_codes, label=f"{name}({argument})"
+    )
 
 
 def checked_tokens(
@@ -284,15 +287,19 @@ def checked_tokens(
     require_integer_tensor(label, indices)
     expected = (images.shape[0], *grid)
     require(tuple(indices.shape) == expected, label, f"of shape {expected}", f"shape {tuple(indices.shape)}")
+    # Unsigned integers of more than 8 bits have no minimum.
+    indices = indices.to(device=images.device, dtype=torch.int64)
     if indices.numel() > 0:
         low, high = int(indices.min()), int(indices.max())
         inside = low >= 0 and high < num_codes
         require(inside, label, f"indices in [0, num_codes={num_codes})", f"values from {low} to {high}")
-    return indices.to(device=images.device, dtype=torch.int64)
+    return indices
 
 
 def require_repeatable(name: str, tokenize: Callable[[Tensor], Tensor], images: Tensor, tokens: Tensor) -> None:
     """Refuse a tokenizer that draws random numbers or learns while it is measured; calls it once.
+
+    Learning shows in the parameters and buffers behind ``tokenize``, or in other indices.
 
     Args:
         name: what the error calls it.
@@ -300,7 +307,11 @@ def require_repeatable(name: str, tokenize: Callable[[Tensor], Tensor], images: 
         images: what it has tokenized before.
         tokens: what it returned then.
     """
-    again = tokenize(images).to(tokens.device)
+    before = state_versions(tokenize)
+    again = call_on_copy(tokenize, images).to(tokens)
+    moved = changed_state(tokenize, before)
+    expected = "one that leaves its model as it is; call model.eval() first"
+    require(moved is None, name, expected, f"one that changes {moved!r}")
     differing = int((again != tokens).sum()) if again.shape == tokens.shape else tokens.numel()
     require(
         differing <= _MOST_DIFFERING * tokens.numel(),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
 from te_quant._measuring.data_range import DEFAULT_RANGE
-from te_quant._measuring.json import interval, numbers, plain, read_report, write_report
+from te_quant._measuring.json import interval, numbers, plain, read_report, refuse_another_kind, write_report
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import Margin, Spread
 from te_quant.equivariance.metrics.shift_error import ShiftError
@@ -123,8 +123,9 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         """Rebuild a report from :meth:`to_dict`, before or after JSON, of this format or of the one before it.
 
         Raises:
-            ValueError: another format, or missing or unknown fields.
+            ValueError: another kind of report, another format, or missing or unknown fields.
         """
+        refuse_another_kind(data, "EquivarianceReport")
         known = data.get("format") in (_FORMER, FORMAT)
         expected = f"{_FORMER} or {FORMAT} (measure again: another format lacks fields)"
         require(known, "format", expected, repr(data.get("format")))

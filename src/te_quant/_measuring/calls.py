@@ -1,0 +1,60 @@
+"""Calls of what users hand to a measurement: on copies, and with an eye on models that change by being called."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType, ModuleType
+
+from torch import Tensor, nn
+
+__all__ = ["call_on_copy", "changed_state", "state_versions"]
+
+# A lambda over a function over a model is as far as one looks.
+_DEPTH = 2
+
+
+def call_on_copy(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Call on a copy and return one: a function may write into its input, or return the same memory each time."""
+    result = function(values.clone())
+    return result.clone() if isinstance(result, Tensor) else result
+
+
+def state_versions(function: object) -> dict[str, int]:
+    """Return how often each parameter and buffer behind a callable was written to, as far as it can be followed.
+
+    It is followed from modules, their methods, objects that hold modules, and functions that name them.
+    """
+    versions: dict[str, int] = {}
+    for number, module in enumerate(dict.fromkeys(_modules(function, _DEPTH))):
+        state = (*module.named_parameters(), *module.named_buffers())
+        for name, tensor in state:
+            if not tensor.is_inference():
+                versions[f"{number}/{name}"] = tensor._version
+    return versions
+
+
+def changed_state(function: object, before: dict[str, int]) -> str | None:
+    """Return the name of a parameter or buffer that was written to since :func:`state_versions`, if any was."""
+    after = state_versions(function)
+    return next((key.partition("/")[2] for key in before if after.get(key, before[key]) != before[key]), None)
+
+
+def _modules(holder: object, depth: int) -> Iterator[nn.Module]:
+    if isinstance(holder, nn.Module):
+        yield holder
+        return
+    if depth < 0 or isinstance(holder, Tensor | type | ModuleType):
+        return
+    if isinstance(holder, functools.partial):
+        held: list[object] = [holder.func, *holder.args, *holder.keywords.values()]
+    elif isinstance(holder, MethodType):
+        held = [holder.__self__]
+    elif isinstance(holder, FunctionType):
+        named = inspect.getclosurevars(holder)
+        held = [*named.nonlocals.values(), *named.globals.values()]
+    else:
+        held = list(getattr(holder, "__dict__", {}).values())
+    for one in held:
+        yield from _modules(one, depth - 1)
