@@ -98,7 +98,7 @@ def test_docstrings(path: Path) -> None:
         check(test)
 
 
-# DDP says so, once in a process, of gradients of 1x1 convolutions, whose strides along axes of size 1 mean nothing.
+# DDP says so, once in a process, of gradients of 1x1 convolutions: strides along axes of size 1 mean nothing.
 @pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")
 @pytest.mark.parametrize(
     "path",
