@@ -322,3 +322,78 @@ def test_a_codebook_that_was_set_moves_as_its_usage_says(usage: Tensor | None) -
     after = 0.7 * before.double() + 0.3 * counts
     expected = (0.7 * codes.double() * smoothed(before)[:, None] + 0.3 * sums) / smoothed(after)[:, None]
     torch.testing.assert_close(quantizer.codebook.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def _moved(quantizer: Any, latents: Tensor) -> Tensor:
+    """How far a step moves the codebooks, relative to their size."""
+    before = torch.stack([stage.codebook.detach().clone() for stage in stages_of(quantizer)])
+    quantizer(latents)
+    quantizer.apply_pending()
+    after = torch.stack([stage.codebook.detach() for stage in stages_of(quantizer)])
+    return (after - before).norm() / before.norm()
+
+
+@pytest.mark.parametrize("build", [PAIRS["l2"], PAIRS["cosine"], PAIRS["residual"]])
+@pytest.mark.parametrize("known", ["all of the source", "codes"])
+def test_statistics_of_the_module_do_not_pass_for_loaded_ones(build: Callable[[str], Any], known: str) -> None:
+    """``own = q.state_dict(); own.update(given)`` completes ``given`` by the statistics of other codes."""
+    source, target = trained(lambda: build("gradient")), trained(lambda: build("ema"), seed=9)
+    given = state_of(source) if known != "codes" else codes_of(state_of(source))
+    alone = trained(lambda: build("ema"), seed=9)
+    alone.load_state_dict(given)
+    own = target.state_dict()
+    own.update(given)
+    target.load_state_dict(own)
+    assert_same_bits(state_of(target), state_of(alone))
+
+
+def test_a_loaded_codebook_survives_the_next_step() -> None:
+    """Where a state was completed with that of the module; its own statistics (the control) would move it away."""
+    source = VectorQuantizer(16, 8, codebook_update="gradient")
+    source.kmeans_init(torch.randn(500, 8))
+    target = VectorQuantizer(16, 8)
+    own = target.state_dict()
+    copied = {name: tensor.clone() for name, tensor in own.items()}
+    for state in (own, copied):
+        state.update(source.state_dict())
+    target.load_state_dict(own)
+    assert _moved(target, torch.randn(8, 8)) < 0.5
+    target.load_state_dict(copied)
+    assert _moved(target, torch.randn(8, 8)) > 0.5
+
+
+def test_the_state_of_a_module_loads_into_it_unchanged() -> None:
+    """Where the codebook is the module's own too, its statistics belong to it."""
+    quantizer = trained(lambda: plain_quantizer(K, C, codebook_update="ema", revival_threshold=0.1))
+    before = state_of(quantizer)
+    quantizer.load_state_dict(quantizer.state_dict())
+    assert_same_bits(state_of(quantizer), before)
+
+
+def test_a_full_state_dict_of_codes_derives_the_statistics() -> None:
+    """torch.distributed.checkpoint completes what it is given with the tensors of the module."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    codes = torch.randn(16, 8)
+    quantizer, alone = VectorQuantizer(16, 8), VectorQuantizer(16, 8)
+    set_model_state_dict(quantizer, {"codebook": codes}, options=StateDictOptions(full_state_dict=True))
+    alone.load_state_dict({"codebook": codes})
+    assert_same_bits(state_of(quantizer), state_of(alone))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: VectorQuantizer(K, C), lambda: ResidualVectorQuantizer(K, C, 2)], ids=["vq", "rvq"]
+)
+def test_a_quantizer_that_stopped_reviving_loads_its_own_state(build: Callable[[], Any]) -> None:
+    """Its buffers are those that it was built with, and stay in the state; nothing is dropped."""
+    quantizer = trained(build)
+    quantizer.revival_threshold = 0.0
+    state = state_of(quantizer)
+    quantizer.load_state_dict(state)
+    assert_same_bits(state_of(quantizer), state)
+    stages_of(quantizer)[0].set_codebook(torch.randn(K, C))
+    assert not stages_of(quantizer)[0].pending_rows.any()
+    revivals = [int(stage.revivals) for stage in stages_of(quantizer)]
+    quantizer(torch.randn(1, C))
+    quantizer.apply_pending()
+    assert [int(stage.revivals) for stage in stages_of(quantizer)] == revivals

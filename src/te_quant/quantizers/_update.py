@@ -283,7 +283,8 @@ def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookS
     """Make ``entries``, which are about to be loaded, fit ``state``.
 
     Statistics that they lack are derived from the codebook, those that ``state`` has no place for are dropped with
-    a warning, and where nothing is said of it nothing is pending.
+    a warning, and where nothing is said of it nothing is pending. Entries that are tensors of ``state`` itself,
+    next to another codebook, are lacking too: a dict of the module that others were written into has them.
 
     Args:
         entries: tensors by name, changed in place.
@@ -295,12 +296,7 @@ def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookS
     if anchor is None or anchor.shape != learnt.shape:
         # Nothing of this quantizer, or a misfit that torch will name.
         return
-    names = [name for name in state._fields if f"{prefix}{name}" in entries and getattr(state, name) is None]
-    for name in names:
-        del entries[f"{prefix}{name}"]
-    if names:
-        text = "the state holds {}, which these options have no use for; dropped."
-        warnings.warn(text.format(" and ".join(names)), stacklevel=2)
+    _drop_foreign(entries, prefix, state, beside_own=_is_stored_in(anchor, learnt))
     for name in ("usage", "pending_counts", "code_sums", "pending_sums", "pending_rows"):
         # Others may have cast the whole file.
         if f"{prefix}{name}" in entries:
@@ -322,6 +318,33 @@ def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookS
     if state.pending_rows is not None and state.revivals is not None:
         entries.setdefault(f"{prefix}pending_rows", torch.zeros_like(state.pending_rows, device=device))
         entries.setdefault(f"{prefix}revivals", torch.zeros_like(state.revivals, device=device))
+
+
+def _drop_foreign(
+    entries: MutableMapping[str, Tensor], prefix: str, state: CodebookState, *, beside_own: bool
+) -> None:
+    """Drop entries that ``state`` has no place for, with a warning, and its own ones next to another codebook."""
+    unused = []
+    for name, own in state._asdict().items():
+        entry = entries.get(f"{prefix}{name}")
+        if entry is None:
+            continue
+        if own is None:
+            unused.append(name)
+        elif beside_own or not _is_stored_in(entry, own):
+            continue
+        del entries[f"{prefix}{name}"]
+    if unused:
+        text = "the state holds {}, which these options have no use for; dropped."
+        warnings.warn(text.format(" and ".join(unused)), stacklevel=3)
+
+
+def _is_stored_in(entry: Tensor, own: Tensor) -> bool:
+    """Whether two tensors share memory, that of this process where FSDP2 has sharded them."""
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in (entry, own)]
+    first, second = (tensor.untyped_storage().data_ptr() for tensor in local)
+    # The meta device has no memory.
+    return first == second != 0
 
 
 def _weights(rows: Rows) -> Tensor:

@@ -497,7 +497,6 @@ class VectorQuantizer(Quantizer):
         if self.codebook_update == "gradient":
             return CodebookState(self.codebook, self.usage, self.pending_counts)
         subset = None if self._subset is None else self.pending_subset
-        rows, revivals = (self.pending_rows, self.revivals) if self.revival_threshold > 0 else (None, None)
         return CodebookState(
             self.codebook,
             self.usage,
@@ -505,8 +504,9 @@ class VectorQuantizer(Quantizer):
             self.code_sums,
             self.pending_sums,
             subset,
-            rows,
-            revivals,
+            # Kept where revival stopped later, as the state dict is that of the construction.
+            self._buffers.get("pending_rows"),
+            self._buffers.get("revivals"),
         )
 
     def _table(self) -> Tensor:
