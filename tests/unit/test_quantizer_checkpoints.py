@@ -157,13 +157,14 @@ def test_a_codebook_loads_with_statistics_of_a_fresh_one(name: str, strict: bool
     for stage in stages_of(quantizer):
         assert torch.equal(stage.usage, torch.ones_like(stage.usage))
         if "code_sums" in dict(stage.named_buffers()):
-            torch.testing.assert_close(stage.code_sums, stage.codebook.detach(), rtol=1e-6, atol=1e-7)
+            mean = stage.project(stage.codebook.detach())
+            torch.testing.assert_close(stage.code_sums, mean, rtol=1e-6, atol=1e-7)
     assert not any(value.any() for key, value in loaded.items() if last(key) in ("pending_counts", "pending_sums"))
 
 
 @pytest.mark.parametrize("name", PLAIN_MOVING)
 def test_a_loaded_codebook_is_not_undone(name: str) -> None:
-    """Codes that a step does not use stay where they are."""
+    """Codes that a step does not use stay where they are; under cosine their directions do."""
     case = CASES[name]
     codes = {key: 10 * value for key, value in codes_of(state_of(prepared(case))).items()}
     quantizer = prepared(case)
@@ -176,9 +177,9 @@ def test_a_loaded_codebook_is_not_undone(name: str) -> None:
         if getattr(quantizer, "shared_codebook", False):
             chosen = results.indices
         unused = torch.ones(stage.num_codes, dtype=torch.bool).index_fill_(0, chosen[chosen >= 0].flatten(), False)
-        before = list(codes.values())[number]
-        torch.testing.assert_close(stage.codebook.detach()[unused], before[unused], rtol=1e-5, atol=1e-6)
-        moved += not torch.equal(stage.codebook.detach()[~unused], before[~unused])
+        before, after = stage.project(list(codes.values())[number]), stage.project(stage.codebook.detach())
+        torch.testing.assert_close(after[unused], before[unused], rtol=1e-5, atol=1e-6)
+        moved += not torch.equal(after[~unused], before[~unused])
     assert moved
 
 
@@ -207,7 +208,7 @@ def test_a_gradient_checkpoint_continues_under_moving_averages(pair: str) -> Non
     for old, new in zip(stages_of(source), stages_of(target), strict=True):
         assert torch.equal(new.codebook, old.codebook.detach())
         assert torch.equal(new.usage, old.usage)
-        expected = old.codebook.detach().double() * smoothed(old.usage)[:, None]
+        expected = new.project(old.codebook.detach()).double() * smoothed(old.usage)[:, None]
         torch.testing.assert_close(new.code_sums.double(), expected, rtol=1e-5, atol=1e-6)
     training_step(target, (torch.randn(40, C).requires_grad_(),), seed=3)
     assert all(torch.isfinite(value).all() for value in state_of(target).values())
@@ -397,3 +398,29 @@ def test_a_quantizer_that_stopped_reviving_loads_its_own_state(build: Callable[[
     quantizer(torch.randn(1, C))
     quantizer.apply_pending()
     assert [int(stage.revivals) for stage in stages_of(quantizer)] == revivals
+
+
+@pytest.mark.parametrize("way", ["set", "load"])
+def test_lengths_of_codes_do_not_matter_under_cosine(way: str) -> None:
+    """A step turns long and short codes equally far; the old weights (control) move them further."""
+    torch.manual_seed(1)
+    units = nn.functional.normalize(torch.randn(64, 8), dim=1)
+    latents = torch.randn(500, 8)
+
+    def turned(scale: float, *, fresh: bool = False) -> Tensor:
+        quantizer = VectorQuantizer(64, 8, metric="cosine", revival_threshold=0.0)
+        if way == "set":
+            quantizer.set_codebook(units * scale)
+        else:
+            quantizer.load_state_dict({"codebook": units * scale})
+        if fresh:
+            quantizer.code_sums.copy_(units * scale)
+        quantizer(latents)
+        quantizer.apply_pending()
+        return nn.functional.normalize(quantizer.codebook, dim=1)
+
+    expected = turned(1.0)
+    for scale in (46.0, 1 / 256):
+        torch.testing.assert_close(turned(scale), expected, rtol=0, atol=1e-5)
+    moved = [float((codes - units).norm(dim=1).mean()) for codes in (expected, turned(1 / 256, fresh=True))]
+    assert moved[0] < 0.5 * moved[1]

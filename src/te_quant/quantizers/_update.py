@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_quant._execution import refuse_redraw
-from te_quant._precision import widen
+from te_quant._precision import unit_rows, widen
 from te_quant.quantizers._distributed import all_reduce_sum, gathered, overwrite
 from te_quant.quantizers._penalized_means import penalized_means, smoothed
 from te_quant.quantizers._rows import Rows
@@ -251,8 +251,11 @@ def move(
 
 
 @torch.no_grad()
-def restart(state: CodebookState, codes: Tensor, usage: Tensor | None = None) -> None:
-    """Put the codebook at ``codes`` (K, C), used as ``usage`` (K,) says or each once; forget what is pending."""
+def restart(state: CodebookState, codes: Tensor, usage: Tensor | None = None, *, unit: bool = False) -> None:
+    """Put the codebook at ``codes`` (K, C), used as ``usage`` (K,) says or each once; forget what is pending.
+
+    Where only the directions of the codes count (``unit``), their lengths do not weigh the statistics.
+    """
     codebook = cast("Tensor", state.codebook)
     overwrite(codebook, codes)
     if usage is None:
@@ -260,7 +263,7 @@ def restart(state: CodebookState, codes: Tensor, usage: Tensor | None = None) ->
     else:
         state.usage.copy_(usage)
     if state.code_sums is not None:
-        codes = widen(codebook)
+        codes = unit_rows(widen(codebook)) if unit else widen(codebook)
         state.code_sums.copy_(codes if usage is None else _sums(codes, state.usage))
     _forget(state)
 
@@ -279,7 +282,14 @@ def revive(state: CodebookState, revived: Tensor, fresh: Tensor) -> None:
         state.code_sums.copy_(torch.where(column, weighted, state.code_sums))
 
 
-def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookState, learnt: Tensor) -> None:
+def complete(
+    entries: MutableMapping[str, Tensor],
+    prefix: str,
+    state: CodebookState,
+    learnt: Tensor,
+    *,
+    unit: bool = False,
+) -> None:
     """Make ``entries``, which are about to be loaded, fit ``state``.
 
     Statistics that they lack are derived from the codebook, those that ``state`` has no place for are dropped with
@@ -291,6 +301,7 @@ def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookS
         prefix: of the names that concern this quantizer.
         state: of the quantizer.
         learnt: the codebook, or what the codes are computed from.
+        unit: only the directions of the codes count, so their lengths do not weigh the statistics.
     """
     anchor = entries.get(f"{prefix}{'basis' if state.codebook is None else 'codebook'}")
     if anchor is None or anchor.shape != learnt.shape:
@@ -310,7 +321,8 @@ def complete(entries: MutableMapping[str, Tensor], prefix: str, state: CodebookS
         entries[f"{prefix}pending_counts"] = nothing
     entries.setdefault(f"{prefix}pending_counts", nothing)
     if state.code_sums is not None and usage.shape == state.usage.shape:
-        sums = _sums(widen(gathered(anchor)), usage)
+        codes = widen(gathered(anchor))
+        sums = _sums(unit_rows(codes) if unit else codes, usage)
         entries.setdefault(f"{prefix}code_sums", sums)
         entries.setdefault(f"{prefix}pending_sums", torch.zeros_like(sums))
     if state.pending_subset is not None:

@@ -267,7 +267,8 @@ class VectorQuantizer(Quantizer):
         else:
             self.codebook = nn.Parameter(initial)
         # In float32 at least, whatever torch's default is: half precision cannot count to 3,000.
-        # One pseudo-count per code, so that sums = codebook · smoothed(usage) holds from the first step on.
+        # One pseudo-count per code, so that sums = codebook · smoothed(usage) holds from the first step on. Under
+        # "cosine" too: nothing of a random start is worth the weight of a unit vector.
         self.register_buffer("usage", widen(torch.full((num_codes,), NEVER_USED if revives else 1.0)))
         self.register_buffer("pending_counts", torch.zeros_like(self.usage))
         if ema:
@@ -377,7 +378,7 @@ class VectorQuantizer(Quantizer):
         self._refuse_frozen("set_codebook")
         _check_codes(codes, usage, self.num_codes, self.code_dim)
         reshard_owners(self)
-        restart(self._state(), codes, usage)
+        restart(self._state(), codes, usage, unit=self.metric == "cosine")
 
     @torch.no_grad()
     def kmeans_init(
@@ -467,7 +468,7 @@ class VectorQuantizer(Quantizer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Derive the statistics that a state lacks; drop those of the other ``codebook_update``."""
-        complete(state_dict, prefix, self._state(), self.codebook)
+        complete(state_dict, prefix, self._state(), self.codebook, unit=self.metric == "cosine")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
