@@ -1,4 +1,4 @@
-"""Methods of an autoencoder that FSDP2 has sharded, in a group of one process.
+"""Methods of models that FSDP2 has sharded, in a group of one process.
 
 ``fully_shard`` gathers weights for ``forward`` only; ``test_engines.py`` compares trainings.
 """
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from te_quant import AutoencoderConfig, VQAutoencoder
+from te_quant import GPT, AutoencoderConfig, GPTConfig, Segment, VQAutoencoder
 from te_quant.layers import ResidualBlock
 from tests.helpers import exactly
 
@@ -144,3 +144,26 @@ def test_declaring_one_method_serves_those_that_call_it() -> None:
     model = fully_shard(copy.deepcopy(plain))
     register_fsdp_forward_method(model, "encode")
     assert torch.equal(model.encode_to_indices(_images()), plain.encode_to_indices(_images()))
+
+
+def _gpt(declared: tuple[str, ...] = ("generate",)) -> GPT:
+    """Sharded by blocks."""
+    torch.manual_seed(0)
+    image = Segment("image", 16, (2, 2), "sinusoidal")
+    gpt = GPT(GPTConfig((image,), width=16, depth=2, num_heads=2))
+    for block in gpt.blocks:
+        fully_shard(block)
+    fully_shard(gpt)
+    for method in declared:
+        register_fsdp_forward_method(gpt, method)
+    return gpt
+
+
+def test_a_gpt_trains_after_it_has_generated() -> None:
+    """Weights that are gathered for the first time in inference mode could never be trained."""
+    plain, gpt = _gpt(), _gpt()
+    tokens = gpt.generate(torch.empty(2, 0, dtype=torch.int64), generator=torch.Generator().manual_seed(0))
+    for model in (plain, gpt):
+        model(tokens)[..., 0].sum().backward()
+    pairs = zip(plain.parameters(), gpt.parameters(), strict=True)
+    assert all(torch.equal(one.grad.full_tensor(), other.grad.full_tensor()) for one, other in pairs)

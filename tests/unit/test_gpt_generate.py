@@ -386,6 +386,17 @@ def test_result_is_a_tensor_like_any_other() -> None:
         assert not torch.equal(new, prompt[:, : new.shape[1]])
 
 
+def test_tokens_of_the_callback_may_be_trained_on() -> None:
+    """They too are tensors like any other."""
+    gpt, seen = build(), []
+    gpt.generate(draw(BOTH, 2, 3), callback=lambda _, tokens: seen.append(tokens))
+    table = torch.nn.Embedding(100, 2)
+    for tokens in seen:
+        table(tokens).sum().backward()
+    assert table.weight.grad is not None
+    assert int(table.weight.grad[:, 0].sum()) == 2 * len(seen)
+
+
 @pytest.mark.parametrize("P", [0, 3])
 def test_batch_may_be_empty(P: int) -> None:
     """No rows in, no rows out."""

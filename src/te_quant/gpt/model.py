@@ -401,7 +401,6 @@ class GPT(nn.Module):
         if max_new_tokens is not None:
             max_new_tokens = require_int("max_new_tokens", max_new_tokens, 0, new)
             new = max_new_tokens
-        # Made here, not in inference mode, so that the caller may train on it.
         sequence = F.pad(prompt, (0, new))
         # Of each row, the first column that it has to draw.
         firsts = [P] * B if own is None else own.cumprod(1).sum(1).tolist()

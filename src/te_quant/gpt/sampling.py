@@ -183,7 +183,7 @@ class Ending(NamedTuple):
     fill: int
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extend(
     sequence: Tensor,
     first: int,
