@@ -121,6 +121,19 @@ def test_terms_of_the_loss_leave_masked_tokens_out(name: str) -> None:
     assert quantizer.loss_terms(latents, torch.full_like(output.indices, -1)).keys() == terms.keys()
 
 
+@pytest.mark.parametrize("name", [*mostly_slow(), "dropout", "stages", "product"])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0, 3)])
+def test_terms_of_an_empty_batch_are_those_of_its_loss(name: str, shape: tuple[int, ...]) -> None:
+    """As in a last batch of which a filter has left nothing; each has a gradient or none, as with tokens."""
+    quantizer: Quantizer = (QUANTIZERS.get(name) or NESTINGS[name])().eval()
+    quantizer.channel_dim = -1
+    latents = torch.empty(*shape, quantizer.code_dim, requires_grad=True)
+    output = quantizer(latents)
+    terms = quantizer.loss_terms(latents, output.indices)
+    torch.testing.assert_close(sum(terms.values()), output.loss)
+    sum(terms.values()).backward()
+
+
 @pytest.mark.parametrize("name", NESTINGS)
 def test_no_index_decodes_to_zeros(name: str) -> None:
     """-1 has the code zero, and leaves the codes of other tokens the same bits."""

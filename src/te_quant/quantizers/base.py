@@ -376,7 +376,8 @@ class Quantizer(nn.Module):
             shape, found = (*grid_of(latents, self.channel_dim), *behind), tuple(indices.shape)
             require(found == shape, "indices", f"of shape {shape} for these latents", f"shape {found}")
             indices = indices.reshape(-1, *behind)
-            kept = (indices >= 0).view(len(indices), -1).any(1, keepdim=True)
+            # The size by name, as -1 for it is ambiguous where there are no tokens.
+            kept = (indices >= 0).view(len(indices), self.num_quantizers or 1).any(1, keepdim=True)
             rows = self._rows(latents, kept if may_be_true(~kept) else None)
             return self._loss_terms(rows, indices)
 
