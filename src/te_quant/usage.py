@@ -132,6 +132,7 @@ class CodebookUsage(nn.Module):
             TypeError: the indices are not integers.
         """
         require_integer_tensor("indices", indices)
+        indices = indices.long()
         if self.histogram.is_meta:
             self._move(indices.device)
         require_device("indices", indices, self.histogram.device, "histogram")
@@ -146,6 +147,7 @@ class CodebookUsage(nn.Module):
             TypeError: it does not hold integers.
         """
         require_integer_tensor("histogram", histogram)
+        histogram = histogram.long()
         require_rank("histogram", histogram, (1,), "(K,)")
         require_axis("histogram", histogram, 0, self.num_codes, "num_codes")
         lowest = int(histogram.min())

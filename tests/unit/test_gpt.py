@@ -433,8 +433,19 @@ def test_tokens_that_do_not_fit_are_refused(change: Callable, error: type, match
 
 
 def test_other_integers_are_tokens_too() -> None:
-    """As compact data sets hold them."""
+    """As compact data sets and the token files of the command line hold them."""
     gpt, tokens = build(), draw(BOTH, 2, LENGTH)
+    kept = torch.arange(4).expand(2, 4) % 2 == 0
+    options: list[dict[str, Any]] = [{"prompt_lengths": torch.tensor([1, 3])}, {"prompt_mask": kept}]
+    for option in options:
+        wanted = gpt.generate(tokens[:, :4], temperature=0, **option)
+        for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16):
+            small = {
+                name: value if value.dtype == torch.bool else value.to(dtype) for name, value in option.items()
+            }
+            assert torch.equal(gpt.generate(tokens[:, :4].to(dtype), temperature=0, **small), wanted)
+    for dtype in (torch.uint16, torch.uint32, torch.uint64):
+        close(gpt(tokens.to(dtype)), gpt(tokens), 0)
     close(gpt(tokens.to(torch.uint8)), gpt(tokens), 0)
     close(gpt.losses(tokens.to(torch.int32))["image"], gpt.losses(tokens)["image"], 0)
 

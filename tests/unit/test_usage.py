@@ -340,3 +340,14 @@ def test_lightning_logs_the_metric(tmp_path: Path) -> None:
     assert len(model.logged) == len(model.expected) == 3
     for logged, expected in zip(model.logged, model.expected, strict=True):
         assert logged == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16])
+def test_integers_of_every_width_are_counted(dtype: torch.dtype) -> None:
+    """As token files hold them; torch computes little with unsigned ones. Those out of range are refused."""
+    usage = CodebookUsage(10)
+    usage.update(torch.tensor([0, 3, 3], dtype=dtype))
+    usage.merge(torch.arange(10).to(dtype))
+    assert usage.histogram.tolist() == [1, 1, 2, 5, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(ValueError, match=exactly("indices must be in [0, num_codes=10), got 10.")):
+        usage.update(torch.tensor([10], dtype=dtype))

@@ -30,6 +30,7 @@ from te_quant._checks import (
     require,
     require_axis,
     require_int,
+    require_integer_tensor,
     require_mask,
     require_number,
     require_type,
@@ -393,7 +394,8 @@ class GPT(nn.Module):
         layout = self._layout(order)
         own = own_columns(prompt, prompt_lengths, prompt_mask)
         if own is not None:
-            prompt = prompt.masked_fill(~own, 0)
+            require_integer_tensor("prompt", prompt)
+            prompt = prompt.long().masked_fill(~own, 0)
         prompt = layout.checked("prompt", prompt, self.start.device, always_look=True)
         B, P = prompt.shape
         _require_generators(generator, prompt)

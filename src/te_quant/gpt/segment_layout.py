@@ -143,6 +143,7 @@ def own_columns(prompt: Tensor, lengths: Tensor | None, mask: Tensor | None) -> 
         return None
     require_rank("prompt_lengths", lengths, (1,), "(B,)")
     require_integer_tensor("prompt_lengths", lengths)
+    lengths = lengths.long()
     require_device("prompt_lengths", lengths, prompt.device, "prompt")
     require_axis("prompt_lengths", lengths, 0, B, "batch of the prompt")
     outside = [length for length in lengths.tolist() if not 0 <= length <= P]
