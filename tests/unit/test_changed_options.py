@@ -156,6 +156,23 @@ def test_the_penalty_may_fade_in_and_out(name: str, subset: dict[str, Any]) -> N
     assert torch.equal(rebuilt.eval()(latents).indices, changed(latents).indices)
 
 
+@pytest.mark.parametrize("option", ["entropy_weight", "diversity_weight"])
+def test_the_entropy_may_fade_in_and_out(option: str) -> None:
+    """At 0 it is as if the groups were not there; above 0 (the control) it is not, and large codes need them."""
+    start = LFQ(28, entropy_group_dim=14, **{option: 0.0})  # type: ignore[arg-type]
+    plain = LFQ(28, **{option: 0.0})  # type: ignore[arg-type]
+    latents = torch.randn(40, 28)
+    assert start(latents).loss == plain(latents).loss
+    with pytest.raises(ValueError, match="entropy_group_dim must be an int <= 24 while code_dim=28 is above"):
+        setattr(plain, option, 0.1)
+    plain.entropy_group_dim = 14
+    for quantizer in (start, plain):
+        setattr(quantizer, option, 0.1)
+    assert start(latents).loss == plain(latents).loss > LFQ(28, **{option: 0.0})(latents).loss  # type: ignore[arg-type]
+    setattr(start, option, 0.0)
+    assert LFQ(**start.options())(latents).loss == start(latents).loss < plain(latents).loss
+
+
 @pytest.mark.parametrize("option", ["decay", "orthogonal_reg", "revival_threshold", "commitment_weight"])
 def test_levels_follow_the_whole(option: str) -> None:
     """After the change a residual quantizer moves as one that was built with it; without it (the control) not."""

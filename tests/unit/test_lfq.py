@@ -202,12 +202,6 @@ def test_nothing_is_remembered() -> None:
         (4, {"entropy_group_dim": 5}, ValueError, "entropy_group_dim must be an int >= 1 and <= 4, got 5."),
         (40, {"entropy_group_dim": 30}, ValueError, "entropy_group_dim must be an int >= 1 and <= 24, got 30."),
         (
-            4,
-            {"entropy_group_dim": 2, "entropy_weight": 0.0},
-            ValueError,
-            "entropy_group_dim must be unset while entropy_weight or diversity_weight is 0, got 2.",
-        ),
-        (
             25,
             {},
             ValueError,
