@@ -204,6 +204,60 @@ def test_given_stages_are_changed_one_by_one() -> None:
     assert quantizer.stages[1].decay == 0.5
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "cure"),
+    [
+        ("commitment_weight", 50.0, "set it on the ResidualVectorQuantizer"),
+        ("orthogonal_reg", 1.0, "set it on the ResidualVectorQuantizer"),
+        ("gradient_estimator", "rotation_trick", "set it on the ResidualVectorQuantizer"),
+        ("temperature", 100.0, "pass stages to ResidualVectorQuantizer to give them options of their own"),
+        (
+            "orthogonal_active_only",
+            True,
+            "pass stages to ResidualVectorQuantizer to give them options of their own",
+        ),
+    ],
+)
+@pytest.mark.parametrize("wrap", [copy.copy, lambda whole: ProductQuantizer([whole]).quantizers[0], copy.deepcopy])
+def test_levels_refuse_what_only_the_whole_reads(option: str, value: Any, cure: str, wrap: Callable) -> None:
+    """It would have no effect. The value that they have, and options that levels do read, are taken."""
+    whole = wrap(BUILD["rvq"]())
+    stage = whole.stages[1]
+    own = getattr(stage, option)
+    message = (
+        f"{option} must be {own!r} in a level that a ResidualVectorQuantizer has built, got {value!r}; {cure}."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        setattr(stage, option, value)
+    setattr(stage, option, own)
+    stage.decay = 0.5
+    if hasattr(whole, option):
+        setattr(whole, option, value)
+        assert getattr(stage, option) == value
+    given = ResidualVectorQuantizer(stages=list(BUILD["rvq"]().stages))
+    setattr(given.stages[1], option, own)
+
+
+@pytest.mark.parametrize(
+    ("build", "option", "place"),
+    [
+        (lambda: ProductQuantizer([VectorQuantizer(8, 4), FSQ((3, 3))]), "decay", "each of quantizer.quantizers"),
+        (lambda: ProductQuantizer([BUILD["rvq"]()]), "orthogonal_reg", "each of quantizer.quantizers"),
+        (BUILD["stages"], "temperature", "each of quantizer.stages"),
+        (BUILD["rvq"], "temperature", "each of the stages that it is given"),
+    ],
+)
+def test_a_whole_refuses_options_that_only_its_parts_have(build: Callable, option: str, place: str) -> None:
+    """They would be attributes without effect; an attribute of another name (the control) is the user's own."""
+    quantizer = build()
+    message = f"{option} must be set on {place}, which have their own, got 0.5."
+    with pytest.raises(ValueError, match=exactly(message)):
+        setattr(quantizer, option, 0.5)
+    assert not hasattr(quantizer, option)
+    quantizer.label = 0.5
+    assert quantizer.label == 0.5
+
+
 def test_layouts_are_those_of_the_parts() -> None:
     """And what is done about NaN; a quantizer without a gradient estimator gets none."""
     quantizer = ProductQuantizer([plain_residual(8, 3, 2), FSQ((3, 3))])

@@ -5,6 +5,7 @@ Shape letters: C code size, N latent vectors, Q indices per vector, n of them fo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,7 @@ from te_quant.quantizers._distributed import reshard_owners
 from te_quant.quantizers._lifecycle import replacements
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import Batch, record, restart, revive
-from te_quant.quantizers.base import NO_CODE, NonfiniteMode, Quantized, Quantizer
+from te_quant.quantizers.base import NO_CODE, NonfiniteMode, Quantized, Quantizer, names_of
 from te_quant.quantizers.sim import SimVQ
 from te_quant.quantizers.vector import VectorQuantizer
 
@@ -195,12 +196,27 @@ class CombinedQuantizer(Quantizer):
         longest = max(len(revived) for revived in lifecycle.revived)
         return torch.stack([F.pad(revived, (0, longest - len(revived))) for revived in lifecycle.revived])
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = (*self.__dict__, *inspect.signature(type(self)).parameters)
+        if self.__dict__.get("_modules") and name not in own and name in self._options_of_parts():
+            require(False, name, f"set on each of {self._place_of_parts}, which have their own", repr(value))
+        super().__setattr__(name, value)
+
+    def _options_of_parts(self) -> set[str]:
+        checks = (check for part in self._all_quantizers() if part is not self for check in part._checks)
+        return {name for check in checks for name in names_of(check)}
+
+    @property
+    def _place_of_parts(self) -> str:
+        """Where an error says that the parts are found."""
+        raise NotImplementedError(f"{type(self).__name__} must define _place_of_parts.")
+
     def _checked(self, name: str, value: Any) -> Any:
         value = super()._checked(name, value)
         if name in self._handed_on:
             for part in self._all_quantizers():
                 if part is not self and name in part.__dict__:
-                    setattr(part, name, value)
+                    part._assign(name, value)
                     value = getattr(part, name)
         return value
 

@@ -145,7 +145,7 @@ def _check_layout(*, channel_dim: object, nonfinite: object) -> dict[str, Any]:
 
 
 @cache
-def _names_of(check: Callable[..., dict[str, Any]]) -> tuple[str, ...]:
+def names_of(check: Callable[..., dict[str, Any]]) -> tuple[str, ...]:
     return tuple(inspect.signature(check).parameters)
 
 
@@ -221,6 +221,9 @@ class Quantizer(nn.Module):
     residual_scale: float | tuple[float, ...] = 1.0
     """Inside a ResidualVectorQuantizer, what the codes of all later levels are multiplied by: a number, or one for
     each channel. 1 where codes are learnt, because they learn their size."""
+
+    _is_built_level: bool = False
+    """Whether a ResidualVectorQuantizer has built this quantizer and reads most options from itself."""
 
     statistics: ClassVar[tuple[str, ...]] = ()
     """Names of the buffers that stay in float32 when the module is converted to half precision."""
@@ -570,6 +573,10 @@ class Quantizer(nn.Module):
         # Until it is set for the first time, the constructor checks it.
         super().__setattr__(name, self._checked(name, value) if name in self.__dict__ else value)
 
+    def _assign(self, name: str, value: Any) -> None:
+        """Set an option, checked, as the whole of which this is a part says."""
+        nn.Module.__setattr__(self, name, self._checked(name, value))
+
     def _checked(self, name: str, value: Any) -> Any:
         """Return the new value of an attribute as it is stored; refuse what the constructor refuses."""
         if name in self._fixed:
@@ -577,7 +584,7 @@ class Quantizer(nn.Module):
             expected, got = f"{own!r}, as the quantizer was built", f"{value!r}; build another quantizer with it"
             require(type(value) is type(own) and value == own, name, expected, got)
         for check in self._checks:
-            names = _names_of(check)
+            names = names_of(check)
             if name in names:
                 value = check(**{**{each: self.__dict__[each] for each in names}, name: value}).get(name, value)
         return value

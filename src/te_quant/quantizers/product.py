@@ -163,6 +163,10 @@ class ProductQuantizer(CombinedQuantizer):
         """Return what the constructor was given, by name; see the base class."""
         return {**super().options(), "quantizers": list(self.quantizers)}
 
+    @property
+    def _place_of_parts(self) -> str:
+        return "quantizer.quantizers"
+
     def _parts(self) -> list[Quantizer]:
         return cast("list[Quantizer]", list(self.quantizers)) * (self.num_groups or 1)
 

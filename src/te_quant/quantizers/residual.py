@@ -94,7 +94,8 @@ class ResidualVectorQuantizer(CombinedQuantizer):
 
     Attributes:
         stages: one quantizer for each level, or one for all if shared. Each is set by itself, for example
-            ``quantizer.stages[0].set_codebook(codes)``.
+            ``quantizer.stages[0].set_codebook(codes)``. Where stages were built from sizes, weights and
+            estimators are set on the whole, for example ``quantizer.commitment_weight = 0.25``.
         num_quantizers: Q, the number of indices of a token: L, or more where a stage has several.
         num_codes: K; the largest one where stages differ.
         codebook_sizes: K of each of the Q indices.
@@ -210,6 +211,8 @@ class ResidualVectorQuantizer(CombinedQuantizer):
             self.revival_threshold = float(revival_threshold)
         # Codebooks of one size and one set of options are searched and updated as tables.
         self._built = stages is None
+        for stage in given:
+            stage._is_built_level = self._built
         self._scales = _residual_steps.cumulative([part.residual_scale for part in parts], code_dim)
         self.residual_scale = self._scales.pop() or 1.0
 
@@ -319,6 +322,10 @@ class ResidualVectorQuantizer(CombinedQuantizer):
             value = _require_share(value)
             self.lowest_index = NO_CODE if value else min(part.lowest_index for part in self._parts())
         return super()._checked(name, value)
+
+    @property
+    def _place_of_parts(self) -> str:
+        return "the stages that it is given" if self._built else "quantizer.stages"
 
     @property
     def _drops(self) -> bool:

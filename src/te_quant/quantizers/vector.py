@@ -57,6 +57,18 @@ Metric: TypeAlias = Literal["l2", "cosine", "cosine_raw", "dot"]
 CodebookUpdate: TypeAlias = Literal["gradient", "ema"]
 _REVIVAL_THRESHOLD = 0.01
 
+# Options that only the whole reads where it has built this quantizer as a level, and what to do instead.
+_ON_THE_WHOLE = "set it on the ResidualVectorQuantizer"
+_AS_STAGES = "pass stages to ResidualVectorQuantizer to give them options of their own"
+_WITHOUT_EFFECT = {
+    "commitment_weight": _ON_THE_WHOLE,
+    "orthogonal_reg": _ON_THE_WHOLE,
+    "gradient_estimator": _ON_THE_WHOLE,
+    "codebook_weight": _AS_STAGES,
+    "orthogonal_active_only": _AS_STAGES,
+    "temperature": _AS_STAGES,
+}
+
 
 def _check_options(
     *,
@@ -452,6 +464,9 @@ class VectorQuantizer(Quantizer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "codebook" and isinstance(value, nn.Parameter) and name in self.__dict__.get("_buffers", ()):
             raise TypeError("codebook must be set by set_codebook under codebook_update='ema', got a Parameter.")
+        if self.__dict__.get("_is_built_level") and name in _WITHOUT_EFFECT and value != self.__dict__[name]:
+            expected = f"{self.__dict__[name]!r} in a level that a ResidualVectorQuantizer has built"
+            require(False, name, expected, f"{value!r}; {_WITHOUT_EFFECT[name]}")
         super().__setattr__(name, value)
 
     def _checked(self, name: str, value: Any) -> Any:
