@@ -424,3 +424,22 @@ def test_lengths_of_codes_do_not_matter_under_cosine(way: str) -> None:
         torch.testing.assert_close(turned(scale), expected, rtol=0, atol=1e-5)
     moved = [float((codes - units).norm(dim=1).mean()) for codes in (expected, turned(1 / 256, fresh=True))]
     assert moved[0] < 0.5 * moved[1]
+
+
+@pytest.mark.parametrize("sizes", [(5, 8), (8, 5)])
+def test_a_state_loads_where_the_penalty_looks_at_more_or_fewer_codes(sizes: tuple[int, int]) -> None:
+    """The codes drawn for the next move are drawn for a number of codes; everything else is kept."""
+
+    def build(size: int) -> VectorQuantizer:
+        return plain_quantizer(K, C, codebook_update="ema", orthogonal_reg=1.0, orthogonal_max_codes=size)
+
+    source = trained(lambda: build(sizes[0]))
+    target = trained(lambda: build(sizes[1]), seed=9)
+    target.load_state_dict(state_of(source))
+    state, loaded = state_of(source), state_of(target)
+    assert torch.equal(loaded.pop("pending_subset"), torch.arange(sizes[1]))
+    assert len(state.pop("pending_subset")) == sizes[0]
+    assert_same_bits(loaded, state)
+    same = trained(lambda: build(sizes[0]), seed=9)
+    same.load_state_dict(state_of(source))
+    assert torch.equal(same.pending_subset, source.pending_subset)

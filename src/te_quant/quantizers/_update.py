@@ -326,7 +326,10 @@ def complete(
         entries.setdefault(f"{prefix}code_sums", sums)
         entries.setdefault(f"{prefix}pending_sums", torch.zeros_like(sums))
     if state.pending_subset is not None:
-        entries.setdefault(f"{prefix}pending_subset", torch.arange(len(state.pending_subset), device=device))
+        drawn = torch.arange(len(state.pending_subset), device=device)
+        # Another number of codes was drawn where orthogonal_max_codes was another.
+        if entries.setdefault(f"{prefix}pending_subset", drawn).shape != drawn.shape:
+            entries[f"{prefix}pending_subset"] = drawn
     if state.pending_rows is not None and state.revivals is not None:
         entries.setdefault(f"{prefix}pending_rows", torch.zeros_like(state.pending_rows, device=device))
         entries.setdefault(f"{prefix}revivals", torch.zeros_like(state.revivals, device=device))
