@@ -5,7 +5,9 @@ Shape letters: N latent vectors, C code size, K codes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from te_quant import ResidualVectorQuantizer, VectorQuantizer
 from te_quant.functional import orthogonality
 from te_quant.quantizers._penalized_means import penalized_means, smoothed
 from tests.helpers import plain_quantizer
@@ -342,3 +345,27 @@ def test_codes_outside_the_penalty_follow_their_means() -> None:
         old, new = (s["code_sums"] / smoothed(s["usage"], EPSILON).unsqueeze(1) for s in (before, after))
         left = (after["codebook"] - (before["codebook"] + new - old)).norm(dim=1) < 1e-12
         assert left.sum() == 5
+
+
+@pytest.mark.parametrize("way", ["eval", "freeze", "apply_pending", "accumulate", "revive_dead_codes"])
+@pytest.mark.parametrize("build", [VectorQuantizer, partial(ResidualVectorQuantizer, num_quantizers=2)])
+def test_the_codebook_moves_alike_under_autocast(way: str, build: Callable[..., Any]) -> None:
+    """Whatever moves it; without a penalty nothing that autocast would round is computed."""
+    torch.manual_seed(0)
+    plain = build(num_codes=16, code_dim=8, orthogonal_reg=10.0)
+    plain(torch.randn(200, 8))
+    plain(torch.randn(200, 8))
+    rounded = copy.deepcopy(plain)
+    latents = (torch.randn(200, 8),) if way == "revive_dead_codes" else ()
+    for quantizer, on in ((plain, False), (rounded, True)):
+        before = quantizer.state_dict()
+        before = {name: value.clone() for name, value in before.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            torch.manual_seed(1)
+            result = getattr(quantizer, way)(*latents)
+            if way == "accumulate":
+                with result:
+                    pass
+        assert not all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(rounded.state_dict()[name], value), name

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from te_quant._execution import refuse_redraw
-from te_quant._precision import unit_rows, widen
+from te_quant._precision import full_precision, unit_rows, widen
 from te_quant.quantizers._distributed import all_reduce_sum, gathered, overwrite
 from te_quant.quantizers._penalized_means import penalized_means, smoothed
 from te_quant.quantizers._rows import Rows
@@ -237,7 +237,9 @@ def move(
         penalized = Penalized(subset, mask if mask is None or subset is None else mask[subset])
         before = state.usage.clone(), state.code_sums.clone()
         after = state.usage.lerp_(counts, share), state.code_sums.lerp_(sums, share)
-        moved = _penalized(widen(state.codebook), before, after, orthogonal_reg, penalized, unit)
+        # Outside of a forward pass autocast may still be on.
+        with full_precision(counts.device):
+            moved = _penalized(widen(state.codebook), before, after, orthogonal_reg, penalized, unit)
     else:
         usage = state.usage.lerp_(counts, share)
         moved = state.code_sums.lerp_(sums, share) / smoothed(usage, EPSILON).unsqueeze(1)
