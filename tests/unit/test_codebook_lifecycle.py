@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from te_quant import VectorQuantizer
+from te_quant import FSQ, ResidualVectorQuantizer, VectorQuantizer
 from tests.helpers import exactly, not_finite, plain_quantizer
 from tests.unit.quantizer_cases import state_of
 
@@ -351,3 +351,38 @@ def test_kmeans_without_latents_changes_nothing(update: str) -> None:
     quantizer.kmeans_init(torch.empty(0, 3))
     for name, tensor in quantizer.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "level"])
+def test_a_parametrized_codebook_is_refused_by_what_writes_to_it(inside: bool) -> None:
+    """Writing to what a parametrization computes changes nothing; without it (the control) the codebook moves."""
+    latents = torch.randn(50, 4)
+    part = plain_quantizer(8, 4)
+    whole = ResidualVectorQuantizer(stages=[part, FSQ((3, 3, 3, 3))]) if inside else part
+    torch.nn.utils.parametrizations.weight_norm(part, "codebook")
+    calls = {"set_codebook": torch.ones(8, 4), "kmeans_init": latents, "revive_dead_codes": latents}
+    for method, argument in calls.items():
+        message = (
+            f"codebook must be a plain tensor for {method}, which writes to it, got a parametrized one; call "
+            "it before you parametrize, or after torch.nn.utils.parametrize.remove_parametrizations."
+        )
+        with pytest.raises(RuntimeError, match=exactly(message)):
+            getattr(part if method == "set_codebook" else whole, method)(argument)
+    whole(latents.requires_grad_()).loss.backward()
+    torch.nn.utils.parametrize.remove_parametrizations(part, "codebook")
+    before = part.codebook.detach().clone()
+    whole.kmeans_init(latents)
+    assert not torch.equal(part.codebook, before)
+
+
+def test_a_parametrized_codebook_follows_no_moving_average() -> None:
+    """It would stay where it is for ever."""
+    quantizer = VectorQuantizer(8, 4)
+    torch.nn.utils.parametrize.register_parametrization(quantizer, "codebook", torch.nn.Identity())
+    with pytest.raises(
+        RuntimeError, match="codebook must be a plain tensor for apply_pending, which writes to it, got"
+    ):
+        quantizer(torch.randn(50, 4))
+    frozen = VectorQuantizer(8, 4).freeze()
+    torch.nn.utils.parametrize.register_parametrization(frozen, "codebook", torch.nn.Identity())
+    frozen(torch.randn(50, 4))

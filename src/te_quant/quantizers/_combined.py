@@ -161,7 +161,7 @@ class CombinedQuantizer(Quantizer):
         """
         iterations = require_int("iterations", iterations, 0)
         require_generator(generator)
-        self._refuse_frozen_parts("kmeans_init")
+        self._require_writable_parts("kmeans_init")
         reshard_owners(self)
         rows = self._counted(latents, mask)
         with full_precision(latents.device):
@@ -186,7 +186,7 @@ class CombinedQuantizer(Quantizer):
         """
         threshold = require_number("threshold", threshold, 0.0, 1.0)
         require_generator(generator)
-        self._refuse_frozen_parts("revive_dead_codes")
+        self._require_writable_parts("revive_dead_codes")
         reshard_owners(self)
         rows = self._counted(latents, mask)
         self.apply_pending()
@@ -248,10 +248,10 @@ class CombinedQuantizer(Quantizer):
             else:
                 part.record(rows, own)
 
-    def _refuse_frozen_parts(self, method: str) -> None:
+    def _require_writable_parts(self, method: str) -> None:
         """Refuse before anything moves: to start only half of the codebooks again would be worse than none."""
         for module in self._all_quantizers():
-            module._refuse_frozen(method)
+            module._require_writable(method)
 
     def _learnt(self) -> Iterator[nn.Parameter]:
         for part in self._owned():

@@ -688,7 +688,8 @@ class Quantizer(nn.Module):
         indices = indices.clamp_min(0)
         return self.losses(rows, self.look_up(indices), indices)._asdict()
 
-    def _refuse_frozen(self, method: str) -> None:
+    def _require_writable(self, method: str) -> None:
+        """Refuse to let ``method`` write to what must not, or cannot, be written to."""
         if self.frozen:
             raise RuntimeError(f"{method} must be called on a quantizer that is not frozen, got a frozen one.")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from te_quant._checks import (
     require,
@@ -356,6 +357,8 @@ class VectorQuantizer(Quantizer):
     def apply_pending(self) -> None:
         """Move the statistics and, under ``"ema"``, the codebook by what is pending; see the base class."""
         if not self.frozen:
+            if self.codebook_update == "ema":
+                self._require_plain_codebook("apply_pending")
             move(
                 self._state(),
                 decay=self.decay,
@@ -380,14 +383,14 @@ class VectorQuantizer(Quantizer):
         Raises:
             ValueError: a shape does not fit, a number is not finite, or usage is negative or zero everywhere.
             TypeError: codes or usage are not floating point.
-            RuntimeError: the quantizer is frozen.
+            RuntimeError: the quantizer is frozen, or its codebook parametrized.
 
         Example:
             >>> from te_quant import VectorQuantizer
             >>> quantizer = VectorQuantizer(16, 4, codebook_update="ema")
             >>> quantizer.set_codebook(torch.eye(16)[:, :4])
         """
-        self._refuse_frozen("set_codebook")
+        self._require_writable("set_codebook")
         _check_codes(codes, usage, self.num_codes, self.code_dim)
         reshard_owners(self)
         restart(self._state(), codes, usage, unit=self.metric == "cosine")
@@ -416,7 +419,7 @@ class VectorQuantizer(Quantizer):
             generator: randomness of the draw.
 
         Raises:
-            RuntimeError: the quantizer is frozen.
+            RuntimeError: the quantizer is frozen, or its codebook parametrized.
         """
         iterations = require_int("iterations", iterations, 0)
         require_generator(generator)
@@ -451,7 +454,7 @@ class VectorQuantizer(Quantizer):
             (K,) bool, the codes revived; the same on every process.
 
         Raises:
-            RuntimeError: the quantizer is frozen.
+            RuntimeError: the quantizer is frozen, or its codebook parametrized.
         """
         threshold = require_number("threshold", threshold, 0.0, 1.0)
         require_generator(generator)
@@ -554,8 +557,20 @@ class VectorQuantizer(Quantizer):
 
         return kmeans(rows, self._table(), iterations, self.project, generator, group, search)
 
+    def _require_writable(self, method: str) -> None:
+        super()._require_writable(method)
+        self._require_plain_codebook(method)
+
+    def _require_plain_codebook(self, method: str) -> None:
+        """Refuse a parametrized codebook: what a parametrization has computed is a copy."""
+        if is_parametrized(self, "codebook"):
+            raise RuntimeError(
+                f"codebook must be a plain tensor for {method}, which writes to it, got a parametrized one; call "
+                "it before you parametrize, or after torch.nn.utils.parametrize.remove_parametrizations."
+            )
+
     def _counted_rows(self, latents: Tensor, mask: Tensor | None, method: str) -> Tensor:
-        self._refuse_frozen(method)
+        self._require_writable(method)
         reshard_owners(self)
         return self._counted(latents, mask)
 
