@@ -126,6 +126,17 @@ def test_decoded_pictures_have_their_first_size(
         assert (found - whole.clamp(-1, 1)).abs().max() <= 0.501 / 127.5
 
 
+def test_every_decoded_picture_has_a_file_of_its_own(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """Also where a name with one more ending is the other ending of a third; names that do not meet stay short."""
+    for number, name in enumerate(("a.jpg", "a.png", "a.png.bmp", "b.jpg")):
+        picture(tmp_path / "alike" / name, 8, 8, seed=number)
+    run("encode", "model", "alike", "-o", "alike.safetensors")
+    status, out, _ = run("decode", "model", "alike.safetensors", "-o", "out", "--json")
+    names = ["a.jpg.png", "a.png.bmp.png", "a.png.png", "b.png"]
+    assert (status, sorted(json.loads(out)["pictures"])) == (0, names)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
 @pytest.mark.parametrize(
     ("num_codes", "dtype"),
     [

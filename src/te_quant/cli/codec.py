@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -153,9 +153,12 @@ def _batches(items: Iterable[_Item], size: int, key: Any) -> Iterator[list[_Item
 
 def _picture_names(names: list[str]) -> dict[str, str]:
     """Return a PNG name for each picture: another ending, or one more where two would become the same."""
-    short = {name: PurePosixPath(name).with_suffix(".png").as_posix() for name in names}
-    taken = list(short.values())
-    return {name: png if taken.count(png) == 1 else f"{name}.png" for name, png in short.items()}
+    chosen = {name: PurePosixPath(name).with_suffix(".png").as_posix() for name in names}
+    # Again, as a longer name may be the short one of another picture.
+    while len(set(chosen.values())) < len(chosen):
+        taken = Counter(chosen.values())
+        chosen = {name: png if taken[png] == 1 else f"{name}.png" for name, png in chosen.items()}
+    return chosen
 
 
 def _output(options: Options) -> Path:
