@@ -90,6 +90,24 @@ def test_a_table_grows_and_replaces(tmp_path: Path) -> None:
     assert path.read_text() == f"# Title\n\n{rows}\nText.\n"
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_table_leaves_the_rest_of_its_file_byte_for_byte(tmp_path: Path, ending: str) -> None:
+    """Line ends of either kind, and characters that Python takes for some; new rows end as the table does."""
+    path = tmp_path / "table.md"
+    before, behind = f"one\ftwo\u2028three{ending}{ending}", f"{ending}four\x1cfive{ending}six"
+    table = ["| name | κ |", "| --- | ---: |", "| a | 1 |"]
+    path.write_bytes((before + "".join(row + ending for row in table) + behind).encode())
+    put_row(path, HEADER, ["b", "2"], "lr")
+    put_row(path, HEADER, ["a", "3"], "lr")
+    table[2:] = ["| a | 3 |", "| b | 2 |"]
+    assert path.read_bytes() == (before + "".join(row + ending for row in table) + behind).encode()
+    path.write_bytes(ending.join(table).encode())
+    put_row(path, HEADER, ["c", "4"], "lr")
+    put_row(path, HEADER, ["b", "5"], "lr")
+    table[3:] = ["| b | 5 |", "| c | 4 |"]
+    assert path.read_bytes() == "".join(row + ending for row in table).encode()
+
+
 def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
     """And stays as it is."""
     path = tmp_path / "table.md"

@@ -29,16 +29,23 @@ def put_row(path: Path, header: Sequence[str], row: Sequence[str], align: str) -
     """
     head, rule, *_ = Table(header, [], align).to_markdown().splitlines()
     line = Table(header, [row], align).to_markdown().splitlines()[2]
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [head, rule]
-    require(head in lines, str(path), f"a file with a table that begins with {head!r}", "none")
-    start = lines.index(head) + 2
+    # Bytes, and no line ends but these: everything else stays as it is.
+    text = path.read_bytes().decode() if path.is_file() else f"{head}\n{rule}\n"
+    lines = text.split("\n")
+    bare = [line.removesuffix("\r") for line in lines]
+    require(head in bare, str(path), f"a file with a table that begins with {head!r}", "none")
+    start = bare.index(head) + 2
+    carriage = lines[start - 2].removeprefix(head)
     end = next((n for n, text in enumerate(lines[start:], start) if not text.startswith("|")), len(lines))
     names = [_first_cell(text) for text in lines[start:end]]
     if _first_cell(line) in names:
-        lines[start + names.index(_first_cell(line))] = line
+        place = start + names.index(_first_cell(line))
+        lines[place] = line + lines[place].removeprefix(bare[place])
     else:
-        lines.insert(end, line)
-    write_atomically(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        # A table at the end of a file may lack its last line end.
+        lines[end - 1] = bare[end - 1] + carriage
+        lines[end:] = [line + carriage, *(lines[end:] or [""])]
+    write_atomically(path, lambda beside: beside.write_bytes("\n".join(lines).encode()))
 
 
 def require_table(path: Path | None, first_title: str) -> None:
