@@ -137,7 +137,8 @@ class CodebookUsage(nn.Module):
             self._move(indices.device)
         require_device("indices", indices, self.histogram.device, "histogram")
         indices = require_in_range("indices", indices, self.num_codes, "num_codes", cure=_COUNTED)
-        self.histogram += torch.bincount(indices.flatten(), minlength=self.num_codes)
+        # Not in place, which tensors of inference mode refuse outside of it.
+        self.histogram = self.histogram + torch.bincount(indices.flatten(), minlength=self.num_codes)
 
     def merge(self, histogram: Tensor) -> None:
         """Add the histogram, (K,) int64, of another counter.
@@ -152,7 +153,7 @@ class CodebookUsage(nn.Module):
         require_axis("histogram", histogram, 0, self.num_codes, "num_codes")
         lowest = int(histogram.min())
         require(lowest >= 0, "histogram", "counts >= 0", lowest)
-        self.histogram += histogram.to(self.histogram.device)
+        self.histogram = self.histogram + histogram.to(self.histogram.device)
 
     def synchronized(self, process_group: ProcessGroup | None = None) -> CodebookUsage:
         """Return a counter of what all processes have counted; this one stays as it is.
@@ -183,7 +184,7 @@ class CodebookUsage(nn.Module):
 
     def reset(self) -> None:
         """Forget everything counted."""
-        self.histogram.zero_()
+        self.histogram = torch.zeros_like(self.histogram)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodebookUsage:
         """Follow the model to another device; a cast changes nothing, as it would round the counts."""

@@ -351,3 +351,21 @@ def test_integers_of_every_width_are_counted(dtype: torch.dtype) -> None:
     assert usage.histogram.tolist() == [1, 1, 2, 5, 4, 5, 6, 7, 8, 9]
     with pytest.raises(ValueError, match=exactly("indices must be in [0, num_codes=10), got 10.")):
         usage.update(torch.tensor([10], dtype=dtype))
+
+
+def test_counters_work_in_and_out_of_inference_mode() -> None:
+    """Wherever they were built or last updated."""
+    with torch.inference_mode():
+        inside = CodebookUsage(4)
+        inside.update(torch.tensor([1]))
+    outside = CodebookUsage(4)
+    for usage in (inside, outside, inside, outside):
+        usage.update(torch.tensor([1, 2]))
+        usage.merge(torch.tensor([1, 0, 0, 0]))
+        with torch.inference_mode():
+            usage.update(torch.tensor([3]))
+            usage.cpu()
+    assert (inside.histogram.tolist(), outside.histogram.tolist()) == ([2, 3, 2, 2], [2, 2, 2, 2])
+    assert inside.synchronized().histogram.tolist() == [2, 3, 2, 2]
+    inside.reset()
+    assert not inside.histogram.any()
