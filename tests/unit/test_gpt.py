@@ -432,6 +432,21 @@ def test_tokens_that_do_not_fit_are_refused(change: Callable, error: type, match
         getattr(build(), method)(tokens)
 
 
+def test_masked_tokens_may_be_anything() -> None:
+    """As in ``generate``: -1 of a quantizer that left tokens out. Elsewhere (the control) it is refused."""
+    gpt, tokens = build(), draw(BOTH, 3, LENGTH)
+    mask = torch.rand(3, LENGTH) < 0.6
+    holes = tokens.masked_fill(~mask, -1)
+    close(gpt(holes, mask=mask), gpt(tokens.masked_fill(~mask, 0), mask=mask), 0)
+    close(gpt.log_prob(holes, mask=mask), gpt.log_prob(tokens, mask=mask), 0)
+    for name, loss in gpt.losses(holes, mask=mask).items():
+        close(loss, gpt.losses(tokens, mask=mask)[name], 0)
+    with pytest.raises(
+        ValueError, match=r"tokens of '(text|image)' must be in \[0, vocab_size=[0-9]+\), got -1\."
+    ):
+        gpt(holes, mask=torch.ones_like(mask))
+
+
 def test_other_integers_are_tokens_too() -> None:
     """As compact data sets and the token files of the command line hold them."""
     gpt, tokens = build(), draw(BOTH, 2, LENGTH)

@@ -33,6 +33,7 @@ from te_quant._checks import (
     require_integer_tensor,
     require_mask,
     require_number,
+    require_rank,
     require_type,
 )
 from te_quant._precision import AUTOCAST_DEVICES, widen
@@ -128,7 +129,8 @@ class GPT(nn.Module):
             tokens: of the whole sequence from its first column on, or the next ones after those in ``cache``.
             order: names of some or all segments as they follow each other. ``None``: that of the cache, else that
                 of the config.
-            mask: (B, T) bool; tokens with mask False are ignored; the others keep the positions of their columns.
+            mask: (B, T) bool; tokens with mask False are ignored and may be any integers, such as -1; the others
+                keep the positions of their columns.
                 The token after an ignored one is predicted from the last token before it that counts.
             cache: what was given before; the tokens are added to it. There is no gradient then.
 
@@ -538,10 +540,12 @@ class GPT(nn.Module):
 
     def _predictions(self, tokens: Tensor, layout: Layout, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The tokens, checked, and (B, T, D), what the network says before each of them."""
-        tokens = layout.checked("tokens", tokens, self.start.device)
         if mask is not None:
+            require_rank("tokens", tokens, (2,), "(B, T)")
+            require_integer_tensor("tokens", tokens)
             require_mask("mask", mask, tuple(tokens.shape), tokens.device, "tokens")
-            mask = mask[:, :-1]
+            tokens, mask = tokens.long().masked_fill(~mask, 0), mask[:, :-1]
+        tokens = layout.checked("tokens", tokens, self.start.device)
         return tokens, self._read(layout, tokens[:, :-1], mask)[:, : tokens.shape[1]]
 
     def _read(self, layout: Layout, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
