@@ -445,6 +445,51 @@ def test_a_config_describes_stages_by_name() -> None:
         AutoencoderConfig(quantizer={"name": "ProductQuantizer", "quantizers": [{"name": "Other"}]})
 
 
+WHOLES: dict[str, Callable[[], Any]] = {
+    "built": lambda: ResidualVectorQuantizer(7, 3, 2),
+    "stages": lambda: ResidualVectorQuantizer(stages=[VectorQuantizer(7, 3), VectorQuantizer(7, 3)]),
+    "product": lambda: ProductQuantizer([VectorQuantizer(7, 1), VectorQuantizer(7, 2)]),
+    "nested": lambda: ProductQuantizer([ResidualVectorQuantizer(7, 1, 2), VectorQuantizer(7, 2)]),
+    "sim": lambda: ProductQuantizer([SimVQ(7, 1), VectorQuantizer(7, 2)]),
+}
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_a_part_in_evaluation_stays_while_the_others_move(name: str) -> None:
+    """As a loop over ``modules()`` leaves it; back in training (the control) it moves again."""
+    quantizer = WHOLES[name]()
+    quantizer(torch.randn(40, 3))
+    still, moving = [part for part in quantizer.modules() if isinstance(part, VectorQuantizer | SimVQ)][:2]
+    still.eval()
+    before = state_of(still), state_of(moving)
+    for _ in range(2):
+        quantizer(torch.randn(40, 3))
+    assert all(torch.equal(value, before[0][key]) for key, value in state_of(still).items())
+    assert not torch.equal(state_of(moving)["usage"], before[1]["usage"])
+    quantizer.train()
+    for _ in range(2):
+        quantizer(torch.randn(40, 3))
+    assert not torch.equal(still.usage, before[0]["usage"])
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_a_part_that_accumulates_stands_still_inside_a_whole(name: str) -> None:
+    """Until its block ends; then it moves by everything that the block recorded."""
+    quantizer = WHOLES[name]()
+    quantizer(torch.randn(40, 3))
+    still, moving = [part for part in quantizer.modules() if isinstance(part, VectorQuantizer | SimVQ)][:2]
+    with still.accumulate():
+        before = state_of(still), state_of(moving)
+        for _ in range(3):
+            quantizer(torch.randn(40, 3))
+        assert torch.equal(still.usage, before[0]["usage"])
+        assert not torch.equal(moving.usage, before[1]["usage"])
+        assert int(still.pending_counts.sum()) == 3 * 40
+    quantizer(torch.randn(40, 3))
+    assert int(still.pending_counts.sum()) == 40
+    assert not torch.equal(still.usage, before[0]["usage"])
+
+
 def test_a_frozen_part_stays_while_the_others_move() -> None:
     """It is neither moved nor counted; a restart is refused before any other part has moved."""
     quantizer: Any = NESTED["product of products"]()

@@ -132,11 +132,21 @@ class CombinedQuantizer(Quantizer):
         return next((part.dtype for part in self._parts() if part.dtype is not None), None)
 
     def record(self, rows: Rows, result: Quantized) -> None:  # noqa: ARG002
-        """Let every part that is not frozen record; one collective serves all codebooks together."""
+        """Let every part record that trains and is not frozen; one collective serves all codebooks together."""
         batches: list[Batch] = []
         self._collect(result, batches)
         if batches:
             record(batches, self._group.resolve())
+
+    def advance(self, rows: Rows) -> None:
+        """Move every part that is neither frozen nor inside its own :meth:`accumulate`; see the base class."""
+        if self._accumulating:
+            return
+        for part in self._owned():
+            if isinstance(part, CombinedQuantizer):
+                part.advance(rows)
+            elif not part.frozen and not part._accumulating:
+                part.apply_pending()
 
     def apply_pending(self) -> None:
         """Move every part that is not frozen; see the base class."""
@@ -236,7 +246,7 @@ class CombinedQuantizer(Quantizer):
         """Add what codebooks saw to ``batches``; let other parts record."""
         steps: list[tuple[Quantizer, Rows, Quantized]] = result.memo
         for part, rows, own in steps:
-            if part.frozen:
+            if not part._changes():
                 continue
             kind = type(part)
             if isinstance(part, CombinedQuantizer):
@@ -258,7 +268,7 @@ class CombinedQuantizer(Quantizer):
             yield from part._learnt()
 
     def _records(self) -> bool:
-        return not self.frozen and any(part._records() for part in self._owned())
+        return not self.frozen and any(part._changes() and part._records() for part in self._owned())
 
     def _remembered(self) -> Iterator[Tensor]:
         for part in self._owned():

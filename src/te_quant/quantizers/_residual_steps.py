@@ -146,7 +146,7 @@ def mean_penalty(stages: Sequence[VectorQuantizer]) -> Tensor:
 
 
 def batches(stages: Sequence[VectorQuantizer], steps: Sequence[Rows], chosen: Tensor) -> list[Batch]:
-    """What every codebook that is not frozen saw: S, Q steps of N rows, (N, Q) indices.
+    """What every codebook saw that trains and is not frozen: S, Q steps of N rows, (N, Q) indices.
 
     A shared codebook sees all steps as one batch.
     """
@@ -156,7 +156,7 @@ def batches(stages: Sequence[VectorQuantizer], steps: Sequence[Rows], chosen: Te
     return [
         Batch(stage._state(), rows, indices)
         for stage, rows, indices in zip(stages, steps, picks, strict=True)
-        if not stage.frozen
+        if stage._changes()
     ]
 
 

@@ -287,7 +287,7 @@ class Quantizer(nn.Module):
         self._check_latents(latents)
         kept = self._kept(latents, mask)
         require_generator(generator)
-        changing = self.training and not self.frozen
+        changing = self._changes()
         if changing and is_exporting():
             raise RuntimeError("mode must be evaluation to export a quantizer, got training; call eval() first.")
         if changing and self._records():
@@ -607,6 +607,10 @@ class Quantizer(nn.Module):
         with wide_buffers(self, self.statistics):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _changes(self) -> bool:
+        """Whether passes may change state."""
+        return self.training and not self.frozen
 
     def _records(self) -> bool:
         """Whether a training pass puts anything into buffers."""

@@ -59,7 +59,8 @@ class ProductQuantizer(CombinedQuantizer):
 
     Attributes:
         quantizers: the quantizers that were given. Each is set by itself, for example
-            ``quantizer.quantizers[0].set_codebook(codes)``.
+            ``quantizer.quantizers[0].set_codebook(codes)``. One in evaluation mode, frozen or inside its own
+            ``accumulate()`` stands still while the others move.
         num_quantizers: Q, the number of indices of a token: G, or more where a quantizer inside has several.
         num_codes: the largest K inside.
         codebook_sizes: K of each of the Q indices.

@@ -96,6 +96,7 @@ class ResidualVectorQuantizer(CombinedQuantizer):
         stages: one quantizer for each level, or one for all if shared. Each is set by itself, for example
             ``quantizer.stages[0].set_codebook(codes)``. Where stages were built from sizes, weights and
             estimators are set on the whole, for example ``quantizer.commitment_weight = 0.25``.
+            A stage in evaluation mode, frozen or inside its own ``accumulate()`` stands still while others move.
         num_quantizers: Q, the number of indices of a token: L, or more where a stage has several.
         num_codes: K; the largest one where stages differ.
         codebook_sizes: K of each of the Q indices.

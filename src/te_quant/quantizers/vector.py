@@ -507,7 +507,7 @@ class VectorQuantizer(Quantizer):
     def _penalized(
         self, rows: Rows, indices: Tensor, table: Tensor, generator: torch.Generator | None
     ) -> Penalized:
-        changing = self.training and not self.frozen
+        changing = self._changes()
         group = self._group.resolve() if changing else None
         counts = count(indices, rows, self.num_codes, group) if self.orthogonal_active_only else None
         return choose_penalized(counts, table, self._subset if changing else None, generator, group)
