@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_type
+from te_quant._execution import require_savable
 
 __all__ = [
     "CONFIG_FILE",
@@ -76,7 +77,9 @@ def save(
 
     Raises:
         ImportError: safetensors is not installed.
+        RuntimeError: the state is spread over processes.
     """
+    require_savable(state)
     save_file = safetensors().save_file
     folder = Path(folder)
     content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from te_quant import GPT, AutoencoderConfig, GPTConfig, Segment, VQAutoencoder
@@ -167,3 +169,48 @@ def test_a_gpt_trains_after_it_has_generated() -> None:
         model(tokens)[..., 0].sum().backward()
     pairs = zip(plain.parameters(), gpt.parameters(), strict=True)
     assert all(torch.equal(one.grad.full_tensor(), other.grad.full_tensor()) for one, other in pairs)
+
+
+GPT_METHODS: dict[str, Callable[[GPT], Tensor]] = {
+    "generate": lambda gpt: gpt.generate(torch.empty(2, 0, dtype=torch.int64), temperature=0),
+    "losses": lambda gpt: gpt.losses(INDICES.view(1, 4))["image"],
+    "log_prob": lambda gpt: gpt.log_prob(INDICES.view(1, 4)),
+    "next_logits": lambda gpt: gpt.next_logits(gpt.new_cache(2)),
+}
+
+
+@pytest.mark.parametrize("method", GPT_METHODS)
+def test_methods_of_a_gpt_on_shards_are_refused_by_name(method: str) -> None:
+    """But for those that are declared, which give the same bits as without shards."""
+    declared = _gpt((method,))
+    gpt = _gpt(())
+    names = (("the autoencoder", "the GPT"), ("autoencoder", "gpt"), ("encode_to_indices", "generate"))
+    message = REFUSAL
+    for name, other in names:
+        message = message.replace(name, other)
+    with pytest.raises(RuntimeError, match=exactly(message)):
+        GPT_METHODS[method](gpt)
+    plain = GPT(gpt.config)
+    plain.load_state_dict(get_model_state_dict(gpt, options=StateDictOptions(full_state_dict=True)))
+    assert torch.equal(GPT_METHODS[method](declared), GPT_METHODS[method](plain))
+
+
+@pytest.mark.parametrize("build", [lambda: fully_shard(_model()), lambda: fully_shard(_model("ema")), _gpt])
+def test_shards_are_not_saved(build: Callable[[], Any], tmp_path: Path) -> None:
+    """The cure that the message names works, and gives the model that was sharded."""
+    model = build()
+    message = (
+        "model must be whole to be saved, got shards of FSDP2; on all processes call "
+        "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, load what it "
+        "returns into a model without shards, and save that one."
+    )
+    with pytest.raises(RuntimeError, match=exactly(message)):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    # fully_shard gives the module a class of its own, derived from the first one.
+    plain = type(model).__mro__[2](model.config)
+    plain.load_state_dict(state)
+    plain.save_pretrained(tmp_path / "model")
+    again = type(plain).from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in state.items())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from te_quant import _pretrained
 from te_quant._checks import require, require_integer_tensor, require_rank, require_type
+from te_quant._execution import require_whole
 from te_quant._pretrained import Report
 from te_quant._values import require_in_range
 from te_quant.autoencoder.card import autoencoder_card
@@ -229,6 +230,7 @@ class VQAutoencoder(nn.Module):
 
         Raises:
             ImportError: safetensors is not installed (``te_quant[hub]``).
+            RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """
         self.quantizer.apply_pending()
         _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
@@ -373,15 +375,7 @@ def _require_whole(part: nn.Module) -> None:
     # Only a DTensor has this method; importing its class here would slow down everybody's first forward pass.
     if not hasattr(next(part.parameters()), "full_tensor"):
         return
-    from torch.distributed.tensor import DTensor
-
-    for parameter in _own_parameters(part):
-        if isinstance(parameter, DTensor) and any(place.is_shard() for place in parameter.placements):
-            raise RuntimeError(
-                "weights must be whole outside of forward, got shards of FSDP2; shard the autoencoder itself with "
-                "fully_shard(autoencoder), and declare every method that you call, for example by "
-                "register_fsdp_forward_method(autoencoder, 'encode_to_indices')."
-            )
+    require_whole(_own_parameters(part), "autoencoder", "autoencoder", "encode_to_indices")
 
 
 def _own_parameters(part: nn.Module) -> Iterator[nn.Parameter]:

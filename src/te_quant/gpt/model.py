@@ -36,6 +36,7 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
+from te_quant._execution import require_whole
 from te_quant._precision import AUTOCAST_DEVICES, widen
 from te_quant._pretrained import Report
 from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
@@ -102,6 +103,8 @@ class GPT(nn.Module):
         ValueError: the order names a segment twice or one that is not there, there are more tokens than it has, or
             one lies outside its vocabulary (accelerators leave that to their kernels, so as not to wait).
         TypeError: tokens are not integers, or a mask is not bool.
+        RuntimeError: FSDP2 has sharded the weights, and another method than ``forward`` is called that
+            ``torch.distributed.fsdp.register_fsdp_forward_method`` has not been told of.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -429,6 +432,7 @@ class GPT(nn.Module):
 
         Raises:
             ImportError: safetensors is not installed (``te_quant[hub]``).
+            RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """
         _pretrained.save(folder, "GPT", self.config.to_dict(), self.state_dict())
 
@@ -631,6 +635,7 @@ class GPT(nn.Module):
 
     def _embed(self, layout: Layout, tokens: Tensor, first: int, *, with_start: bool) -> Tensor:
         """(B, t) tokens of the columns from ``first`` on to (B, t, D), or (B, 1 + t, D) with the start."""
+        require_whole((self.start, *self.ends.parameters()), "GPT", "gpt", "generate")
         B, t = tokens.shape
         parts = [self.start[layout.spans[0].number].expand(B, 1, -1)] if with_start else []
         for span, begin, end in layout.within(first, first + t):
