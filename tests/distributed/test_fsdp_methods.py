@@ -214,3 +214,34 @@ def test_shards_are_not_saved(build: Callable[[], Any], tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path / "model")
     again = type(plain).from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
+# Of torch's own layers; it seeds them alike all the same.
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support:UserWarning")
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_a_sharded_model_from_the_meta_device_starts_as_a_new_one(update: str) -> None:
+    """By the method that recipes for FSDP2 call for every module that has it."""
+    with torch.device("meta"):
+        model = fully_shard(_model(update))
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    codes = model.quantizer.codebook
+    assert 0 < float((codes.full_tensor() if update == "gradient" else codes).detach().abs().max()) <= 1 / 16
+    for _ in range(2):
+        _train(model)
+    assert all(tensor.isfinite().all() for tensor in get_model_state_dict(model).values())
+
+
+def test_a_sharded_gpt_from_the_meta_device_starts_as_a_new_one() -> None:
+    """With the very bits."""
+    with torch.device("meta"):
+        gpt = _gpt()
+    gpt.to_empty(device="cpu")
+    torch.manual_seed(0)
+    gpt.reset_parameters()
+    plain = _gpt()
+    for one, other in zip(gpt.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.full_tensor(), other.full_tensor())

@@ -24,7 +24,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from te_quant import AutoencoderConfig, Quantizer, VectorQuantizer, VQAutoencoder
+from te_quant import (
+    FSQ,
+    GPT,
+    LFQ,
+    AutoencoderConfig,
+    GPTConfig,
+    ProductQuantizer,
+    Quantizer,
+    ResidualVectorQuantizer,
+    Segment,
+    SimVQ,
+    VectorQuantizer,
+    VQAutoencoder,
+)
 from tests.unit.module_cases import (
     CASES,
     EXEMPT,
@@ -718,3 +731,38 @@ def test_averaged_buffers_are_those_of_one_codebook() -> None:
     averaged.eval()
     torch.testing.assert_close(one.codebook, sums / usage.unsqueeze(1), rtol=1e-4, atol=1e-5)
     assert (one.codebook - mean).abs().max() > 1e-3
+
+
+STARTS: dict[str, Callable[[], nn.Module]] = {
+    "vq": lambda: VectorQuantizer(7, 3),
+    "vq-gradient": lambda: VectorQuantizer(7, 3, codebook_update="gradient"),
+    "vq-cosine": lambda: VectorQuantizer(7, 3, metric="cosine", revival_threshold=0.0),
+    "vq-subset": lambda: VectorQuantizer(7, 3, orthogonal_reg=1.0, orthogonal_max_codes=2),
+    "rvq": lambda: ResidualVectorQuantizer(7, 3, 2),
+    "rvq-shared": lambda: ResidualVectorQuantizer(7, 3, 2, shared_codebook=True),
+    "nested": lambda: ProductQuantizer([ResidualVectorQuantizer(stages=[SimVQ(7, 2), LFQ(2)]), FSQ((3, 3))]),
+    "fsq": lambda: FSQ((3, 3, 5)),
+    "gpt": lambda: GPT(
+        GPTConfig(
+            (Segment("text", 5, (4,), "learned", pad_token=0), Segment("image", 7, (2, 2), "axial")), 16, 1, 2
+        )
+    ),
+    "gpt-sinusoidal": lambda: GPT(GPTConfig((Segment("image", 7, (2, 2), "sinusoidal"),), 16, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_module_from_the_meta_device_may_start_anew(name: str) -> None:
+    """``reset_parameters`` gives the bits of a new module; what ``to_empty`` gives (the control) has none."""
+    with torch.device("meta"):
+        module = STARTS[name]()
+    with _nan_in_new_memory():
+        module.to_empty(device="cpu")
+    empty = [tensor for tensor in _tensors_of(module) if tensor.is_floating_point()]
+    assert all(tensor.isnan().any() for tensor in empty)
+    torch.manual_seed(0)
+    for part in [module] if isinstance(module, GPT) else module.modules():
+        if isinstance(part, GPT | Quantizer):
+            part.reset_parameters()
+    torch.manual_seed(0)
+    assert_same_bits(state_of(module), state_of(STARTS[name]()))

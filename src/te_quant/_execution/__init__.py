@@ -2,15 +2,18 @@
 
 from te_quant._execution.modes import in_transform, is_exporting, wants_plain
 from te_quant._execution.recomputation import between_steps, refuse_redraw, refuse_transform
-from te_quant._execution.sharding import require_savable, require_whole
+from te_quant._execution.sharding import gathered, overwrite, require_savable, require_whole, reshard_owners
 
 __all__ = [
     "between_steps",
+    "gathered",
     "in_transform",
     "is_exporting",
+    "overwrite",
     "refuse_redraw",
     "refuse_transform",
     "require_savable",
     "require_whole",
+    "reshard_owners",
     "wants_plain",
 ]

@@ -1,12 +1,18 @@
-"""Refusals of weights that FSDP2 has sharded, where only whole ones will do."""
+"""Weights that FSDP2 has sharded: read, written to as a whole, or refused where only whole ones will do."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["require_savable", "require_whole"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["gathered", "overwrite", "require_savable", "require_whole", "reshard_owners"]
 
 
 def require_whole(parameters: Iterable[Tensor], model: str, variable: str, method: str) -> None:
@@ -43,3 +49,38 @@ def require_savable(state: Mapping[str, Tensor]) -> None:
             "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, load what it "
             "returns into a model without shards, and save that one."
         )
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 has sharded, which all ranks must ask for together; any other as it is."""
+    # Only DTensor has this method; asking for the class would import a quarter of torch.distributed.
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def reshard_owners(module: nn.Module) -> None:
+    """Let FSDP2 put the parameters of ``module`` back into shards.
+
+    After a pass in evaluation a root keeps whole parameters, and its next step forgets what was written to them.
+    """
+    # Neither is imported unless something is sharded. A parameter knows nothing of the module that shards it.
+    fsdp, states = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "_composable_state"))
+    if fsdp is None or states is None:
+        return
+    own = set(module.modules())
+    for owner in list(states._module_state_mapping):
+        if isinstance(owner, fsdp.FSDPModule) and not own.isdisjoint(owner.modules()):
+            owner.reshard()
+
+
+@torch.no_grad()
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Write ``values``, the same on all ranks, into ``tensor``, of which this rank may hold a shard only."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded = cast("DTensor", tensor)
+        # No source rank: every rank takes its shard of what it has.
+        values = distribute_tensor(
+            values.to(tensor.dtype), sharded.device_mesh, sharded.placements, src_data_rank=None
+        )
+    tensor.copy_(values)

@@ -36,7 +36,7 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
-from te_quant._execution import require_whole
+from te_quant._execution import overwrite, require_whole, reshard_owners
 from te_quant._precision import AUTOCAST_DEVICES, widen
 from te_quant._pretrained import Report
 from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
@@ -426,6 +426,26 @@ class GPT(nn.Module):
             shares = torch.ones(sequence.shape, dtype=widen(self.start).dtype, device=sequence.device)
         extend(sequence, first, predict, sampler, own=own, ending=ending, callback=callback, shares=shares)
         return sequence if shares is None else (sequence, shares.log())
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start again: give all parameters and buffers new values, as those of a new GPT.
+
+        For a GPT that was built on the meta device, whose memory ``to_empty`` leaves as it finds it. Call it after
+        the method of this name of the layers inside, which do not know the scales of this network. Random values
+        are those of the global generator, which needs the same seed in all processes.
+
+        Example:
+            >>> with torch.device("meta"):
+            ...     gpt = GPT(GPTConfig((Segment("image", 16, (4, 4), "axial"),), width=32, depth=2, num_heads=2))
+            >>> gpt.to_empty(device="cpu").reset_parameters()
+            >>> bool(gpt(torch.zeros(1, 16, dtype=torch.int64)).isfinite().all())
+            True
+        """
+        reshard_owners(self)
+        values = type(self)(self.config).state_dict()
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            overwrite(tensor, values[name])
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_generator, require_int, require_number, require_type
+from te_quant._execution import reshard_owners
 from te_quant._precision import full_precision, widen
 from te_quant._values import require_in_range
-from te_quant.quantizers._distributed import reshard_owners
 from te_quant.quantizers._lifecycle import replacements
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import Batch, record, restart, revive

@@ -7,19 +7,18 @@ Every function runs the same collectives on every rank whatever its data, an emp
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from te_quant._checks import require_type
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["GroupReference", "all_reduce_sum", "gathered", "overwrite", "reshard_owners", "sample_rows"]
+__all__ = ["GroupReference", "all_reduce_sum", "sample_rows"]
 
 
 class GroupReference:
@@ -89,38 +88,3 @@ def sample_rows(rows: Tensor, count: int, generator: torch.Generator | None, gro
         chosen = chosen[keys[chosen] >= 0]
         rows = rows[chosen]
     return rows
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP2 has sharded, which all ranks must ask for together; any other as it is."""
-    # Only DTensor has this method; asking for the class would import a quarter of torch.distributed.
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def reshard_owners(module: nn.Module) -> None:
-    """Let FSDP2 put the parameters of ``module`` back into shards.
-
-    After a pass in evaluation a root keeps whole parameters, and its next step forgets what was written to them.
-    """
-    # Neither is imported unless something is sharded. A parameter knows nothing of the module that shards it.
-    fsdp, states = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "_composable_state"))
-    if fsdp is None or states is None:
-        return
-    own = set(module.modules())
-    for owner in list(states._module_state_mapping):
-        if isinstance(owner, fsdp.FSDPModule) and not own.isdisjoint(owner.modules()):
-            owner.reshard()
-
-
-@torch.no_grad()
-def overwrite(tensor: Tensor, values: Tensor) -> None:
-    """Write ``values``, the same on all ranks, into ``tensor``, of which this rank may hold a shard only."""
-    if hasattr(tensor, "full_tensor"):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        sharded = cast("DTensor", tensor)
-        # No source rank: every rank takes its shard of what it has.
-        values = distribute_tensor(
-            values.to(tensor.dtype), sharded.device_mesh, sharded.placements, src_data_rank=None
-        )
-    tensor.copy_(values)

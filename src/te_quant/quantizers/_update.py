@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from te_quant._execution import refuse_redraw
+from te_quant._execution import gathered, overwrite, refuse_redraw
 from te_quant._precision import full_precision, unit_rows, widen
-from te_quant.quantizers._distributed import all_reduce_sum, gathered, overwrite
+from te_quant.quantizers._distributed import all_reduce_sum
 from te_quant.quantizers._penalized_means import penalized_means, smoothed
 from te_quant.quantizers._rows import Rows
 

@@ -27,7 +27,7 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
-from te_quant._execution import between_steps, is_exporting, refuse_transform
+from te_quant._execution import between_steps, is_exporting, overwrite, refuse_transform, reshard_owners
 from te_quant._precision import HALF, full_precision, wide_buffers
 from te_quant._values import may_be_true, require_in_range
 from te_quant.functional import straight_through
@@ -402,6 +402,32 @@ class Quantizer(nn.Module):
                 # An optimizer would still step on a gradient left behind.
                 parameter.grad = None
         return self
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start again: give the parameters and buffers of this module new values, as those of a new quantizer.
+
+        For modules that were built on the meta device, whose memory ``to_empty`` leaves as it finds it. Call it
+        for every module that has it, as for torch's own layers; quantizers inside this one have it too. Random
+        values are those of the global generator, which needs the same seed in all processes.
+
+        Raises:
+            AttributeError: a quantizer of your own has an option that is not an attribute of the same name.
+
+        Example:
+            >>> from te_quant import VectorQuantizer
+            >>> with torch.device("meta"):
+            ...     quantizer = VectorQuantizer(16, 4)
+            >>> quantizer.to_empty(device="cpu").reset_parameters()
+            >>> float(quantizer.codebook.abs().max()) <= 1 / 16
+            True
+        """
+        own = {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if "." not in name}
+        if own:
+            reshard_owners(self)
+            values = type(self)(**self.options()).state_dict()
+            for name, tensor in own.items():
+                overwrite(tensor, values[name])
 
     def train(self: _Self, mode: bool = True) -> _Self:
         """Set the mode; ``train(False)``, which is ``eval()``, first applies what is pending.

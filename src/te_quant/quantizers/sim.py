@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require_choice, require_generator, require_number
+from te_quant._execution import gathered
 from te_quant._precision import full_precision, widen
 from te_quant._search import search_codes
-from te_quant.quantizers._distributed import gathered
 from te_quant.quantizers._losses import SURROGATES, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import Batch, CodebookState, complete, move, record

@@ -24,12 +24,11 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
-from te_quant._execution import refuse_redraw
+from te_quant._execution import gathered, refuse_redraw, reshard_owners
 from te_quant._precision import full_precision, unit_rows, widen
 from te_quant._search import sample_codes, search_codes
 from te_quant._values import require_finite
 from te_quant.functional import orthogonality
-from te_quant.quantizers._distributed import gathered, reshard_owners
 from te_quant.quantizers._lifecycle import kmeans, replacements
 from te_quant.quantizers._losses import SURROGATES, GradientEstimator, distance_losses
 from te_quant.quantizers._rows import Rows
