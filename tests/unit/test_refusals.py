@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "broken ground": (
         lambda: place(PIXELS, (0, 0), size=(8, 8), fill=0.5),
         ValueError,
-        "fill must be an integer for torch.uint8, got 0.5.",
+        "fill must be an integer in [0, 255] for torch.uint8, got 0.5.",
     ),
     "straight through other shapes": (
         lambda: straight_through(ROWS, CODES),
