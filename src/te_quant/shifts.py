@@ -77,7 +77,7 @@ def canvas(images: Tensor, shift: Shift, *, fill: float) -> Tensor:
         images: (..., H, W). Returns the same.
 
     Raises:
-        ValueError: content would leave, or ``fill`` is not an integer although ``images`` are.
+        ValueError: content would leave, or integer ``images`` cannot hold ``fill``.
     """
     _require_plane("images", images)
     dy, dx = _pair("shift", shift)
@@ -134,8 +134,7 @@ def place(sprites: Tensor, offset: Shift, *, size: tuple[int, int], fill: float)
         sprites: (..., H, W). Returns (..., height, width).
 
     Raises:
-        ValueError: the sprite does not lie inside the canvas, or ``fill`` is not an integer although ``sprites``
-            are.
+        ValueError: the sprite does not lie inside the canvas, or integer ``sprites`` cannot hold ``fill``.
     """
     _require_plane("sprites", sprites)
     top, left = _pair("offset", offset)

@@ -140,7 +140,10 @@ def test_learning_is_seen_behind_every_kind_of_callable() -> None:
     for tokenize in kinds:
         model.train()
         assert (tokenize(images) == tokenize(images)).float().mean() > 0.9
-        with pytest.raises(ValueError, match="tokenize must be one that leaves its model as it is"):
+        with pytest.raises(
+            ValueError,
+            match="tokenize must be a function that leaves its model as it is, got one that changes",
+        ):
             numerical_floor(tokenize, images, num_codes=16)
         model.eval()
         numerical_floor(tokenize, images, num_codes=16)
@@ -152,6 +155,35 @@ def test_a_model_in_training_mode_that_changes_nothing_is_measured() -> None:
     quantizer = plain_quantizer(16, 1, codebook_update="ema").train()
     floor = numerical_floor(lambda x: quantizer.encode(nn.functional.avg_pool2d(x, 4)), images, num_codes=16)
     assert floor["batch of one"].rate == 1
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "latents", "decode"])
+def test_other_functions_may_not_learn_either(name: str) -> None:
+    """They would move the codebook between the tokens of two shifts. In evaluation mode they are measured."""
+    images = torch.rand(2, 1, 32, 32, dtype=torch.float64) * 2 - 1
+    quantizer = plain_quantizer(16, 1, codebook_update="ema").double()
+
+    def learning(x: Tensor) -> Tensor:
+        quantizer(nn.functional.avg_pool2d(x, 4))
+        return x
+
+    options: dict[str, Any] = {"protocol": "circular", "stride": 4, "num_codes": 16, "resamples": 0}
+    calls = {
+        "reconstruct": lambda: measure_equivariance(encode, images, reconstruct=learning, **options),
+        "latents": lambda: measure_equivariance(
+            encode, images, latents=lambda x: nn.functional.avg_pool2d(learning(x), 4), **options
+        ),
+        "decode": lambda: measure_stability(
+            encode, lambda t: learning(render(t)), images, transforms=[Identity()], num_codes=16
+        ),
+    }
+    match = (
+        f"{name} must be a function that leaves its model as it is, got one that changes 'usage'|'pending_counts'"
+    )
+    with pytest.raises(ValueError, match=match):
+        calls[name]()
+    quantizer.eval()
+    calls[name]()
 
 
 def test_a_decoder_that_gives_nan_is_refused() -> None:

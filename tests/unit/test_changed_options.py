@@ -163,7 +163,9 @@ def test_the_entropy_may_fade_in_and_out(option: str) -> None:
     plain = LFQ(28, **{option: 0.0})  # type: ignore[arg-type]
     latents = torch.randn(40, 28)
     assert start(latents).loss == plain(latents).loss
-    with pytest.raises(ValueError, match="entropy_group_dim must be an int <= 24 while code_dim=28 is above"):
+    with pytest.raises(
+        ValueError, match="entropy_group_dim must be an int <= 24 for the entropies of code_dim=28 channels"
+    ):
         setattr(plain, option, 0.1)
     plain.entropy_group_dim = 14
     for quantizer in (start, plain):
@@ -171,6 +173,18 @@ def test_the_entropy_may_fade_in_and_out(option: str) -> None:
     assert start(latents).loss == plain(latents).loss > LFQ(28, **{option: 0.0})(latents).loss  # type: ignore[arg-type]
     setattr(start, option, 0.0)
     assert LFQ(**start.options())(latents).loss == start(latents).loss < plain(latents).loss
+
+
+def test_a_quantizer_that_stopped_reviving_may_be_reset() -> None:
+    """What a new one lacks becomes zero; a frozen one is left alone."""
+    quantizer = VectorQuantizer(8, 4)
+    quantizer(torch.randn(20, 4))
+    quantizer.revival_threshold = 0.0
+    quantizer.reset_parameters()
+    assert not quantizer.pending_rows.any()
+    assert float(quantizer.codebook.abs().max()) <= 1 / 8
+    with pytest.raises(RuntimeError, match="reset_parameters must be called on a quantizer that is not frozen"):
+        quantizer.freeze().reset_parameters()
 
 
 @pytest.mark.parametrize("option", ["decay", "orthogonal_reg", "revival_threshold", "commitment_weight"])
@@ -239,18 +253,25 @@ def test_levels_refuse_what_only_the_whole_reads(option: str, value: Any, cure: 
 
 
 @pytest.mark.parametrize(
-    ("build", "option", "place"),
+    ("build", "option", "expected"),
     [
-        (lambda: ProductQuantizer([VectorQuantizer(8, 4), FSQ((3, 3))]), "decay", "each of quantizer.quantizers"),
-        (lambda: ProductQuantizer([BUILD["rvq"]()]), "orthogonal_reg", "each of quantizer.quantizers"),
-        (BUILD["stages"], "temperature", "each of quantizer.stages"),
-        (BUILD["rvq"], "temperature", "each of the stages that it is given"),
+        (lambda: ProductQuantizer([VectorQuantizer(8, 4), FSQ((3, 3))]), "decay", "quantizer.quantizers"),
+        (lambda: ProductQuantizer([BUILD["rvq"]()]), "orthogonal_reg", "quantizer.quantizers"),
+        (BUILD["stages"], "temperature", "quantizer.stages"),
+        (BUILD["stages"], "levels", "quantizer.stages"),
+        (BUILD["rvq"], "temperature", ""),
+        (BUILD["rvq"], "metric", ""),
     ],
 )
-def test_a_whole_refuses_options_that_only_its_parts_have(build: Callable, option: str, place: str) -> None:
+def test_a_whole_refuses_options_that_only_its_parts_have(build: Callable, option: str, expected: str) -> None:
     """They would be attributes without effect; an attribute of another name (the control) is the user's own."""
     quantizer = build()
-    message = f"{option} must be set on {place}, which have their own, got 0.5."
+    expected = (
+        f"set on each of {expected}, which have their own"
+        if expected
+        else (f"left out of a quantizer that builds its levels; build another with stages=[... {option}=...]")
+    )
+    message = f"{option} must be {expected}, got 0.5."
     with pytest.raises(ValueError, match=exactly(message)):
         setattr(quantizer, option, 0.5)
     assert not hasattr(quantizer, option)

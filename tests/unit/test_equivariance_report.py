@@ -83,7 +83,8 @@ def test_another_kind_of_report_is_named(kind, field):
     """Whatever its format says. Of its own kind the missing fields are named, the control."""
     other = {"aligned": EquivarianceReport, "transforms": StabilityReport, "rows": AuditReport}[field]
     assert field in {one.name for one in fields(other)}
-    named = f"report must be one of {kind.__name__}, got one of {other.__name__}, which has load and from_dict too"
+    name = other.__name__
+    named = f"report must be of class {kind.__name__}, got one of class {name}; use {name}.load or .from_dict"
     with pytest.raises(ValueError, match="fields must be" if kind is other else named):
         kind.from_dict({"format": 3 if kind is EquivarianceReport else 1, field: []})
 

@@ -205,7 +205,7 @@ def test_nothing_is_remembered() -> None:
             25,
             {},
             ValueError,
-            "entropy_group_dim must be an int <= 24 while code_dim=25 is above, got None.",
+            "entropy_group_dim must be an int <= 24 for the entropies of code_dim=25 channels, got None.",
         ),
         (4, {"channel_dim": 0}, ValueError, "channel_dim must be one of 1, -1, got 0."),
     ],

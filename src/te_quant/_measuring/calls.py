@@ -9,7 +9,9 @@ from types import FunctionType, MethodType, ModuleType
 
 from torch import Tensor, nn
 
-__all__ = ["call_on_copy", "changed_state", "state_versions"]
+from te_quant._checks import require
+
+__all__ = ["call_on_copy", "call_unchanged"]
 
 # A lambda over a function over a model is as far as one looks.
 _DEPTH = 2
@@ -21,11 +23,27 @@ def call_on_copy(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor
     return result.clone() if isinstance(result, Tensor) else result
 
 
-def state_versions(function: object) -> dict[str, int]:
-    """Return how often each parameter and buffer behind a callable was written to, as far as it can be followed.
+def call_unchanged(name: str, function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Call on a copy, and refuse a function that writes to a parameter or buffer of a model behind it.
 
-    It is followed from modules, their methods, objects that hold modules, and functions that name them.
+    Models are found in modules, their methods, objects that hold modules, and functions that name them.
+
+    Args:
+        name: what the error calls the function.
+        function: to be called.
+        values: what it is given.
     """
+    before = _versions(function)
+    result = call_on_copy(function, values)
+    after = _versions(function)
+    changed = next((key.partition("/")[2] for key in before if after.get(key, before[key]) != before[key]), None)
+    got = f"one that changes {changed!r}; call model.eval() first, or keep counters out of the model"
+    require(changed is None, name, "a function that leaves its model as it is", got)
+    return result
+
+
+def _versions(function: object) -> dict[str, int]:
+    """Return how often each parameter and buffer was written to."""
     versions: dict[str, int] = {}
     for number, module in enumerate(dict.fromkeys(_modules(function, _DEPTH))):
         state = (*module.named_parameters(), *module.named_buffers())
@@ -33,12 +51,6 @@ def state_versions(function: object) -> dict[str, int]:
             if not tensor.is_inference():
                 versions[f"{number}/{name}"] = tensor._version
     return versions
-
-
-def changed_state(function: object, before: dict[str, int]) -> str | None:
-    """Return the name of a parameter or buffer that was written to since :func:`state_versions`, if any was."""
-    after = state_versions(function)
-    return next((key.partition("/")[2] for key in before if after.get(key, before[key]) != before[key]), None)
 
 
 def _modules(holder: object, depth: int) -> Iterator[nn.Module]:

@@ -62,7 +62,7 @@ def refuse_another_kind(data: Mapping[str, Any], kind: str) -> None:
     """Refuse the values of a report of another class than ``kind``, and name that class."""
     for field, other in _KINDS.items():
         right = field not in data or other == kind
-        require(right, "report", f"one of {kind}", f"one of {other}, which has load and from_dict too")
+        require(right, "report", f"of class {kind}", f"one of class {other}; use {other}.load or .from_dict")
 
 
 def _number(value: Any) -> Any:

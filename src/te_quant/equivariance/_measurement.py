@@ -15,7 +15,7 @@ from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_rank
 from te_quant._measuring.bootstrap import Resamples
-from te_quant._measuring.calls import call_on_copy
+from te_quant._measuring.calls import call_unchanged
 from te_quant._measuring.float64 import float64
 from te_quant._values import require_finite
 from te_quant.equivariance._draw import FractionalShift
@@ -311,7 +311,7 @@ class Measurement:
     def _decode(self, images: Tensor) -> Tensor | None:
         if self.given.reconstruct is None:
             return None
-        decoded = call_on_copy(self.given.reconstruct, images)
+        decoded = call_unchanged("reconstruct", self.given.reconstruct, images)
         require_floating("reconstruct(images)", decoded)
         fits = decoded.shape == images.shape
         require(fits, "reconstruct(images)", f"of shape {tuple(images.shape)}", f"shape {tuple(decoded.shape)}")
@@ -320,7 +320,7 @@ class Measurement:
     def _latents(self, images: Tensor) -> Tensor | None:
         if self.given.latents is None:
             return None
-        z = call_on_copy(self.given.latents, images)
+        z = call_unchanged("latents", self.given.latents, images)
         require_rank("latents(images)", z, (4,), "(B, C, h, w)")
         require_floating("latents(images)", z)
         fits = (z.shape[0], *z.shape[2:]) == (images.shape[0], *self.views.grid)

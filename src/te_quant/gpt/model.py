@@ -431,9 +431,9 @@ class GPT(nn.Module):
     def reset_parameters(self) -> None:
         """Start again: give all parameters and buffers new values, as those of a new GPT.
 
-        For a GPT that was built on the meta device, whose memory ``to_empty`` leaves as it finds it. Call it after
-        the method of this name of the layers inside, which do not know the scales of this network. Random values
-        are those of the global generator, which needs the same seed in all processes.
+        For a GPT that was built on the meta device, whose values ``to_empty`` leaves undefined. No other call is
+        needed: ``reset_parameters`` of the layers inside would overwrite its scales. Random values are those of
+        the global generator, which needs the same seed in all processes.
 
         Example:
             >>> with torch.device("meta"):

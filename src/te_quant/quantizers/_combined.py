@@ -5,7 +5,6 @@ Shape letters: C code size, N latent vectors, Q indices per vector, n of them fo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -207,19 +206,16 @@ class CombinedQuantizer(Quantizer):
         return torch.stack([F.pad(revived, (0, longest - len(revived))) for revived in lifecycle.revived])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = (*self.__dict__, *inspect.signature(type(self)).parameters)
-        if self.__dict__.get("_modules") and name not in own and name in self._options_of_parts():
-            require(False, name, f"set on each of {self._place_of_parts}, which have their own", repr(value))
+        new = name not in self.__dict__ and name not in names_of(type(self))
+        if new and self.__dict__.get("_modules"):
+            parts = (part for part in self._all_quantizers() if part is not self)
+            if any(name in part.options() for part in parts):
+                require(False, name, self._cure_of(name), repr(value))
         super().__setattr__(name, value)
 
-    def _options_of_parts(self) -> set[str]:
-        checks = (check for part in self._all_quantizers() if part is not self for check in part._checks)
-        return {name for check in checks for name in names_of(check)}
-
-    @property
-    def _place_of_parts(self) -> str:
-        """Where an error says that the parts are found."""
-        raise NotImplementedError(f"{type(self).__name__} must define _place_of_parts.")
+    def _cure_of(self, name: str) -> str:
+        """What an error expects where ``name`` is an option of the parts only."""
+        raise NotImplementedError(f"{type(self).__name__} must define _cure_of(name).")
 
     def _checked(self, name: str, value: Any) -> Any:
         value = super()._checked(name, value)

@@ -407,27 +407,33 @@ class Quantizer(nn.Module):
     def reset_parameters(self) -> None:
         """Start again: give the parameters and buffers of this module new values, as those of a new quantizer.
 
-        For modules that were built on the meta device, whose memory ``to_empty`` leaves as it finds it. Call it
-        for every module that has it, as for torch's own layers; quantizers inside this one have it too. Random
+        For modules that were built on the meta device, whose values ``to_empty`` leaves undefined. It does not
+        reset quantizers inside this one: call it for every module that has it, as for torch's own layers. Random
         values are those of the global generator, which needs the same seed in all processes.
 
         Raises:
+            RuntimeError: the quantizer is frozen, or its codebook parametrized.
             AttributeError: a quantizer of your own has an option that is not an attribute of the same name.
 
         Example:
             >>> from te_quant import VectorQuantizer
             >>> with torch.device("meta"):
             ...     quantizer = VectorQuantizer(16, 4)
-            >>> quantizer.to_empty(device="cpu").reset_parameters()
+            >>> quantizer = quantizer.to_empty(device="cpu")
+            >>> for module in quantizer.modules():
+            ...     if hasattr(module, "reset_parameters"):
+            ...         module.reset_parameters()
             >>> float(quantizer.codebook.abs().max()) <= 1 / 16
             True
         """
         own = {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if "." not in name}
         if own:
+            self._require_writable("reset_parameters")
             reshard_owners(self)
             values = type(self)(**self.options()).state_dict()
             for name, tensor in own.items():
-                overwrite(tensor, values[name])
+                # A new quantizer lacks what an option that was changed since needs no more.
+                overwrite(tensor, values.get(name, torch.zeros(tensor.shape)))
 
     def train(self: _Self, mode: bool = True) -> _Self:
         """Set the mode; ``train(False)``, which is ``eval()``, first applies what is pending.

@@ -53,7 +53,12 @@ def _check_options(
         entropy_group_dim = require_int("entropy_group_dim", entropy_group_dim, 1, min(code_dim, _MAX_JOINT))
     diverse = entropy_weight > 0 and diversity_weight > 0
     joint = code_dim <= _MAX_JOINT or not diverse or entropy_group_dim is not None
-    require(joint, "entropy_group_dim", f"an int <= {_MAX_JOINT} while code_dim={code_dim} is above", None)
+    require(
+        joint,
+        "entropy_group_dim",
+        f"an int <= {_MAX_JOINT} for the entropies of code_dim={code_dim} channels",
+        None,
+    )
     return {
         "commitment_weight": float(commitment_weight),
         "entropy_weight": float(entropy_weight),
@@ -89,7 +94,8 @@ class LFQ(TensorFreeQuantizer):
         entropy_group_dim: None takes the entropy of the mean assignment over all K codes exactly, which holds K
             numbers and so wants C <= 24. Otherwise channels are grouped, so many at a time, and log K - H becomes
             the sum over the groups: what is missing within groups but not what they share, hence never more.
-            Without effect while ``entropy_weight`` or ``diversity_weight`` is 0, as where a schedule starts.
+            Without effect while ``entropy_weight`` or ``diversity_weight`` is 0, so a schedule may start or end
+            there.
         spherical: latents and codes have unit length. The temperature is then in squared units of that sphere.
         channel_dim: the axis of ``latents`` that holds C: 1 for (B, C, h, w), -1 for (B, N, C). Both read (N, C).
         nonfinite: what to do about NaN and infinite latents, as for :class:`~te_quant.VectorQuantizer`. Vectors

@@ -164,9 +164,8 @@ class ProductQuantizer(CombinedQuantizer):
         """Return what the constructor was given, by name; see the base class."""
         return {**super().options(), "quantizers": list(self.quantizers)}
 
-    @property
-    def _place_of_parts(self) -> str:
-        return "quantizer.quantizers"
+    def _cure_of(self, name: str) -> str:  # noqa: ARG002
+        return "set on each of quantizer.quantizers, which have their own"
 
     def _parts(self) -> list[Quantizer]:
         return cast("list[Quantizer]", list(self.quantizers)) * (self.num_groups or 1)

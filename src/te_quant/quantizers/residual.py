@@ -324,9 +324,10 @@ class ResidualVectorQuantizer(CombinedQuantizer):
             self.lowest_index = NO_CODE if value else min(part.lowest_index for part in self._parts())
         return super()._checked(name, value)
 
-    @property
-    def _place_of_parts(self) -> str:
-        return "the stages that it is given" if self._built else "quantizer.stages"
+    def _cure_of(self, name: str) -> str:
+        if self._built:
+            return f"left out of a quantizer that builds its levels; build another with stages=[... {name}=...]"
+        return "set on each of quantizer.stages, which have their own"
 
     @property
     def _drops(self) -> bool:

@@ -143,7 +143,7 @@ class VectorQuantizer(Quantizer):
             ``legacy=True``) trains with ``commitment_weight=1.0, codebook_weight=β``.
         orthogonal_reg: λ of the orthogonality penalty; unitless, >= 0. 10 in Shin et al. 2021.
         orthogonal_active_only: the penalty looks only at the codes that this batch uses. Without effect while
-            ``orthogonal_reg`` is 0, as where a schedule starts or ends.
+            ``orthogonal_reg`` is 0, so a schedule may start or end there.
         orthogonal_max_codes: while training, the penalty looks at a random subset of at most this many codes.
             Without effect while ``orthogonal_reg`` is 0.
         gradient_estimator: ``"straight_through"`` or ``"rotation_trick"``: how the gradient passes to the

@@ -21,7 +21,7 @@ from te_quant._checks import (
     require_rank,
 )
 from te_quant._measuring.bootstrap import ImageSums, Resamples
-from te_quant._measuring.calls import call_on_copy
+from te_quant._measuring.calls import call_unchanged
 from te_quant._measuring.data_range import (
     DEFAULT_RANGE,
     DataRange,
@@ -185,7 +185,9 @@ class TokenStability(nn.Module):
         )
         if self._layout is None:
             source = shown if images is None else images
-            require_repeatable("encode", encode, source, call_on_copy(encode, source) if images is None else first)
+            require_repeatable(
+                "encode", encode, source, call_unchanged("encode", encode, source) if images is None else first
+            )
         marked = mark_foreground(
             shown if images is None else images, stride=stride, ground=self.ground, tau=self.tau
         )

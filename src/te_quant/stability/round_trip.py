@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_integer_tensor, require_rank
-from te_quant._measuring.calls import call_on_copy
+from te_quant._measuring.calls import call_unchanged
 from te_quant._measuring.data_range import DataRange
 from te_quant._values import require_finite, require_in_range
 from te_quant.stability.transforms import Transform, apply_transform, move, valid
@@ -55,7 +55,7 @@ def passes(transforms: Sequence[Transform], cycles: int, *, from_images: bool) -
 def first_tokens(encode: ImageMap, images: Tensor, num_codes: int | None) -> tuple[Tensor, int]:
     """Encode images; returns the tokens and the stride, which follows from both shapes."""
     label = "encode(images)"
-    tokens = call_on_copy(encode, images)
+    tokens = call_unchanged("encode", encode, images)
     require_integer_tensor(label, tokens)
     require_rank(label, tokens, (3,), "(B, h, w), one index per token")
     return _checked(label, tokens, images, (tokens.shape[1], tokens.shape[2]), num_codes), _stride(
@@ -66,7 +66,7 @@ def first_tokens(encode: ImageMap, images: Tensor, num_codes: int | None) -> tup
 def decoded(decode: ImageMap, tokens: Tensor, images: Tensor | None) -> tuple[Tensor, int]:
     """Decode tokens, into the shape of ``images`` if given; returns the images and the stride."""
     label = "decode(indices)"
-    result = call_on_copy(decode, tokens)
+    result = call_unchanged("decode", decode, tokens)
     require_floating(label, result)
     require_rank(label, result, (4,), "(B, C, H, W)")
     expected = (len(tokens), *result.shape[1:]) if images is None else tuple(images.shape)
@@ -115,7 +115,7 @@ def round_trips(
                 label = f"valid_tokens of {transform.name!r}"
                 require(bool(mask.any()), label, f"True for some token after {cycle} cycles", "none")
             changed = apply_transform(transform, shown, stride=stride, data_range=data_range)
-            after = call_on_copy(encode, changed)
+            after = call_unchanged("encode", encode, changed)
             after = _checked("encode(images)", after, changed, grid, num_codes).to(tokens.device)
             before = move(transform, current, stride=stride)
             expected, marked = (move(transform, part, stride=stride) for part in (expected, marked))

@@ -177,8 +177,10 @@ def _other_call(error: ShiftDifference, stride: int, upsampling: int, protocol: 
     wanted = [before * upsampling / stride for before, _ in sides]
     shape = error.output_shape
     if shape[1:3] == tuple(wanted):
-        dims = "(B, h, w, ...)"
-        return f"The output is {dims}, {tuple(shape)}, but positions must be its last two axes: movedim(-1, 1)."
+        return (
+            f"The output is (B, h, w, ...), {tuple(shape)}, but positions must be its last two axes: return "
+            "output.movedim(-1, 1)."
+        )
     if len(shape) == 3 and math.prod(wanted) in shape[1:]:
         return (
             f"The output is a sequence, {tuple(shape)}, but positions must be its last two axes: reshape it to "

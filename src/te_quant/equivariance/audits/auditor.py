@@ -126,10 +126,12 @@ def audit(
     require_finite("images", images)
     require(len(images) > 0, "images", "at least one", 0)
     batch_size = require_int("batch_size", batch_size, 1)
+    call = module if run is None else run
+    # Of a compiled model the one that was written, so that names are those of its author.
+    module = getattr(module, "_orig_mod", module)
     names = {name for name, _ in module.named_modules()}
     for name in whole:
         require(name in names, "whole entry", "the name of a module", repr(name))
-    call = module if run is None else run
     auditor = _Auditor(module, (int(images.shape[2]), int(images.shape[3])), frozenset(whole))
     devices = [images.device] if images.device.type == "cuda" else []
     flags = [(child, child.training) for child in module.modules()]
@@ -279,7 +281,7 @@ class _Auditor:
         for grid in (source, result):
             name = f"module {call.name!r} ({type(call.module).__name__})"
             _refuse_half(f"{name} must compute in", grid, "call model.float() and leave torch.autocast")
-            require_finite(name, grid)
+            require_finite(name, grid, "look at its weights and at what it is given")
             stride = stride_of(grid, self.sides, self.batch)
             self.stride = math.lcm(self.stride, stride.numerator if stride else 1)
         if parent is not None:

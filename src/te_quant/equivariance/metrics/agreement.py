@@ -25,7 +25,7 @@ from te_quant._checks import (
     require_rank,
 )
 from te_quant._measuring.bootstrap import NO_INTERVAL, Interval
-from te_quant._measuring.calls import call_on_copy, changed_state, state_versions
+from te_quant._measuring.calls import call_unchanged
 from te_quant._measuring.data_range import (
     DEFAULT_RANGE,
     DataRange,
@@ -276,7 +276,7 @@ def tokens_of(
         images: (B, ...). Returns (B, h, w) int64 on the device of ``images``.
     """
     return checked_tokens(
-        call_on_copy(tokenize, images), images, grid=grid, num_codes=num_codes, label=f"{name}({argument})"
+        call_unchanged(name, tokenize, images), images, grid=grid, num_codes=num_codes, label=f"{name}({argument})"
     )
 
 
@@ -299,19 +299,13 @@ def checked_tokens(
 def require_repeatable(name: str, tokenize: Callable[[Tensor], Tensor], images: Tensor, tokens: Tensor) -> None:
     """Refuse a tokenizer that draws random numbers or learns while it is measured; calls it once.
 
-    Learning shows in the parameters and buffers behind ``tokenize``, or in other indices.
-
     Args:
         name: what the error calls it.
         tokenize: images -> indices.
         images: what it has tokenized before.
         tokens: what it returned then.
     """
-    before = state_versions(tokenize)
-    again = call_on_copy(tokenize, images).to(tokens)
-    moved = changed_state(tokenize, before)
-    expected = "one that leaves its model as it is; call model.eval() first"
-    require(moved is None, name, expected, f"one that changes {moved!r}")
+    again = call_unchanged(name, tokenize, images).to(tokens)
     differing = int((again != tokens).sum()) if again.shape == tokens.shape else tokens.numel()
     require(
         differing <= _MOST_DIFFERING * tokens.numel(),

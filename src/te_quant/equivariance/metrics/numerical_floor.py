@@ -15,7 +15,7 @@ from torch import Tensor
 
 from te_quant._checks import require, require_floating, require_int, require_rank, require_type
 from te_quant._measuring.bootstrap import Resamples
-from te_quant._measuring.calls import call_on_copy
+from te_quant._measuring.calls import call_unchanged
 from te_quant.equivariance.metrics.agreement import Agreement, checked_tokens, require_repeatable, tokens_of
 from te_quant.equivariance.metrics.pair_tally import PairTally
 
@@ -77,7 +77,7 @@ def numerical_floor(
     checked = check_variants(variants)
     tallies = {name: PairTally(num_codes) for name in checked}
     for number, batch in enumerate(torch.split(images, batch_size)):
-        first = call_on_copy(tokenize, batch)
+        first = call_unchanged("tokenize", tokenize, batch)
         require_rank("tokenize(images)", first, (3,), "(N, h, w)")
         grid = (first.shape[1], first.shape[2])
         indices = checked_tokens(first, batch, grid=grid, num_codes=num_codes, label="tokenize(images)")
