@@ -206,7 +206,7 @@ class CombinedQuantizer(Quantizer):
         return torch.stack([F.pad(revived, (0, longest - len(revived))) for revived in lifecycle.revived])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        new = name not in self.__dict__ and name not in names_of(type(self))
+        new = name not in self.__dict__ and name not in names_of(type(self).__init__)
         if new and self.__dict__.get("_modules"):
             parts = (part for part in self._all_quantizers() if part is not self)
             if any(name in part.options() for part in parts):
