@@ -752,7 +752,7 @@ STARTS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", STARTS)
-def test_a_module_from_the_meta_device_may_start_anew(name: str) -> None:
+def test_a_module_from_the_meta_device_may_be_reset(name: str) -> None:
     """``reset_parameters`` gives the bits of a new module; what ``to_empty`` gives (the control) has none."""
     with torch.device("meta"):
         module = STARTS[name]()

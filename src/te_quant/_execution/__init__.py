@@ -1,4 +1,4 @@
-"""Who runs the code, whether a forward pass is repeated, and whether this process has the whole weights."""
+"""How the code is run, whether a forward pass is repeated, and whether this process has the whole weights."""
 
 from te_quant._execution.modes import in_transform, is_exporting, wants_plain
 from te_quant._execution.recomputation import between_steps, refuse_redraw, refuse_transform

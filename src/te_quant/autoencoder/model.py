@@ -89,8 +89,8 @@ class VQAutoencoder(nn.Module):
         ValueError: images have another rank, number of channels or sides; the quantizer does not fit the config.
         TypeError: images are not floating point, or of another dtype than the weights outside autocast; or the
             quantizer is no quantizer.
-        RuntimeError: FSDP2 has sharded the weights, and another method than ``forward`` is called that
-            ``torch.distributed.fsdp.register_fsdp_forward_method`` has not been told of.
+        RuntimeError: FSDP2 has sharded the weights, and a method other than ``forward`` is called without
+            ``torch.distributed.fsdp.register_fsdp_forward_method``.
 
     Source: Shin et al. 2021, arXiv:2112.00384, stage 1.
 

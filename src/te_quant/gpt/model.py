@@ -103,8 +103,8 @@ class GPT(nn.Module):
         ValueError: the order names a segment twice or one that is not there, there are more tokens than it has, or
             one lies outside its vocabulary (accelerators leave that to their kernels, so as not to wait).
         TypeError: tokens are not integers, or a mask is not bool.
-        RuntimeError: FSDP2 has sharded the weights, and another method than ``forward`` is called that
-            ``torch.distributed.fsdp.register_fsdp_forward_method`` has not been told of.
+        RuntimeError: FSDP2 has sharded the weights, and a method other than ``forward`` is called without
+            ``torch.distributed.fsdp.register_fsdp_forward_method``.
     """
 
     def __init__(self, config: GPTConfig) -> None:
