@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +65,10 @@ def test_files_of_reports_are_read(tmp_path):
     [
         ("[1]", "got list."),
         ("half", r"got another file \(Expecting value"),
-        ("{}", "format must be 2 or 3"),
+        ("{}", "report must be the values of a saved KIND, got no report: an empty object."),
+        ('{"a": 1, "b": 2, "c": 3}', "got no report: an object with 'a', 'b', 'c'[.]"),
+        ('{"a": 1, "b": 2, "c": 3, "d": 4}', "no report: an object with 'a', 'b', 'c', [.]{3}[.]"),
+        ('{"format": null}', "format must be 2 or 3 .*, got None"),
     ],
 )
 @pytest.mark.parametrize("kind", [EquivarianceReport, StabilityReport, AuditReport])
@@ -72,9 +76,31 @@ def test_files_without_a_report_are_refused(kind, text, got, tmp_path):
     """By their name, and what they hold."""
     path = tmp_path / "report.json"
     path.write_text(text)
-    got = got if kind is EquivarianceReport else got.replace("2 or 3", "1")
+    got = got.replace("KIND", kind.__name__)
+    got = got if kind is EquivarianceReport else got.replace("2 or 3 .*", "1.*")
     with pytest.raises(ValueError, match=got):
         kind.load(path)
+
+
+def test_an_interrupted_save_keeps_the_old_report(tmp_path, monkeypatch):
+    """And leaves nothing else behind. Without the interruption the file changes, the control."""
+    path = tmp_path / "report.json"
+    make_report().save(path)
+    before, write = path.read_text(), Path.write_text
+    report = make_report(full=False)
+
+    def half(target, text, **options):
+        write(target, text[: len(text) // 2], **options)
+        raise OSError("disk full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="disk full"):
+            report.save(path)
+    assert path.read_text() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+    report.save(path)
+    assert path.read_text() != before
 
 
 @pytest.mark.parametrize("field", ["aligned", "transforms", "rows"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from te_quant._checks import require
+from te_quant._pretrained import write_atomically
 
 __all__ = ["interval", "numbers", "plain", "read_report", "refuse_another_kind", "write_report"]
 
@@ -39,8 +40,9 @@ def interval(values: Any) -> tuple[float, float]:
 
 
 def write_report(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Write what the ``to_dict`` of a report returns."""
-    Path(path).write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Write what the ``to_dict`` of a report returns, completely or not at all."""
+    text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -63,6 +65,12 @@ def refuse_another_kind(data: Mapping[str, Any], kind: str) -> None:
     for field, other in _KINDS.items():
         right = field not in data or other == kind
         require(right, "report", f"of class {kind}", f"one of class {other}; use {other}.load or .from_dict")
+    require("format" in data, "report", f"the values of a saved {kind}", f"no report: {_shown(data)}")
+
+
+def _shown(data: Mapping[str, Any]) -> str:
+    names = ", ".join(repr(name) for name in list(data)[:3])
+    return f"an object with {names}{', ...' if len(data) > 3 else ''}" if data else "an empty object"
 
 
 def _number(value: Any) -> Any:
