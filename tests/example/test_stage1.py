@@ -21,7 +21,7 @@ import torch
 from examples.te_vqgan.cli.plans import PLANS
 from examples.te_vqgan.data.sources import DigitSource, DigitSplit
 from examples.te_vqgan.runs import running
-from examples.te_vqgan.runs.checkpoint import load_checkpoint
+from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.schedule import rate_factor
 from examples.te_vqgan.stage1.exactness import finished_settings
@@ -173,17 +173,25 @@ def _assert_alike(plain: Stage1Trainer, other: Stage1Trainer) -> None:
     assert shapes[0] == shapes[1]
 
 
-def test_channels_last_changes_rounding_alone() -> None:
-    """And the training goes on from its state with the same bits."""
+def test_channels_last_changes_rounding_alone(tmp_path: Path) -> None:
+    """And the training goes on from its checkpoint with the same bits, those of the discriminator too.
+
+    Two more steps: only the weights after the first one show whether Adam's moments came back.
+    """
+    judged = _settings(**ADVERSARIAL | {"adversarial_start": 0})
     plain, other, again = (
-        Stage1Trainer(_settings(), torch.device("cpu"), channels_last=last) for last in (False, True, True)
+        Stage1Trainer(judged, torch.device("cpu"), channels_last=last) for last in (False, True, True)
     )
     _assert_alike(plain, other)
     assert other.model.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    again.load(other.tensors(), {"step": 3})
-    images = torch.rand(4, 3, 32, 32) * 2 - 1
-    wanted, found = other.train_step(images), again.train_step(images)
-    assert {name: value.item() for name, value in wanted.items()} == {n: v.item() for n, v in found.items()}
+    save_checkpoint(tmp_path / "checkpoint.safetensors", other.tensors(), {"step": 3})
+    again.load(*load_checkpoint(tmp_path / "checkpoint.safetensors"))
+    for _ in range(2):
+        images = torch.rand(4, 3, 32, 32) * 2 - 1
+        wanted, found = other.train_step(images), again.train_step(images)
+        assert {name: value.item() for name, value in wanted.items()} == {n: v.item() for n, v in found.items()}
+    states = other.tensors(), again.tensors()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 @pytest.mark.slow
@@ -198,6 +206,22 @@ def test_a_compiler_changes_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     settings = _settings(model=dataclasses.replace(SMOKE.model, channel_multipliers=(1, 2)))
     assert settings.model.encoder_padding == "replicate"
+    plain = Stage1Trainer(settings, torch.device("cpu"))
+    _assert_alike(plain, Stage1Trainer(settings, torch.device("cpu"), channels_last=True, compiled=True))
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*", r"ignore::FutureWarning:torch\..*")
+def test_a_compiled_training_meets_the_discriminator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adaptive weight needs the gradients twice, from a graph that was compiled in the steps without it."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = dataclasses.replace(SMOKE.model, channel_multipliers=(1,))
+    settings = _settings(model=model, **ADVERSARIAL)
+    assert settings.adversarial_adaptive
+    assert settings.adversarial_start == 2
     plain = Stage1Trainer(settings, torch.device("cpu"))
     _assert_alike(plain, Stage1Trainer(settings, torch.device("cpu"), channels_last=True, compiled=True))
 

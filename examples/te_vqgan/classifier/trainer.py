@@ -181,12 +181,6 @@ class ClassifierTrainer:
         """Continue from what :meth:`tensors` gave and from the step in ``facts``."""
         self.model.load_state_dict(under("model", tensors))
         load_adam_state(self.optimizer, self.model.named_parameters(), under("adam", tensors))
-        # The fused step walks through memory, so a moment must lie there as its parameter does.
-        for parameter, state in self.optimizer.state.items():
-            # ...and its counter on the same device, unlike that of the plain step.
-            state["step"] = state["step"].to(parameter.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.empty_like(parameter).copy_(state[name])
         self.step = facts["step"]
 
 

@@ -73,7 +73,10 @@ def load_adam_state(
     for key, value in state.items():
         name, entry = key.rsplit("/", 1)
         parameter = parameters[name]
-        # Unless it is fused, Adam's step counter lives on the CPU whatever the parameter's device.
-        counter = entry == "step" and not optimizer.defaults.get("fused")
-        place = torch.device("cpu") if counter else parameter.device
-        optimizer.state[parameter][entry] = value.to(place)
+        if entry == "step":
+            # Unless it is fused, Adam's counter lives on the CPU whatever the parameter's device.
+            place = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+            optimizer.state[parameter][entry] = value.to(place)
+        else:
+            # The fused step walks through memory, so that a moment must lie there as its parameter does.
+            optimizer.state[parameter][entry] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

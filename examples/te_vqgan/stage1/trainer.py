@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checkpoint import adam_state, load_adam_state, under
@@ -91,6 +92,10 @@ class Stage1Trainer:
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         for module in (self.model, self.discriminator):
             module.to(memory_format=self._layout)  # type: ignore[call-overload]
+        if compiled and settings.adversarial_weight > 0:
+            # The adaptive weight goes back through the graph twice before the step does. By default a compiled
+            # backward pass reuses the memory of its inputs, which forbids that.
+            functorch_config.donated_buffer = False
         self._run = torch.compile(self.model) if compiled else self.model
         self.perceptual = load_perceptual(settings.perceptual, device)
         groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
