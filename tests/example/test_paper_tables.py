@@ -14,7 +14,7 @@ import pytest
 
 from examples.te_vqgan import __main__ as command_line
 from examples.te_vqgan.data.recipes import LAYOUTS
-from examples.te_vqgan.reports.document import Table
+from examples.te_vqgan.reports.document import Paragraph, Picture, Table
 from examples.te_vqgan.reports.generation.figures import (
     Point,
     draw_captions,
@@ -77,7 +77,10 @@ def _run(arm: str, seed: int, sizes: tuple[int, ...] = (LARGE,), **changes: Any)
         "arm": arm,
         "title": ARMS[arm].title,
         "seed": seed,
-        "settings": {"data": changes.get("data", "mnist")},
+        "settings": {
+            "data": changes.get("data", "mnist"),
+            "model": {"downsample": ARMS[arm].model.get("downsample", "strided_conv")},
+        },
         "evaluation": {"test": test},
         "reading": {
             "original": {"cases": _cases(rng)},
@@ -211,7 +214,7 @@ def test_table_2_compares_the_two_sizes() -> None:
             runs.append(run)
     table = table2({"runs": [*runs, _run("mb", 0, (LARGE, SMALL))]})
     assert table is not None
-    assert table.header == ["training images", "VQGAN", "TE-VQGAN (λ = 10)"]
+    assert table.header == ["training images", "VQGAN, 2 seeds", "TE-VQGAN (λ = 10), 2 seeds"]
     paper = [
         [f"{TABLE2[size][arm].mean:.3f} ({TABLE2[size][arm].deviation:.3f})" for arm in values] for size in TABLE2
     ]
@@ -221,6 +224,60 @@ def test_table_2_compares_the_two_sizes() -> None:
         ["100 (paper: 100,000)", *(f"{a} / {b}" for a, b in zip(ours[1], paper[1], strict=True))],
         ["difference", "0.350 / 0.073", "0.020 / 0.012"],
     ]
+
+
+def test_table_2_compares_the_seeds_that_have_both_sizes() -> None:
+    """More seeds of one size change neither its row nor the difference; without any in common there is neither."""
+
+    def runs(large: tuple[int, ...], small: tuple[int, ...]) -> list[dict[str, Any]]:
+        found = []
+        for arm in ("vqgan", "te_vqgan"):
+            for seed in sorted({*large, *small}):
+                sizes = [size for size, seeds in ((LARGE, large), (SMALL, small)) if seed in seeds]
+                # A seed is as good with either size.
+                found.append(_run(arm, seed, tuple(sizes), quad1=0.9 if seed < 3 else 0.5))
+        return found
+
+    paired = table2({"runs": runs((0, 1, 2), (0, 1, 2))})
+    assert paired is not None
+    assert paired.header[1:] == ["VQGAN", "TE-VQGAN (λ = 10)"]
+    assert [cell.split(" / ")[0] for cell in paired.rows[2][1:]] == ["0.000", "0.000"]
+    assert table2({"runs": runs((0, 1, 2, 3, 4), (0, 1, 2))}) == paired
+    assert table2({"runs": runs((0, 1, 2), (0, 1, 2, 3))}) == paired
+    apart = table2({"runs": runs((0, 1), (3, 4, 5))})
+    assert apart is not None
+    assert [row[1].split(" / ")[0] for row in apart.rows] == ["–", "–", "–"]
+
+
+def test_one_longer_training_leaves_the_tables_as_they_were() -> None:
+    """An arm that is trained on more images too is shown with the size of the others, in every table."""
+    arms = ("vqgan", "te_vqgan", "stride_exact")
+    runs = [_run(arm, seed, (LARGE, SMALL)) for arm in arms for seed in range(2)]
+    longer = copy.deepcopy(runs)
+    longer[-1]["stage2"]["900"] = {"rules": {"paper": _generation(numpy_generator())}}
+    assert full_size({"runs": longer}) == full_size({"runs": runs}) == LARGE
+    for name, table in generation_tables({"runs": runs}).items():
+        assert generation_tables({"runs": longer})[name] == table, name
+    # Once every arm has it, it is the usual one.
+    for run in longer:
+        run["stage2"]["900"] = {"rules": {"paper": _generation(numpy_generator())}}
+    assert full_size({"runs": longer}) == 900
+
+
+def test_pooling_that_is_not_padded_is_not_called_padded() -> None:
+    """The authors' layer is in the preset of their sizes, ours in the small ones."""
+    run = _run("mb", 0)
+    assert run["settings"]["model"]["downsample"] == "max_blur_pool"
+    for table in (table1, lambda results, _: rules_table(results, TASKS[0])):
+        run["stage2"][str(LARGE)]["rules"]["2"] = run["stage2"][str(LARGE)]["rules"]["paper"]
+        for downsample, name in (
+            ("max_blur_pool", "MB (padded), 1 seed"),
+            ("unpadded_max_blur_pool", "MB, 1 seed"),
+        ):
+            run["settings"]["model"]["downsample"] = downsample
+            shown = table({"runs": [run]}, TASKS[0])
+            assert shown is not None
+            assert [row[0] for row in shown.rows] == [name]
 
 
 def test_table_2_misses_what_is_not_measured() -> None:
@@ -384,6 +441,28 @@ def test_tables_show_the_rule_of_most_runs() -> None:
     assert shown_rule({"runs": runs}) == "paper"
     rules[1]["tenth"] = rules[1]["paper"]
     assert shown_rule({"runs": runs}) == "tenth"
+    for name in rules:
+        name["50"] = name.pop("tenth")
+    assert shown_rule({"runs": runs}) == "50"
+
+
+def test_reports_without_generated_images_say_how_to_get_them() -> None:
+    """Of published runs without their pictures: the other figures and every table stay. And longer trainings."""
+    results = read_results(published("small/results.json"))
+    pictures = {block.name for block in generation_blocks(results) if isinstance(block, Picture)}
+    assert pictures == {"captions.png", "generated.png", "confusions.png", "tradeoff.png"}
+    without = {name: value for name, value in results.items() if name not in ("generated", "captions")}
+    blocks = generation_blocks(without | {"generated": {}})
+    assert {block.name for block in blocks if isinstance(block, Picture)} == {"confusions.png", "tradeoff.png"}
+    texts = [block.text for block in blocks if isinstance(block, Paragraph)]
+    assert "Pictures of generated images are kept by `evaluate --rules paper`." in texts
+    assert generation_figures(without, {}).keys() == {"confusions.png", "tradeoff.png"}
+    assert not any("not in the tables" in text for text in texts)
+    last = results["runs"][0]["stage2"]
+    last["900000"] = last[str(full_size(results))]
+    said = [block.text for block in generation_blocks(results) if isinstance(block, Paragraph)]
+    title = results["runs"][0]["title"]
+    assert f"Measured too, but not in the tables below: {title} on 900,000 images." in said
 
 
 def test_regimes_are_told_by_their_presets(tmp_path: Path) -> None:

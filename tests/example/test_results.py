@@ -309,6 +309,31 @@ def test_a_smaller_training_set_does_not_replace_the_pictures(tmp_path: Path) ->
     assert "generated" not in json.loads((tmp_path / "alone" / "report" / "results.json").read_text())
 
 
+@pytest.mark.usefixtures("unrendered")
+@pytest.mark.parametrize("rule", ["2", "tenth", "50"])
+def test_runs_measured_under_other_rules_have_no_pictures(tmp_path: Path, rule: str) -> None:
+    """Only the rule ``paper`` keeps them; the numbers are gathered all the same. With both there are pictures."""
+    _finish(tmp_path, "vqgan", 0, sizes=(32,))
+    _finish(tmp_path, "k16", 0, sizes=(32,))
+    for arm in ("vqgan", "k16"):
+        inner = tmp_path / f"{arm}-seed0" / "stage2-32"
+        numbers = (inner / "rule-paper.json").read_text()
+        (inner / f"rule-{rule}.json").write_text(numbers)
+        if arm == "k16":
+            for name in ("rule-paper.json", "rule-paper.safetensors"):
+                (inner / name).unlink()
+    report.write_report(tmp_path, command="typed")
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["generated"] == {"vqgan": "samples/vqgan-generated.safetensors"}
+    for name in ("rule-paper.json", "rule-paper.safetensors"):
+        (tmp_path / "vqgan-seed0" / "stage2-32" / name).unlink()
+    report.write_report(tmp_path, command="typed")
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["generated"] == {}
+    assert "captions" not in results
+    assert [list(run["stage2"]["32"]["rules"]) for run in results["runs"]] == [[rule], [rule]]
+
+
 def test_results_are_written_compactly_and_read_back() -> None:
     """The same value, numbers that JSON lacks included; a line for each run."""
     runs = [{"arm": arm, "title": "λ = 10", "log": [{"loss": 0.1 + 0.2}]} for arm in ("vqgan", "te_vqgan")]

@@ -59,6 +59,7 @@ _PHOTOGRAPHS = ("reconstructions.png", "generated.png", "captions.png")
 # Arms that a title names.
 _FEW_ARMS = 4
 _RESULTS = "results.json"
+# Only one rule keeps pictures; runs that the first version measured have its own.
 _PICTURES = {HEADLINE: "rule-paper.safetensors", "tenth": "generation.safetensors"}
 _CAPTIONS = {
     "token_grids.png": "One test digit at the centre and in the four quadrants, and the index of the code at "
@@ -151,22 +152,29 @@ def _copied_samples(
 
 
 def _add_generated(results: dict[str, Any], collected: Mapping[str, Any], out: Path, folder: Path) -> None:
-    """Copy what each arm's first seed generated, if it is among those in ``out``, and note the captions of all."""
+    """Copy what each arm's first seed generated, if it is among those in ``out``, and note the captions of all.
+
+    Only evaluations under the headline rule keep pictures, so that an arm measured under others alone has none.
+    """
     images = full_size(results)
     if images is None:
         return
     rule = shown_rule(results)
     here = {(arm, run["seed"]) for arm, runs in generations(collected, images, rule).items() for run in runs}
-    names = {}
-    for arm, (first, *_) in generations(results, images, rule).items():
+    arms = generations(results, images, rule)
+    firsts = {arm: runs[0] for arm, runs in arms.items() if (arm, runs[0]["seed"]) in here}
+    inner = {arm: out / run["folder"] / f"stage2-{images}" for arm, run in firsts.items()}
+    # Of one rule for all arms, the one that the tables show if it has pictures.
+    by_rule = (
+        {arm: path / _PICTURES[name] for arm, path in inner.items() if (path / _PICTURES[name]).is_file()}
+        for name in sorted(_PICTURES, key=lambda name: name != rule)
+    )
+    names = {arm: name for arm, name in results.get("generated", {}).items() if arm in arms}
+    for arm, source in next(filter(None, by_rule), {}).items():
         names[arm] = f"samples/{arm}-generated.safetensors"
-        if (arm, first["seed"]) in here:
-            inner = out / first["folder"] / f"stage2-{images}"
-            # Runs that the first version measured have its pictures.
-            source = inner / _PICTURES[rule]
-            write_bytes_atomically(folder / names[arm], source.read_bytes())
-            _, texts = load_checkpoint(source)
-            results["captions"] = {split: part["captions"] for split, part in texts.items()}
+        write_bytes_atomically(folder / names[arm], source.read_bytes())
+        _, texts = load_checkpoint(source)
+        results["captions"] = {split: part["captions"] for split, part in texts.items()}
     results["generated"] = names
 
 

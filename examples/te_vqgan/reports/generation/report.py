@@ -31,7 +31,7 @@ from examples.te_vqgan.reports.generation.tables import (
 from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.stage1.perceptual import TITLES
 from examples.te_vqgan.stage1.presets import ARMS
-from examples.te_vqgan.stage2.rules import rule_title
+from examples.te_vqgan.stage2.rules import HEADLINE, rule_title
 from te_quant import EquivarianceReport
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ _PICTURES = {
     "tradeoff.png": "Text-to-image accuracy on single held-out digits against equivariance, and against the "
     "number of codes in use.",
 }
+
+
+# Those that need generated images, which are kept under one rule only.
+_OF_SAMPLES = ("captions.png", "generated.png")
 
 
 def generation_tables(results: Mapping[str, Any]) -> dict[str, Table]:
@@ -95,6 +99,7 @@ def generation_blocks(results: Mapping[str, Any]) -> list[Block]:
         Heading(2, "Text to image, image to text"),
         _no_findings(trial) if trial else Bullets(generation_findings(results)),
         Paragraph(_conditions(results, settings, images, digits, rule)),
+        *_left_out(results, images),
         Heading(3, "Table 1, text to image"),
         tables["table1-text-to-image"],
         Heading(3, "Table 1, image to text"),
@@ -109,8 +114,11 @@ def generation_blocks(results: Mapping[str, Any]) -> list[Block]:
         Heading(3, "Table 3: code usage and reconstruction"),
         tables["table3"],
         Paragraph(_distances(tables["table3"])),
-        *(Picture(name, caption) for name, caption in _PICTURES.items()),
     ]
+    pictured = bool(results.get("generated"))
+    blocks += [Picture(name, text) for name, text in _PICTURES.items() if pictured or name not in _OF_SAMPLES]
+    if not pictured:
+        blocks.append(Paragraph(f"Pictures of generated images are kept by `evaluate --rules {HEADLINE}`."))
     return blocks
 
 
@@ -119,16 +127,13 @@ def generation_figures(results: Mapping[str, Any], samples: Samples) -> dict[str
 
     Args:
         results: as ``collect`` gives them.
-        samples: by arm, the pictures of its first seed.
+        samples: by arm, the pictures of its first seed, if there are any.
     """
     images = full_size(results)
     if images is None:
         return {}
     rule = shown_rule(results)
     arms = generations(results, images, rule)
-    texts: dict[str, Sequence[str]] = results["captions"]
-    originals = next(iter(samples.values()))["held_out.images"]
-    generated = {ARMS[arm].title: samples[arm]["held_out.generated"] for arm in arms if arm in samples}
     points, counts = [], {}
     for arm, runs in arms.items():
         tables = [
@@ -141,12 +146,20 @@ def generation_figures(results: Mapping[str, Any], samples: Samples) -> dict[str
             # None if a tiny test set has no single digit.
             found = accuracies([run], images, rule, "text_to_image", "quad1")
             points += [Point(ARMS[arm].title, kappa, perplexity, accuracy) for accuracy in found]
-    return {
-        "captions.png": draw_captions(originals[:8], texts["held_out"][:8]),
-        "generated.png": draw_generated(texts["held_out"], originals, generated),
+    figures = {
         "confusions.png": draw_confusions(counts, CLASS_NAMES[results["runs"][0]["settings"]["data"]]),
         "tradeoff.png": draw_tradeoff(points),
     }
+    if not samples:
+        return figures
+    texts: Sequence[str] = results["captions"]["held_out"]
+    originals = next(iter(samples.values()))["held_out.images"]
+    generated = {ARMS[arm].title: samples[arm]["held_out.generated"] for arm in arms if arm in samples}
+    pictures = {
+        "captions.png": draw_captions(originals[:8], texts[:8]),
+        "generated.png": draw_generated(texts, originals, generated),
+    }
+    return pictures | figures
 
 
 def _distances(table: Table) -> str:
@@ -166,6 +179,16 @@ def _distances(table: Table) -> str:
 
 def _no_findings(size: str) -> Paragraph:
     return Paragraph(f"No findings are drawn from a trial of {size}; the numbers of this section mean nothing.")
+
+
+def _left_out(results: Mapping[str, Any], images: int) -> list[Block]:
+    """Name what was trained on more images than the GPTs that the tables compare; fewer are in Table 2."""
+    found: dict[str, None] = {}
+    for run in results["runs"]:
+        for size, part in run.get("stage2", {}).items():
+            if part.get("rules") and int(size) > images:
+                found[f"{run['title']} on {int(size):,} images"] = None
+    return [Paragraph(f"Measured too, but not in the tables below: {', '.join(found)}.")] if found else []
 
 
 def _conditions(

@@ -6,6 +6,7 @@ Ours are means over seeds, the standard deviation between seeds in brackets wher
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,16 +37,16 @@ Run = Mapping[str, Any]
 _CASES = ("quad1", "quad2", "quad3", "quad4")
 # The paper's order, then what it lacks.
 _ORDER = ("mb", "mp", "cb", "vqgan", "te_vqgan", *(arm for arm in ARMS if arm not in TABLE1))
-# Our MB pads its pooling, the authors' code does not.
-_ROW_NAMES = {"mb": "MB (padded)"}
 _DASH = "–"
 
 
 def shown_rule(results: Mapping[str, Any]) -> str:
     """Return the rule of decoding of tables that show one: that of most runs, of several the first in order."""
-    images = _full(results)
-    parts = [run["stage2"][str(images)] for run in results["runs"] if str(images) in run.get("stage2", {})]
-    return max(RULES, key=lambda rule: sum(rule in part.get("rules", {}) for part in parts))
+    images = str(_full(results))
+    counts = Counter(
+        rule for run in results["runs"] for rule in run.get("stage2", {}).get(images, {}).get("rules", {})
+    )
+    return min(counts, key=lambda rule: (-counts[rule], _place(rule)))
 
 
 def generations(results: Mapping[str, Any], images: int, rule: str) -> dict[str, list[Run]]:
@@ -71,8 +72,13 @@ def accuracies(
 
 
 def full_size(results: Mapping[str, Any]) -> int | None:
-    """Return the largest training set of a measured Stage 2, ``None`` if no GPT was measured."""
-    return max(_sizes(results), default=None)
+    """Return the size of the GPT's training set that most arms were measured with, ``None`` if none was.
+
+    Of equally common sizes the largest: the smaller one is that of Table 2.
+    """
+    pairs = {(run["arm"], size) for run in results["runs"] for size in _sizes(run)}
+    counts = Counter(size for _, size in pairs)
+    return max(counts, key=lambda size: (counts[size], size), default=None)
 
 
 def table1(results: Mapping[str, Any], task: str) -> Table:
@@ -102,31 +108,38 @@ def table1(results: Mapping[str, Any], task: str) -> Table:
 
 
 def table2(results: Mapping[str, Any]) -> Table | None:
-    """Quad1 of text to image, largest and smallest training set; ``None`` if only one size was measured."""
-    sizes, rule = sorted(_sizes(results), reverse=True), shown_rule(results)
-    arms = ("vqgan", "te_vqgan")
-    values = {
-        (size, arm): accuracies(
-            generations(results, size, rule).get(arm, []), size, rule, "text_to_image", "quad1"
-        )
-        for size in sizes
-        for arm in arms
+    """Quad1 of text to image, largest and smallest training set; ``None`` if only one size was measured.
+
+    Where an arm has both sizes, of the seeds that have both, so that the difference is paired.
+    """
+    rule, arms = shown_rule(results), ("vqgan", "te_vqgan")
+    found = {
+        size: {arm: generations(results, size, rule).get(arm, []) for arm in arms}
+        for size in {size for run in results["runs"] if run["arm"] in arms for size in _sizes(run)}
     }
-    if len(sizes) < 2 or not any(values[sizes[-1], arm] for arm in arms):
+    ends = max(found, default=0), min(found, default=0)
+    if len(found) < 2 or not any(found[ends[1]].values()):
         return None
-    ends = sizes[0], sizes[-1]
-    rows = []
-    for size, printed_size in zip(ends, TABLE2, strict=True):
-        printed = TABLE2[printed_size]
-        cells = [_beside(values[size, arm], printed[arm]) for arm in arms]
-        rows.append([f"{size:,} (paper: {printed_size:,})", *cells])
-    differences = []
+    titles, columns = [], []
     for arm in arms:
-        large, small = (values[size, arm] for size in ends)
-        ours = _DASH if not large or not small else f"{statistics.fmean(large) - statistics.fmean(small):.3f}"
-        largest, smallest = (printed[arm].mean for printed in TABLE2.values())
-        differences.append(f"{ours} / {largest - smallest:.3f}")
-    return Table(["training images", *(ARMS[arm].title for arm in arms)], [*rows, ["difference", *differences]])
+        both = dict(zip(ends, _with_both(*(found[size][arm] for size in ends)), strict=True))
+        values = [accuracies(runs, size, rule, "text_to_image", "quad1") for size, runs in both.items()]
+        printed = [TABLE2[size][arm] for size in TABLE2]
+        ours = f"{statistics.fmean(values[0]) - statistics.fmean(values[1]):.3f}" if all(values) else _DASH
+        difference = f"{ours} / {printed[0].mean - printed[1].mean:.3f}"
+        columns.append([*map(_beside, values, printed), difference])
+        titles.append(f"{ARMS[arm].title}{counted(max(both.values(), key=len))}")
+    names = [f"{size:,} (paper: {paper:,})" for size, paper in zip(ends, TABLE2, strict=True)]
+    rows = [list(row) for row in zip([*names, "difference"], *columns, strict=True)]
+    return Table(["training images", *titles], rows)
+
+
+def _with_both(large: Sequence[Run], small: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Leave the runs of seeds that are in both, or all if either is empty."""
+    seeds = {run["seed"] for run in large} & {run["seed"] for run in small}
+    if not (large and small):
+        return list(large), list(small)
+    return [run for run in large if run["seed"] in seeds], [run for run in small if run["seed"] in seeds]
 
 
 def rules_table(results: Mapping[str, Any], task: str, cases: Sequence[str] = _CASES) -> Table | None:
@@ -135,19 +148,21 @@ def rules_table(results: Mapping[str, Any], task: str, cases: Sequence[str] = _C
     ``None`` if there are not two rules under which the task was measured.
     """
     images = _full(results)
-    arms: dict[str, list[Mapping[str, Any]]] = {}
+    arms: dict[str, list[Run]] = {}
     for arm in _ORDER:
-        parts = [run.get("stage2", {}).get(str(images), {}) for run in results["runs"] if run["arm"] == arm]
-        measured = [part["rules"] for part in parts if part.get("rules")]
-        if measured:
-            arms[arm] = measured
-    found = {name for runs in arms.values() for rules in runs for name in rules if task in rules[name]["held_out"]}
+        runs = [run for run in results["runs"] if run["arm"] == arm and images in _sizes(run)]
+        if runs:
+            arms[arm] = runs
+    measured = {arm: [run["stage2"][str(images)]["rules"] for run in runs] for arm, runs in arms.items()}
+    found = {
+        name for runs in measured.values() for rules in runs for name in rules if task in rules[name]["held_out"]
+    }
     if len(found) < 2:
         return None
     names = sorted(found, key=_place)
     rows = []
     for arm, runs in arms.items():
-        held = {name: [rules[name]["held_out"] for rules in runs if name in rules] for name in names}
+        held = {name: [rules[name]["held_out"] for rules in measured[arm] if name in rules] for name in names}
         cells = [
             mean([share(part[task]["cases"][case] for case in cases) for part in held[name] if task in part])
             for name in names
@@ -156,8 +171,10 @@ def rules_table(results: Mapping[str, Any], task: str, cases: Sequence[str] = _C
     return Table(["tokenizer", *(rule_title(name, task) for name in names)], rows)
 
 
-def _row_name(arm: str, runs: Sequence[Any]) -> str:
-    return f"{_ROW_NAMES.get(arm, ARMS[arm].title)}{counted(runs)}"
+def _row_name(arm: str, runs: Sequence[Run]) -> str:
+    # The authors' code does not pad its pooling; the presets of small models do.
+    padded = any(run["settings"]["model"]["downsample"] == "max_blur_pool" for run in runs)
+    return f"{ARMS[arm].title}{' (padded)' if padded else ''}{counted(runs)}"
 
 
 def _place(rule: str) -> tuple[int, int]:
@@ -223,9 +240,8 @@ def _perceived(runs: Sequence[Run], name: str) -> list[float]:
     return [distances[name] for distances in measured if name in distances]
 
 
-def _sizes(results: Mapping[str, Any]) -> set[int]:
-    parts = (item for run in results["runs"] for item in run.get("stage2", {}).items())
-    return {int(size) for size, part in parts if part.get("rules")}
+def _sizes(run: Run) -> set[int]:
+    return {int(size) for size, part in run.get("stage2", {}).items() if part.get("rules")}
 
 
 def _full(results: Mapping[str, Any]) -> int:
