@@ -114,23 +114,16 @@ def _quiet_unless_main() -> Iterator[None]:
 
 def _prepare(options: argparse.Namespace) -> None:
     from examples.te_vqgan.data.prepare import prepare
-    from examples.te_vqgan.data.recipes import LAYOUTS
+    from examples.te_vqgan.data.sources import SPLITS, load_digits
+    from examples.te_vqgan.stage1.evaluation import dataset
 
     settings = stage1_settings(options, next(iter(ARMS)))
     if is_pictures(settings.data):
         _prepare_pictures(options, settings)
         return
-    sizes = {"train": settings.train_images, "validation": settings.eval_images, "test": settings.eval_images}
     folder = out_folder(options)
-    summary = prepare(
-        settings.data,
-        folder / "data",
-        data_dir=options.data_dir,
-        canvas_size=settings.canvas_size,
-        sizes=sizes,
-        seed=settings.seed,
-        layouts=LAYOUTS,
-    )
+    source = load_digits(settings.data, options.data_dir)
+    summary = prepare(source, {split: dataset(settings, source, split) for split in SPLITS}, folder / "data")
     counts = ", ".join(f"{split.digits:,} {name}" for name, split in summary.splits.items())
     print(f"Data {summary.data}: {counts} digits. A picture of them: {folder / 'data' / 'samples.png'}")
 
@@ -325,7 +318,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--stage2-steps", type=int, help="optimiser steps of the GPT, instead of the preset's")
     run.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")
-    run.add_argument("--workers", type=int, default=0, help="trainings at once (default: one per core)")
+    run.add_argument(
+        "--workers", type=int, default=0, help="trainings at once (default: one per core, or one on a GPU)"
+    )
     return parser
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from examples.te_vqgan.__main__ import main
 from examples.te_vqgan.classifier.model import CellClassifier, crop_places, feature_distance, load_classifier
+from examples.te_vqgan.classifier.trainer import CLASSIFIERS
 from examples.te_vqgan.data import sources
 from examples.te_vqgan.data.caption_parser import parse
 from examples.te_vqgan.data.heldout import allowed
@@ -574,6 +575,11 @@ def test_unfinished_runs_are_not_measured(chain: tuple[Path, Path], source: Digi
         measure(classifier=tmp_path / "none")
     with pytest.raises(ValueError, match=message):
         evaluate_tokenizer(tokenizer, tmp_path / "none", source)
+    other = dataclasses.replace(CLASSIFIERS["smoke"], data="others", canvas_size=CANVAS)
+    (classifier / "settings.json").write_text(json.dumps(other.to_dict()))
+    for call in (measure, lambda: evaluate_tokenizer(tokenizer, classifier, source)):
+        with pytest.raises(ValueError, match=r"classifier must be one of 'random' on 32 .*, got one of 'others'"):
+            call()
     (tokenizer / "evaluation.json").unlink()
     for call in (measure, lambda: evaluate_tokenizer(tokenizer, classifier, source)):
         with pytest.raises(

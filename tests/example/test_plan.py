@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 import signal
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.te_vqgan.__main__ import _parse
+from examples.te_vqgan.classifier.trainer import CLASSIFIERS
 from examples.te_vqgan.cli import run as run_command
 from examples.te_vqgan.cli.options import out_folder, stage1_settings
 from examples.te_vqgan.cli.plans import PLANS, Plan
@@ -230,6 +232,10 @@ def test_named_arms_and_seeds_are_all_that_is_done(tmp_path: Path) -> None:
         (["--threads", "1", "--workers", "3"], 3, 1),
         (["--threads", "8", "--seeds", "0", "1", "2"], 6, 1),
         (["--threads", "8", "--arms", "vqgan"], 1, 8),
+        # The memory of a GPU is that of one training.
+        (["--threads", "8", "--device", "cuda"], 1, 8),
+        (["--threads", "8", "--device", "cuda:1", "--workers", "2"], 2, 4),
+        (["--threads", "8", "--device", "cpu:0"], 2, 4),
     ],
 )
 def test_trainings_share_the_cores(
@@ -261,6 +267,33 @@ def test_trainings_share_the_cores(
     run_plan(options, perform=lambda words: None)
     assert "workers" not in called
     assert called["wall_seconds"] is None
+    # What is left after an interruption does not take the time of everything.
+    (tmp_path / "classifier" / "evaluation.json").unlink()
+    run_plan(options, perform=lambda words: None)
+    assert len(called["jobs"]) == 1
+    assert called["wall_seconds"] is None
+
+
+def test_a_classifier_of_other_digits_is_refused(tmp_path: Path) -> None:
+    """Also an unfinished one, and before anything is trained; another network of the same digits may be there."""
+    options = _options(tmp_path, "--arms", "vqgan", preset="small")
+    (tmp_path / "classifier").mkdir()
+
+    def begin(**changes: Any) -> None:
+        settings = dataclasses.replace(CLASSIFIERS["small-strided"], **{"data": "mnist", **changes})
+        (tmp_path / "classifier" / "settings.json").write_text(json.dumps(settings.to_dict()))
+
+    for changes, found in (({"data": "digits"}, "'digits' on 32"), ({"canvas_size": 64}, "'mnist' on 64")):
+        begin(**changes)
+        message = (
+            f"classifier must be one of 'mnist' on 32 pixels, got one of {found} in {tmp_path / 'classifier'}; "
+        )
+        with pytest.raises(ValueError, match=re.escape(message) + "remove that folder, or choose another one"):
+            list(plan_jobs(options))
+    begin()
+    assert _commands(list(plan_jobs(options)))["classifier"] == 1
+    (tmp_path / "classifier" / "evaluation.json").write_text("{}")
+    assert "classifier" not in _commands(list(plan_jobs(options)))
 
 
 def test_the_other_data_set_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

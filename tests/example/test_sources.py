@@ -18,13 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples.te_vqgan.__main__ import main
 from examples.te_vqgan.data import archives, sources
 from examples.te_vqgan.data.archives import IdxFile, find_idx_folder
+from examples.te_vqgan.data.heldout import allowed, held_out
 from examples.te_vqgan.data.idx import read_idx
-from examples.te_vqgan.data.prepare import build_datasets, prepare
+from examples.te_vqgan.data.prepare import prepare
+from examples.te_vqgan.data.quadrants import QuadrantDataset
+from examples.te_vqgan.data.recipes import LAYOUTS
 from examples.te_vqgan.data.sources import SPLITS, DigitSource, DigitSplit, load_digits
 from examples.te_vqgan.runs import files
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
+from examples.te_vqgan.stage1.presets import settings_for
+from tests.example.tiny_runs import random_source
 from tests.helpers import numpy_generator
 
 STEMS = tuple(archives.CHECKSUMS["mnist"])
@@ -464,43 +470,73 @@ def test_the_fingerprint_sees_every_byte() -> None:
 # prepare ---------------------------------------------------------------------------------------------------
 
 
-def test_prepare_writes_a_summary_and_a_picture(small_mnist: Path, tmp_path: Path) -> None:
+def _splits(source: DigitSource, *, hold_out: bool) -> dict[str, QuadrantDataset]:
+    sizes = {"train": 40, "validation": 30, "test": 5}
+    return {
+        split: QuadrantDataset(
+            source,
+            split,
+            canvas_size=32,
+            size=size,
+            seed=2,
+            layouts=LAYOUTS,
+            allowed=allowed(split, len(source.class_names)) if hold_out else None,
+        )
+        for split, size in sizes.items()
+    }
+
+
+def test_prepare_writes_a_summary_and_a_picture(tmp_path: Path) -> None:
     """Both files are there, agree with the data, and a second run gives the same bytes."""
     out = tmp_path / "out" / "deep"
-    options = {"data_dir": small_mnist, "canvas_size": 32, "sizes": {"train": 40, "test": 5}, "seed": 2}
-    summary = prepare("mnist", out, **options)
+    source = random_source()
+    datasets = _splits(source, hold_out=True)
+    summary = prepare(source, datasets, out)
     assert sorted(path.name for path in out.iterdir()) == ["data.json", "samples.png"]
     stored = json.loads((out / "data.json").read_text())
-    assert stored["fingerprint"] == summary.fingerprint == load_digits("mnist", small_mnist).fingerprint()
-    assert {name: stored["splits"][name]["images"] for name in SPLITS} == {
-        "train": 40,
-        "validation": 3000,
-        "test": 5,
-    }
-    for split in stored["splits"].values():
+    assert stored["fingerprint"] == summary.fingerprint == source.fingerprint()
+    assert (stored["canvas_size"], stored["class_names"]) == (32, list(source.class_names))
+    for name, split in stored["splits"].items():
+        recipes = datasets[name].recipes
+        assert (split["images"], split["seed"]) == (len(datasets[name]), 2)
         assert sum(split["images_by_num_digits"]) == split["images"]
         assert sum(split["digits_by_class"]) == split["digits"]
+        assert split["drawn"] == sum(n * count for n, count in enumerate(split["images_by_num_digits"], 1))
+        assert split["drawn"] == (recipes.digits >= 0).sum()
     assert (out / "samples.png").read_bytes().startswith(b"\x89PNG")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    prepare("mnist", out, **options)
+    prepare(source, datasets, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_prepare_writes_nothing_when_the_data_are_wrong(small_mnist: Path, tmp_path: Path) -> None:
-    """A damaged file stops the step before it leaves anything behind."""
-    (small_mnist / "mnist" / f"{STEMS[1]}.gz").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=rf"{STEMS[1]}\.gz must be a whole gzip file"):
-        prepare("mnist", tmp_path / "out", data_dir=small_mnist)
-    assert not (tmp_path / "out").exists()
+def test_the_summary_counts_held_out_combinations(tmp_path: Path) -> None:
+    """None in training and nothing else in the test, where they are held out; some in both where they are not."""
+    source = random_source()
+    held = prepare(source, _splits(source, hold_out=True), tmp_path / "held").splits
+    assert held["train"].held_out == 0 < held["train"].drawn
+    assert held["test"].held_out == held["test"].drawn
+    free = prepare(source, _splits(source, hold_out=False), tmp_path / "free").splits
+    table = held_out(len(source.class_names))
+    for name, dataset in _splits(source, hold_out=False).items():
+        count = 0
+        for digits, colors in zip(dataset.recipes.digits, dataset.recipes.colors, strict=True):
+            for place, (digit, color) in enumerate(zip(digits, colors, strict=True)):
+                count += digit >= 0 and table[dataset.labels[digit], place, color]
+        assert free[name].held_out == count
+    assert 0 < free["train"].held_out < free["train"].drawn / 2
 
 
-def test_data_sets_are_built_by_name(small_mnist: Path) -> None:
-    """One data set a split, of the sizes asked for; a size for an unknown split is refused."""
-    datasets, _ = build_datasets("mnist", data_dir=small_mnist, canvas_size=32, sizes=dict.fromkeys(SPLITS, 6))
-    assert {name: len(dataset) for name, dataset in datasets.items()} == dict.fromkeys(SPLITS, 6)
-    assert {name: dataset.split for name, dataset in datasets.items()} == {name: name for name in SPLITS}
-    with pytest.raises(ValueError, match=r"a key of sizes must be one of .* got 'valid'"):
-        build_datasets("mnist", data_dir=small_mnist, sizes={"valid": 3})
+def test_prepare_shows_what_is_trained_on(tmp_path: Path) -> None:
+    """The command: combinations held out where the preset does so, and evaluation images of the fixed seed."""
+    for preset, hold_out in (("smoke", False), ("small", True)):
+        assert settings_for(preset, "vqgan").held_out is hold_out
+        folder = tmp_path / preset
+        words = ["prepare", "--preset", preset, "--data", "digits", "--seed", "3", "--out", str(folder)]
+        assert main(words) == 0
+        splits = json.loads((folder / "data" / "data.json").read_text())["splits"]
+        assert {name: split["seed"] for name, split in splits.items()} == {"train": 3, "validation": 0, "test": 0}
+        assert (splits["train"]["held_out"] == 0) is hold_out
+        assert (splits["test"]["held_out"] == splits["test"]["drawn"]) is hold_out
 
 
 # files -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,8 +12,14 @@ import torch
 from examples.te_vqgan.__main__ import main
 from examples.te_vqgan.reports import stability
 from examples.te_vqgan.reports.stability import find_tokenizer, render, write_stability
+from examples.te_vqgan.stage1.exactness import finished_settings
+from examples.te_vqgan.stage2 import train as stage2
+from examples.te_vqgan.stage2.publish import publish
+from examples.te_vqgan.stage2.settings import stage2_settings_for
+from examples.te_vqgan.stage2.train import train_stage2
 from te_quant import StabilityReport, measure_stability
 from te_quant.stability import EightBit, Identity
+from tests.example.tiny_runs import finished_classifier, finished_tokenizer, random_source
 from tests.published import RESULTS, published
 from tests.unit.stability_cases import K, cell_images, decode, encode, spoilt, tokens_of
 
@@ -40,6 +47,25 @@ def test_published_weights_are_found() -> None:
     assert found.title == "circular (stride-exact), seed 0"
     assert (found.settings.data, found.settings.canvas_size) == ("mnist", 32)
     assert (found.weights / "model.safetensors").is_file()
+
+
+def test_published_weights_say_what_they_were_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what the preset says; so they are found whatever was typed, and without reading the command."""
+    monkeypatch.setattr(stage2, "_VALIDATION_IMAGES", 4)
+    settings = dataclasses.replace(stage2_settings_for("smoke"), train_images=8, eval_images=4, steps=3)
+    out = tmp_path / "my runs"
+    tokenizer = finished_tokenizer(out / "vqgan-seed0", learning_rate=0.125)
+    train_stage2(settings, tokenizer, random_source(), progress=False)
+    preset = dataclasses.replace(settings, steps=6)
+    publish(preset, tokenizer, finished_classifier(tmp_path / "classifier"), tmp_path / "w", command="as typed")
+    about = json.loads((tmp_path / "w" / "about.json").read_text())
+    assert about["stage2"] == settings.to_dict()
+    found = find_tokenizer(tmp_path / "w")
+    assert found.name == "my runs/vqgan-seed0"
+    assert found.settings == finished_settings(tokenizer)
+    assert found.settings.learning_rate == 0.125
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from examples.te_vqgan.data.sources import DigitSource, DigitSplit
 from examples.te_vqgan.runs import running
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.runs.differences import differing
+from examples.te_vqgan.runs.running import only_process_in
 from examples.te_vqgan.runs.schedule import rate_factor
 from examples.te_vqgan.stage1.exactness import finished_settings
 from examples.te_vqgan.stage1.presets import (
@@ -343,6 +345,26 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, source: DigitSource, monkeyp
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="must not be in use, but another process works there"):
             _train(_settings(), tmp_path, source)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """At once, and not as if another process were there. Other errors are what they are."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def without(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    monkeypatch.setattr(running.time, "sleep", lambda _: pytest.fail("waited"))
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)), only_process_in(tmp_path):
+            pass
+        return
+    with only_process_in(tmp_path):
+        assert (tmp_path / ".lock").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from examples.te_vqgan.classifier.cells import Distortion
 from examples.te_vqgan.runs.checks import require, require_int, require_number
+from examples.te_vqgan.runs.files import read_json_object
 
-__all__ = ["ClassifierSettings", "check_widths"]
+__all__ = ["ClassifierSettings", "check_widths", "require_reader_of"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,26 @@ class ClassifierSettings:
     def from_dict(cls, plain: Mapping[str, Any]) -> ClassifierSettings:
         """Undo :meth:`to_dict`, of older versions too."""
         return cls(**{**plain, "widths": tuple(plain["widths"])})
+
+
+def require_reader_of(data: str, canvas_size: int, folder: Path) -> None:
+    """Refuse the classifier in ``folder`` if it learned other digits or other sizes of them.
+
+    Its network and training may be any. A folder without settings passes.
+
+    Raises:
+        ValueError: the settings name other digits or another canvas.
+    """
+    path = folder / "settings.json"
+    if path.is_file():
+        known = read_json_object(path)
+        found = known["data"], known["canvas_size"]
+        require(
+            found == (data, canvas_size),
+            "classifier",
+            f"one of '{data}' on {canvas_size} pixels",
+            f"one of '{found[0]}' on {found[1]} in {folder}; remove that folder, or choose another one with --out",
+        )
 
 
 def check_widths(widths: Sequence[int]) -> None:

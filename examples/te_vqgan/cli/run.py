@@ -51,6 +51,8 @@ def run_plan(options: argparse.Namespace, *, perform: Callable[[Sequence[str]], 
     from examples.te_vqgan.runs.provenance import command_line
 
     start = time.perf_counter()
+    out = out_folder(options)
+    fresh = distributed.from_main(lambda: not any(out.rglob("settings.json")))
     distributed.from_main(lambda: _require_other_data(options))
     jobs = distributed.from_main(lambda: list(plan_jobs(options)))
     if jobs:
@@ -60,9 +62,9 @@ def run_plan(options: argparse.Namespace, *, perform: Callable[[Sequence[str]], 
     elif jobs:
         workers, threads = _share_of_cores(options)
         run_jobs(jobs, workers=workers, threads=threads)
-    seconds = time.perf_counter() - start
-    out = out_folder(options)
-    spent, words = seconds if jobs else None, command_line(options.words)
+    # Of a run that found others' steps in its folder, or its own before an interruption, it is not the whole time.
+    spent = time.perf_counter() - start if fresh else None
+    words = command_line(options.words)
     distributed.from_main(lambda: announce(write_report(out, command=words, wall_seconds=spent)))
 
 
@@ -105,14 +107,14 @@ def plan_jobs(options: argparse.Namespace) -> Iterator[Job]:
     expected = "a data set of digits for a preset with a Stage 2; 'photos' and 'quick' take pictures"
     require(not (has_stage2 and is_pictures(settings.data)), "data", expected, options.data)
     if has_stage2:
-        yield from _classifier_job(options, out, settings.data)
+        yield from _classifier_job(options, out, settings)
     for seed in plan.seeds:
         for arm in plan.arms:
             yield from _arm_jobs(options, plan, out, arm, seed)
     if plan.other_data is None or plan.other_data == settings.data:
         return
     other = other_data_folder(out, plan.other_data)
-    yield from _classifier_job(options, other, plan.other_data)
+    yield from _classifier_job(options, other, dataclasses.replace(settings, data=plan.other_data))
     for seed in plan.seeds:
         for arm in plan.other_arms:
             first = dataclasses.replace(stage1_settings(options, arm), data=plan.other_data, seed=seed)
@@ -149,12 +151,14 @@ def _arm_jobs(options: argparse.Namespace, plan: Plan, out: Path, arm: str, seed
         yield from _evaluate_jobs(options, out, arm, first, None)
 
 
-def _classifier_job(options: argparse.Namespace, out: Path, data: str) -> Iterator[Job]:
+def _classifier_job(options: argparse.Namespace, out: Path, settings: Stage1Settings) -> Iterator[Job]:
+    from examples.te_vqgan.classifier.settings import require_reader_of
     from examples.te_vqgan.classifier.trainer import CLASSIFIERS
 
     folder = classifier_folder(out)
+    require_reader_of(settings.data, settings.canvas_size, folder)
     if not (folder / "evaluation.json").exists():
-        words = ["classifier", *_words(options, {"data": data, "out": out}), "--resume"]
+        words = ["classifier", *_words(options, {"data": settings.data, "out": out}), "--resume"]
         yield Job(_name(folder), words, folder, CLASSIFIERS[options.preset].steps)
 
 
@@ -235,12 +239,14 @@ def _share_of_cores(options: argparse.Namespace) -> tuple[int, int]:
     """Return trainings at once and threads of each.
 
     Counts all runs asked for, finished or not: a training that goes on later has as many threads as before,
-    since their number changes the last bits. Under a launcher all cores take part in one training after the other.
+    since their number changes the last bits. Under a launcher all cores take part in one training after the other,
+    as they do on a GPU, whose memory is that of one.
     """
     plan = _plan(options)
     cores = options.threads or os.cpu_count() or 1
     if distributed.launched():
         require(not options.workers, "workers", "unset under a launcher", options.workers)
         return 1, cores
-    workers = options.workers or min(cores, len(plan.arms) * len(plan.seeds))
+    at_once = cores if options.device.partition(":")[0] == "cpu" else 1
+    workers = options.workers or min(at_once, len(plan.arms) * len(plan.seeds))
     return workers, max(1, cores // workers)

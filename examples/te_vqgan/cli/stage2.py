@@ -47,7 +47,7 @@ def add_stage2_commands(add: Add) -> None:
     )
     evaluate.add_argument("--tokenizer-alone", action="store_true", help="measure only reconstructions")
     evaluate.add_argument("--parent", type=int, help=argparse.SUPPRESS)
-    share = add("publish", _publish, "copy the weights of one arm, in half precision", *WHERE, "seed", "bf16")
+    share = add("publish", _publish, "copy the weights of one arm, in half precision", *WHERE, "seed")
     _add_arm(share)
     share.add_argument("--into", type=Path, required=True, help="folder to create")
 
@@ -186,8 +186,7 @@ def _publish(options: argparse.Namespace) -> None:
     from examples.te_vqgan.stage2.settings import stage2_settings_for
 
     seed = PRESETS[options.preset].seed if options.seed is None else options.seed
-    changes = {"seed": seed, "train_images": options.train_images, "bf16": options.bf16}
-    settings = stage2_settings_for(options.preset, changes)
+    settings = stage2_settings_for(options.preset, {"seed": seed, "train_images": options.train_images})
     out = out_folder(options)
     size = publish(
         settings,

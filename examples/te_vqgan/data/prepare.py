@@ -13,33 +13,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.te_vqgan.data.crops import CropDataset
+from examples.te_vqgan.data.heldout import held_out
 from examples.te_vqgan.data.pictures import PictureSource
-from examples.te_vqgan.data.quadrants import PAPER_SIZES, QuadrantDataset
-from examples.te_vqgan.data.recipes import QUADRANT_LAYOUTS
+from examples.te_vqgan.data.quadrants import QuadrantDataset
 from examples.te_vqgan.data.rows import ImageRows
-from examples.te_vqgan.data.sources import SPLITS, load_digits
-from examples.te_vqgan.runs.checks import require_choice
+from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DataSummary", "SplitSummary", "build_datasets", "contact_sheet", "prepare", "prepare_pictures"]
+__all__ = ["DataSummary", "SplitSummary", "contact_sheet", "prepare", "prepare_pictures"]
 
 SUMMARY_FILE = "data.json"
 PICTURE_FILE = "samples.png"
-_FORMAT = 1
+_FORMAT = 2
 _ROWS, _COLUMNS = 2, 12
 
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split: digits to draw from (in all and by class), images, and images by number of digits 1 to 4."""
+    """One split: what there is to draw from, and the images drawn.
+
+    Args:
+        digits: to draw from.
+        digits_by_class: the same by class.
+        images: in the split.
+        images_by_num_digits: the same by number of digits, 1 to 4.
+        seed: of the images.
+        drawn: digits in all images.
+        held_out: ...of which in combinations that training never shows
+            (:func:`~examples.te_vqgan.data.heldout.held_out`).
+    """
 
     digits: int
     digits_by_class: tuple[int, ...]
     images: int
     images_by_num_digits: tuple[int, ...]
+    seed: int
+    drawn: int
+    held_out: int
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,6 @@ class DataSummary:
     fingerprint: str
     class_names: tuple[str, ...]
     canvas_size: int
-    seed: int
-    layouts: tuple[str, ...]
     splits: Mapping[str, SplitSummary]
 
     def to_json(self) -> str:
@@ -59,84 +70,19 @@ class DataSummary:
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
 
 
-def build_datasets(
-    data: str,
-    *,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-    canvas_size: int = 64,
-    sizes: Mapping[str, int] | None = None,
-    seed: int = 0,
-    layouts: Sequence[str] = QUADRANT_LAYOUTS,
-) -> tuple[dict[str, QuadrantDataset], DataSummary]:
-    """The three splits as data sets, by name, and what is in them.
+def prepare(source: DigitSource, datasets: Mapping[str, QuadrantDataset], out_dir: Path) -> DataSummary:
+    """Write ``data.json``, a summary of the data sets that will be used, and ``samples.png``.
 
     Args:
-        data: "mnist", "fashion-mnist" or "digits".
-        data_dir: folder of the IDX files, see :func:`~examples.te_vqgan.data.sources.load_digits`.
-        cache_dir: where downloads are kept.
-        canvas_size: side of the images in pixels, a multiple of 32; 64 in the paper.
-        sizes: images by split, every split or some; the paper's by default.
-        seed: of the images, >= 0.
-        layouts: names out of :data:`~examples.te_vqgan.data.recipes.LAYOUTS`, equally likely.
-
-    Raises:
-        ValueError: an argument out of range, or a file that is not what it should be.
-        FileNotFoundError: the files are not there and cannot be downloaded.
-    """
-    for name in sizes or ():
-        require_choice("a key of sizes", name, SPLITS)
-    source = load_digits(data, data_dir, cache_dir)
-    wanted = {**PAPER_SIZES, **(sizes or {})}
-    datasets = {
-        name: QuadrantDataset(source, name, canvas_size=canvas_size, size=wanted[name], seed=seed, layouts=layouts)
-        for name in SPLITS
-    }
-    splits = {name: _summarize(dataset, len(source.class_names)) for name, dataset in datasets.items()}
-    summary = DataSummary(
-        source.name, source.fingerprint(), source.class_names, canvas_size, seed, tuple(layouts), splits
-    )
-    return datasets, summary
-
-
-def prepare(
-    data: str,
-    out_dir: str | Path,
-    *,
-    data_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-    canvas_size: int = 64,
-    sizes: Mapping[str, int] | None = None,
-    seed: int = 0,
-    layouts: Sequence[str] = QUADRANT_LAYOUTS,
-) -> DataSummary:
-    """Find or fetch the data, check them, and write ``data.json`` and ``samples.png`` into ``out_dir``.
-
-    Args:
-        data: "mnist", "fashion-mnist" or "digits".
+        source: the digits.
+        datasets: images of them, by split.
         out_dir: made if it is not there; both files are replaced whole or not at all.
-        data_dir: folder of the IDX files, see :func:`~examples.te_vqgan.data.sources.load_digits`.
-        cache_dir: where downloads are kept.
-        canvas_size: side of the images in pixels, a multiple of 32; 64 in the paper.
-        sizes: images by split, every split or some; the paper's by default.
-        seed: of the images, >= 0.
-        layouts: names out of :data:`~examples.te_vqgan.data.recipes.LAYOUTS`, equally likely.
-
-    Raises:
-        ValueError: an argument out of range, or a file that is not what it should be; nothing is written.
-        FileNotFoundError: the files are not there and cannot be downloaded; nothing is written.
     """
-    datasets, summary = build_datasets(
-        data,
-        data_dir=data_dir,
-        cache_dir=cache_dir,
-        canvas_size=canvas_size,
-        sizes=sizes,
-        seed=seed,
-        layouts=layouts,
-    )
-    drawn = {name: f"{len(dataset.labels):,} pictures" for name, dataset in datasets.items()}
-    _write(Path(out_dir), contact_sheet(datasets, drawn), summary.to_json())
+    splits = {name: _summarize(dataset, len(source.class_names)) for name, dataset in datasets.items()}
+    size = next(iter(datasets.values())).images.canvas_size
+    summary = DataSummary(source.name, source.fingerprint(), source.class_names, size, splits)
+    drawn = {name: f"{split.digits:,} pictures" for name, split in splits.items()}
+    _write(out_dir, contact_sheet(datasets, drawn), summary.to_json())
     return summary
 
 
@@ -204,6 +150,15 @@ def _mosaic(dataset: ImageRows) -> NDArray[np.float32]:
 
 
 def _summarize(dataset: QuadrantDataset, num_classes: int) -> SplitSummary:
-    by_class = np.bincount(dataset.labels, minlength=num_classes)
-    by_number = np.bincount(dataset.recipes.num_digits, minlength=5)[1:]
-    return SplitSummary(len(dataset.labels), tuple(by_class.tolist()), len(dataset), tuple(by_number.tolist()))
+    recipes = dataset.recipes
+    _, places = np.nonzero(recipes.filled)
+    classes, colors = dataset.classes(recipes)[recipes.filled], recipes.colors[recipes.filled]
+    return SplitSummary(
+        digits=len(dataset.labels),
+        digits_by_class=tuple(np.bincount(dataset.labels, minlength=num_classes).tolist()),
+        images=len(dataset),
+        images_by_num_digits=tuple(np.bincount(recipes.num_digits, minlength=5)[1:].tolist()),
+        seed=dataset.seed,
+        drawn=len(places),
+        held_out=int(held_out(num_classes)[classes, places, colors].sum()),
+    )

@@ -6,6 +6,7 @@ Shape letters: B images, S canvas side.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from examples.te_vqgan.runs.provenance import git_commit, versions
 from examples.te_vqgan.stage1.evaluation import dataset
 from examples.te_vqgan.stage1.exactness import finished_settings
 from examples.te_vqgan.stage1.pictures import crops
-from examples.te_vqgan.stage1.presets import ARMS, Stage1Settings, settings_for
+from examples.te_vqgan.stage1.presets import ARMS, Stage1Settings, from_dict, settings_for
 from te_quant import StabilityReport, VQAutoencoder, measure_stability
 from te_quant.stability import TransformStability, plot_stability
 from te_quant.tables import Table
@@ -67,10 +68,16 @@ def find_tokenizer(folder: Path) -> Tokenizer:
     """
     if (folder / "about.json").is_file():
         about = read_json_object(folder / "about.json")
-        words, (arm, seed) = about["command"].split(), about["arm"].rsplit("-seed", 1)
-        preset, out = (words[words.index(option) + 1] for option in ("--preset", "--out"))
-        settings = settings_for(preset, arm, {"data": about["data"], "seed": int(seed)})
-        name, weights = f"{Path(out).name}/{about['arm']}", folder / "tokenizer"
+        arm, seed = about["arm"].rsplit("-seed", 1)
+        if "stage1" in about:
+            settings, results = from_dict(about["stage1"]), about["results"]
+        else:
+            # The first version noted the command only.
+            words = shlex.split(about["command"])
+            preset, out = (words[words.index(option) + 1] for option in ("--preset", "--out"))
+            settings = settings_for(preset, arm, {"data": about["data"], "seed": int(seed)})
+            results = Path(out).name
+        name, weights = f"{results}/{about['arm']}", folder / "tokenizer"
     else:
         settings = finished_settings(folder)
         arm = folder.name.rsplit("-seed", 1)[0]

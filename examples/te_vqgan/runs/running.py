@@ -8,6 +8,7 @@ processes of :mod:`~.runs.distributed` the main one alone needs the folder.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import signal
@@ -48,6 +49,8 @@ CHECKPOINT = "checkpoint.safetensors"
 # As ``save_pretrained`` calls them.
 WEIGHTS = "model/model.safetensors"
 _LOCK_SECONDS = 30.0
+# Of file systems without locks, such as some that are mounted over a network.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 PresentForm = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -324,7 +327,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 def only_process_in(folder: Path) -> Iterator[None]:
     """Make ``folder``, and refuse it if another process works there.
 
-    A process that ends soon, as those of a killed ``run`` do, is waited for.
+    A process that ends soon, as those of a killed ``run`` do, is waited for. On a file system without locks none
+    is noticed.
 
     Raises:
         ValueError: the other process is still there after a while.
@@ -341,8 +345,12 @@ def only_process_in(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError as error:
+            except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     raise ValueError(f"{folder} must not be in use, but another process works there.") from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                break
             time.sleep(0.2)
         yield

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from examples.te_vqgan.classifier.model import CellClassifier, load_classifier, weights_path
+from examples.te_vqgan.classifier.settings import require_reader_of
 from examples.te_vqgan.data.heldout import allowed
 from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.sources import DigitSource
@@ -69,7 +70,7 @@ def evaluate_tokenizer(
         False if that had been done before.
 
     Raises:
-        ValueError: a run is not finished.
+        ValueError: a run is not finished, or the classifier reads other digits.
         ImportError: the package behind ``perceptual`` is not installed, or does not work here.
     """
     if is_read(tokenizer, perceptual):
@@ -77,6 +78,7 @@ def evaluate_tokenizer(
     clock = Clock()
     device = (execution or Execution()).apply()
     autoencoder, settings = load_tokenizer(tokenizer, device)
+    require_reader_of(settings.data, settings.canvas_size, classifier)
     names = dict.fromkeys([settings.perceptual if perceptual is None else perceptual, *_measured(tokenizer)])
     distances = {name: load_perceptual(name, device) for name in names}
     numbers = read_tokenizer(
@@ -122,7 +124,7 @@ def evaluate_gpt(
         False if that had been done before.
 
     Raises:
-        ValueError: a run is not finished, or there is no such rule.
+        ValueError: a run is not finished, the classifier reads other digits, or there is no such rule.
     """
     folder = stage2_folder(tokenizer, settings)
     path = folder / rule_file(rule)
@@ -132,6 +134,7 @@ def evaluate_gpt(
     autoencoder, stage1 = load_tokenizer(tokenizer, device)
     require(is_finished(folder, settings, stage1), "out", "a folder with a finished stage2 run", str(folder))
     require_tokenizer_of(folder, tokenizer)
+    require_reader_of(stage1.data, stage1.canvas_size, classifier)
     clock = Clock()
     gpt = load_transformer(folder / "model").to(device)
     reader: CellClassifier = load_classifier(classifier).to(device)

@@ -15,6 +15,7 @@ import torch
 from examples.te_vqgan.classifier.model import load_classifier, save_classifier
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
+from examples.te_vqgan.stage1.presets import to_dict
 from examples.te_vqgan.stage2.settings import Stage2Settings
 from examples.te_vqgan.stage2.train import load_tokenizer, require_tokenizer_of, stage2_folder
 from examples.te_vqgan.stage2.transformers import load_transformer
@@ -30,7 +31,7 @@ def publish(
     """Write the models of one finished chain into ``target``, weights in half precision.
 
     Args:
-        settings: of the Stage 2 run.
+        settings: name the Stage 2 run; what it was trained with is read from its folder.
         tokenizer: folder of the finished Stage 1 run that it stands on.
         classifier: folder of the finished classifier.
         target: made if it is not there.
@@ -50,12 +51,15 @@ def publish(
     autoencoder.half().save_pretrained(target / "tokenizer")
     load_transformer(folder / "model").half().save_pretrained(target / "gpt")
     save_classifier(load_classifier(classifier).half(), target / "classifier")
+    trained = read_json_object(folder / "settings.json")
     about: dict[str, Any] = {
         "command": command,
         "arm": tokenizer.name,
         "data": stage1.data,
         "canvas_size": stage1.canvas_size,
-        "stage2": settings.to_dict(),
+        "results": tokenizer.resolve().parent.name,
+        "stage1": to_dict(stage1),
+        "stage2": {name: value for name, value in trained.items() if name != "stage1"},
         "provenance": read_json_object(folder / "provenance.json"),
     }
     write_text_atomically(target / "about.json", json.dumps(about, indent=2) + "\n")
