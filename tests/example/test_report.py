@@ -15,7 +15,7 @@ import torch
 from examples.te_vqgan.reports.document import Bullets, Heading, Paragraph, Picture, Table, to_html, to_markdown
 from examples.te_vqgan.reports.figures import code_colors, draw_placements, draw_shifts, most_alike
 from examples.te_vqgan.reports.findings import findings
-from examples.te_vqgan.reports.report import _title
+from examples.te_vqgan.reports.report import _provenance, _title
 from examples.te_vqgan.reports.results import METRICS, cell
 from examples.te_vqgan.reports.trial import trial_size
 from examples.te_vqgan.runs.provenance import Execution, git_commit, versions
@@ -240,6 +240,20 @@ def test_provenance_knows_versions_and_survives_without_git(
     assert git_commit(tmp_path) is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_commit() is None
+
+
+def test_reports_name_every_commit_and_every_version() -> None:
+    """Of both stages of all runs, each once: not those of the first run for all."""
+
+    def part(commit: str | None, torch_version: str = "2.13") -> dict[str, Any]:
+        return {"provenance": {"commit": commit, "versions": {"torch": torch_version, "other": None}}}
+
+    one = {**part("a"), "stage2": {"8": part("b"), "16": part("a")}}
+    assert _provenance([part("a"), part("a")]) == "Versions: torch 2.13; commit `a`."
+    assert _provenance([part("a"), one]) == "Versions: torch 2.13; commit `a`, commit `b`."
+    assert _provenance([part(None, "2.9"), one]) == (
+        "Versions: torch 2.9; or torch 2.13; no git commit known, commit `a`, commit `b`."
+    )
 
 
 def test_execution_sets_the_threads_and_gives_the_device() -> None:

@@ -242,7 +242,7 @@ def _blocks(results: Mapping[str, Any]) -> list[Block]:
         Heading(2, "How it was made"),
         Paragraph(_commands(results) + _took(results["wall_seconds"])),
         _runs_table(results),
-        Paragraph(_provenance(first["provenance"]) + f" Seeds: {', '.join(map(str, seeds))}."),
+        Paragraph(_provenance(results["runs"]) + f" Seeds: {', '.join(map(str, seeds))}."),
         Paragraph("Settings of each arm that differ from the first arm's:"),
         Bullets(_differences(groups)),
         Paragraph("All settings of the first arm: `" + json.dumps(_of_effect(settings), sort_keys=True) + "`"),
@@ -276,10 +276,17 @@ def _runs_table(results: Mapping[str, Any]) -> Table:
     return Table(header, rows)
 
 
-def _provenance(facts: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items() if value is not None)
-    commit = f"commit `{facts['commit']}`" if facts["commit"] else "no git commit known"
-    return f"Versions: {versions}; {commit}."
+def _provenance(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Name all versions and commits of the trainings of both stages."""
+    facts = [part["provenance"] for run in runs for part in (run, *run.get("stage2", {}).values())]
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {value}" for name, value in one["versions"].items() if value is not None)
+        for one in facts
+    )
+    commits = dict.fromkeys(
+        f"commit `{one['commit']}`" if one["commit"] else "no git commit known" for one in facts
+    )
+    return f"Versions: {'; or '.join(versions)}; {', '.join(commits)}."
 
 
 def _differences(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
