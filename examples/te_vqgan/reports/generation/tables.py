@@ -43,7 +43,7 @@ _DASH = "–"
 def shown_rule(results: Mapping[str, Any]) -> str:
     """Return the rule of decoding of tables that show one: that of most runs, of several the first in order."""
     images = str(_full(results))
-    counts = Counter(
+    counts: Counter[str] = Counter(
         rule for run in results["runs"] for rule in run.get("stage2", {}).get(images, {}).get("rules", {})
     )
     return min(counts, key=lambda rule: (-counts[rule], _place(rule)))
