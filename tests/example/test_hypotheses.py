@@ -171,6 +171,7 @@ def test_the_command_writes_tables_data_and_figures(
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "hypotheses.json",
         "hypotheses.md",
+        "verdicts.md",
         "hypotheses.png",
         "candidates.png",
     }
@@ -197,6 +198,21 @@ def test_the_command_writes_tables_data_and_figures(
         assert first["p"] <= first["p_holm"]
         assert f"{statistics.fmean(shares):+.3f}" in text
     assert "reads 99.61 % of the test digits" in text
+    lines = (tmp_path / "report" / "verdicts.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+    assert [row[0][:2] for row in rows] == list(data["rules"]["paper"]["verdicts"])
+
+    def signed(value: float) -> str:
+        return f"{value:+.3f}".replace("+0.000", "0.000").replace("-0.000", "0.000")
+
+    for name, _, *cells in rows:
+        for rule, cell, judged in (("paper", *cells[:2]), ("2", *cells[2:])):
+            assert judged == data["rules"][rule]["verdicts"][name[:2]]
+            parts = [one for one in data["rules"][rule]["comparisons"] if one["hypothesis"] == name[:2]]
+            for one in parts:
+                low, high = map(signed, one["interval"])
+                assert f"{signed(one['mean'])}, {low} to {high}; " in cell
+                assert (f"{one['difference']}: " in cell) is (len(parts) > 1)
     # Negative results stand in the same table.
     assert text.count("contradicted") == 2 * 4
     assert data["command"].startswith("python -m examples.te_vqgan hypotheses")

@@ -1,4 +1,4 @@
-"""The confirmatory analysis as ``hypotheses.json``, ``hypotheses.md`` and two figures."""
+"""The confirmatory analysis as ``hypotheses.json``, two pages of tables and two figures."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ def write_hypotheses(folder: Path, into: Path, *, command: str) -> None:
     }
     write_text_atomically(into / "hypotheses.json", json.dumps(_plain(results, found, command), indent=1) + "\n")
     write_text_atomically(into / "hypotheses.md", to_markdown(_blocks(results, found)))
+    write_text_atomically(into / "verdicts.md", to_markdown([_verdict_table(found)]))
     for name, figure in figures.items():
         write_bytes_atomically(into / name, encode_png(figure, dpi=110))
 
@@ -157,6 +158,32 @@ def _blocks(results: Mapping[str, Any], found: Mapping[str, Sequence[Result]]) -
             _outcome_table(results, rule),
         ]
     return blocks
+
+
+def _verdict_table(found: Mapping[str, Sequence[Result]]) -> Table:
+    """A row a hypothesis: its comparisons and its verdict under each rule."""
+    header = ["hypothesis", "task"]
+    for rule in found:
+        header += [f"{rule_title(rule)} ({RULES[rule]}): mean, 95 % interval; p, Holm", "verdict"]
+    rows = []
+    for name, statement in STATEMENTS.items():
+        chosen = {
+            rule: [one for one in results if one.comparison.hypothesis == name] for rule, results in found.items()
+        }
+        tasks = dict.fromkeys(TASKS[one.comparison.task] for results in chosen.values() for one in results)
+        row = [f"{name}: {statement}", ", ".join(tasks)]
+        for rule, results in chosen.items():
+            several = len(results) > 1
+            cells = [f"{label(one.comparison)}: {_tested(one)}" if several else _tested(one) for one in results]
+            row += [". ".join(cells), verdicts(found[rule])[name]]
+        rows.append(row)
+    return Table(header, rows)
+
+
+def _tested(result: Result) -> str:
+    low, high = result.test.interval
+    interval = f"{_signed(low)} to {_signed(high)}"
+    return f"{_signed(result.test.mean)}, {interval}; {_probability(result.corrected)}"
 
 
 def _outcome_table(results: Mapping[str, Any], rule: str) -> Table:
