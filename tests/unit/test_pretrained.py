@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from te_quant import ResidualVectorQuantizer, _pretrained
+from te_quant import FSQ, ProductQuantizer, ResidualVectorQuantizer, VectorQuantizer, _pretrained
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
 from tests.unit.grid_oracles import fresh
 
@@ -455,3 +455,69 @@ def test_files_with_former_defaults_take_an_instance_that_has_them(tmp_path: Pat
     present = AutoencoderConfig(quantizer=with_quantizer(RESIDUAL)[place]).build_quantizer()
     with pytest.raises(ValueError, match="quantizer must be the one that the file describes"):
         VQAutoencoder.from_pretrained(tmp_path, quantizer=present)
+
+
+def with_changed(change: str) -> VQAutoencoder:
+    """A trained model whose quantizer is no longer what its config built."""
+    residual = {"name": "ResidualVectorQuantizer", "num_quantizers": 2}
+    model = VQAutoencoder(replace(SMALL, quantizer=residual) if change == "levels" else SMALL)
+    if change == "metric":
+        model.quantizer = VectorQuantizer(32, 6, metric="cosine")
+    elif change == "class":
+        model.quantizer = ProductQuantizer([FSQ((3, 3, 3)), VectorQuantizer(4, 3, metric="cosine")])
+    elif change == "schedules":
+        model.quantizer.decay, model.quantizer.orthogonal_reg, model.quantizer.temperature = 0.99, 10.0, 0.5
+    else:
+        model.quantizer.decay = 0.99
+        # No latents are kept in what is built without revival.
+        model.quantizer.revival_threshold = 0.0
+    model(fresh(4, 1, 8, 8, dtype=torch.float32))
+    return model.eval()
+
+
+@pytest.mark.parametrize("change", ["metric", "class", "schedules", "levels", "revival"])
+def test_files_describe_the_quantizer_as_it_is(tmp_path: Path, change: str) -> None:
+    """Not as it was built: another one, and options that a schedule has assigned, come back."""
+    model = with_changed(change)
+    model.save_pretrained(tmp_path)
+    again = VQAutoencoder.from_pretrained(tmp_path)
+    assert repr(again.quantizer) == repr(model.quantizer)
+    assert again.quantizer.options().keys() == model.quantizer.options().keys()
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    for got, expected in zip(again(images), model(images), strict=True):
+        assert torch.equal(got, expected)
+    again.save_pretrained(tmp_path / "twice")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_options_that_an_unchanged_model_was_given_are_written_as_given(tmp_path: Path) -> None:
+    """Negative control: a number that equals the quantizer's is left in its form."""
+    model = VQAutoencoder(replace(SMALL, commitment_weight=2))
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert (stored, type(stored["commitment_weight"])) == (model.config.to_dict(), int)
+
+
+def test_model_cards_describe_the_quantizer_as_it_is() -> None:
+    """As the files next to them do."""
+    assert "`ProductQuantizer`" in with_changed("class").model_card("me/digits")
+    assert "`VectorQuantizer`" in VQAutoencoder(SMALL).model_card("me/digits")
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "match"),
+    [
+        (FSQ((3, 3)), r"quantizer\.code_dim must be 6 as the config's, got 2"),
+        (FSQ((3,) * 6, channel_dim=-1), r"quantizer\.channel_dim must be 1, as latents are .*, got -1"),
+    ],
+)
+def test_a_quantizer_that_does_not_fit_the_networks_is_not_saved(
+    tmp_path: Path, quantizer: FSQ, match: str
+) -> None:
+    """No file could say how to build that model, and none is written."""
+    model = VQAutoencoder(SMALL)
+    model.quantizer = quantizer
+    with pytest.raises(ValueError, match=match):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -23,10 +23,10 @@ from te_quant._pretrained import Report
 from te_quant._values import require_in_range
 from te_quant.autoencoder.card import autoencoder_card
 from te_quant.autoencoder.coders import Level, build_decoder, build_encoder
-from te_quant.autoencoder.config import AutoencoderConfig, description, stored_quantizer
+from te_quant.autoencoder.config import AutoencoderConfig, description, stored_quantizer, with_present_quantizer
 from te_quant.contract import Encoding, EquivarianceContract
 from te_quant.filters import in_format_of
-from te_quant.quantizers import Quantizer
+from te_quant.quantizers import Quantizer, VectorQuantizer
 
 __all__ = [
     "AutoencoderConfig",
@@ -226,14 +226,24 @@ class VQAutoencoder(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
-        The quantizer first applies what is pending, so that the saved codebook is the latest.
+        The quantizer first applies what is pending, so that the saved codebook is the latest. The config describes
+        the quantizer as it is now, also where it was replaced or its options were assigned.
 
         Raises:
+            ValueError: the quantizer was replaced by one of another ``code_dim`` or ``channel_dim``, or one of its
+                options has no form in JSON.
+            TypeError: it was replaced by something else than a quantizer.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """
+        config = self._present_config()
         self.quantizer.apply_pending()
-        _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
+        _pretrained.save(folder, "VQAutoencoder", config.to_dict(), _stored(self))
+
+    def _present_config(self) -> AutoencoderConfig:
+        """The config with what it says of the quantizer as that is now."""
+        _require_quantizer(self.quantizer)
+        return with_present_quantizer(self.config, self.quantizer)
 
     def model_card(
         self,
@@ -261,7 +271,7 @@ class VQAutoencoder(nn.Module):
         """
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return autoencoder_card(
-            self.config,
+            self._present_config(),
             self.equivariance,
             parameters,
             repo_id=repo_id,
@@ -391,9 +401,23 @@ def _own_parameters(part: nn.Module) -> Iterator[nn.Parameter]:
 
 def _fitting(config: AutoencoderConfig, quantizer: object) -> AutoencoderConfig:
     """Return ``config`` describing ``quantizer``; refuse what is no quantizer for the latents of ``config``."""
+    return config.describing(_require_quantizer(quantizer))
+
+
+def _require_quantizer(quantizer: object) -> Quantizer:
     if not isinstance(quantizer, Quantizer):
         raise TypeError(f"quantizer must be a te_quant.Quantizer, got {type(quantizer).__name__}.")
-    return config.describing(quantizer)
+    return quantizer
+
+
+def _stored(model: VQAutoencoder) -> dict[str, Tensor]:
+    """The state of ``model`` without what a quantizer that has stopped reviving codes keeps of the time before."""
+    state: dict[str, Tensor] = model.state_dict()
+    for prefix, part in model.named_modules():
+        if isinstance(part, VectorQuantizer) and not part.revival_threshold:
+            for name in ("pending_rows", "revivals"):
+                state.pop(f"{prefix}.{name}", None)
+    return state
 
 
 def _config_around(options: dict[str, Any], quantizer: Quantizer) -> AutoencoderConfig:
