@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def params(shape: Shape, **changes: object) -> dict[str, Any]:
     }
     outside = {"embed_dim": shape.codes[1], "n_embed": shape.codes[0], "lossconfig": {"target": "x"}}
     own = ("remap", "kl_weight", "distance_measure", "ortho_reg_coef", "ddconfig", "embed_dim", "n_embed")
+    own += ("distance_metric", "first_stage_config")
     inner = {name: value for name, value in changes.items() if name not in own}
     return {**outside, "ddconfig": {**network, **inner}, **{k: v for k, v in changes.items() if k in own}}
 
@@ -259,6 +261,14 @@ def test_other_tensors_are_refused_by_name(change: Callable[[State], State], mat
         ({"double_z": True}, "config ddconfig.double_z must be False, got True"),
         ({"resamp_with_conv": False}, "config ddconfig.resamp_with_conv must be True, got False"),
         ({"attn_type": "linear"}, "config ddconfig.attn_type must be 'vanilla', got 'linear'"),
+        ({"attn_type": "none"}, "config ddconfig.attn_type must be 'vanilla', got 'none'"),
+        ({"use_linear_attn": True}, "config ddconfig.use_linear_attn must be False, got True"),
+        ({"tanh_out": True}, "config ddconfig.tanh_out must be False, got True"),
+        ({"give_pre_end": True}, "config ddconfig.give_pre_end must be False, got True"),
+        ({"dropuot": 0.1}, r"config ddconfig key must be one of double_z, .*, tanh_out, got 'dropuot'\."),
+        ({"downsampling_method": "maxpool"}, "config ddconfig key must be one of .*, got 'downsampling_method'"),
+        ({"distance_measure": "L2"}, "config key must be one of embed_dim, .*, use_ema, got 'distance_measure'"),
+        ({"ddconfig": None}, "config ddconfig must be a mapping, got None"),
         ({"n_embed": 99}, "config n_embed must be 12 as in the weights, got 99"),
         ({"embed_dim": 7}, "config embed_dim must be 5 as in the weights, got 7"),
         ({"ch_mult": [1, 4]}, r"config ddconfig.ch_mult must be \[1.0, 1.0\] as in the weights, got \[1, 4\]"),
@@ -271,8 +281,57 @@ def test_other_tensors_are_refused_by_name(change: Callable[[State], State], mat
 )
 def test_configs_that_say_something_else_are_refused(change: dict[str, Any], match: str, tmp_path: Path) -> None:
     """By the path of the option."""
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         load_taming(saved(tmp_path, narrow()), config=params(NARROW, **change))
+
+
+@pytest.mark.parametrize("loader", [load_taming, load_te_vqgan])
+@pytest.mark.parametrize(
+    ("nested", "cure"),
+    [
+        (lambda own: {"data": {}, "model": {"params": own}}, "config['model']['params']"),
+        (lambda own: {"target": "x", "params": own}, "config['params']"),
+        (
+            lambda own: {"model": {"params": {"first_stage_config": {"params": own}}}},
+            "config['model']['params']['first_stage_config']['params']",
+        ),
+    ],
+)
+def test_whole_files_are_refused_with_the_part_to_pass(
+    loader: Loader, nested: Callable[[dict], dict], cure: str, tmp_path: Path
+) -> None:
+    """Read as options they would say nothing, and the defaults would count."""
+    with pytest.raises(ValueError, match=rf"config key must be one of embed_dim, .*; pass {re.escape(cure)}\."):
+        loader(saved(tmp_path, narrow()), config=nested(params(NARROW)))
+
+
+def test_published_configs_are_read(tmp_path: Path) -> None:
+    """Negative control: the keys that the three codes have; one that concerns another of them is refused."""
+    path = saved(tmp_path, narrow())
+    taming = {"image_key": "image", "ckpt_path": None, "ignore_keys": [], "monitor": "val/rec_loss"}
+    taming |= {"remap": None, "sane_index_shape": True, "colorize_nlabels": None, "use_ema": True}
+    taming |= {"batch_resize_range": None, "scheduler_config": None, "lr_g_factor": 1.0}
+    network = {"tanh_out": False, "give_pre_end": False, "use_linear_attn": False, "attn_type": "vanilla"}
+    load_taming(path, config={**params(NARROW, **network), **taming})
+    paper = {"ortho_reg_coef": 0.0, "force_emb_len_1": False, "eq_metric_dataset": "mnist", "monitor": None}
+    given = {**params(NARROW, version="v2", use_replicationpad=False), **paper}
+    load_te_vqgan(path, config=given)
+    with pytest.raises(ValueError, match=r"config key must be one of .*, got 'distance_metric'\."):
+        load_te_vqgan(path, config={**given, "distance_metric": "cos_sim"})
+
+
+def test_models_without_any_attention_are_read(tmp_path: Path) -> None:
+    """As VQ-f4 of latent diffusion: ``attn_type: none`` says that the middle has none either."""
+    shape, given = Shape(attention=()), images()
+    state = without("encoder.mid.attn_1", "decoder.mid.attn_1")(with_codes(tensors(shape), shape, given))
+    path = saved(tmp_path, state)
+    # Levels that are named have none either.
+    config = params(shape, attn_type="none", attn_resolutions=[8])
+    model = load_taming(path, config=config)
+    assert (model.config.attention_levels, model.config.has_middle_attention) == ((), False)
+    assert torch.equal(model(given).reconstruction, load_taming(path)(given).reconstruction)
+    with pytest.raises(ValueError, match=r"config ddconfig\.attn_type must be 'none', got 'vanilla'"):
+        load_taming(path, config={**config, "ddconfig": {**config["ddconfig"], "attn_type": "vanilla"}})
 
 
 @pytest.mark.parametrize(
