@@ -383,7 +383,8 @@ class VQAutoencoder(nn.Module):
 def _require_whole(part: nn.Module) -> None:
     """Refuse a part whose weights FSDP2 has sharded and will not put together when the part runs."""
     # Only a DTensor has this method; importing its class here would slow down everybody's first forward pass.
-    if not hasattr(next(part.parameters()), "full_tensor"):
+    # Copies of DataParallel and parts of FSDP1 hold their weights as plain tensors, and list no parameters.
+    if not hasattr(next(part.parameters(), None), "full_tensor"):
         return
     require_whole(_own_parameters(part), "autoencoder", "autoencoder", "encode_to_indices")
 
