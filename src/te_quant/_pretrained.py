@@ -42,6 +42,8 @@ _Model = TypeVar("_Model", bound=nn.Module)
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+# What stands in front of the names of a compiled module.
+_COMPILED = "_orig_mod."
 FORMAT_VERSION = 1
 """Raised whenever an older library could not read, or would misread, a newly written folder."""
 
@@ -71,24 +73,51 @@ class Report(Protocol):
 
 
 def save(
-    folder: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
+    folder: str | os.PathLike[str],
+    class_name: str,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    names: Collection[str] = (),
 ) -> None:
     """Write both files, each atomically; the weights carry a copy of the config, so that a mix-up shows.
 
+    Args:
+        folder: made if need be.
+        class_name: of the model.
+        config: its options.
+        state: its tensors; the names of compiled modules become those of the modules themselves.
+        names: of tensors that a model built from the config has.
+
     Raises:
+        ValueError: the state lacks one of the names, or two weights are tied.
         ImportError: safetensors is not installed.
         RuntimeError: the state is spread over processes.
     """
     require_savable(state)
+    state = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
+    missing = [name for name in names if name not in state]
+    got = f"no {_some(missing)}; remove parametrizations and wrappers, or save its state_dict yourself"
+    require(not missing, "model", "made of the layers that its config describes", got)
     save_file = safetensors().save_file
     folder = Path(folder)
     content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}
     text = json.dumps(content, indent=2) + "\n"
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    _require_untied(tensors)
     # One key: several would be written in an order that differs from run to run.
     metadata = {"te_quant": json.dumps(content["config"])}
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _require_untied(tensors: Mapping[str, Tensor]) -> None:
+    owners: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        # Zero for tensors without elements, and on the meta device.
+        place = tensor.data_ptr()
+        other = owners.setdefault(place, name) if place else name
+        got = f"{other!r} and {name!r} in the same; give one of them a clone"
+        require(other == name, "weights", "in memory of their own to be saved", got)
 
 
 def load(

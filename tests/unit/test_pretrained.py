@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from te_quant import FSQ, ProductQuantizer, ResidualVectorQuantizer, VectorQuantizer, _pretrained
+from te_quant import (
+    FSQ,
+    GPT,
+    GPTConfig,
+    ProductQuantizer,
+    ResidualVectorQuantizer,
+    Segment,
+    VectorQuantizer,
+    _pretrained,
+)
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
 from tests.unit.grid_oracles import fresh
 
@@ -521,3 +530,61 @@ def test_a_quantizer_that_does_not_fit_the_networks_is_not_saved(
     with pytest.raises(ValueError, match=match):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def compiled(part: torch.nn.Module) -> Any:
+    return torch.compile(part, backend="eager")
+
+
+@pytest.mark.parametrize("part", ["encoder", "quantizer", "decoder.levels.0", "decoder.conv_out"])
+def test_files_of_models_with_compiled_parts_are_those_without(tmp_path: Path, part: str) -> None:
+    """A compiled module is a wrapper, whose name would stand in front of those of its tensors."""
+    model = VQAutoencoder(SMALL)
+    model.quantizer.revival_threshold = 0.0
+    model.save_pretrained(tmp_path / "plain")
+    owner, _, name = part.rpartition(".")
+    setattr(model.get_submodule(owner), name, compiled(model.get_submodule(part)))
+    assert any("_orig_mod" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path / "compiled")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_files_of_gpts_with_compiled_blocks_are_those_without(tmp_path: Path) -> None:
+    """As those of autoencoders."""
+    gpt = GPT(GPTConfig((Segment("image", 7, (2, 2), "learned"),), 16, 1, 2))
+    gpt.save_pretrained(tmp_path / "plain")
+    gpt.blocks[0] = compiled(gpt.blocks[0])
+    gpt.save_pretrained(tmp_path / "compiled")
+    file = "model.safetensors"
+    assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_models_that_no_config_describes_are_not_saved(tmp_path: Path) -> None:
+    """Their files could not be loaded: wrappers and parametrizations give tensors other names."""
+    weight_norm = torch.nn.utils.parametrizations.weight_norm
+    model = VQAutoencoder(SMALL)
+    weight_norm(model.decoder.conv_in)
+    gpt = GPT(GPTConfig((Segment("image", 7, (2, 2), "learned"),), 16, 1, 2))
+    weight_norm(gpt.blocks[0].up)
+    for one, name in ((model, r"decoder\.conv_in\.weight"), (gpt, r"blocks\.0\.up\.weight")):
+        expected = f"model must be made of the layers that its config describes, got no '{name}'; remove"
+        with pytest.raises(ValueError, match=expected):
+            one.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_tied_weights_are_refused_by_name(tmp_path: Path) -> None:
+    """Each would come back on its own; weights that are equal (the control) are saved."""
+    model = VQAutoencoder(SMALL)
+    first, second = model.decoder.levels[0].block0, model.decoder.levels[0].block1
+    second.conv2.weight = first.conv2.weight
+    match = (
+        r"weights must be in memory of their own to be saved, got 'decoder\.levels\.0\.block0\.conv2\.weight' and "
+        r"'decoder\.levels\.0\.block1\.conv2\.weight' in the same; give one of them a clone\."
+    )
+    with pytest.raises(ValueError, match=match):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    second.conv2.weight = torch.nn.Parameter(first.conv2.weight.detach().clone())
+    model.save_pretrained(tmp_path / "model")

@@ -230,20 +230,22 @@ class VQAutoencoder(nn.Module):
         the quantizer as it is now, also where it was replaced or its options were assigned.
 
         Raises:
-            ValueError: the quantizer was replaced by one of another ``code_dim`` or ``channel_dim``, or one of its
-                options has no form in JSON.
+            ValueError: the quantizer was replaced by one of another ``code_dim`` or ``channel_dim``, one of its
+                options has no form in JSON, two weights are tied, or parametrizations or wrappers give weights
+                other names. Those of :func:`torch.compile` do no harm.
             TypeError: it was replaced by something else than a quantizer.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """
         config = self._present_config()
         self.quantizer.apply_pending()
-        _pretrained.save(folder, "VQAutoencoder", config.to_dict(), _stored(self))
+        _pretrained.save(folder, "VQAutoencoder", config.to_dict(), _stored(self), _names(config))
 
     def _present_config(self) -> AutoencoderConfig:
         """The config with what it says of the quantizer as that is now."""
-        _require_quantizer(self.quantizer)
-        return with_present_quantizer(self.config, self.quantizer)
+        # A compiled one is described as it was written.
+        quantizer = getattr(self.quantizer, "_orig_mod", self.quantizer)
+        return with_present_quantizer(self.config, _require_quantizer(quantizer))
 
     def model_card(
         self,
@@ -419,6 +421,13 @@ def _stored(model: VQAutoencoder) -> dict[str, Tensor]:
             for name in ("pending_rows", "revivals"):
                 state.pop(f"{prefix}.{name}", None)
     return state
+
+
+def _names(config: AutoencoderConfig) -> list[str]:
+    """The names of the tensors on both sides of the quantizer."""
+    with torch.device("meta"):
+        halves = {"encoder": build_encoder(config), "decoder": build_decoder(config)}
+    return [f"{half}.{name}" for half, module in halves.items() for name in module.state_dict()]
 
 
 def _config_around(options: dict[str, Any], quantizer: Quantizer) -> AutoencoderConfig:
