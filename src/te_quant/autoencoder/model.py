@@ -181,7 +181,9 @@ class VQAutoencoder(nn.Module):
     def encode_with_phases(self, images: Tensor) -> Encoding:
         """(B, I, H, W) images to (B, C, h, w) latents and (B, L, 2) phases."""
         _require_whole(self.encoder)
-        return self.encoder.with_phases(images)
+        # Not by with_phases, which would pass by whatever wraps the encoder.
+        encoding: Encoding = self.encoder(images, return_phases=True)
+        return encoding
 
     def decode(self, codes: Tensor, phases: Tensor | None = None) -> Tensor:
         """(B, C, h, w) codes to (B, I, H, W) images, at the position that (B, L, 2) phases give.
