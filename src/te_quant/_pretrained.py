@@ -32,6 +32,7 @@ __all__ = [
     "require_repository",
     "safetensors",
     "save",
+    "uncompiled",
     "write_atomically",
     "write_card",
 ]
@@ -42,8 +43,6 @@ _Model = TypeVar("_Model", bound=nn.Module)
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
-# What stands in front of the names of a compiled module.
-_COMPILED = "_orig_mod."
 FORMAT_VERSION = 1
 """Raised whenever an older library could not read, or would misread, a newly written folder."""
 
@@ -94,7 +93,7 @@ def save(
         RuntimeError: the state is spread over processes.
     """
     require_savable(state)
-    state = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
+    state = uncompiled(state)
     missing = [name for name in names if name not in state]
     got = f"no {_some(missing)}; remove parametrizations and wrappers, or save its state_dict yourself"
     require(not missing, "model", "made of the layers that its config describes", got)
@@ -108,6 +107,11 @@ def save(
     metadata = {"te_quant": json.dumps(content["config"])}
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def uncompiled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a model by the names that they had before parts of it were compiled."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
 
 
 def _require_untied(tensors: Mapping[str, Tensor]) -> None:

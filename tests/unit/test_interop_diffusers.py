@@ -198,6 +198,20 @@ def test_other_modules_are_not_written(tmp_path: Path) -> None:
         save_diffusers(model, tmp_path)
 
 
+def test_the_quantizer_is_written_as_it_is(tmp_path: Path) -> None:
+    """One that replaced that of the config, and names of compiled parts are those of the parts."""
+    model = VQAutoencoder(expressible()).eval()
+    model.quantizer = VectorQuantizer(9, 3)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    tokens = model.encode_to_indices(images)
+    for part in ("encoder", "quantizer"):
+        setattr(model, part, torch.compile(getattr(model, part), backend="eager"))
+    save_diffusers(model, tmp_path)
+    again = load_diffusers(tmp_path)
+    assert again.quantizer.num_codes == 9
+    assert torch.equal(again.encode_to_indices(images), tokens)
+
+
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
