@@ -161,8 +161,9 @@ def load(
         config = make_config(options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path} must hold a valid config, got: {error}") from error
-    # The weights are replaced at once, so drawing them must not move the caller's random state.
-    with torch.random.fork_rng(devices=[]):
+    # The weights are replaced at once, so drawing them must not move the caller's random state. What is not in the
+    # file must be where the weights are, not on the default device.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = make_model(config)
     # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
     weights = read_weights(weights_path, options, model.state_dict(), rename, _derivable(model))

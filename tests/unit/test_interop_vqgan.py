@@ -463,6 +463,27 @@ def test_loading_moves_no_random_state_and_converts(tmp_path: Path) -> None:
         load_taming(path, dtype=torch.int8)
 
 
+@pytest.mark.parametrize("asked", [None, "cpu"])
+@pytest.mark.parametrize("loader", [load_taming, load_llamagen, VQAutoencoder.from_pretrained])
+def test_loaded_models_are_on_one_device_under_any_default(
+    loader: Loader, asked: str | None, tmp_path: Path
+) -> None:
+    """The CPU if none is asked for, statistics included. What a default device gets is on the meta device here."""
+    path = saved(tmp_path, as_llamagen(narrow()) if loader is load_llamagen else narrow())
+    if loader not in (load_taming, load_llamagen):
+        path = tmp_path / "own"
+        load_taming(tmp_path / "last.ckpt").save_pretrained(path)
+    torch.set_default_device("meta")
+    try:
+        model = loader(path, device=asked)
+        assert torch.zeros(1).is_meta
+    finally:
+        torch.set_default_device(None)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+    assert torch.isfinite(model(torch.zeros(1, 3, 8, 8, dtype=model.encoder.dtype)).loss)
+    assert {tensor.device.type for tensor in loader(path, device="meta").state_dict().values()} == {"meta"}
+
+
 class _Callback:
     """What a training loop pickles next to its weights."""
 
