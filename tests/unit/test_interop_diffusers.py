@@ -339,6 +339,26 @@ def test_sources_of_diffusers(folder: Path, tmp_path: Path) -> None:
         load_diffusers(folder, filename="other.safetensors")
 
 
+@pytest.mark.parametrize("subfolder", [None, "pipeline"])
+def test_the_config_on_the_hub_is_that_beside_the_weights(
+    subfolder: str | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder; another one, at the root of the repository, is not read."""
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+
+    def download(*, filename: str, subfolder: str = "", **others: object) -> str:
+        asked.append(f"{subfolder}/{filename}".lstrip("/"))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    expected = load_diffusers(folder)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    found = load_diffusers("owner/name", filename=f"vqvae/{WEIGHTS}", subfolder=subfolder)
+    assert same(found, expected)
+    inside = "" if subfolder is None else f"{subfolder}/"
+    assert asked == [f"{inside}vqvae/{WEIGHTS}", f"{inside}vqvae/config.json"]
+
+
 def test_damaged_safetensors_are_refused(folder: Path) -> None:
     """By the file."""
     (folder / WEIGHTS).write_bytes(b"no tensors")

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,8 @@ class Source(NamedTuple):
         if path.exists():
             file = weights.with_name(name)
             return file if file.is_file() else None
-        return self._fetch(name)
+        # Weights that are found by their usual name lie at the top.
+        return self._fetch(str(PurePosixPath(self.filename or name).with_name(name)))
 
     def _download(self, usual: Sequence[str]) -> Path:
         _pretrained.require_repository(self.path, "an existing file or folder")
