@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import json
 import os
@@ -503,6 +504,59 @@ class _Trap:
 class _Command:
     def __reduce__(self) -> tuple[object, ...]:
         return (os.system, ("exit 1",))
+
+
+class _Options(dict):
+    """As EasyDict and AttributeDict: entries are attributes too."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        pytest.fail("the class of the file was used")
+
+
+class _Steps(list):
+    def append(self, value: object) -> None:
+        pytest.fail("the class of the file was used")
+
+    extend = append
+
+
+def _options(**entries: object) -> _Options:
+    options = _Options()
+    dict.update(options, entries)
+    options.__dict__.update(entries)
+    return options
+
+
+def _beside() -> dict[str, object]:
+    steps = _Steps()
+    list.extend(steps, [1, [2], _options(c=3)])
+    return {
+        "options": _options(lr=1.0, model=_options(widths=[1, 2]), empty=_options()),
+        "counts": collections.defaultdict(list, a=[1], b=[_Callback()]),
+        "last": collections.deque([1.0, (2.0, 3.0)], maxlen=3),
+        "one": [collections.deque([1.0]), {"steps": steps}],
+    }
+
+
+@pytest.mark.parametrize("name", [*_beside(), "all", "around"])
+def test_dicts_and_lists_of_other_classes_are_passed_over(name: str, tmp_path: Path) -> None:
+    """Beside the weights and around them; none of their code runs."""
+    state = narrow()
+    beside = _beside() if name == "all" else {name: _beside().get(name)}
+    content = _options(state_dict=state, epoch=_Steps()) if name == "around" else {"state_dict": state, **beside}
+    torch.save(content, tmp_path / "last.ckpt")
+    assert torch.equal(load_taming(tmp_path).quantizer.codebook, state["quantize.embedding.weight"])
+
+
+def test_a_list_with_attributes_is_refused_by_its_class(tmp_path: Path) -> None:
+    """The restricted reader has no object that takes both."""
+    steps = _Steps()
+    list.append(steps, 1)
+    steps.name = "x"
+    torch.save({"state_dict": narrow(), "steps": steps}, tmp_path / "last.ckpt")
+    match = r"must be a file of tensors .*, got a list with attributes of the class '.*_Steps'; save its"
+    with pytest.raises(ValueError, match=match):
+        load_taming(tmp_path)
 
 
 def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
