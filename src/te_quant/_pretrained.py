@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -43,6 +44,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+_HUB_ID = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?")
 FORMAT_VERSION = 1
 """Raised whenever an older library could not read, or would misread, a newly written folder."""
 
@@ -368,9 +370,12 @@ def require_local(hub: Hub, kind: str) -> None:
     require(hub.cache_dir is None, "cache_dir", f"None for a local {kind}", repr(hub.cache_dir))
 
 
-def require_repository(source: object, otherwise: str) -> None:
-    """Refuse what has not the form of a hub id; ``otherwise`` says what else the source may be."""
-    if not isinstance(source, str) or not _is_repository(source):
+def require_repository(source: object, otherwise: str, *, mistyped: bool = False) -> None:
+    """Refuse what has not the form of a hub id, or is known to be a mistyped path.
+
+    ``otherwise`` says what else the source may be.
+    """
+    if mistyped or not isinstance(source, str) or not _is_repository(source):
         raise FileNotFoundError(f"source must be {otherwise} or a hub id 'owner/name', got {source!r}.")
 
 
@@ -456,8 +461,9 @@ def _require_repository(repo_id: object) -> None:
 
 
 def _is_repository(source: str) -> bool:
-    owner, slash, name = source.partition("/")
-    return bool(owner and slash and name) and "/" not in name and not source.startswith((".", "~"))
+    # As the hub's own client says.
+    banned = "--" in source or ".." in source or source.endswith(".git")
+    return not banned and _HUB_ID.fullmatch(source) is not None
 
 
 def _huggingface_hub(purpose: str) -> Any:

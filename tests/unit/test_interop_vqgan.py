@@ -631,11 +631,27 @@ def test_missing_files_are_refused(
 
 
 def test_a_repository_needs_the_name_of_its_file() -> None:
-    """Before anything is downloaded."""
-    with pytest.raises(
-        ValueError, match="filename must be the weights file in the repository 'owner/name', got None"
-    ):
+    """Before anything is downloaded; or the path was meant to be one of this machine."""
+    match = "filename must be the weights file in the repository 'owner/name', got None; no file or folder has"
+    with pytest.raises(ValueError, match=match):
         load_llamagen("owner/name")
+
+
+@pytest.mark.parametrize("source", ["checkpoints/last.ckpt", "checkpoints/vq.safetensors", "runs/exp 1"])
+@pytest.mark.parametrize("loader", [load_taming, load_llamagen])
+def test_mistyped_paths_are_no_repositories(loader: Loader, source: str) -> None:
+    """The name of a file of weights, or what no repository is called."""
+    match = rf"source must be an existing file or folder or a hub id 'owner/name', got '{source}'\."
+    with pytest.raises(FileNotFoundError, match=match):
+        loader(source)
+
+
+def test_repositories_may_be_called_like_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: with ``filename`` it is clear what is meant."""
+    hub = pytest.importorskip("huggingface_hub")
+    path = saved(tmp_path, narrow())
+    monkeypatch.setattr(hub, "hf_hub_download", lambda **options: str(path))
+    assert load_taming("owner/model.pt", filename="last.ckpt").config.num_codes == 12
 
 
 def test_hub_ids_download_one_file_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

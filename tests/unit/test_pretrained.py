@@ -190,7 +190,12 @@ def test_folder_that_is_not_there_is_no_hub_id(tmp_path: Path, make: type) -> No
         VQAutoencoder.from_pretrained(make(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("source", ["model", "./model", "a/b/c", "~/model", "owner/", "/name", Path("owner/name")])
+NO_HUB_IDS = ["model", "./model", "a/b/c", "~/model", "owner/", "/name"]
+# What the hub's own client refuses.
+NO_HUB_IDS += ["runs/exp 1", "runs/exp-", "runs/a--b", "a..b/c", "runs/exp:1", "runs/a.git", "runs/" + "a" * 97]
+
+
+@pytest.mark.parametrize("source", [*NO_HUB_IDS, Path("owner/name")])
 def test_only_owner_and_name_make_a_hub_id(source: object) -> None:
     """Everything else is a folder that does not exist."""
     with pytest.raises(FileNotFoundError, match="source must be an existing folder or a hub id"):
@@ -291,6 +296,20 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
     torch.save({"x": Trap()}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors must be a safetensors file, got"):
         VQAutoencoder.from_pretrained(folder)
+
+
+def test_hub_ids_are_those_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused by its client too. Dots, digits and underscores (the control) are not."""
+    hub = pytest.importorskip("huggingface_hub")
+    validate = pytest.importorskip("huggingface_hub.utils").validate_repo_id
+    errors = pytest.importorskip("huggingface_hub.errors")
+    for source in NO_HUB_IDS[6:]:
+        with pytest.raises(errors.HFValidationError, match=r"Repo|repo_id"):
+            validate(source)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda **options: str(folder / options["filename"]))
+    for source in ("a/b", "CompVis/ldm-vq_f4.v1", "0x/9", "runs/model.ckpt", "_a/b_", "a/" + "b" * 96):
+        validate(source)
+        assert VQAutoencoder.from_pretrained(source).config == SMALL
 
 
 def test_hub_id_downloads_both_files_with_its_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,9 +84,12 @@ class Source(NamedTuple):
         return self._fetch(str(PurePosixPath(self.filename or name).with_name(name)))
 
     def _download(self, usual: Sequence[str]) -> Path:
-        _pretrained.require_repository(self.path, "an existing file or folder")
+        # A repository may be called like a file of weights, but a mistyped path is more likely.
+        mistyped = self.filename is None and PurePosixPath(self.path).suffix in _SUFFIXES
+        _pretrained.require_repository(self.path, "an existing file or folder", mistyped=mistyped)
         names = [self.filename] if self.filename else usual
-        require(len(names) > 0, "filename", f"the weights file in the repository {self.path!r}", None)
+        got = "None; no file or folder has that name here"
+        require(len(names) > 0, "filename", f"the weights file in the repository {self.path!r}", got)
         for name in names:
             file = self._fetch(name)
             if file is not None:
