@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,6 +33,7 @@ __all__ = [
     "require_repository",
     "safetensors",
     "save",
+    "uncompiled",
     "write_atomically",
     "write_card",
 ]
@@ -42,6 +44,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+_HUB_ID = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?")
 FORMAT_VERSION = 1
 """Raised whenever an older library could not read, or would misread, a newly written folder."""
 
@@ -71,24 +74,56 @@ class Report(Protocol):
 
 
 def save(
-    folder: str | os.PathLike[str], class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
+    folder: str | os.PathLike[str],
+    class_name: str,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    names: Collection[str] = (),
 ) -> None:
     """Write both files, each atomically; the weights carry a copy of the config, so that a mix-up shows.
 
+    Args:
+        folder: made if need be.
+        class_name: of the model.
+        config: its options.
+        state: its tensors; the names of compiled modules become those of the modules themselves.
+        names: of tensors that a model built from the config has.
+
     Raises:
+        ValueError: the state lacks one of the names, or two weights are tied.
         ImportError: safetensors is not installed.
         RuntimeError: the state is spread over processes.
     """
     require_savable(state)
+    state = uncompiled(state)
+    missing = [name for name in names if name not in state]
+    got = f"no {_some(missing)}; remove parametrizations and wrappers, or save its state_dict yourself"
+    require(not missing, "model", "made of the layers that its config describes", got)
     save_file = safetensors().save_file
     folder = Path(folder)
     content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}
     text = json.dumps(content, indent=2) + "\n"
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    _require_untied(tensors)
     # One key: several would be written in an order that differs from run to run.
     metadata = {"te_quant": json.dumps(content["config"])}
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def uncompiled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a model by the names that they had before parts of it were compiled."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+
+
+def _require_untied(tensors: Mapping[str, Tensor]) -> None:
+    owners: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        # Zero for tensors without elements, and on the meta device.
+        place = tensor.data_ptr()
+        other = owners.setdefault(place, name) if place else name
+        got = f"{other!r} and {name!r} in the same; give one of them a clone"
+        require(other == name, "weights", "in memory of their own to be saved", got)
 
 
 def load(
@@ -128,8 +163,9 @@ def load(
         config = make_config(options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path} must hold a valid config, got: {error}") from error
-    # The weights are replaced at once, so drawing them must not move the caller's random state.
-    with torch.random.fork_rng(devices=[]):
+    # The weights are replaced at once, so drawing them must not move the caller's random state. What is not in the
+    # file must be where the weights are, not on the default device.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = make_model(config)
     # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
     weights = read_weights(weights_path, options, model.state_dict(), rename, _derivable(model))
@@ -334,9 +370,12 @@ def require_local(hub: Hub, kind: str) -> None:
     require(hub.cache_dir is None, "cache_dir", f"None for a local {kind}", repr(hub.cache_dir))
 
 
-def require_repository(source: object, otherwise: str) -> None:
-    """Refuse what has not the form of a hub id; ``otherwise`` says what else the source may be."""
-    if not isinstance(source, str) or not _is_repository(source):
+def require_repository(source: object, otherwise: str, *, mistyped: bool = False) -> None:
+    """Refuse what has not the form of a hub id, or is known to be a mistyped path.
+
+    ``otherwise`` says what else the source may be.
+    """
+    if mistyped or not isinstance(source, str) or not _is_repository(source):
         raise FileNotFoundError(f"source must be {otherwise} or a hub id 'owner/name', got {source!r}.")
 
 
@@ -422,8 +461,9 @@ def _require_repository(repo_id: object) -> None:
 
 
 def _is_repository(source: str) -> bool:
-    owner, slash, name = source.partition("/")
-    return bool(owner and slash and name) and "/" not in name and not source.startswith((".", "~"))
+    # As the hub's own client says.
+    banned = "--" in source or ".." in source or source.endswith(".git")
+    return not banned and _HUB_ID.fullmatch(source) is not None
 
 
 def _huggingface_hub(purpose: str) -> Any:

@@ -1,4 +1,4 @@
-"""Methods of models that FSDP2 has sharded, in a group of one process.
+"""Methods of models that FSDP2 has sharded, and trainings under FSDP1, in a group of one process.
 
 ``fully_shard`` gathers weights for ``forward`` only; ``test_engines.py`` compares trainings.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 
 from te_quant import GPT, AutoencoderConfig, GPTConfig, Segment, VQAutoencoder
 from te_quant.layers import ResidualBlock
@@ -245,3 +245,19 @@ def test_a_sharded_gpt_from_the_meta_device_starts_as_a_new_one() -> None:
     plain = _gpt()
     for one, other in zip(gpt.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one.full_tensor(), other.full_tensor())
+
+
+# Of one process it shards nothing, and says so.
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_models_train_under_fsdp1(update: str) -> None:
+    """With flat parameters, the default, modules inside hold plain tensors. The first step is that without it."""
+    plain, model = _model(update), _model(update)
+    wrapped: Any = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    assert not list(model.decoder.parameters())
+    outputs = [one(_images()) for one in (plain, wrapped)]
+    for output in outputs:
+        (output.loss + output.reconstruction.square().mean()).backward()
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+    norms = [torch.cat([p.grad.flatten() for p in one.parameters()]).norm() for one in (plain, wrapped)]
+    torch.testing.assert_close(norms[1], norms[0])

@@ -463,15 +463,18 @@ def test_phases_travel_to_the_decoder(downsample: str, training: bool) -> None:
     assert torch.equal(same, ~output.phases.flatten(1).any(1))
 
 
-def test_hooks_of_the_encoder_see_every_way_of_encoding() -> None:
+@pytest.mark.parametrize("wrap", [lambda part: part, lambda part: torch.compile(part, backend="eager")])
+def test_hooks_of_the_encoder_see_every_way_of_encoding(wrap: Callable[..., torch.nn.Module]) -> None:
     """As do a compiled or a wrapped encoder: all go through one call."""
     model = VQAutoencoder(small(downsample="polyphase"))
-    seen = []
+    inner, seen = model.encoder, []
+    model.encoder = wrap(inner)
     model.encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
     images = fresh(2, 1, 8, 8, dtype=torch.float32)
-    for use in (model, model.encode, model.encode_with_phases, model.encode_to_indices, model.encoder.with_phases):
+    uses = [model, model.encode, model.encode_with_phases, model.encode_to_indices]
+    for use in [*uses, model.encoder.with_phases] if model.encoder is inner else uses:
         use(images)
-    assert len(seen) == 5
+    assert len(seen) == (5 if model.encoder is inner else 4)
 
 
 def test_phases_that_are_no_tensor_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +120,35 @@ def test_pad2d_is_the_same_under_vmap(mode: str) -> None:
 
     each = torch.stack([torch.func.grad(energy)(image) for image in images])
     assert torch.equal(torch.func.vmap(torch.func.grad(energy))(images), each)
+
+
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:torch\..*")
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_pad2d_has_forward_derivatives_under_transforms(mode: str) -> None:
+    """Padding is linear, so the tangent is padded too; Jacobians agree in both modes."""
+    images, direction = fresh(2, 2, 3, 4), fresh(2, 2, 3, 4)
+
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        return pad2d(x, (1, 2, 1, 1), mode)
+
+    _, tangent = torch.func.jvp(padded, (images,), (direction,))
+    assert torch.equal(tangent, padded(direction))
+    one = images[:1]
+    jacobians = [find(lambda x: padded(x).square().sum(1))(one) for find in (torch.func.jacfwd, torch.func.jacrev)]
+    torch.testing.assert_close(*jacobians)
+    _, curvature = torch.func.jvp(torch.func.grad(lambda x: padded(x).pow(3).sum()), (one,), (direction[:1],))
+    hessian = torch.func.hessian(lambda x: padded(x).pow(3).sum())(one)
+    torch.testing.assert_close(curvature, torch.einsum("abcdefgh,efgh->abcd", hessian, direction[:1]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_traced_padding_is_saved(mode: str, tmp_path: Path) -> None:
+    """As a program of torch's own operators, with the same numbers."""
+    program = str(tmp_path / "program.pt")
+    torch.jit.trace(lambda x: pad2d(x, (1, 2, 1, 1), mode), fresh(2, 3, 4, 5)).save(program)
+    loaded, others = torch.jit.load(program), fresh(2, 3, 4, 5)
+    assert torch.equal(loaded(others), pad2d(others, (1, 2, 1, 1), mode))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ Shape letters: B batch, T tokens, P tokens of a prompt, H heads, D width.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -112,8 +113,9 @@ def test_nan_in_compiled_steps_is_an_error(steps: Steps) -> None:
     assert steps.calls == 3
 
 
-def test_other_layers_in_the_place_of_linear_ones_are_called(steps: Steps) -> None:
-    """An adapter around a layer counts, also for a batch of one, where plain layers are sums."""
+@pytest.mark.parametrize("replaced", ["layer", "forward"])
+def test_other_layers_in_the_place_of_linear_ones_are_called(replaced: str, steps: Steps) -> None:
+    """An adapter or a forward of its own counts, also for a batch of one, where plain layers are sums."""
 
     class Adapter(nn.Module):
         def __init__(self, layer: nn.Linear) -> None:
@@ -132,7 +134,11 @@ def test_other_layers_in_the_place_of_linear_ones_are_called(steps: Steps) -> No
 
     before = logits(False)
     for block in gpt.blocks:
-        block.up = Adapter(block.up)
+        adapter = Adapter(copy.deepcopy(block.up))
+        if replaced == "layer":
+            block.up = adapter
+        else:
+            block.up.forward = adapter.forward
     torch.testing.assert_close(logits(True), logits(False), rtol=0, atol=1e-12)
     assert not torch.allclose(logits(False), before)
     assert steps.calls == 1

@@ -198,6 +198,20 @@ def test_other_modules_are_not_written(tmp_path: Path) -> None:
         save_diffusers(model, tmp_path)
 
 
+def test_the_quantizer_is_written_as_it_is(tmp_path: Path) -> None:
+    """One that replaced that of the config, and names of compiled parts are those of the parts."""
+    model = VQAutoencoder(expressible()).eval()
+    model.quantizer = VectorQuantizer(9, 3)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    tokens = model.encode_to_indices(images)
+    for part in ("encoder", "quantizer"):
+        setattr(model, part, torch.compile(getattr(model, part), backend="eager"))
+    save_diffusers(model, tmp_path)
+    again = load_diffusers(tmp_path)
+    assert again.quantizer.num_codes == 9
+    assert torch.equal(again.encode_to_indices(images), tokens)
+
+
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -323,6 +337,26 @@ def test_sources_of_diffusers(folder: Path, tmp_path: Path) -> None:
     assert same(load_diffusers(folder, config=json.loads(Path(config).read_text())), expected)
     with pytest.raises(FileNotFoundError, match=r"source must hold other\.safetensors, got none in"):
         load_diffusers(folder, filename="other.safetensors")
+
+
+@pytest.mark.parametrize("subfolder", [None, "pipeline"])
+def test_the_config_on_the_hub_is_that_beside_the_weights(
+    subfolder: str | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder; another one, at the root of the repository, is not read."""
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+
+    def download(*, filename: str, subfolder: str = "", **others: object) -> str:
+        asked.append(f"{subfolder}/{filename}".lstrip("/"))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    expected = load_diffusers(folder)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    found = load_diffusers("owner/name", filename=f"vqvae/{WEIGHTS}", subfolder=subfolder)
+    assert same(found, expected)
+    inside = "" if subfolder is None else f"{subfolder}/"
+    assert asked == [f"{inside}vqvae/{WEIGHTS}", f"{inside}vqvae/config.json"]
 
 
 def test_damaged_safetensors_are_refused(folder: Path) -> None:

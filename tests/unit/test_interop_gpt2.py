@@ -231,6 +231,19 @@ def test_every_source_says_the_same(kind: str, folder: Path) -> None:
     assert same(load_gpt2(folder / "model.safetensors" if kind == "file" else folder), wanted)
 
 
+def test_loaded_models_are_on_one_device_under_any_default(folder: Path) -> None:
+    """The CPU, because none is asked for; what a default device gets is on the meta device here."""
+    load_gpt2(folder).save_pretrained(folder / "own")
+    torch.set_default_device("meta")
+    try:
+        models = [load_gpt2(folder), GPT.from_pretrained(folder / "own")]
+    finally:
+        torch.set_default_device(None)
+    for gpt in models:
+        assert {tensor.device.type for tensor in (*gpt.state_dict().values(), *gpt.buffers())} == {"cpu"}
+        assert gpt(torch.zeros(1, 7, dtype=torch.int64)).isfinite().all()
+
+
 @pytest.mark.slow
 def test_what_transformers_saves_is_loaded(tmp_path: Path) -> None:
     """The folder, the model, and the model without its head say the same."""

@@ -132,6 +132,17 @@ def test_every_source_says_the_same(source: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, wanted.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
+def test_a_new_quantizer_is_on_the_device_of_the_codebook() -> None:
+    """Not on the default one."""
+    theirs = trained({}, (40, 3, C))
+    torch.set_default_device("meta")
+    try:
+        quantizer = load_vector_quantize(theirs)
+    finally:
+        torch.set_default_device(None)
+    assert {tensor.device.type for tensor in quantizer.state_dict().values()} == {"cpu"}
+
+
 def test_what_is_filled_is_returned() -> None:
     """With its own settings, here other ones."""
     mine = VectorQuantizer(K, C, codebook_update="gradient", metric="cosine_raw")

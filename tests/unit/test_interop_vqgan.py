@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,7 @@ def params(shape: Shape, **changes: object) -> dict[str, Any]:
     }
     outside = {"embed_dim": shape.codes[1], "n_embed": shape.codes[0], "lossconfig": {"target": "x"}}
     own = ("remap", "kl_weight", "distance_measure", "ortho_reg_coef", "ddconfig", "embed_dim", "n_embed")
+    own += ("distance_metric", "first_stage_config")
     inner = {name: value for name, value in changes.items() if name not in own}
     return {**outside, "ddconfig": {**network, **inner}, **{k: v for k, v in changes.items() if k in own}}
 
@@ -259,6 +262,14 @@ def test_other_tensors_are_refused_by_name(change: Callable[[State], State], mat
         ({"double_z": True}, "config ddconfig.double_z must be False, got True"),
         ({"resamp_with_conv": False}, "config ddconfig.resamp_with_conv must be True, got False"),
         ({"attn_type": "linear"}, "config ddconfig.attn_type must be 'vanilla', got 'linear'"),
+        ({"attn_type": "none"}, "config ddconfig.attn_type must be 'vanilla', got 'none'"),
+        ({"use_linear_attn": True}, "config ddconfig.use_linear_attn must be False, got True"),
+        ({"tanh_out": True}, "config ddconfig.tanh_out must be False, got True"),
+        ({"give_pre_end": True}, "config ddconfig.give_pre_end must be False, got True"),
+        ({"dropuot": 0.1}, r"config ddconfig key must be one of double_z, .*, tanh_out, got 'dropuot'\."),
+        ({"downsampling_method": "maxpool"}, "config ddconfig key must be one of .*, got 'downsampling_method'"),
+        ({"distance_measure": "L2"}, "config key must be one of embed_dim, .*, use_ema, got 'distance_measure'"),
+        ({"ddconfig": None}, "config ddconfig must be a mapping, got None"),
         ({"n_embed": 99}, "config n_embed must be 12 as in the weights, got 99"),
         ({"embed_dim": 7}, "config embed_dim must be 5 as in the weights, got 7"),
         ({"ch_mult": [1, 4]}, r"config ddconfig.ch_mult must be \[1.0, 1.0\] as in the weights, got \[1, 4\]"),
@@ -271,8 +282,57 @@ def test_other_tensors_are_refused_by_name(change: Callable[[State], State], mat
 )
 def test_configs_that_say_something_else_are_refused(change: dict[str, Any], match: str, tmp_path: Path) -> None:
     """By the path of the option."""
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         load_taming(saved(tmp_path, narrow()), config=params(NARROW, **change))
+
+
+@pytest.mark.parametrize("loader", [load_taming, load_te_vqgan])
+@pytest.mark.parametrize(
+    ("nested", "cure"),
+    [
+        (lambda own: {"data": {}, "model": {"params": own}}, "config['model']['params']"),
+        (lambda own: {"target": "x", "params": own}, "config['params']"),
+        (
+            lambda own: {"model": {"params": {"first_stage_config": {"params": own}}}},
+            "config['model']['params']['first_stage_config']['params']",
+        ),
+    ],
+)
+def test_whole_files_are_refused_with_the_part_to_pass(
+    loader: Loader, nested: Callable[[dict], dict], cure: str, tmp_path: Path
+) -> None:
+    """Read as options they would say nothing, and the defaults would count."""
+    with pytest.raises(ValueError, match=rf"config key must be one of embed_dim, .*; pass {re.escape(cure)}\."):
+        loader(saved(tmp_path, narrow()), config=nested(params(NARROW)))
+
+
+def test_published_configs_are_read(tmp_path: Path) -> None:
+    """Negative control: the keys that the three codes have; one that concerns another of them is refused."""
+    path = saved(tmp_path, narrow())
+    taming = {"image_key": "image", "ckpt_path": None, "ignore_keys": [], "monitor": "val/rec_loss"}
+    taming |= {"remap": None, "sane_index_shape": True, "colorize_nlabels": None, "use_ema": True}
+    taming |= {"batch_resize_range": None, "scheduler_config": None, "lr_g_factor": 1.0}
+    network = {"tanh_out": False, "give_pre_end": False, "use_linear_attn": False, "attn_type": "vanilla"}
+    load_taming(path, config={**params(NARROW, **network), **taming})
+    paper = {"ortho_reg_coef": 0.0, "force_emb_len_1": False, "eq_metric_dataset": "mnist", "monitor": None}
+    given = {**params(NARROW, version="v2", use_replicationpad=False), **paper}
+    load_te_vqgan(path, config=given)
+    with pytest.raises(ValueError, match=r"config key must be one of .*, got 'distance_metric'\."):
+        load_te_vqgan(path, config={**given, "distance_metric": "cos_sim"})
+
+
+def test_models_without_any_attention_are_read(tmp_path: Path) -> None:
+    """As VQ-f4 of latent diffusion: ``attn_type: none`` says that the middle has none either."""
+    shape, given = Shape(attention=()), images()
+    state = without("encoder.mid.attn_1", "decoder.mid.attn_1")(with_codes(tensors(shape), shape, given))
+    path = saved(tmp_path, state)
+    # Levels that are named have none either.
+    config = params(shape, attn_type="none", attn_resolutions=[8])
+    model = load_taming(path, config=config)
+    assert (model.config.attention_levels, model.config.has_middle_attention) == ((), False)
+    assert torch.equal(model(given).reconstruction, load_taming(path)(given).reconstruction)
+    with pytest.raises(ValueError, match=r"config ddconfig\.attn_type must be 'none', got 'vanilla'"):
+        load_taming(path, config={**config, "ddconfig": {**config["ddconfig"], "attn_type": "vanilla"}})
 
 
 @pytest.mark.parametrize(
@@ -404,6 +464,27 @@ def test_loading_moves_no_random_state_and_converts(tmp_path: Path) -> None:
         load_taming(path, dtype=torch.int8)
 
 
+@pytest.mark.parametrize("asked", [None, "cpu"])
+@pytest.mark.parametrize("loader", [load_taming, load_llamagen, VQAutoencoder.from_pretrained])
+def test_loaded_models_are_on_one_device_under_any_default(
+    loader: Loader, asked: str | None, tmp_path: Path
+) -> None:
+    """The CPU if none is asked for, statistics included. What a default device gets is on the meta device here."""
+    path = saved(tmp_path, as_llamagen(narrow()) if loader is load_llamagen else narrow())
+    if loader not in (load_taming, load_llamagen):
+        path = tmp_path / "own"
+        load_taming(tmp_path / "last.ckpt").save_pretrained(path)
+    torch.set_default_device("meta")
+    try:
+        model = loader(path, device=asked)
+        assert torch.zeros(1).is_meta
+    finally:
+        torch.set_default_device(None)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+    assert torch.isfinite(model(torch.zeros(1, 3, 8, 8, dtype=model.encoder.dtype)).loss)
+    assert {tensor.device.type for tensor in loader(path, device="meta").state_dict().values()} == {"meta"}
+
+
 class _Callback:
     """What a training loop pickles next to its weights."""
 
@@ -423,6 +504,59 @@ class _Trap:
 class _Command:
     def __reduce__(self) -> tuple[object, ...]:
         return (os.system, ("exit 1",))
+
+
+class _Options(dict):
+    """As EasyDict and AttributeDict: entries are attributes too."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        pytest.fail("the class of the file was used")
+
+
+class _Steps(list):
+    def append(self, value: object) -> None:
+        pytest.fail("the class of the file was used")
+
+    extend = append
+
+
+def _options(**entries: object) -> _Options:
+    options = _Options()
+    dict.update(options, entries)
+    options.__dict__.update(entries)
+    return options
+
+
+def _beside() -> dict[str, object]:
+    steps = _Steps()
+    list.extend(steps, [1, [2], _options(c=3)])
+    return {
+        "options": _options(lr=1.0, model=_options(widths=[1, 2]), empty=_options()),
+        "counts": collections.defaultdict(list, a=[1], b=[_Callback()]),
+        "last": collections.deque([1.0, (2.0, 3.0)], maxlen=3),
+        "one": [collections.deque([1.0]), {"steps": steps}],
+    }
+
+
+@pytest.mark.parametrize("name", [*_beside(), "all", "around"])
+def test_dicts_and_lists_of_other_classes_are_passed_over(name: str, tmp_path: Path) -> None:
+    """Beside the weights and around them; none of their code runs."""
+    state = narrow()
+    beside = _beside() if name == "all" else {name: _beside().get(name)}
+    content = _options(state_dict=state, epoch=_Steps()) if name == "around" else {"state_dict": state, **beside}
+    torch.save(content, tmp_path / "last.ckpt")
+    assert torch.equal(load_taming(tmp_path).quantizer.codebook, state["quantize.embedding.weight"])
+
+
+def test_a_list_with_attributes_is_refused_by_its_class(tmp_path: Path) -> None:
+    """The restricted reader has no object that takes both."""
+    steps = _Steps()
+    list.append(steps, 1)
+    steps.name = "x"
+    torch.save({"state_dict": narrow(), "steps": steps}, tmp_path / "last.ckpt")
+    match = r"must be a file of tensors .*, got a list with attributes of the class '.*_Steps'; save its"
+    with pytest.raises(ValueError, match=match):
+        load_taming(tmp_path)
 
 
 def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
@@ -497,11 +631,27 @@ def test_missing_files_are_refused(
 
 
 def test_a_repository_needs_the_name_of_its_file() -> None:
-    """Before anything is downloaded."""
-    with pytest.raises(
-        ValueError, match="filename must be the weights file in the repository 'owner/name', got None"
-    ):
+    """Before anything is downloaded; or the path was meant to be one of this machine."""
+    match = "filename must be the weights file in the repository 'owner/name', got None; no file or folder has"
+    with pytest.raises(ValueError, match=match):
         load_llamagen("owner/name")
+
+
+@pytest.mark.parametrize("source", ["checkpoints/last.ckpt", "checkpoints/vq.safetensors", "runs/exp 1"])
+@pytest.mark.parametrize("loader", [load_taming, load_llamagen])
+def test_mistyped_paths_are_no_repositories(loader: Loader, source: str) -> None:
+    """The name of a file of weights, or what no repository is called."""
+    match = rf"source must be an existing file or folder or a hub id 'owner/name', got '{source}'\."
+    with pytest.raises(FileNotFoundError, match=match):
+        loader(source)
+
+
+def test_repositories_may_be_called_like_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: with ``filename`` it is clear what is meant."""
+    hub = pytest.importorskip("huggingface_hub")
+    path = saved(tmp_path, narrow())
+    monkeypatch.setattr(hub, "hf_hub_download", lambda **options: str(path))
+    assert load_taming("owner/model.pt", filename="last.ckpt").config.num_codes == 12
 
 
 def test_hub_ids_download_one_file_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

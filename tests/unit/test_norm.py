@@ -66,6 +66,19 @@ def test_channel_norm_keeps_memory_layout_dtype_and_batch() -> None:
     assert repr(layer).startswith("ChannelNorm(\n  4")
 
 
+def test_hooks_of_the_norm_inside_run() -> None:
+    """Libraries that keep weights elsewhere fetch them there: accelerate, DeepSpeed, fully_shard."""
+    layer, images = ChannelNorm(4), fresh(2, 4, 3, 5, dtype=torch.float32)
+    expected = torch.nn.functional.layer_norm(images.movedim(1, -1), (4,), torch.arange(4.0), eps=1e-6)
+    layer.norm.weight.data.zero_()
+
+    def fetch(norm: nn.LayerNorm, inputs: object) -> None:
+        norm.weight.data.copy_(torch.arange(4.0))
+
+    layer.norm.register_forward_pre_hook(fetch)
+    assert torch.equal(layer(images), expected.movedim(-1, 1))
+
+
 def test_builder_knows_two_kinds() -> None:
     """Over the image in groups, or over the channels."""
     assert NORMS == ("group", "channel")

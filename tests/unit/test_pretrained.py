@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from te_quant import ResidualVectorQuantizer, _pretrained
+from te_quant import (
+    FSQ,
+    GPT,
+    GPTConfig,
+    ProductQuantizer,
+    ResidualVectorQuantizer,
+    Segment,
+    VectorQuantizer,
+    _pretrained,
+)
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
 from tests.unit.grid_oracles import fresh
 
@@ -181,7 +190,12 @@ def test_folder_that_is_not_there_is_no_hub_id(tmp_path: Path, make: type) -> No
         VQAutoencoder.from_pretrained(make(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("source", ["model", "./model", "a/b/c", "~/model", "owner/", "/name", Path("owner/name")])
+NO_HUB_IDS = ["model", "./model", "a/b/c", "~/model", "owner/", "/name"]
+# What the hub's own client refuses.
+NO_HUB_IDS += ["runs/exp 1", "runs/exp-", "runs/a--b", "a..b/c", "runs/exp:1", "runs/a.git", "runs/" + "a" * 97]
+
+
+@pytest.mark.parametrize("source", [*NO_HUB_IDS, Path("owner/name")])
 def test_only_owner_and_name_make_a_hub_id(source: object) -> None:
     """Everything else is a folder that does not exist."""
     with pytest.raises(FileNotFoundError, match="source must be an existing folder or a hub id"):
@@ -282,6 +296,20 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
     torch.save({"x": Trap()}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors must be a safetensors file, got"):
         VQAutoencoder.from_pretrained(folder)
+
+
+def test_hub_ids_are_those_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused by its client too. Dots, digits and underscores (the control) are not."""
+    hub = pytest.importorskip("huggingface_hub")
+    validate = pytest.importorskip("huggingface_hub.utils").validate_repo_id
+    errors = pytest.importorskip("huggingface_hub.errors")
+    for source in NO_HUB_IDS[6:]:
+        with pytest.raises(errors.HFValidationError, match=r"Repo|repo_id"):
+            validate(source)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda **options: str(folder / options["filename"]))
+    for source in ("a/b", "CompVis/ldm-vq_f4.v1", "0x/9", "runs/model.ckpt", "_a/b_", "a/" + "b" * 96):
+        validate(source)
+        assert VQAutoencoder.from_pretrained(source).config == SMALL
 
 
 def test_hub_id_downloads_both_files_with_its_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,3 +483,127 @@ def test_files_with_former_defaults_take_an_instance_that_has_them(tmp_path: Pat
     present = AutoencoderConfig(quantizer=with_quantizer(RESIDUAL)[place]).build_quantizer()
     with pytest.raises(ValueError, match="quantizer must be the one that the file describes"):
         VQAutoencoder.from_pretrained(tmp_path, quantizer=present)
+
+
+def with_changed(change: str) -> VQAutoencoder:
+    """A trained model whose quantizer is no longer what its config built."""
+    residual = {"name": "ResidualVectorQuantizer", "num_quantizers": 2}
+    model = VQAutoencoder(replace(SMALL, quantizer=residual) if change == "levels" else SMALL)
+    if change == "metric":
+        model.quantizer = VectorQuantizer(32, 6, metric="cosine")
+    elif change == "class":
+        model.quantizer = ProductQuantizer([FSQ((3, 3, 3)), VectorQuantizer(4, 3, metric="cosine")])
+    elif change == "schedules":
+        model.quantizer.decay, model.quantizer.orthogonal_reg, model.quantizer.temperature = 0.99, 10.0, 0.5
+    else:
+        model.quantizer.decay = 0.99
+        # No latents are kept in what is built without revival.
+        model.quantizer.revival_threshold = 0.0
+    model(fresh(4, 1, 8, 8, dtype=torch.float32))
+    return model.eval()
+
+
+@pytest.mark.parametrize("change", ["metric", "class", "schedules", "levels", "revival"])
+def test_files_describe_the_quantizer_as_it_is(tmp_path: Path, change: str) -> None:
+    """Not as it was built: another one, and options that a schedule has assigned, come back."""
+    model = with_changed(change)
+    model.save_pretrained(tmp_path)
+    again = VQAutoencoder.from_pretrained(tmp_path)
+    assert repr(again.quantizer) == repr(model.quantizer)
+    assert again.quantizer.options().keys() == model.quantizer.options().keys()
+    images = fresh(2, 1, 8, 8, dtype=torch.float32)
+    for got, expected in zip(again(images), model(images), strict=True):
+        assert torch.equal(got, expected)
+    again.save_pretrained(tmp_path / "twice")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_options_that_an_unchanged_model_was_given_are_written_as_given(tmp_path: Path) -> None:
+    """Negative control: a number that equals the quantizer's is left in its form."""
+    model = VQAutoencoder(replace(SMALL, commitment_weight=2))
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert (stored, type(stored["commitment_weight"])) == (model.config.to_dict(), int)
+
+
+def test_model_cards_describe_the_quantizer_as_it_is() -> None:
+    """As the files next to them do."""
+    assert "`ProductQuantizer`" in with_changed("class").model_card("me/digits")
+    assert "`VectorQuantizer`" in VQAutoencoder(SMALL).model_card("me/digits")
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "match"),
+    [
+        (FSQ((3, 3)), r"quantizer\.code_dim must be 6 as the config's, got 2"),
+        (FSQ((3,) * 6, channel_dim=-1), r"quantizer\.channel_dim must be 1, as latents are .*, got -1"),
+    ],
+)
+def test_a_quantizer_that_does_not_fit_the_networks_is_not_saved(
+    tmp_path: Path, quantizer: FSQ, match: str
+) -> None:
+    """No file could say how to build that model, and none is written."""
+    model = VQAutoencoder(SMALL)
+    model.quantizer = quantizer
+    with pytest.raises(ValueError, match=match):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def compiled(part: torch.nn.Module) -> Any:
+    return torch.compile(part, backend="eager")
+
+
+@pytest.mark.parametrize("part", ["encoder", "quantizer", "decoder.levels.0", "decoder.conv_out"])
+def test_files_of_models_with_compiled_parts_are_those_without(tmp_path: Path, part: str) -> None:
+    """A compiled module is a wrapper, whose name would stand in front of those of its tensors."""
+    model = VQAutoencoder(SMALL)
+    model.quantizer.revival_threshold = 0.0
+    model.save_pretrained(tmp_path / "plain")
+    owner, _, name = part.rpartition(".")
+    setattr(model.get_submodule(owner), name, compiled(model.get_submodule(part)))
+    assert any("_orig_mod" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path / "compiled")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_files_of_gpts_with_compiled_blocks_are_those_without(tmp_path: Path) -> None:
+    """As those of autoencoders."""
+    gpt = GPT(GPTConfig((Segment("image", 7, (2, 2), "learned"),), 16, 1, 2))
+    gpt.save_pretrained(tmp_path / "plain")
+    gpt.blocks[0] = compiled(gpt.blocks[0])
+    gpt.save_pretrained(tmp_path / "compiled")
+    file = "model.safetensors"
+    assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_models_that_no_config_describes_are_not_saved(tmp_path: Path) -> None:
+    """Their files could not be loaded: wrappers and parametrizations give tensors other names."""
+    weight_norm = torch.nn.utils.parametrizations.weight_norm
+    model = VQAutoencoder(SMALL)
+    weight_norm(model.decoder.conv_in)
+    gpt = GPT(GPTConfig((Segment("image", 7, (2, 2), "learned"),), 16, 1, 2))
+    weight_norm(gpt.blocks[0].up)
+    for one, name in ((model, r"decoder\.conv_in\.weight"), (gpt, r"blocks\.0\.up\.weight")):
+        expected = f"model must be made of the layers that its config describes, got no '{name}'; remove"
+        with pytest.raises(ValueError, match=expected):
+            one.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_tied_weights_are_refused_by_name(tmp_path: Path) -> None:
+    """Each would come back on its own; weights that are equal (the control) are saved."""
+    model = VQAutoencoder(SMALL)
+    first, second = model.decoder.levels[0].block0, model.decoder.levels[0].block1
+    second.conv2.weight = first.conv2.weight
+    match = (
+        r"weights must be in memory of their own to be saved, got 'decoder\.levels\.0\.block0\.conv2\.weight' and "
+        r"'decoder\.levels\.0\.block1\.conv2\.weight' in the same; give one of them a clone\."
+    )
+    with pytest.raises(ValueError, match=match):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    second.conv2.weight = torch.nn.Parameter(first.conv2.weight.detach().clone())
+    model.save_pretrained(tmp_path / "model")

@@ -38,6 +38,7 @@ from te_quant import (
     VectorQuantizer,
     VQAutoencoder,
 )
+from te_quant.layers import ACTIVATIONS, DOWNSAMPLERS, NORMS, UPSAMPLERS
 from tests.unit.module_cases import (
     CASES,
     EXEMPT,
@@ -766,3 +767,33 @@ def test_a_module_from_the_meta_device_may_be_reset(name: str) -> None:
             part.reset_parameters()
     torch.manual_seed(0)
     assert_same_bits(state_of(module), state_of(STARTS[name]()))
+
+
+# What a config offers for each of these, the others being the default.
+LAYERS = [
+    *({"activation": each} for each in ACTIVATIONS),
+    *({"norm": each} for each in NORMS),
+    *({"downsample": each} for each in DOWNSAMPLERS if each != "polyphase"),
+    *({"upsample": each} for each in UPSAMPLERS if each != "polyphase"),
+    {"downsample": "polyphase", "upsample": "polyphase"},
+]
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=lambda options: "-".join(map(str, options.values())))
+def test_an_autoencoder_from_the_meta_device_may_be_reset(options: dict[str, Any]) -> None:
+    """Whatever it is made of, the recipe of the page on FSDP2 leaves no value undefined."""
+    circular = {"encoder_padding": "circular", "decoder_padding": "circular"}
+    config = AutoencoderConfig(base_channels=8, code_dim=4, num_codes=32, **circular, **options)
+    with torch.device("meta"):
+        model = VQAutoencoder(config)
+    with _nan_in_new_memory():
+        model.to_empty(device="cpu")
+    names = dict((*model.named_parameters(), *model.named_buffers()))
+    assert all(tensor.isnan().all() for tensor in names.values() if tensor.is_floating_point())
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert not [name for name, tensor in names.items() if not tensor.isfinite().all()]
+    new = VQAutoencoder(config).state_dict()
+    for name, tensor in names.items():
+        assert "coefficients" not in name or torch.equal(tensor, new[name])

@@ -63,6 +63,7 @@ TORCH = {
     "group norm": nn.GroupNorm(1, 2),
     "batch norm": nn.BatchNorm2d(2),
     "row": nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), nn.SiLU(), nn.AvgPool2d(2)),
+    "row, one layer twice": nn.Sequential(*[nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")] * 2),
 }
 PHASE = torch.ones(1, 2, dtype=torch.int64)
 CIRCULAR = {"padding_mode": "circular"}
@@ -205,6 +206,13 @@ def test_replaced_parts_change_the_statement() -> None:
     assert layer.exact_for == "interior"
     layer.conv = _OwnRow()
     assert layer.exact_for == "none"
+
+
+def test_a_layer_that_runs_twice_counts_twice() -> None:
+    """As another one with the same options does."""
+    pool = nn.AvgPool2d(2)
+    twice = statement_of(nn.Sequential(pool, pool))
+    assert twice == statement_of(nn.Sequential(pool, nn.AvgPool2d(2))) == Statement(Reach(4, 4), "stride")
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ def pad_borders(images: Tensor, margins: Sides, circular: bool) -> Tensor:
         margins: (left, right, top, bottom); if circular, at most a side each.
         circular: continue on the opposite edge; otherwise repeat the edge pixel.
     """
-    if torch.compiler.is_compiling():
-        # Fused into what comes next, gradient included.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        # Fused into what comes next, gradient included; and of operators that a traced program can be saved with.
         left, right, top, bottom = margins
         wide = _joined(images, left, right, 3, circular)
         return _joined(wide, top, bottom, 2, circular)
@@ -72,6 +72,11 @@ class _Circular(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Sides], output: Tensor) -> None:  # noqa: ARG004
         ctx.margins = inputs[1]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        padded: Tensor = _Circular.apply(tangent, ctx.margins)  # type: ignore[no-untyped-call]
+        return padded
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -395,6 +395,23 @@ def quantizer_fields() -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(AutoencoderConfig) if field.name in options)
 
 
+def with_present_quantizer(config: AutoencoderConfig, quantizer: Quantizer) -> AutoencoderConfig:
+    """Return ``config`` with everything that it says of its quantizer read off ``quantizer``.
+
+    Raises:
+        ValueError: the networks of ``config`` do not fit the quantizer, or one of its options has no form in JSON.
+    """
+    code_dim = config.code_dim
+    names = ("quantizer", *quantizer_fields())
+    options: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(config) if field.name in names
+    }
+    present = dataclasses.replace(config, **options).describing(quantizer)
+    require(present.code_dim == code_dim, "quantizer.code_dim", f"{code_dim} as the config's", present.code_dim)
+    # Equal options may differ in form, such as 1 and 1.0; those of the caller are kept.
+    return config if present == config else present
+
+
 def description(quantizer: Quantizer) -> dict[str, Any]:
     """Return the name of a quantizer's class and those of its options that are not defaults, as JSON has them.
 

@@ -23,10 +23,10 @@ from te_quant._pretrained import Report
 from te_quant._values import require_in_range
 from te_quant.autoencoder.card import autoencoder_card
 from te_quant.autoencoder.coders import Level, build_decoder, build_encoder
-from te_quant.autoencoder.config import AutoencoderConfig, description, stored_quantizer
+from te_quant.autoencoder.config import AutoencoderConfig, description, stored_quantizer, with_present_quantizer
 from te_quant.contract import Encoding, EquivarianceContract
 from te_quant.filters import in_format_of
-from te_quant.quantizers import Quantizer
+from te_quant.quantizers import Quantizer, VectorQuantizer
 
 __all__ = [
     "AutoencoderConfig",
@@ -181,7 +181,9 @@ class VQAutoencoder(nn.Module):
     def encode_with_phases(self, images: Tensor) -> Encoding:
         """(B, I, H, W) images to (B, C, h, w) latents and (B, L, 2) phases."""
         _require_whole(self.encoder)
-        return self.encoder.with_phases(images)
+        # Not by with_phases, which would pass by whatever wraps the encoder.
+        encoding: Encoding = self.encoder(images, return_phases=True)
+        return encoding
 
     def decode(self, codes: Tensor, phases: Tensor | None = None) -> Tensor:
         """(B, C, h, w) codes to (B, I, H, W) images, at the position that (B, L, 2) phases give.
@@ -226,14 +228,26 @@ class VQAutoencoder(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
-        The quantizer first applies what is pending, so that the saved codebook is the latest.
+        The quantizer first applies what is pending, so that the saved codebook is the latest. The config describes
+        the quantizer as it is now, also where it was replaced or its options were assigned.
 
         Raises:
+            ValueError: the quantizer was replaced by one of another ``code_dim`` or ``channel_dim``, one of its
+                options has no form in JSON, two weights are tied, or parametrizations or wrappers give weights
+                other names. Those of :func:`torch.compile` do no harm.
+            TypeError: it was replaced by something else than a quantizer.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """
+        config = self._present_config()
         self.quantizer.apply_pending()
-        _pretrained.save(folder, "VQAutoencoder", self.config.to_dict(), self.state_dict())
+        _pretrained.save(folder, "VQAutoencoder", config.to_dict(), _stored(self), _names(config))
+
+    def _present_config(self) -> AutoencoderConfig:
+        """The config with what it says of the quantizer as that is now."""
+        # A compiled one is described as it was written.
+        quantizer = getattr(self.quantizer, "_orig_mod", self.quantizer)
+        return with_present_quantizer(self.config, _require_quantizer(quantizer))
 
     def model_card(
         self,
@@ -261,7 +275,7 @@ class VQAutoencoder(nn.Module):
         """
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return autoencoder_card(
-            self.config,
+            self._present_config(),
             self.equivariance,
             parameters,
             repo_id=repo_id,
@@ -373,7 +387,8 @@ class VQAutoencoder(nn.Module):
 def _require_whole(part: nn.Module) -> None:
     """Refuse a part whose weights FSDP2 has sharded and will not put together when the part runs."""
     # Only a DTensor has this method; importing its class here would slow down everybody's first forward pass.
-    if not hasattr(next(part.parameters()), "full_tensor"):
+    # Copies of DataParallel and parts of FSDP1 hold their weights as plain tensors, and list no parameters.
+    if not hasattr(next(part.parameters(), None), "full_tensor"):
         return
     require_whole(_own_parameters(part), "autoencoder", "autoencoder", "encode_to_indices")
 
@@ -391,9 +406,30 @@ def _own_parameters(part: nn.Module) -> Iterator[nn.Parameter]:
 
 def _fitting(config: AutoencoderConfig, quantizer: object) -> AutoencoderConfig:
     """Return ``config`` describing ``quantizer``; refuse what is no quantizer for the latents of ``config``."""
+    return config.describing(_require_quantizer(quantizer))
+
+
+def _require_quantizer(quantizer: object) -> Quantizer:
     if not isinstance(quantizer, Quantizer):
         raise TypeError(f"quantizer must be a te_quant.Quantizer, got {type(quantizer).__name__}.")
-    return config.describing(quantizer)
+    return quantizer
+
+
+def _stored(model: VQAutoencoder) -> dict[str, Tensor]:
+    """The state of ``model`` without what a quantizer that has stopped reviving codes keeps of the time before."""
+    state: dict[str, Tensor] = model.state_dict()
+    for prefix, part in model.named_modules():
+        if isinstance(part, VectorQuantizer) and not part.revival_threshold:
+            for name in ("pending_rows", "revivals"):
+                state.pop(f"{prefix}.{name}", None)
+    return state
+
+
+def _names(config: AutoencoderConfig) -> list[str]:
+    """The names of the tensors on both sides of the quantizer."""
+    with torch.device("meta"):
+        halves = {"encoder": build_encoder(config), "decoder": build_decoder(config)}
+    return [f"{half}.{name}" for half, module in halves.items() for name in module.state_dict()]
 
 
 def _config_around(options: dict[str, Any], quantizer: Quantizer) -> AutoencoderConfig:

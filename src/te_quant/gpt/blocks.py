@@ -187,9 +187,9 @@ def _sums(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear_step(layer: nn.Linear, rows: Tensor) -> Tensor:
-    # Anything else that stands in its place, such as an adapter, computes more than the product.
-    plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
-    if plain and _is_lone(rows):
+    # Anything else that stands in its place, such as an adapter or another forward, does more than the product.
+    plain = type(layer) is nn.Linear and "forward" not in vars(layer)
+    if plain and not (layer._forward_hooks or layer._forward_pre_hooks) and _is_lone(rows):
         return _sums(rows, layer.weight, layer.bias)
     result: Tensor = layer(rows)
     return result

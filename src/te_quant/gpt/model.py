@@ -451,10 +451,14 @@ class GPT(nn.Module):
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
         Raises:
+            ValueError: two weights are tied, or parametrizations or wrappers give weights other names. Those of
+                :func:`torch.compile` do no harm.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """
-        _pretrained.save(folder, "GPT", self.config.to_dict(), self.state_dict())
+        with torch.device("meta"):
+            names = GPT(self.config).state_dict()
+        _pretrained.save(folder, "GPT", self.config.to_dict(), self.state_dict(), names)
 
     def model_card(
         self,

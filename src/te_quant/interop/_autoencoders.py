@@ -135,8 +135,9 @@ def build(
     if dtype is not None:
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         require(floating, "dtype", "a floating-point torch.dtype, or None", repr(dtype))
-    # The weights are replaced at once, so drawing them must not move the caller's random state.
-    with torch.random.fork_rng(devices=[]):
+    # The weights are replaced at once, so drawing them must not move the caller's random state. What is not in the
+    # file must be where the weights are, not on the default device.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = VQAutoencoder(AutoencoderConfig(**options))
     own = model.state_dict()
     # Statistics start as in a new quantizer.

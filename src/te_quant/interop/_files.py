@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +20,8 @@ from te_quant._checks import require, require_type
 
 __all__ = ["Source", "options_of", "tensors_in"]
 
+# Instructions of a pickle that leave an object where it is, filled or built.
+_FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD", "REDUCE", "NEWOBJ")
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -75,12 +80,16 @@ class Source(NamedTuple):
         if path.exists():
             file = weights.with_name(name)
             return file if file.is_file() else None
-        return self._fetch(name)
+        # Weights that are found by their usual name lie at the top.
+        return self._fetch(str(PurePosixPath(self.filename or name).with_name(name)))
 
     def _download(self, usual: Sequence[str]) -> Path:
-        _pretrained.require_repository(self.path, "an existing file or folder")
+        # A repository may be called like a file of weights, but a mistyped path is more likely.
+        mistyped = self.filename is None and PurePosixPath(self.path).suffix in _SUFFIXES
+        _pretrained.require_repository(self.path, "an existing file or folder", mistyped=mistyped)
         names = [self.filename] if self.filename else usual
-        require(len(names) > 0, "filename", f"the weights file in the repository {self.path!r}", None)
+        got = "None; no file or folder has that name here"
+        require(len(names) > 0, "filename", f"the weights file in the repository {self.path!r}", got)
         for name in names:
             file = self._fetch(name)
             if file is not None:
@@ -121,7 +130,7 @@ def tensors_in(path: Path, containers: Sequence[str] = ()) -> dict[str, Tensor]:
     """Return the tensors of a file, on the CPU.
 
     A pickle runs nothing: torch's restricted reader builds tensors and plain containers, and whatever else a file
-    names (callbacks, arguments) becomes an object without content.
+    names (callbacks, arguments) becomes an object without content, or a plain dict or list if it is one of these.
 
     Args:
         path: a safetensors file, or one that ``torch.save`` wrote.
@@ -167,6 +176,21 @@ class _Anything:
         pass
 
 
+class _Mapping:
+    """Makes a plain mapping in place of an object of a dict's subclass, without what it is built from."""
+
+    def __new__(cls, *args: object) -> dict[object, object]:  # type: ignore[misc]  # noqa: ARG004
+        # The only one to which the restricted reader gives attributes too.
+        return OrderedDict()
+
+
+class _List:
+    """Makes a plain list in place of an object of a list's subclass, or of a deque."""
+
+    def __new__(cls, *args: object) -> list[object]:  # type: ignore[misc]  # noqa: ARG004
+        return []
+
+
 def _unpickled(path: Path) -> Any:
     try:
         try:
@@ -175,10 +199,59 @@ def _unpickled(path: Path) -> Any:
             # Of before torch 1.6, whose names cannot be listed.
             names = []
         # Without an own entry here, every class that a training loop pickled next to its weights would be refused.
-        with torch.serialization.safe_globals([(_Anything, name) for name in names]):
+        uses = _uses(path) if names else {}
+        with torch.serialization.safe_globals([(_stand_in(path, name, uses), name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         # Around its reason torch wraps the advice to open the file without the restrictions.
         reason = str(error.__context__ or error).strip()
         cause = (reason.splitlines() or ["an empty file"])[0].rstrip(".")
         raise ValueError(f"{path} must be a file of tensors that torch.save wrote, got {cause}.") from error
+
+
+def _stand_in(path: Path, name: str, uses: Mapping[str, set[str]]) -> type:
+    """Return what is built in place of the class ``name``, of which objects are filled by these instructions."""
+    own = uses.get(name, set())
+    if own & {"SETITEM", "SETITEMS"}:
+        return _Mapping
+    if not own & {"APPEND", "APPENDS"}:
+        return _Anything
+    got = f"a list with attributes of the class {name!r}; save its 'state_dict' without it"
+    require("BUILD" not in own, str(path), "a file of tensors that torch.save wrote", got)
+    return _List
+
+
+def _uses(path: Path) -> dict[str, set[str]]:
+    """Return the instructions by which a pickle fills the objects that it makes of what it names.
+
+    Nothing is built: of each object on the stack of the reader only the name is followed.
+    """
+    uses: dict[str, set[str]] = {}
+    stack: list[object] = []
+    memo: dict[object, object] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        for instruction, argument, _ in pickletools.genops(pickled):
+            before = instruction.stack_before
+            own = len(before)
+            if pickletools.markobject in before:
+                own = before.index(pickletools.markobject)
+                while stack.pop() is not pickletools.markobject:
+                    pass
+            taken = [stack.pop() for _ in range(own)]
+            if instruction.name in _FILLING:
+                stack.append(taken[-1])
+                uses.setdefault(str(taken[-1]), set()).add(instruction.name)
+            elif instruction.name == "GLOBAL":
+                stack.append(str(argument).replace(" ", "."))
+            elif instruction.name.endswith("GET"):
+                stack.append(memo[argument])
+            else:
+                stack += [each if each is pickletools.markobject else None for each in instruction.stack_after]
+            if instruction.name.endswith("PUT"):
+                memo[argument] = stack[-1]
+    except (zipfile.BadZipFile, StopIteration, ValueError, LookupError):
+        # Damaged; the reader says how.
+        return {}
+    return uses

@@ -14,6 +14,7 @@ from torch import Tensor
 from te_quant import _pretrained
 from te_quant._checks import require, require_type
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
+from te_quant.autoencoder.config import with_present_quantizer
 from te_quant.interop._autoencoders import build, quantizer_options, refuse_other_kinds
 from te_quant.interop._files import Source, options_of, tensors_in
 from te_quant.interop._layout import DIFFUSERS, names_of
@@ -131,7 +132,7 @@ def save_diffusers(model: VQAutoencoder, folder: str | os.PathLike[str]) -> None
     levels = len(model.config.widths)
     statistics = {f"quantizer.{name}" for name in (*model.quantizer.statistics, "revivals")}
     tensors: dict[str, Tensor] = {}
-    for own, tensor in model.state_dict().items():
+    for own, tensor in _pretrained.uncompiled(model.state_dict()).items():
         if own in statistics:
             continue
         names = names_of(own, DIFFUSERS, levels)
@@ -206,11 +207,13 @@ def _their_options(model: VQAutoencoder) -> dict[str, Any]:
     for name, expected in fixed.items():
         value = getattr(config, name)
         require(value == expected, name, f"{expected!r} for diffusers", repr(value))
-    quantizer = model.quantizer
+    # As it is now, and of a compiled one what was compiled.
+    quantizer = getattr(model.quantizer, "_orig_mod", model.quantizer)
     plain = type(quantizer) is VectorQuantizer
     require(plain, "quantizer", "a VectorQuantizer for diffusers", type(quantizer).__name__)
     metric = getattr(quantizer, "metric", None)
     require(metric == "l2", "metric", "'l2' for diffusers", repr(metric))
+    config = with_present_quantizer(config, quantizer)
     return {**_DEFAULTS, **_sizes(config), **_blocks(config)}
 
 

@@ -150,8 +150,9 @@ def load_gpt2(
         expected = f"given, a token in [0, {vocabulary})"
         require(known, "start_token", expected, f"None, and bos_token_id of the config is {start_token}")
     start_token = require_int("start_token", start_token, 0, options["vocab_size"] - 1)
-    # The weights are replaced at once, so drawing them must not move the caller's random state.
-    with torch.random.fork_rng(devices=[]):
+    # The weights are replaced at once, so drawing them must not move the caller's random state. What is not in the
+    # file must be where the weights are, not on the default device.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         gpt = GPT(own)
     # assign, not copy: half precision comes back as it was.
     weights = _own_weights(tensors, gpt.state_dict(), options["n_positions"], start_token)

@@ -15,7 +15,7 @@ from te_quant.autoencoder import VQAutoencoder
 from te_quant.interop._autoencoders import build, quantizer_options, refuse_other_kinds, structure_of
 from te_quant.interop._files import Source, options_of, tensors_in
 from te_quant.interop._layout import TAMING
-from te_quant.interop.taming import dropped, network_options
+from te_quant.interop.taming import dropped, network_in, network_options
 
 __all__ = ["load_te_vqgan"]
 
@@ -25,6 +25,8 @@ _KINDS = {
     "maxblurpool": "unpadded_max_blur_pool",
     "convblurpool": "conv_blur_pool",
 }
+_PARAMS = ("ortho_reg_coef", "force_emb_len_1", "distance_measure", "eq_metric_dataset")
+_NETWORK = ("downsampling_method", "use_replicationpad", "version")
 # Its cosine similarity chooses a code, whose length stays.
 _METRICS = {"L2": "l2", "cos_sim": "cosine_raw"}
 
@@ -64,8 +66,8 @@ def load_te_vqgan(
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: the config has an option without a counterpart here or contradicts the weights, a tensor is
-            missing, unexpected or of another shape, or a file is damaged.
+        ValueError: the config has an unknown key or an option without a counterpart here, or contradicts the
+            weights; a tensor is missing, unexpected or of another shape, or a file is damaged.
         ImportError: huggingface_hub is not installed (``te_quant[hub]``).
 
     Source: the code of Shin et al. 2021, arXiv:2112.00384.
@@ -83,14 +85,14 @@ def load_te_vqgan(
     }
     refuse_other_kinds(state)
     given = options_of(config)
-    network = given.get("ddconfig", {})
+    network = network_in(given, _PARAMS, _NETWORK)
     padded = "encoder.conv_in.1.weight" in state
     kind = network.get("downsampling_method", "strided_conv")
     require_choice("config ddconfig.downsampling_method", kind, _KINDS)
     layout = TAMING._replace(padded=padded)
     if kind == "convblurpool":
         layout = layout._replace(parts=(*layout.parts, ("downsample.conv", "downsample.module.0")))
-    options = network_options(structure_of(state, layout), given)
+    options = network_options(structure_of(state, layout), given, network)
     options |= _padding(network, kind, padded=padded)
     size = (options.pop("num_codes"), options.pop("code_dim"))
     metric = given.get("distance_measure", "L2")

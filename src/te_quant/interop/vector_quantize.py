@@ -102,8 +102,8 @@ def load_vector_quantize(
     require(started, f"{prefix}{_BOOK}initted", "True, after the k-means start", "False")
     if into is None:
         module = _module_at(source, prefix)
-        quantizer = VectorQuantizer(codes, size, **_settings(module, tensors)).train(module.training)
-        quantizer.to(tensors[f"{_BOOK}embed"].device)
+        with tensors[f"{_BOOK}embed"].device:
+            quantizer = VectorQuantizer(codes, size, **_settings(module, tensors)).train(module.training)
     else:
         quantizer = into
         for name, own, found in (("num_codes", into.num_codes, codes), ("code_dim", into.code_dim, size)):

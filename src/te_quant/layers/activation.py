@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_quant._checks import require_axis, require_choice, require_int, require_rank
+from te_quant._execution import overwrite
 from te_quant.contract import Group, Reach
 from te_quant.filters import fourier_resample
 
@@ -112,7 +113,12 @@ class PolynomialActivation(nn.Module):
         super().__init__()
         channels = require_int("channels", channels, 1)
         self.channels = channels
-        self.coefficients = nn.Parameter(torch.tensor([0.0, 0.5, 0.25])[:, None].repeat(1, channels))
+        self.coefficients = nn.Parameter(torch.empty(3, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start again at x/2 + x²/4, in every channel."""
+        overwrite(self.coefficients, torch.tensor([0.0, 0.5, 0.25])[:, None].repeat(1, self.channels))
 
     def forward(self, images: Tensor) -> Tensor:
         """The polynomial, its square on the finer grid."""

@@ -86,8 +86,8 @@ def derived(statement: Callable[[Any], Statement]) -> tuple[property, property]:
 
 
 def _of_torch(layer: nn.Module) -> Statement:
-    if _runs(layer, nn.Sequential):
-        return in_series(*layer.children())
+    if isinstance(layer, nn.Sequential) and _runs(layer, nn.Sequential):
+        return in_series(*layer)
     if _runs(layer, *_POINTWISE):
         return Statement(Reach(1), "integer")
     if _runs(layer, *_NORMS):
