@@ -136,9 +136,9 @@ def table2(results: Mapping[str, Any]) -> Table | None:
 
 def _with_both(large: Sequence[Run], small: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     """Leave the runs of seeds that are in both, or all if either is empty."""
-    seeds = {run["seed"] for run in large} & {run["seed"] for run in small}
     if not (large and small):
         return list(large), list(small)
+    seeds = {run["seed"] for run in large} & {run["seed"] for run in small}
     return [run for run in large if run["seed"] in seeds], [run for run in small if run["seed"] in seeds]
 
 
