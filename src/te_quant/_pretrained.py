@@ -122,8 +122,8 @@ def _require_untied(tensors: Mapping[str, Tensor]) -> None:
         # Zero for tensors without elements, and on the meta device.
         place = tensor.data_ptr()
         other = owners.setdefault(place, name) if place else name
-        got = f"{other!r} and {name!r} in the same; give one of them a clone"
-        require(other == name, "weights", "in memory of their own to be saved", got)
+        got = f"{other!r} and {name!r} in the same place; clone one of them"
+        require(other == name, "weights", "in separate memory", got)
 
 
 def load(

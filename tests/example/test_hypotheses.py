@@ -211,7 +211,7 @@ def test_the_command_writes_tables_data_and_figures(
             parts = [one for one in data["rules"][rule]["comparisons"] if one["hypothesis"] == name[:2]]
             for one in parts:
                 low, high = map(signed, one["interval"])
-                assert f"{signed(one['mean'])}, {low} to {high}; " in cell
+                assert f"{signed(one['mean'])} ({low} to {high}), p " in cell
                 assert (f"{one['difference']}: " in cell) is (len(parts) > 1)
     # Negative results stand in the same table.
     assert text.count("contradicted") == 2 * 4
@@ -320,12 +320,14 @@ def test_comparisons_are_named_by_their_terms() -> None:
 
 
 def test_the_forest_plot_shows_means_intervals_and_seeds() -> None:
-    """Each comparison of each rule, with its verdict and the colour of it."""
+    """Each comparison of each rule in the colour of its own test, with the verdict of its hypothesis."""
     rows = [
         ("one", _result(1, 0.1, 0.01)._replace(differences={2: 0.05, 3: 0.15}), "confirmed"),
         ("two", _result(-1, 0.2, 0.5), "not resolved"),
     ]
     rows[0] = ("one", rows[0][1]._replace(test=TTest(0.1, 0.05, 1, 0.01, (-0.5, 0.7))), "confirmed")
+    # One comparison of a hypothesis may be certain where another is not.
+    rows.append(("three", _result(1, -0.1, 0.01), "not resolved"))
     figure = draw_effects({"left": rows, "right": rows})
     assert [axis.get_title() for axis in figure.axes] == ["left", "right"]
     for axis in figure.axes:
@@ -333,17 +335,19 @@ def test_the_forest_plot_shows_means_intervals_and_seeds() -> None:
             name: [line for line in axis.lines if line.get_label() == name]
             for name in ("interval", "mean", "seeds")
         }
-        assert [list(line.get_xdata()) for line in lines["interval"]] == [[-0.5, 0.7], [0.2, 0.2]]
-        assert [list(line.get_xdata()) for line in lines["mean"]] == [[0.1], [0.2]]
-        assert [list(line.get_xdata()) for line in lines["seeds"]] == [[0.05, 0.15], [0.2, 0.2]]
-        assert [text.get_text() for text in axis.texts] == ["confirmed", "not resolved"]
-        assert lines["mean"][0].get_color() != lines["mean"][1].get_color()
+        assert [list(line.get_xdata()) for line in lines["interval"]] == [[-0.5, 0.7], [0.2, 0.2], [-0.1, -0.1]]
+        assert [list(line.get_xdata()) for line in lines["mean"]] == [[0.1], [0.2], [-0.1]]
+        assert [list(line.get_xdata()) for line in lines["seeds"]] == [[0.05, 0.15], [0.2, 0.2], [-0.1, -0.1]]
+        assert [text.get_text() for text in axis.texts] == ["confirmed", "not resolved", "not resolved"]
+        colors = [[line.get_color() for line in lines[name]] for name in ("mean", "interval")]
+        assert colors[0] == colors[1]
+        assert len(set(colors[0])) == 3
         low, high = axis.get_xlim()
         assert low == -high
         assert high > 0.7
         # The stated side: right of zero, then left of it.
-        assert [bar.get_width() > 0 for bar in axis.patches] == [True, False]
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["one", "two"]
+        assert [bar.get_width() > 0 for bar in axis.patches] == [True, False, True]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["one", "two", "three"]
 
 
 def test_candidates_are_drawn_as_a_line_of_means_with_every_seed() -> None:

@@ -455,7 +455,7 @@ def test_reports_without_generated_images_say_how_to_get_them() -> None:
     blocks = generation_blocks(without | {"generated": {}})
     assert {block.name for block in blocks if isinstance(block, Picture)} == {"confusions.png", "tradeoff.png"}
     texts = [block.text for block in blocks if isinstance(block, Paragraph)]
-    assert "Pictures of generated images are kept by `evaluate --rules paper`." in texts
+    assert "No generated images are stored; `evaluate --rules paper` stores them." in texts
     assert generation_figures(without, {}).keys() == {"confusions.png", "tradeoff.png"}
     assert not any("not in the tables" in text for text in texts)
     last = results["runs"][0]["stage2"]

@@ -599,8 +599,8 @@ def test_tied_weights_are_refused_by_name(tmp_path: Path) -> None:
     first, second = model.decoder.levels[0].block0, model.decoder.levels[0].block1
     second.conv2.weight = first.conv2.weight
     match = (
-        r"weights must be in memory of their own to be saved, got 'decoder\.levels\.0\.block0\.conv2\.weight' and "
-        r"'decoder\.levels\.0\.block1\.conv2\.weight' in the same; give one of them a clone\."
+        r"weights must be in separate memory, got 'decoder\.levels\.0\.block0\.conv2\.weight' and "
+        r"'decoder\.levels\.0\.block1\.conv2\.weight' in the same place; clone one of them\."
     )
     with pytest.raises(ValueError, match=match):
         model.save_pretrained(tmp_path / "model")

@@ -115,7 +115,7 @@ class ClassifierSettings:
 def require_reader_of(data: str, canvas_size: int, folder: Path) -> None:
     """Refuse the classifier in ``folder`` if it learned other digits or other sizes of them.
 
-    Its network and training may be any. A folder without settings passes.
+    Its network and training settings are not checked. A folder without settings passes.
 
     Raises:
         ValueError: the settings name other digits or another canvas.

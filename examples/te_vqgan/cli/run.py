@@ -62,7 +62,7 @@ def run_plan(options: argparse.Namespace, *, perform: Callable[[Sequence[str]], 
     elif jobs:
         workers, threads = _share_of_cores(options)
         run_jobs(jobs, workers=workers, threads=threads)
-    # Of a run that found others' steps in its folder, or its own before an interruption, it is not the whole time.
+    # The total is known only if this call did every step: none existed before it.
     spent = time.perf_counter() - start if fresh else None
     words = command_line(options.words)
     distributed.from_main(lambda: announce(write_report(out, command=words, wall_seconds=spent)))
@@ -239,8 +239,8 @@ def _share_of_cores(options: argparse.Namespace) -> tuple[int, int]:
     """Return trainings at once and threads of each.
 
     Counts all runs asked for, finished or not: a training that goes on later has as many threads as before,
-    since their number changes the last bits. Under a launcher all cores take part in one training after the other,
-    as they do on a GPU, whose memory is that of one.
+    since their number changes the last bits. Under a launcher all cores take part in one training after the other.
+    On a GPU one training runs at a time, because all would share its memory.
     """
     plan = _plan(options)
     cores = options.threads or os.cpu_count() or 1

@@ -154,7 +154,7 @@ def _copied_samples(
 def _add_generated(results: dict[str, Any], collected: Mapping[str, Any], out: Path, folder: Path) -> None:
     """Copy what each arm's first seed generated, if it is among those in ``out``, and note the captions of all.
 
-    Only evaluations under the headline rule keep pictures, so that an arm measured under others alone has none.
+    Only evaluations under the headline rule keep pictures; an arm measured only under other rules has none.
     """
     images = full_size(results)
     if images is None:

@@ -30,7 +30,7 @@ def pad_borders(images: Tensor, margins: Sides, circular: bool) -> Tensor:
         circular: continue on the opposite edge; otherwise repeat the edge pixel.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        # Fused into what comes next, gradient included; and of operators that a traced program can be saved with.
+        # Fused into what comes next, gradient included. Traced programs cannot be saved with autograd functions.
         left, right, top, bottom = margins
         wide = _joined(images, left, right, 3, circular)
         return _joined(wide, top, bottom, 2, circular)

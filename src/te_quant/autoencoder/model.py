@@ -234,7 +234,7 @@ class VQAutoencoder(nn.Module):
         Raises:
             ValueError: the quantizer was replaced by one of another ``code_dim`` or ``channel_dim``, one of its
                 options has no form in JSON, two weights are tied, or parametrizations or wrappers give weights
-                other names. Those of :func:`torch.compile` do no harm.
+                other names. Modules that :func:`torch.compile` has compiled keep their own.
             TypeError: it was replaced by something else than a quantizer.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
@@ -416,7 +416,7 @@ def _require_quantizer(quantizer: object) -> Quantizer:
 
 
 def _stored(model: VQAutoencoder) -> dict[str, Tensor]:
-    """The state of ``model`` without what a quantizer that has stopped reviving codes keeps of the time before."""
+    """Return the state of ``model`` without the revival buffers of quantizers whose ``revival_threshold`` is 0."""
     state: dict[str, Tensor] = model.state_dict()
     for prefix, part in model.named_modules():
         if isinstance(part, VectorQuantizer) and not part.revival_threshold:

@@ -451,8 +451,8 @@ class GPT(nn.Module):
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
         Raises:
-            ValueError: two weights are tied, or parametrizations or wrappers give weights other names. Those of
-                :func:`torch.compile` do no harm.
+            ValueError: two weights are tied, or parametrizations or wrappers give weights other names. Modules
+                that :func:`torch.compile` has compiled keep their own.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """

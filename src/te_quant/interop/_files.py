@@ -210,7 +210,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _stand_in(path: Path, name: str, uses: Mapping[str, set[str]]) -> type:
-    """Return what is built in place of the class ``name``, of which objects are filled by these instructions."""
+    """Return the type that stands in for the class ``name``, chosen by the instructions that fill its objects."""
     own = uses.get(name, set())
     if own & {"SETITEM", "SETITEMS"}:
         return _Mapping
@@ -222,7 +222,7 @@ def _stand_in(path: Path, name: str, uses: Mapping[str, set[str]]) -> type:
 
 
 def _uses(path: Path) -> dict[str, set[str]]:
-    """Return the instructions by which a pickle fills the objects that it makes of what it names.
+    """Return, for each class that a pickle names, the instructions that fill its objects.
 
     Nothing is built: of each object on the stack of the reader only the name is followed.
     """

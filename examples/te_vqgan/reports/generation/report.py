@@ -118,7 +118,7 @@ def generation_blocks(results: Mapping[str, Any]) -> list[Block]:
     pictured = bool(results.get("generated"))
     blocks += [Picture(name, text) for name, text in _PICTURES.items() if pictured or name not in _OF_SAMPLES]
     if not pictured:
-        blocks.append(Paragraph(f"Pictures of generated images are kept by `evaluate --rules {HEADLINE}`."))
+        blocks.append(Paragraph(f"No generated images are stored; `evaluate --rules {HEADLINE}` stores them."))
     return blocks
 
 

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from examples.te_vqgan.reports.document import Block, Paragraph, Table, to_markdown
 from examples.te_vqgan.reports.generation.tables import mean
@@ -36,9 +36,6 @@ from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from examples.te_vqgan.stage1.presets import ARMS
 from examples.te_vqgan.stage2.rules import rule_title
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["interim", "label", "write_hypotheses"]
 
@@ -161,10 +158,11 @@ def _blocks(results: Mapping[str, Any], found: Mapping[str, Sequence[Result]]) -
 
 
 def _verdict_table(found: Mapping[str, Sequence[Result]]) -> Table:
-    """A row a hypothesis: its comparisons and its verdict under each rule."""
+    """Return a row for each hypothesis, with its comparisons and its verdict under each rule."""
     header = ["hypothesis", "task"]
     for rule in found:
-        header += [f"{rule_title(rule)} ({RULES[rule]}): mean, 95 % interval; p, Holm", "verdict"]
+        decoding = {"paper": "decoding of the released code"}.get(rule, rule_title(rule))
+        header += [f"{decoding} ({RULES[rule]}): mean (95 % interval), corrected p", "verdict"]
     rows = []
     for name, statement in STATEMENTS.items():
         chosen = {
@@ -182,8 +180,9 @@ def _verdict_table(found: Mapping[str, Sequence[Result]]) -> Table:
 
 def _tested(result: Result) -> str:
     low, high = result.test.interval
+    p = _probability(result.corrected)
     interval = f"{_signed(low)} to {_signed(high)}"
-    return f"{_signed(result.test.mean)}, {interval}; {_probability(result.corrected)}"
+    return f"{_signed(result.test.mean)} ({interval}), p {p if p.startswith('<') else f'= {p}'}"
 
 
 def _outcome_table(results: Mapping[str, Any], rule: str) -> Table:

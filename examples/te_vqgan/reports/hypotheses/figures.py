@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from examples.te_vqgan.reports.hypotheses.analysis import Result
+from examples.te_vqgan.reports.hypotheses.analysis import Result, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +18,8 @@ _COLORS = {"confirmed": "C2", "contradicted": "C3", "not resolved": "0.35"}
 
 def draw_effects(panels: Mapping[str, Sequence[tuple[str, Result, str]]]) -> Figure:
     """Draw every comparison: its mean with the 95 % interval, a small point per seed, and a shaded stated side.
+
+    The colour is that of the comparison's own test, the word behind it the verdict of its hypothesis.
 
     Args:
         panels: by title, for each comparison its name, the result, and the verdict of its hypothesis.
@@ -34,11 +36,10 @@ def draw_effects(panels: Mapping[str, Sequence[tuple[str, Result, str]]]) -> Fig
         limit = 1.05 * max(*ends, 0.01)
         for place, (_, one, judged) in enumerate(comparisons):
             low, high = one.test.interval
+            color = _COLORS[verdict([one])]
             axis.barh(place, one.comparison.sign * limit, height=0.8, color="0.94", zorder=0)
-            axis.plot(
-                [low, high], [place, place], color=_COLORS[judged], linewidth=2, marker="|", label="interval"
-            )
-            axis.plot(one.test.mean, place, marker="D", markersize=7, color=_COLORS[judged], label="mean")
+            axis.plot([low, high], [place, place], color=color, linewidth=2, marker="|", label="interval")
+            axis.plot(one.test.mean, place, marker="D", markersize=7, color=color, label="mean")
             values = list(one.differences.values())
             heights = [place + 0.22] * len(values)
             axis.plot(values, heights, linestyle="none", marker="o", markersize=3.5, color="0.5", label="seeds")
