@@ -35,7 +35,7 @@ from examples.te_vqgan.reports.results import read_results
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from examples.te_vqgan.stage1.presets import ARMS
-from examples.te_vqgan.stage2.rules import rule_title
+from examples.te_vqgan.stage2.rules import HEADLINE, rule_title
 
 __all__ = ["interim", "label", "write_hypotheses"]
 
@@ -161,8 +161,7 @@ def _verdict_table(found: Mapping[str, Sequence[Result]]) -> Table:
     """Return a row for each hypothesis, with its comparisons and its verdict under each rule."""
     header = ["hypothesis", "task"]
     for rule in found:
-        decoding = {"paper": "decoding of the released code"}.get(rule, rule_title(rule))
-        header += [f"{decoding} ({RULES[rule]}): mean (95 % interval), corrected p", "verdict"]
+        header += [f"{_decoding(rule)}: mean (95 % interval), corrected p", "verdict"]
     rows = []
     for name, statement in STATEMENTS.items():
         chosen = {
@@ -176,6 +175,11 @@ def _verdict_table(found: Mapping[str, Sequence[Result]]) -> Table:
             row += [". ".join(cells), verdicts(found[rule])[name]]
         rows.append(row)
     return Table(header, rows)
+
+
+def _decoding(rule: str) -> str:
+    title = "decoding of the released code" if rule == HEADLINE else rule_title(rule)
+    return f"{title} ({RULES[rule]})"
 
 
 def _tested(result: Result) -> str:
@@ -199,7 +203,7 @@ def _effects(found: Mapping[str, Sequence[Result]]) -> dict[str, list[tuple[str,
     panels = {}
     for rule, results in found.items():
         judged = verdicts(results)
-        panels[f"{RULES[rule]} rule: {rule_title(rule)}"] = [
+        panels[_decoding(rule)] = [
             (
                 f"{one.comparison.hypothesis}  {label(one.comparison)}\n{TASKS[one.comparison.task]}",
                 one,
