@@ -211,8 +211,7 @@ def test_the_command_writes_tables_data_and_figures(
             parts = [one for one in data["rules"][rule]["comparisons"] if one["hypothesis"] == name[:2]]
             for one in parts:
                 low, high = map(signed, one["interval"])
-                assert f"{signed(one['mean'])} ({low} to {high}), p " in cell
-                assert (f"{one['difference']}: " in cell) is (len(parts) > 1)
+                assert f"{one['difference']}: {signed(one['mean'])} ({low} to {high}), p " in cell
     # Negative results stand in the same table.
     assert text.count("contradicted") == 2 * 4
     assert data["command"].startswith("python -m examples.te_vqgan hypotheses")
@@ -348,6 +347,19 @@ def test_the_forest_plot_shows_means_intervals_and_seeds() -> None:
         # The stated side: right of zero, then left of it.
         assert [bar.get_width() > 0 for bar in axis.patches] == [True, False, True]
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["one", "two", "three"]
+
+
+def test_differences_of_losses_have_a_scale_of_their_own() -> None:
+    """Below the others, in both panels, which keep theirs."""
+    plain = ("one", _result(1, 0.1, 0.5), "not resolved")
+    wide = Result(COMPARISONS[6], {2: 0.1, 3: 0.9}, TTest(0.5, 0.4, 1, 0.5, (-4.0, 5.0)), 0.5)
+    axes = draw_effects(
+        {"left": [plain, ("losses", wide, "not resolved")], "right": [plain, ("losses", wide, "not resolved")]}
+    ).axes
+    assert [axis.get_title() for axis in axes] == ["left", "right", "", ""]
+    assert [axis.get_xlim()[1] for axis in axes] == pytest.approx([0.105, 0.105, 5.25, 5.25])
+    names = [[text.get_text() for text in axis.get_yticklabels()] for axis in axes[::2]]
+    assert names == [["one"], ["losses"]]
 
 
 def test_candidates_are_drawn_as_a_line_of_means_with_every_seed() -> None:

@@ -170,8 +170,7 @@ def _verdict_table(found: Mapping[str, Sequence[Result]]) -> Table:
         tasks = dict.fromkeys(TASKS[one.comparison.task] for results in chosen.values() for one in results)
         row = [f"{name}: {statement}", ", ".join(tasks)]
         for rule, results in chosen.items():
-            several = len(results) > 1
-            cells = [f"{label(one.comparison)}: {_tested(one)}" if several else _tested(one) for one in results]
+            cells = [f"{label(one.comparison)}: {_tested(one)}" for one in results]
             row += [". ".join(cells), verdicts(found[rule])[name]]
         rows.append(row)
     return Table(header, rows)
