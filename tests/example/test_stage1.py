@@ -218,14 +218,16 @@ def test_a_compiler_changes_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_compiled_training_meets_the_discriminator(monkeypatch: pytest.MonkeyPatch) -> None:
     """The adaptive weight needs the gradients twice, from a graph that was compiled in the steps without it."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model = dataclasses.replace(SMOKE.model, channel_multipliers=(1,))
     settings = _settings(model=model, **ADVERSARIAL)
     assert settings.adversarial_adaptive
     assert settings.adversarial_start == 2
     plain = Stage1Trainer(settings, torch.device("cpu"))
-    _assert_alike(plain, Stage1Trainer(settings, torch.device("cpu"), channels_last=True, compiled=True))
+    # Torch's default, whatever trained here before; and what it was afterwards.
+    with torch._functorch.config.patch(donated_buffer=True):
+        _assert_alike(plain, Stage1Trainer(settings, torch.device("cpu"), channels_last=True, compiled=True))
+    assert torch._functorch.config.donated_buffer
 
 
 def test_the_first_step_of_adam_moves_the_codes_by_the_faster_rate() -> None:
