@@ -35,8 +35,8 @@ __all__ = [
     "values_of",
 ]
 
-# The curves need no more points than a figure has pixels.
-_LOG_LINES = 120
+# Enough for curves on a logarithmic or smooth scale; the archive of a release holds every line.
+_LOG_LINES = 48
 
 
 class Metric(NamedTuple):
