@@ -19,7 +19,7 @@ from tests.published import RESULTS, published
 
 REPORTS = sorted(path.parent.name for path in RESULTS.glob("*/report.md"))
 # As the plan has them; the first is the base.
-REGIMES = [name for name in ("small", "small-long", "small-fine") if name in REPORTS]
+REGIMES = [name for name in ("small", "small-fine") if name in REPORTS]
 
 
 @pytest.fixture
