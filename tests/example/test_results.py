@@ -44,7 +44,8 @@ def _finish(
         _write(inner, **{"rule-paper": {"held_out": [arm, seed, size]}})
         (inner / "log.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
         texts = {split: {"captions": [f"{split} caption"], "written": ["x"]} for split in ("held_out", "seen")}
-        save_checkpoint(inner / "rule-paper.safetensors", {"is": torch.tensor([seed, size])}, texts)
+        pictures = {"is": torch.tensor([seed, size]), "seen.generated": torch.zeros(1)}
+        save_checkpoint(inner / "rule-paper.safetensors", pictures, texts)
 
 
 def _runs(results: dict[str, Any]) -> list[tuple[str, int]]:
@@ -281,6 +282,8 @@ def test_reports_of_several_folders_are_one(tmp_path: Path) -> None:
     # The pictures are those of each arm's first seed and of the larger training set.
     assert _tensor(target, "vqgan", "seed") == 0
     assert _tensor(target, "vqgan-generated", "is") == [0, 32]
+    # Figures show nothing of seen combinations.
+    assert load_checkpoint(target / "samples" / "vqgan-generated.safetensors")[0].keys() == {"is"}
     results = json.loads((target / "results.json").read_text())
     assert list(results["samples"]) == ["VQGAN", "MB", "SC, K = 16"]
     assert results["captions"] == {"held_out": ["held_out caption"], "seen": ["seen caption"]}

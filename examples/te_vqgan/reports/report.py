@@ -42,7 +42,7 @@ from examples.te_vqgan.reports.results import (
     to_text,
 )
 from examples.te_vqgan.reports.trial import trial_size
-from examples.te_vqgan.runs.checkpoint import load_checkpoint
+from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from examples.te_vqgan.stage2.rules import HEADLINE
@@ -172,8 +172,10 @@ def _add_generated(results: dict[str, Any], collected: Mapping[str, Any], out: P
     names = {arm: name for arm, name in results.get("generated", {}).items() if arm in arms}
     for arm, source in next(filter(None, by_rule), {}).items():
         names[arm] = f"samples/{arm}-generated.safetensors"
-        write_bytes_atomically(folder / names[arm], source.read_bytes())
-        _, texts = load_checkpoint(source)
+        tensors, texts = load_checkpoint(source)
+        # Figures show held-out combinations; the archive of a release has the seen ones.
+        shown = {name: tensor for name, tensor in tensors.items() if not name.startswith("seen.")}
+        save_checkpoint(folder / names[arm], shown, texts)
         results["captions"] = {split: part["captions"] for split, part in texts.items()}
     results["generated"] = names
 
