@@ -197,3 +197,17 @@ def test_a_decoder_that_gives_nan_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"^reconstruct\(images\) must be finite, got 1024 NaN or infinite"):
         _equivariance(encode, broken, images)
+
+
+def test_a_variable_that_was_never_assigned_is_passed_by() -> None:
+    """As in functions that have a model for one of two cases; the model of the other is still seen."""
+
+    def make(*, learns: bool) -> ImageMap:
+        if learns:
+            counted = nn.BatchNorm2d(1).double()
+        return lambda x: encode(counted(x) if learns else x)
+
+    images = torch.rand(2, 1, 16, 16, dtype=torch.float64) * 2 - 1
+    assert numerical_floor(make(learns=False), images, num_codes=16)["batch of one"].rate == 1
+    with pytest.raises(ValueError, match=r"got one that changes '(num_batches_tracked|running_mean)'"):
+        numerical_floor(make(learns=True), images, num_codes=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from te_quant.autoencoder import AutoencoderConfig, Encoding, EquivarianceContract, VQAutoencoder, build_encoder
 from te_quant.contract import GROUPS, Reach
-from te_quant.filters import PADDING_MODES
+from te_quant.filters import PADDING_MODES, PaddingMode, pad2d
 from te_quant.layers import (
     ACTIVATIONS,
     DOWNSAMPLERS,
@@ -545,6 +546,27 @@ def test_every_layer_passes_the_check_for_strangers(name: str) -> None:
 def test_honest_layers_pass_the_check(factory: object) -> None:
     """Of a stranger, or of torch."""
     check_downsample(factory)
+
+
+@pytest.mark.parametrize("size", [5, 15, 27, 41])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_layers_of_any_reach_are_checked(size: int, shift: int) -> None:
+    """The images are larger than the margins that the layer reflects; one pixel too far is still found."""
+
+    class Wide(nn.Module):
+        reach, exact_for = Reach(size, stride=2), "interior"
+
+        def __init__(self, channels: int, *, padding_mode: PaddingMode) -> None:
+            super().__init__()
+            self.mode, reads = padding_mode, size + 2 * shift
+            self.conv = nn.Conv2d(channels, channels, reads, 2, groups=channels)
+
+        def forward(self, images: Tensor) -> Tensor:
+            margin = size // 2 + shift
+            return self.conv(pad2d(images, (margin,) * 4, self.mode))
+
+    with pytest.raises(AssertionError, match=f"reach of {size}") if shift else contextlib.nullcontext():
+        check_downsample(Wide)
 
 
 class _ThreePixels(_Padded):

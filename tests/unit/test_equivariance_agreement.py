@@ -138,6 +138,17 @@ def test_masked_tokens_need_no_code():
     assert count_pairs(tokens, tokens, 3, tokens >= 0).agreement().tokens == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int32])
+def test_tokens_of_any_integer_dtype_are_counted(dtype):
+    """Files hold them as small and unsigned numbers; with those behind the codes refused."""
+    first, second = torch.randint(0, 100, (2, 40)), torch.randint(0, 100, (2, 40))
+    found = count_pairs(first.to(dtype), second.to(dtype), 100)
+    expected = count_pairs(first, second, 100)
+    assert (found.equal, found.first.tolist()) == (expected.equal, expected.first.tolist())
+    with pytest.raises(ValueError, match=r"second must be in \[0, num_codes=100\), got 101"):
+        count_pairs(first.to(dtype), torch.full_like(first, 101).to(dtype), 100)
+
+
 @quick
 @given(st.integers(1, 3), st.floats(0, 0.9), st.data())
 def test_foreground_tokens_match_a_loop_over_pixels(stride, tau, data):

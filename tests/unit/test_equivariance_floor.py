@@ -72,6 +72,16 @@ def test_report_carries_the_floor_of_its_unshifted_images():
     assert "numerical floor" not in none.to_markdown()
 
 
+def test_batches_of_one_are_no_variant_of_themselves():
+    """Nothing was compared then, which a rate of 1 would hide."""
+    images = torch.rand(3, 1, 8, 8) * 2 - 1
+    assert numerical_floor(depends_on_batch, images, num_codes=8, batch_size=1) == {}
+    floor = numerical_floor(depends_on_batch, images, num_codes=8, batch_size=2)
+    assert floor["batch of one"].differing == 2 * 16
+    report = measure_equivariance(levels, images, stride=2, num_codes=8, protocol="circular", batch_size=1)
+    assert report.numerical_floor == {}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -83,6 +93,9 @@ def test_report_carries_the_floor_of_its_unshifted_images():
         ({"resamples": -1}, ValueError, "resamples must be an int >= 0"),
         ({"variants": {"one": 0}}, ValueError, r"variants\['one'\] must be an int >= 1, got 0"),
         ({"variants": {"one": True}}, TypeError, r"variants\['one'\] must be an int >= 1, got True"),
+        # No batch is larger than those in which `tokenize` is called anyway.
+        ({"variants": {"128": 128}}, ValueError, r"variants\['128'\] must be below batch_size=64, .* got 128"),
+        ({"variants": {"4": 4}, "batch_size": 4}, ValueError, r"variants\['4'\] must be below batch_size=4"),
         (
             {"tokenize": lambda x: levels(x).flatten(1)},
             ValueError,
@@ -162,7 +175,7 @@ MEASURES = {
     ),
     "floor": (
         lambda tokenize, images: numerical_floor(
-            tokenize, images, num_codes=16, variants={"again": 2}, batch_size=2, resamples=0
+            tokenize, images, num_codes=16, variants={"again": tokenize}, batch_size=2, resamples=0
         ),
         4,
         "tokenize",

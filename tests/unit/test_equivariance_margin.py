@@ -87,6 +87,15 @@ def test_close_codes_far_from_the_origin_lose_no_accuracy():
     assert copies.tolist() == [math.inf]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+def test_indices_may_have_any_integer_dtype(dtype):
+    """As files hold them."""
+    codebook, latents = torch.randn(9, 3), torch.randn(20, 3)
+    indices = nearest_code(latents, codebook)
+    found = code_margins(latents, codebook, indices.to(dtype))
+    assert torch.equal(found, code_margins(latents, codebook, indices))
+
+
 def test_chunks_change_nothing(monkeypatch):
     """Blocks of a few vectors at a time give the same margins."""
     codebook, z = torch.randn(6, 4), torch.randn(40, 4)

@@ -138,6 +138,22 @@ def test_polyphase_passes_with_its_own_law(images, shift):
     assert math.isnan(error.near_border)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_offsets_of_any_integer_dtype_give_the_same_law(dtype):
+    """Differences of bytes must not wrap around."""
+    images = torch.arange(2).view(2, 1, 1, 1).expand(2, 1, 8, 8).float()
+    law = phase_token_shift(lambda x: x[:, 0, 0, :2].to(dtype), 2)
+    found = law(images, 1 - images, (1, 1))
+    assert found.tolist() == [[0, 0], [1, 1]]
+
+
+def test_offsets_that_are_no_integers_are_refused():
+    """They would be rounded."""
+    law = phase_token_shift(lambda x: x[:, 0, 0, :2], 2)
+    with pytest.raises(TypeError, match=r"offsets\(images\) must be an integer tensor, got torch.float32"):
+        law(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8), (1, 1))
+
+
 def test_a_law_that_is_off_by_one_token_fails():
     """The tokens are where it does not look for them."""
     law = phase_token_shift(lambda x: polyphase(x)[1], 2)

@@ -49,8 +49,9 @@ class Resamples:
         generator = torch.Generator().manual_seed(seed)
         rows = max(1, _MOST_ELEMENTS // num_images)
         for start in range(0, count, rows):
-            drawn = torch.randint(0, num_images, (min(rows, count - start), num_images), generator=generator)
-            times = torch.zeros(drawn.shape, dtype=torch.int32)
+            size = (min(rows, count - start), num_images)
+            drawn = torch.randint(0, num_images, size, generator=generator, device="cpu")
+            times = torch.zeros(size, dtype=torch.int32, device="cpu")
             self._times.append(times.scatter_add_(1, drawn, torch.ones_like(times)))
 
     def interval(self, estimate: Callable[[Tensor], Tensor]) -> Interval:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 
 from torch import Tensor, nn
 
@@ -64,8 +63,10 @@ def _modules(holder: object, depth: int) -> Iterator[nn.Module]:
     elif isinstance(holder, MethodType):
         held = [holder.__self__]
     elif isinstance(holder, FunctionType):
-        named = inspect.getclosurevars(holder)
-        held = [*named.nonlocals.values(), *named.globals.values()]
+        # Not by inspect.getclosurevars, which fails for a variable that was never assigned.
+        cells = [cell for cell in holder.__closure__ or () if cell != CellType()]
+        names = [name for name in holder.__code__.co_names if name in holder.__globals__]
+        held = [*(cell.cell_contents for cell in cells), *(holder.__globals__[name] for name in names)]
     else:
         held = list(getattr(holder, "__dict__", {}).values())
     for one in held:

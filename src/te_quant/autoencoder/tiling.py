@@ -260,10 +260,11 @@ class _Plan(NamedTuple):
 def _averaged(tiles: Iterator[Tensor], spans: list[_Span], axis: int, scale: int, side: int) -> Tensor:
     """Average overlapping tiles along one axis, weighted by the distance from their ends."""
     places = [
-        torch.arange(scale * span.start, scale * (span.start + span.size)) % (scale * side) for span in spans
+        torch.arange(scale * span.start, scale * (span.start + span.size), device="cpu") % (scale * side)
+        for span in spans
     ]
     weights = [_distances(len(place)) for place in places]
-    total = torch.zeros(scale * side, dtype=torch.float64)
+    total = torch.zeros(scale * side, dtype=torch.float64, device="cpu")
     for place, weight in zip(places, weights, strict=True):
         total[place] += weight
     first = next(tiles)
@@ -278,5 +279,5 @@ def _averaged(tiles: Iterator[Tensor], spans: list[_Span], axis: int, scale: int
 
 def _distances(size: int) -> Tensor:
     """Return how far the middle of each pixel lies from the nearer end."""
-    middles = torch.arange(size, dtype=torch.float64) + 0.5
+    middles = torch.arange(size, dtype=torch.float64, device="cpu") + 0.5
     return torch.minimum(middles, size - middles)

@@ -30,5 +30,5 @@ def border_distances(sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _axis(side: int) -> Tensor:
-    places = torch.arange(side)
+    places = torch.arange(side, device="cpu")
     return torch.minimum(places, side - 1 - places)

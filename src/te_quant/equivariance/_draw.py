@@ -55,7 +55,7 @@ def draw_fractional_shifts(stride: int, count: int, seed: int) -> tuple[Fraction
     while side**2 < count:
         side *= 2
     squares = _one_of_each(sorted(product(range(side), range(side)), key=_morton), count, generator)
-    within = torch.rand(count, 2, generator=generator, dtype=torch.float64).tolist()
+    within = torch.rand(count, 2, generator=generator, dtype=torch.float64, device="cpu").tolist()
 
     def pixels(place: float) -> float:
         return math.floor(place * stride / side * _PARTS) / _PARTS
@@ -67,7 +67,7 @@ def _one_of_each(ordered: Sequence[_Item], count: int, generator: torch.Generato
     drawn = []
     for part in range(count):
         start, stop = (len(ordered) * bound // count for bound in (part, part + 1))
-        drawn.append(ordered[int(torch.randint(start, stop, (), generator=generator))])
+        drawn.append(ordered[int(torch.randint(start, stop, (), generator=generator, device="cpu"))])
     return drawn
 
 

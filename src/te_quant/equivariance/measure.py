@@ -104,7 +104,7 @@ def measure_equivariance(
         codebook: with ``latents``, adds margins and the certified rate. Has to be what ``tokenize`` compares with
             in L2; for cosine similarity give normalised codes and latents.
         variants: other ways to compute the same indices, for the numerical floor; see :func:`numerical_floor`.
-            None: batches of one. ``{}`` for none.
+            None: batches of one, unless ``batch_size`` is 1. ``{}`` for none.
         shifts: pixel shifts (dy, dx) by whole tokens, the identity excluded. None: by one token and as far
             as possible, in every direction.
         sub_stride_shifts: pixel shifts below one token; ``"all"`` for {0..s-1}² but the identity; or their number,
@@ -177,7 +177,7 @@ def measure_equivariance(
         sub_stride_drawn=_drawn(sub_stride_shifts) and len(below) < views.stride**2 - 1,
         fractional_shifts=views.fractional_shifts(fractional_shifts, seed),
     )
-    given = Callables(tokenize, reconstruct, latents, quantize, codebook, check_variants(variants))
+    given = Callables(tokenize, reconstruct, latents, quantize, codebook, check_variants(variants, batch_size))
     # The decorator above is one more frame.
     warn_of_another_range("images", images, data_range, ground=views.ground, tau=chosen_tau, stacklevel=3)
     run = Measurement(views, settings, given)

@@ -124,7 +124,7 @@ class TokenStability(nn.Module):
             for cycle in range(self.cycles)
         ]
         self._pixels = PixelTally(peak=high - low)
-        self._histogram = torch.zeros(self.num_codes or 0, dtype=torch.int64)
+        self._histogram = torch.zeros(self.num_codes or 0, dtype=torch.int64, device="cpu")
         self._images = 0
         # Of every image so far at least one token shows the ground.
         self._all_show_ground = True
@@ -253,8 +253,9 @@ class TokenStability(nn.Module):
         require(self._layout is not None, "images", "at least one before compute", 0)
         assert self._layout is not None
         drawn = Resamples(self._images, self.resamples, self.seed)
-        usage = CodebookUsage(max(1, len(self._histogram)))
-        usage.merge(_sum(self._histogram, torch.zeros(1, dtype=torch.int64)))
+        with torch.device("cpu"):
+            usage = CodebookUsage(max(1, len(self._histogram)))
+            usage.merge(_sum(self._histogram, torch.zeros(1, dtype=torch.int64)))
         image_size, grid, from_images = self._layout
         rounds = [tallies.stability(drawn) for tallies in self._tallies]
         # Photographs have no ground: their foreground would be all tokens but some dark ones.
@@ -358,7 +359,7 @@ def _share(sums: Tensor) -> Tensor:
 
 def _sum(first: Tensor, second: Tensor) -> Tensor:
     """Add two histograms, of which one may know fewer codes."""
-    total = torch.zeros(max(len(first), len(second)), dtype=torch.int64)
+    total = torch.zeros(max(len(first), len(second)), dtype=torch.int64, device="cpu")
     for part in (first, second):
         total[: len(part)] += part
     return total

@@ -104,7 +104,7 @@ class Transform:
         Shape:
             returns: (h, w) bool, on the CPU.
         """
-        return torch.ones(grid, dtype=torch.bool)
+        return torch.ones(grid, dtype=torch.bool, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,8 @@ class JPEG(Transform):
             file = io.BytesIO()
             picture.save(file, format="JPEG", quality=self.quality)
             # A copy that may be written to, which torch wants.
-            values = torch.tensor(bytearray(image_module.open(file).tobytes()), dtype=torch.uint8)
+            read = bytearray(image_module.open(file).tobytes())
+            values = torch.tensor(read, dtype=torch.uint8, device="cpu")
             decoded.append(values.view(pixels.shape))
         return _from_bytes(torch.stack(decoded).movedim(-1, 1), images, data_range)
 
@@ -281,7 +282,7 @@ class CropAndPlace(Transform):
 
     def valid_tokens(self, grid: tuple[int, int], *, stride: int) -> Tensor:
         """Return True for the tokens whose pixels all lie in the middle."""
-        pixels = torch.zeros([side * stride for side in grid])
+        pixels = torch.zeros([side * stride for side in grid], device="cpu")
         rows, columns = (_middle(side, self.keep) for side in pixels.shape)
         pixels[rows, columns] = 1
         return F.avg_pool2d(pixels[None], stride)[0] == 1
@@ -467,10 +468,10 @@ def _shifted(images: Tensor, shift: Shift, border: Border) -> Tensor:
 
 def _shown(grid: tuple[int, int], shift: Shift, stride: int, border: Border) -> Tensor:
     if border == "circular":
-        return torch.ones(grid, dtype=torch.bool)
+        return torch.ones(grid, dtype=torch.bool, device="cpu")
     sides = []
     for side, amount in zip(grid, shift, strict=True):
-        places = torch.arange(side)
+        places = torch.arange(side, device="cpu")
         source = places - _nearest(amount, stride)
         moved = (places * stride >= amount) & ((places + 1) * stride <= side * stride + amount)
         sides.append((source >= 0) & (source < side) & moved)

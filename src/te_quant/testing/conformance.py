@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from te_quant.quantizers import Quantizer, QuantizerOutput
 from te_quant.quantizers.base import LATENT_SHAPES
+from te_quant.testing._surroundings import fixed_surroundings, seed_cpu
 
 __all__ = ["QUANTIZER_CHECKS", "QuantizerFactory", "check_quantizer"]
 
@@ -51,8 +52,9 @@ _SEED = 0
 def check_quantizer(factory: QuantizerFactory) -> None:
     """Hold a quantizer to everything that the quantizers of this library promise.
 
-    Runs all of :data:`QUANTIZER_CHECKS` on the CPU, in a few seconds, and leaves the global random state alone. To
-    see one result per check, parametrize your test over :data:`QUANTIZER_CHECKS` instead.
+    Runs all of :data:`QUANTIZER_CHECKS` on the CPU, in a few seconds. Default dtype and device, ``no_grad``,
+    autocast and the global random state (also that of accelerators) do not matter, and are as before afterwards.
+    To see one result per check, parametrize your test over :data:`QUANTIZER_CHECKS` instead.
 
     Args:
         factory: builds the quantizer: a class whose other arguments have defaults, or a ``functools.partial`` of
@@ -84,8 +86,7 @@ def _check(
     def decorate(check: Callable[[str, QuantizerFactory], None]) -> Callable[[QuantizerFactory], None]:
         @functools.wraps(check)
         def run(factory: QuantizerFactory) -> None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_SEED)
+            with fixed_surroundings(_SEED):
                 try:
                     check(promise, factory)
                 except AssertionError:
@@ -149,7 +150,7 @@ def _draws(quantizer: Quantizer, dtype: torch.dtype = torch.float32) -> bool:
     latents = _latents(quantizer, (64, -1), dtype)
     indices = []
     for seed in (1, 2):
-        torch.manual_seed(seed)
+        seed_cpu(seed)
         twin = copy.deepcopy(quantizer).train()
         twin(latents)
         indices.append((twin(latents).indices, _state(twin)))
@@ -637,7 +638,7 @@ def _checkpointing(promise: str, factory: QuantizerFactory) -> None:
         gradients = []
         for quantizer in (plain, twin):
             latents = batch.clone().requires_grad_()
-            torch.manual_seed(step)
+            seed_cpu(step)
             scalar = _checkpointed(quantizer, latents) if quantizer is twin else _scalar(quantizer, latents)
             gradients.append(torch.autograd.grad(scalar, latents)[0])
         where = f"in step {step + 1}"
@@ -663,10 +664,10 @@ def _copies(promise: str, factory: QuantizerFactory) -> None:
     _promise(repr(original) == repr(twin), promise, f"{twin!r} is not {original!r}")
     before = _state(original)
     latents = _latents(original, _IMAGE)
-    torch.manual_seed(1)
+    seed_cpu(1)
     changed = twin(latents)
     _promise(_same_state(original, before), promise, "a step of the copy changes the original")
-    torch.manual_seed(1)
+    seed_cpu(1)
     output = original(latents)
     equal = all(torch.equal(one, other) for one, other in zip(output, changed, strict=True))
     _promise(equal and _same_state(original, _state(twin)), promise, "their next step differs")
@@ -681,7 +682,7 @@ def _state_dicts(promise: str, factory: QuantizerFactory) -> None:
     latents = _latents(original, _IMAGE)
     outputs = []
     for quantizer in (original, twin):
-        torch.manual_seed(1)
+        seed_cpu(1)
         outputs.append(quantizer(latents))
     equal = all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
     _promise(equal and _same_state(original, _state(twin)), promise, "its next step differs")
@@ -694,7 +695,7 @@ def _generators(promise: str, factory: QuantizerFactory) -> None:
     before, outputs = copy.deepcopy(quantizer), []
     for global_seed in (1, 2):
         twin = copy.deepcopy(before)
-        torch.manual_seed(global_seed)
+        seed_cpu(global_seed)
         outputs.append(twin(latents, generator=torch.Generator().manual_seed(3)))
     equal = all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
     _promise(equal, promise, "two steps with equal generators differ")

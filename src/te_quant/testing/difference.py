@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from te_quant._checks import require, require_choice, require_int, require_rank
+from te_quant._checks import require, require_choice, require_int, require_integer_tensor, require_rank
 from te_quant._measuring.calls import call_on_copy
 from te_quant._measuring.float64 import float64
 from te_quant.equivariance._border import border_distances
@@ -195,7 +195,11 @@ def phase_token_shift(offsets: Callable[[Tensor], Tensor], stride: int) -> Token
     stride = require_int("stride", stride, 1)
 
     def law(images: Tensor, shifted: Tensor, shift: Shift) -> Tensor:
-        moved = offsets(images) - offsets(shifted)
+        before, after = offsets(images), offsets(shifted)
+        for found in (before, after):
+            require_integer_tensor("offsets(images)", found)
+        # As signed numbers: differences of bytes would wrap around.
+        moved = before.long() - after.long()
         moved = moved + torch.tensor(shift, device=moved.device)
         whole = bool((moved % stride == 0).all())
         require(whole, "offsets", f"such that t + o - o' is a multiple of the stride {stride}", moved.tolist())

@@ -13,6 +13,7 @@ from te_quant.contract import Statement
 from te_quant.filters import PADDING_MODES, PaddingMode
 from te_quant.layers import DownsampleFactory, statement_of
 from te_quant.shifts import Shift, crop, roll
+from te_quant.testing._surroundings import fixed_surroundings
 from te_quant.testing.assertion import TOLERANCES, assert_shift_equivariant
 from te_quant.testing.difference import phase_token_shift
 
@@ -54,19 +55,19 @@ def check_downsample(factory: DownsampleFactory, *, channels: int = 3) -> None:
     channels = require_int("channels", channels, 1)
     modes: tuple[PaddingMode, ...] = ("circular",) if getattr(factory, "periodic", False) else PADDING_MODES
     for mode in modes:
-        # Building a layer draws weights; neither they nor the images below depend on the caller's seed.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with fixed_surroundings(0):
             layer = factory(channels, padding_mode=mode).double().eval()
-        name = getattr(factory, "__name__", type(layer).__name__)
-        _check(layer, f"{name} with padding_mode={mode!r}", channels)
+            name = getattr(factory, "__name__", type(layer).__name__)
+            _check(layer, f"{name} with padding_mode={mode!r}", channels)
 
 
 def _check(layer: nn.Module, name: str, channels: int) -> None:
     kept = statement_of(layer)
     if not hasattr(layer, "reach") or not hasattr(layer, "exact_for"):
         _require(kept.exact_for != "none", f"{name} must state reach and exact_for, and is treated as 'none'.")
-    images = _noise(4, channels, *_SIDES)
+    # Larger than any margin that reflects them.
+    more = 4 * ((kept.reach.size or 0) // 8)
+    images = _noise(4, channels, *(side + more for side in _SIDES))
     _check_output(layer, name, images, kept)
     if kept.exact_for == "none":
         return
@@ -127,11 +128,10 @@ def _check_reach(layer: nn.Module, name: str, kept: Statement, channels: int) ->
     """Measure which pixels move one pixel of the output, over several images and every channel."""
     size = kept.reach.size or 0
     side = 4 * (size // 2 + 4)
-    with torch.enable_grad():
-        images = _noise(16, channels, side, side).requires_grad_()
-        output = _pixels(layer, images)
-        middle = output.shape[-1] // 2
-        (gradient,) = torch.autograd.grad(output[..., middle, middle].sum(), images)
+    images = _noise(16, channels, side, side).requires_grad_()
+    output = _pixels(layer, images)
+    middle = output.shape[-1] // 2
+    (gradient,) = torch.autograd.grad(output[..., middle, middle].sum(), images)
     for axis in (-2, -1):
         touched = (gradient != 0).any(axis).any(1)
         # A phase selects another square in each image; that does not count as reach.

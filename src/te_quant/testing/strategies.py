@@ -91,7 +91,7 @@ def images(
     sizes = st.just(sides) if isinstance(sides, tuple) else sides
 
     def build(size: tuple[int, int], seed: int) -> Tensor:
-        noise = torch.rand(batch, channels, *size, generator=_generator(seed), dtype=torch.float64)
+        noise = torch.rand(batch, channels, *size, generator=_generator(seed), dtype=torch.float64, device="cpu")
         return (noise * 2 - 1).to(dtype)
 
     drawn: SearchStrategy[Tensor] = st.builds(build, sizes, _seeds())
@@ -139,9 +139,9 @@ def codebooks(
         side = 1
         while side**axes < 2 * k:
             side += 1
-        chosen = torch.randperm(side**axes, generator=generator)[:k]
+        chosen = torch.randperm(side**axes, generator=generator, device="cpu")[:k]
         lattice = torch.stack([chosen // side**axis % side for axis in range(axes)], 1) - (side - 1) / 2
-        codes = torch.rand(k, c, generator=generator, dtype=torch.float64) - 0.5
+        codes = torch.rand(k, c, generator=generator, dtype=torch.float64, device="cpu") - 0.5
         # Lattice points 2.5 apart, moved by half a unit at most: 1.5 remain, the rest is room for rounding.
         codes[:, :axes] += 2.5 * lattice
         return (codes * separation).to(dtype)
@@ -192,10 +192,10 @@ def latents_off_boundaries(
     def build(seed: int) -> tuple[Tensor, Tensor]:
         generator = _generator(seed)
         shape = (batch, *grid)
-        chosen = eligible[torch.randint(len(eligible), shape, generator=generator)]
-        direction = torch.randn(*shape, codes.shape[1], generator=generator, dtype=torch.float64)
+        chosen = eligible[torch.randint(len(eligible), shape, generator=generator, device="cpu")]
+        direction = torch.randn(*shape, codes.shape[1], generator=generator, dtype=torch.float64, device="cpu")
         direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        length = budget[chosen] * torch.rand(shape, generator=generator, dtype=torch.float64)
+        length = budget[chosen] * torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
         latents = codes[chosen] + direction * length.unsqueeze(-1)
         return latents.movedim(-1, 1).contiguous().to(codebook.dtype), chosen
 

@@ -102,7 +102,7 @@ class UnitSums:
         self.epsilon = torch.finfo(result.dtype).eps
         # Squared error of each part, and over how many shifted copies of the output it was summed.
         self.sums: dict[str, tuple[float, float]] = {}
-        self.power, self.variance = 0.0, torch.zeros(result.shape[1], dtype=torch.float64)
+        self.power, self.variance = 0.0, torch.zeros(result.shape[1], dtype=torch.float64, device="cpu")
         self.mean, self.count = torch.zeros_like(self.variance), 0
 
     def add(self, trial: Trial, shifts: tuple[Shift, ...], sub_shifts: tuple[Shift, ...]) -> None:

@@ -337,7 +337,7 @@ def _pairs(shifts: Iterable[Shift]) -> tuple[Shift, ...]:
     """Return them as pairs of plain ints, and refuse all else."""
     pairs = list(shifts)
     for shift in pairs:
-        roll(torch.empty(1, 1), shift)  # refuses what is no pair of ints
+        roll(torch.empty(1, 1, device="cpu"), shift)  # refuses what is no pair of ints
     return tuple((int(dy), int(dx)) for dy, dx in pairs)
 
 

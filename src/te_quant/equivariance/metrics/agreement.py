@@ -133,7 +133,7 @@ class PairCounts:
     def zero(cls, num_codes: int) -> PairCounts:
         """Start a sum: nothing compared yet."""
         num_codes = require_int("num_codes", num_codes, 1)
-        empty = torch.zeros(num_codes, dtype=torch.int64)
+        empty = torch.zeros(num_codes, dtype=torch.int64, device="cpu")
         return cls(0, empty, empty)
 
     def __add__(self, other: PairCounts) -> PairCounts:
@@ -194,8 +194,9 @@ def count_pairs(first: Tensor, second: Tensor, num_codes: int, mask: Tensor | No
     if mask is not None:
         require_mask("mask", mask, first.shape, first.device, "first")
         first, second = first[mask], second[mask]
-    first = require_in_range("first", first, num_codes, "num_codes")
-    second = require_in_range("second", second, num_codes, "num_codes")
+    # Not every unsigned dtype can be counted.
+    first = require_in_range("first", first.long(), num_codes, "num_codes")
+    second = require_in_range("second", second.long(), num_codes, "num_codes")
     return PairCounts(
         int((first == second).sum()),
         torch.bincount(first.reshape(-1), minlength=num_codes).cpu(),

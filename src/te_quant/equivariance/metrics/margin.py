@@ -177,7 +177,7 @@ def code_margins(latents: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
     require_axis("indices", indices, 0, latents.shape[0], "N")
     for name, tensor in (("latents", latents), ("indices", indices)):
         require_device(name, tensor, codebook.device, "codebook")
-    require_in_range("indices", indices, codebook.shape[0], "K")
+    indices = require_in_range("indices", indices.long(), codebook.shape[0], "K")
     # Around the centre of the codes the products below cancel least.
     exact = float64(codebook)
     latents, indices = latents.to(exact.device), indices.to(exact.device)

@@ -51,8 +51,9 @@ def numerical_floor(
         tokenize: images -> indices; set your model to evaluation mode first.
         images: as the tokenizer sees them, in any range.
         num_codes: number of codes, K.
-        variants: what to compare with ``tokenize``, by name: another callable, or a batch size at which
-            ``tokenize`` is called again. None: ``{"batch of one": 1}``.
+        variants: what to compare with ``tokenize``, by name: another callable, or a batch size below
+            ``batch_size``, at which ``tokenize`` is called again. None: ``{"batch of one": 1}``, or nothing for a
+            ``batch_size`` of 1.
         batch_size: images per call. The first batch is tokenized once more, to refuse randomness.
         resamples: how often the images are resampled for the intervals; 0 for none.
         seed: of the resampling.
@@ -64,8 +65,8 @@ def numerical_floor(
         One agreement per variant; ``differing`` counts the indices that changed.
 
     Raises:
-        ValueError: no image, an impossible size, a callable that returns other shapes or indices, or a tokenizer
-            that returns other indices for the same images.
+        ValueError: no image, an impossible size, a variant that is no smaller than ``batch_size``, a callable that
+            returns other shapes or indices, or a tokenizer that returns other indices for the same images.
         TypeError: a variant is neither a callable nor an int, or returns no integer tensor.
     """
     require_rank("images", images, (4,), "(B, C, H, W)")
@@ -74,7 +75,7 @@ def numerical_floor(
     num_codes = require_int("num_codes", num_codes, 1)
     batch_size = require_int("batch_size", batch_size, 1)
     drawn = Resamples(len(images), resamples, seed)
-    checked = check_variants(variants)
+    checked = check_variants(variants, batch_size)
     tallies = {name: PairTally(num_codes) for name in checked}
     for number, batch in enumerate(torch.split(images, batch_size)):
         first = call_unchanged("tokenize", tokenize, batch)
@@ -90,15 +91,17 @@ def numerical_floor(
     return {name: tally.agreement(drawn) for name, tally in tallies.items()}
 
 
-def check_variants(variants: Mapping[str, Variant] | None) -> Mapping[str, Variant]:
-    """Refuse variants that are neither callables nor batch sizes; None gives the default."""
+def check_variants(variants: Mapping[str, Variant] | None, batch_size: int) -> Mapping[str, Variant]:
+    """Refuse variants that are neither callables nor smaller batches; None gives the default that is smaller."""
     if variants is None:
-        return DEFAULT_VARIANTS
+        return {} if batch_size == 1 else DEFAULT_VARIANTS
     require_type("variants", variants, Mapping, "a mapping from names to callables or batch sizes")
-    return {
-        name: variant if callable(variant) else require_int(f"variants[{name!r}]", variant, 1)
-        for name, variant in variants.items()
-    }
+    for name, variant in variants.items():
+        if not callable(variant):
+            label = f"variants[{name!r}]"
+            size = require_int(label, variant, 1)
+            require(size < batch_size, label, f"below batch_size={batch_size}, whose batches it divides", size)
+    return dict(variants)
 
 
 def variant_tokens(

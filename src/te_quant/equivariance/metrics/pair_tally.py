@@ -79,7 +79,7 @@ class PairTally:
         self._sums.merge(other._sums)
         for side in (0, 1):
             for entries in other._closed[side]:
-                offset = torch.tensor([[self._images * self._by_image], [0], [0]])
+                offset = torch.tensor([[self._images * self._by_image], [0], [0]], device="cpu")
                 self._append(side, entries + offset)
         self._images += other._images
 
@@ -96,7 +96,7 @@ class PairTally:
     def _pooled(self, side: int, num_codes: int) -> Tensor:
         """(K,) int64: how often each code occurs."""
         _, code, counts = torch.cat(self._closed[side], dim=1).long()
-        return torch.zeros(num_codes, dtype=torch.int64).index_add_(0, code, counts)
+        return torch.zeros(num_codes, dtype=torch.int64, device="cpu").index_add_(0, code, counts)
 
     def _codes(self) -> int:
         if self._num_codes is not None:
@@ -134,7 +134,7 @@ class PairTally:
 
 def _coincidences(times: Tensor, frequencies: tuple[Tensor, Tensor], num_codes: int, *, symmetric: bool) -> Tensor:
     """Return Σ_c n_c m_c of every resample, n and m how often it shows code c on the two sides: (r,) float64."""
-    total = torch.zeros(len(times), dtype=torch.float64)
+    total = torch.zeros(len(times), dtype=torch.float64, device="cpu")
     drawn = times.T.contiguous()
     step = max(1, _MOST_ELEMENTS // max(1, len(times)))
     for start in range(0, num_codes, step):
@@ -148,7 +148,10 @@ def _coincidences(times: Tensor, frequencies: tuple[Tensor, Tensor], num_codes: 
 
 def _rows(frequencies: Tensor, start: int, stop: int, num_images: int) -> Tensor:
     """(stop - start, N) sparse float64: the codes from ``start`` on."""
-    low, high = torch.searchsorted(frequencies[0], torch.tensor([start, stop], dtype=torch.int32)).tolist()
+    bounds = torch.tensor([start, stop], dtype=torch.int32, device="cpu")
+    low, high = torch.searchsorted(frequencies[0], bounds).tolist()
     code, image, counts = frequencies[:, low:high]
     indices, size = torch.stack([code - start, image]).long(), (stop - start, num_images)
-    return torch.sparse_coo_tensor(indices, counts.double(), size, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        indices, counts.double(), size, is_coalesced=True, check_invariants=False, device="cpu"
+    )
