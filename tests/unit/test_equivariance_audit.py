@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 from dataclasses import FrozenInstanceError, replace
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from te_quant import (
     VQAutoencoder,
     build_encoder,
 )
+from te_quant.equivariance.audits._trials import UnitSums
 from te_quant.equivariance.audits.auditor import audit
 from te_quant.equivariance.audits.constant_image import constant_image_probe
 from te_quant.equivariance.audits.report import AuditReport
@@ -535,6 +537,87 @@ def test_result_does_not_depend_on_the_batch_size():
             assert getattr(first, field) == pytest.approx(getattr(second, field), rel=1e-9, abs=1e-25)
 
 
+class Weighted(nn.Module):
+    """Multiplies every position by a number of its own: an error that is as large inside as beside the border."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("map", fresh(1, 1, 16, 16))
+
+    def forward(self, images):
+        """The products."""
+        return images * self.map
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_an_error_of_the_inside_is_no_border_error_in_any_batch(batch_size):
+    """In some batches the border has a little more of it, in others less; only all of them say which."""
+    model, images = nn.Sequential(Weighted()), fresh(16, 1, 16, 16)
+    found = [row(audit(model, images, batch_size=n), "0") for n in (16, batch_size)]
+    assert found[0].border_error == pytest.approx(found[1].border_error, rel=1e-9, abs=1e-12)
+    assert found[0].global_error == pytest.approx(found[1].global_error, rel=1e-9)
+
+
+def test_strides_that_are_no_multiples_have_no_step_of_nothing():
+    """From a stride of two to one of three, half a step is none, and would count as a shift without an error."""
+
+    class Resampled(nn.Module):
+        def forward(self, images):
+            return nn.functional.interpolate(images, scale_factor=2 / 3, mode="nearest")
+
+    model, images = nn.Sequential(nn.AvgPool2d(2), Resampled()), fresh(2, 1, 48, 48)
+    steps = []
+    add = UnitSums._add_aliasing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnitSums, "_add_aliasing", lambda *a: (steps.append((a[3], a[2])), add(*a)))
+        report = audit(model, images)
+    assert Fraction(3, 2) in {ratio for ratio, _ in steps}
+    assert all(any(direction) for _, direction in steps)
+    assert row(report, "1").aliasing_error > 0
+
+
+class Counts(nn.Module):
+    """Counts its calls in a buffer, in place and by a new tensor, and trains a norm whatever its own flag says."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("others", torch.zeros(()))
+        self.norm = nn.BatchNorm2d(1).double()
+
+    def forward(self, images):
+        """The normalised images."""
+        self.calls += 1
+        self.others = self.others + 1
+        return self.norm.train()(images)
+
+
+def test_buffers_are_put_back():
+    """Also those of which a module makes new tensors; an optimizer or a graph may hold the old ones."""
+    model = nn.Sequential(Counts(), conv(1, 1)).eval()
+    before, values = dict(model.named_buffers()), {k: v.clone() for k, v in model.named_buffers()}
+    audit(model, fresh(2, 1, 16, 16))
+    after = dict(model.named_buffers())
+    assert all(after[name] is tensor for name, tensor in before.items())
+    assert all(torch.equal(after[name], value) for name, value in values.items())
+    model(fresh(2, 1, 16, 16))
+    assert model[0].calls == model[0].others == 1  # they do count
+    assert not torch.equal(model[0].norm.running_mean, values["0.norm.running_mean"])
+
+
+def test_a_model_around_the_audited_part_does_not_learn():
+    """Behind ``run`` stands more than the part: its codebook, and norms that are no part either."""
+    config = AutoencoderConfig(base_channels=8, channel_multipliers=(1, 2), norm_groups=4, num_codes=8, code_dim=4)
+    model, images = VQAutoencoder(config).double().train(), fresh(2, 3, 16, 16)
+    model(images)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    audit(model.encoder, images, run=lambda x: model(x))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    model(images)
+    assert not torch.equal(model.quantizer.usage, before["quantizer.usage"])
+
+
 class Fails(nn.Module):
     """Raises at its n-th call."""
 
@@ -633,6 +716,10 @@ REFUSED = {
         lambda model, images: audit(model, images, whole=["two"]),
         "whole entry must be the name of a module, got 'two'",
     ),
+    "letters": (
+        lambda model, images: audit(model, images, whole="0"),
+        "whole must be a collection of names, got the string '0'",
+    ),
     "small": (
         lambda model, images: audit(
             nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2), nn.AvgPool2d(3)), fresh(1, 1, 18, 18)
@@ -666,7 +753,7 @@ def test_refusals(name):
     """Each wrong argument has one clear error."""
     call, match = REFUSED[name]
     model, images = nn.Sequential(conv(1, 1), conv(1, 1, stride=2)), fresh(1, 1, 16, 16)
-    types = ("function", "integers", "half precision", "one number")
+    types = ("function", "integers", "half precision", "one number", "letters")
     with pytest.raises(TypeError if name in types else ValueError, match=match):
         call(model, images)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import CellType, FunctionType, MethodType, ModuleType
 
+import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require
 
-__all__ = ["call_on_copy", "call_unchanged"]
+__all__ = ["buffers_put_back", "call_on_copy", "call_unchanged", "modules_behind"]
 
 # A lambda over a function over a model is as far as one looks.
 _DEPTH = 2
@@ -41,10 +43,41 @@ def call_unchanged(name: str, function: Callable[[Tensor], Tensor], values: Tens
     return result
 
 
+def modules_behind(function: object) -> list[nn.Module]:
+    """Return the outermost modules that a callable is, holds or names."""
+    return list(dict.fromkeys(_modules(function, _DEPTH)))
+
+
+@contextmanager
+def buffers_put_back(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put back what was written to the buffers of modules and of all modules in them, or stands in their place."""
+    inner = list(dict.fromkeys(child for module in modules for child in module.modules()))
+    before = [(child, dict(child._buffers)) for child in inner]
+    values = {
+        id(tensor): (tensor, tensor.clone())
+        for _, buffers in before
+        for tensor in buffers.values()
+        # Outside of inference mode nothing can be written to the others.
+        if tensor is not None and not tensor.is_inference()
+    }
+    try:
+        yield
+    finally:
+        for child, buffers in before:
+            # A scripted module writes into its buffers, but does not exchange them.
+            if not isinstance(child, torch.jit.ScriptModule):
+                child._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, value in values.values():
+                # By value: batch norm writes its statistics without a new version.
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
 def _versions(function: object) -> dict[str, int]:
     """Return how often each parameter and buffer was written to."""
     versions: dict[str, int] = {}
-    for number, module in enumerate(dict.fromkeys(_modules(function, _DEPTH))):
+    for number, module in enumerate(modules_behind(function)):
         state = (*module.named_parameters(), *module.named_buffers())
         for name, tensor in state:
             if not tensor.is_inference():

@@ -116,7 +116,8 @@ class UnitSums:
         for view, shift in enumerate(shifts, start=1):
             self._add_whole(trial, view, shift)
         ratio = trial.stride_out / trial.stride_in
-        for step in sorted({1, int(ratio) // 2}) if ratio > 1 else ():
+        # Below a ratio of two, half of it is no step.
+        for step in sorted({1, int(ratio) // 2} - {0}) if ratio > 1 else ():
             for direction in ((step, 0), (0, step)):
                 self._add_aliasing(trial, direction, ratio)
 
@@ -134,7 +135,8 @@ class UnitSums:
             grid=self.grid,
             whole_error=relative["whole"],
             sub_stride_error=relative.get("sub_stride"),
-            border_error=relative["border"],
+            # Not image by image: a border that loses nothing has more in one and less in the next.
+            border_error=max(0.0, relative["border"]),
             global_error=relative["global"],
             aliasing_error=relative.get("aliasing"),
             floor=floor,
@@ -146,7 +148,7 @@ class UnitSums:
         interior = ~near_border(self.grid, amount, _INTERIOR)
         error = error_map(trial.result[0], trial.repeat(pixels), amount).sum(0)
         lost = _density(error, interior) * error.numel()
-        self._pool("border", max(0.0, float(error.sum()) - lost), trial.images)
+        self._pool("border", float(error.sum()) - lost, trial.images)
         disturbed = error_map(trial.result[0], trial.repeat(pixels, view), amount).sum(0)
         self._pool("global", _density(disturbed, interior) * error.numel(), trial.images)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from te_quant._checks import require, require_floating, require_int, require_rank
+from te_quant._measuring.calls import buffers_put_back, modules_behind
 from te_quant._measuring.progress import progress as with_progress
 from te_quant._values import require_finite
 from te_quant.equivariance.audits._grid import (
@@ -81,9 +82,10 @@ def audit(
     a sequence of tokens, is named first in every form of the report: the worst of the audited modules need not be
     the worst of the model then.
 
-    The model is put into evaluation mode by its training flags. These, its hooks, its buffers and the random state
-    are as before afterwards, also if it fails; a codebook that learns by moving averages does not move. All shifts
-    of a batch go through the model at once, so normalisation by statistics of the *batch* is not audited soundly.
+    The model is put into evaluation mode by its training flags, and so is every model that ``run`` names. These
+    flags, hooks, buffers and the random state are as before afterwards, also if it fails; a codebook that learns
+    by moving averages does not move. All shifts of a batch go through the model at once, so normalisation by
+    statistics of the *batch* is not audited soundly.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -115,8 +117,9 @@ def audit(
         ValueError: no module maps grid to grid, sides are too small or do not fit the stride of a module, a shift
             is out of range, ``whole`` has an unknown name, or images or what a module takes or gives are not
             finite.
-        TypeError: module is no module, or images or what a module takes or gives are not float32 or float64. The
-            rounding of half precision, also under ``torch.autocast``, is as large as what padding loses.
+        TypeError: module is no module, ``whole`` is a string, or images or what a module takes or gives are not
+            float32 or float64. The rounding of half precision, also under ``torch.autocast``, is as large as what
+            padding loses.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
@@ -130,11 +133,15 @@ def audit(
     # Of a compiled model the one that was written, so that names are those of its author.
     module = getattr(module, "_orig_mod", module)
     names = {name for name, _ in module.named_modules()}
+    if isinstance(whole, str):
+        raise TypeError(f"whole must be a collection of names, got the string {whole!r}.")
     for name in whole:
         require(name in names, "whole entry", "the name of a module", repr(name))
     auditor = _Auditor(module, (int(images.shape[2]), int(images.shape[3])), frozenset(whole))
     devices = [images.device] if images.device.type == "cuda" else []
-    flags = [(child, child.training) for child in module.modules()]
+    # `run` may call a model of which `module` is a part.
+    roots = [module, *modules_behind(call)]
+    flags = [(child, child.training) for child in dict.fromkeys(c for root in roots for c in root.modules())]
     batches = torch.split(images, batch_size)
 
     def passes() -> Iterator[list[Tensor]]:
@@ -151,7 +158,8 @@ def audit(
             child.training = False
         # A compiled model is followed as it was written: hooks cannot be traced.
         eager = torch.compiler.set_stance("force_eager")
-        with eager, torch.no_grad(), torch.random.fork_rng(devices=devices):
+        kept = buffers_put_back(roots)
+        with kept, eager, torch.no_grad(), torch.random.fork_rng(devices=devices):
             for shown in views:
                 auditor.look(shown)
                 call(torch.cat(shown))
