@@ -387,6 +387,49 @@ def test_reports_stand_side_by_side() -> None:
         plot_stability({})
 
 
+def test_reports_under_other_conditions_say_so() -> None:
+    """Each figure is of what its row says: cycles that both have, and the conditions of each report."""
+    one = measured(spoilt, cycles=2, transforms=[Identity()], resamples=9)
+    two = measured(spoilt, count=3, cycles=4, transforms=[Identity()], num_codes=K + 1)
+    table = stability_table({"one": one, "two": two})
+    rows = {row[0]: row[1:] for row in table.summary().rows}
+    assert rows["num images"] == ["6", "3"]
+    assert rows["num codes"] == ["16", "17"]
+    assert rows["cycles"] == ["2", "4"]
+    assert rows["resamples"] == ["9", "0"]
+    assert not {"grid", "image size", "seed"} & rows.keys()
+    assert [name for name in rows if "cycles" in name] == ["cycles", "identity, after 2 cycles"]
+    second = [report.transforms["identity"].cycles[1].match.rate for report in (one, two)]
+    assert rows["identity, after 2 cycles"] == [
+        f"{rate:.3f} (κ {report.transforms['identity'].cycles[1].match.kappa:.3f})"
+        for rate, report in zip(second, (one, two), strict=True)
+    ]
+    assert "[" not in str(table)
+    assert "images" not in str(table).splitlines()[-1]
+    alike = stability_table({"one": one, "again": one})
+    assert str(alike).splitlines()[-1].endswith("intervals in to_markdown().")
+    assert str(stability_table({"two": two})).splitlines()[-1].endswith("no intervals.")
+    assert "in brackets 95 % intervals, 9 resamples" in alike.to_markdown()
+    # One that has a single cycle does not hide what the others have.
+    rows = {r[0]: r[1:] for r in stability_table({"two": two, "three": measured(spoilt)}).summary().rows}
+    assert rows["identity, after 4 cycles"][1] == "not measured"
+
+
+@pytest.mark.slow
+def test_legends_have_every_name() -> None:
+    """Also those that begin with an underscore, which matplotlib leaves out, and in the colour of their marks."""
+    pytest.importorskip("matplotlib")
+    reports = {"_old": measured(spoilt, cycles=2), "new": measured(cycles=4)}
+    figure = plot_stability(reports)
+    (legend,) = figure.legends
+    assert [text.get_text().split(":")[0] for text in legend.get_texts()] == ["_old", "new"]
+    colours = [handle.get_color() for handle in legend.legend_handles]
+    assert len(set(colours)) == 2
+    marks = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1 and line.get_marker() != "None"]
+    assert [mark.get_color() for mark in marks] == colours
+    assert figure.axes[-1].get_title().replace("\n", " ") == "tokens that are left after 2 cycles"
+
+
 @pytest.mark.slow
 def test_the_picture_shows_every_figure() -> None:
     """One panel each, and a mark per transform and report."""

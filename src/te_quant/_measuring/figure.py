@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["new_figure"]
+__all__ = ["add_legend", "new_figure"]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -27,3 +28,17 @@ def new_figure(width: float, height: float) -> Figure:
             "matplotlib must be installed to draw a report: pip install 'te_quant[plot]'."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def add_legend(figure: Figure, handles: Mapping[str, Any], **options: Any) -> None:
+    """Add a legend without a frame.
+
+    Args:
+        figure: to be changed.
+        handles: what stands for each label. A label may begin with an underscore, which matplotlib leaves out of
+            legends: it is written afterwards.
+        **options: of matplotlib's ``legend``.
+    """
+    legend = figure.legend(list(handles.values()), ["label"] * len(handles), frameon=False, **options)
+    for text, label in zip(legend.get_texts(), handles, strict=True):
+        text.set_text(label)

@@ -5,15 +5,27 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from te_quant._checks import require
 from te_quant._pretrained import write_atomically
 
-__all__ = ["interval", "numbers", "plain", "read_report", "refuse_another_kind", "write_report"]
+__all__ = [
+    "checked_fields",
+    "interval",
+    "numbers",
+    "plain",
+    "read",
+    "read_all",
+    "read_report",
+    "refuse_another_kind",
+    "write_report",
+]
 
+_Values = TypeVar("_Values")
 # A field that only this kind of report has.
 _KINDS = {"aligned": "EquivarianceReport", "transforms": "StabilityReport", "rows": "AuditReport"}
 
@@ -32,6 +44,31 @@ def plain(value: Any) -> Any:
 def numbers(data: Mapping[str, Any]) -> dict[str, Any]:
     """Read fields that :func:`plain` has written: strings are NaN or infinities, lists are intervals."""
     return {name: _number(value) for name, value in data.items()}
+
+
+def checked_fields(kind: type[Any], data: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass as they were stored.
+
+    Raises:
+        ValueError: unknown ones, missing ones that have no default, or no object at all.
+    """
+    require(isinstance(data, Mapping), kind.__name__, "an object in JSON", type(data).__name__)
+    names = {field.name for field in fields(kind)}
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    fits = needed <= set(data) <= names
+    require(fits, f"{kind.__name__} fields", str(sorted(names)), sorted(data))
+    return dict(data)
+
+
+def read(kind: type[_Values], data: Any) -> _Values:
+    """Build a dataclass of numbers and intervals."""
+    return kind(**numbers(checked_fields(kind, data)))
+
+
+def read_all(name: str, data: Any, build: Callable[[Any], _Values]) -> dict[str, _Values]:
+    """Build what is stored under each name of an object in JSON."""
+    require(isinstance(data, Mapping), name, "an object in JSON", type(data).__name__)
+    return {key: build(value) for key, value in data.items()}
 
 
 def interval(values: Any) -> tuple[float, float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["NOT_MEASURED", "UNDEFINED", "counted", "name_end", "with_interval"]
+__all__ = ["NOT_MEASURED", "UNDEFINED", "counted", "name_end", "setting_text", "with_interval"]
 
 UNDEFINED = "undefined"
 NOT_MEASURED = "not measured"
+# More shifts are counted, not listed.
+_MOST_SHIFTS = 24
 
 
 def with_interval(value: float, interval: tuple[float, float], pattern: str = ".3f") -> str:
@@ -41,3 +43,23 @@ def counted(number: int, noun: str) -> str:
         ('1 shift', '1,200 shifts')
     """
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def setting_text(value: object) -> str:
+    """Write one setting of a measurement: a pair of sides, an interval, shifts, or a plain value.
+
+    Example:
+        >>> setting_text((64, 48)), setting_text((-1.0, 1.0)), setting_text(((1, 0), (0, 1))), setting_text(None)
+        ('64x48', '[-1, 1]', '(1,0) (0,1)', 'none')
+    """
+    if not isinstance(value, tuple):
+        return "none" if value is None else str(value)
+    if not value:
+        return "none"
+    if isinstance(value[0], tuple):
+        if len(value) > _MOST_SHIFTS:
+            return f"{len(value)} shifts"
+        return " ".join(f"({dy},{dx})" for dy, dx in value)
+    if isinstance(value[0], float):
+        return f"[{value[0]:g}, {value[1]:g}]"
+    return "x".join(str(side) for side in value)

@@ -56,7 +56,7 @@ class TokenStability(nn.Module):
     """Measure token stability over any number of batches; the result does not depend on how the data is split.
 
     As a module it moves with the model that holds it. It keeps counts per image, in integers and float64 on the
-    CPU, whatever the model is cast to: with intervals up to 50 bytes per token, transform and cycle.
+    CPU, whatever the model is cast to: with intervals up to 72 bytes per token, transform and cycle.
     ``state_dict()`` does not hold them.
 
     Args:

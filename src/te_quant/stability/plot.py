@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
 from te_quant._measuring.bootstrap import Interval
-from te_quant._measuring.figure import new_figure
-from te_quant.stability.tables import beside
+from te_quant._measuring.figure import add_legend, new_figure
+from te_quant.stability.tables import beside, common_cycles
 from te_quant.stability.values import StabilityValues, TransformStability
 
 if TYPE_CHECKING:
@@ -49,24 +50,24 @@ def plot_stability(reports: Mapping[str, StabilityValues]) -> Figure:
     figure = new_figure(2.2 + 2.6 * len(panels), 1.7 + rows * len(names) + 0.2 * len(reports))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (title, value) in zip(axes, panels, strict=True):
-        _draw(panel, names, reports, value)
+        marks = _draw(panel, names, reports, value)
         panel.set_title(title, fontsize=9)
     axes[0].set_yticks(range(len(names)), names, fontsize=9)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle("Do tokens survive decoding, a transform and encoding?", fontsize=11)
     only = len(reports) == 1
-    labels = [beside(report) if only else f"{name}: {beside(report)}" for name, report in reports.items()]
-    handles = axes[0].get_legend_handles_labels()[0]
+    handles = {
+        beside(report) if only else f"{name}: {beside(report)}": mark
+        for (name, report), mark in zip(reports.items(), marks, strict=True)
+    }
     note = "lines: 95 % intervals; vertical line: chance level"
-    figure.legend(
-        handles, labels, loc="outside lower center", frameon=False, fontsize=8, title=note, title_fontsize=8
-    )
+    add_legend(figure, handles, loc="outside lower center", fontsize=8, title=note, title_fontsize=8)
     return figure
 
 
 def _panels(reports: Mapping[str, StabilityValues]) -> list[_Panel]:
     found = [one for report in reports.values() for one in report.transforms.values()]
-    cycles = max(report.settings.cycles for report in reports.values())
+    cycles = common_cycles(reports.values())
     panels: list[_Panel] = [("share of tokens\nthat return", _match)]
     if any(one.foreground is not None for one in found):
         panels.append(("the same,\nforeground only", _foreground))
@@ -74,7 +75,7 @@ def _panels(reports: Mapping[str, StabilityValues]) -> list[_Panel]:
         ("share of images\nthat return whole", lambda one: (one.whole.share, one.whole.interval, math.nan))
     )
     if cycles > 1:
-        panels.append((f"tokens that are left\nafter {cycles} cycles", _last))
+        panels.append((f"tokens that are left\nafter {cycles} cycles", partial(_after, cycles)))
     return panels
 
 
@@ -87,9 +88,11 @@ def _foreground(one: TransformStability) -> _Shown | None:
     return None if found is None else (found.rate, found.rate_interval, found.chance)
 
 
-def _last(one: TransformStability) -> _Shown | None:
-    found = one.cycles[-1].match
-    return (found.rate, found.rate_interval, found.chance) if len(one.cycles) > 1 else None
+def _after(cycles: int, one: TransformStability) -> _Shown | None:
+    if len(one.cycles) < cycles:
+        return None
+    found = one.cycles[cycles - 1].match
+    return found.rate, found.rate_interval, found.chance
 
 
 def _draw(
@@ -97,12 +100,14 @@ def _draw(
     names: list[str],
     reports: Mapping[str, StabilityValues],
     value: Callable[[TransformStability], _Shown | None],
-) -> None:
+) -> list[Any]:
+    """Fill one panel, and return a mark of each report for the legend."""
+    marks = []
     step = _SPREAD / len(reports)
-    for number, (label, report) in enumerate(reports.items()):
+    for number, report in enumerate(reports.values()):
         colour, shape = _COLOURS[number % len(_COLOURS)], _SHAPES[number % len(_SHAPES)]
-        # One mark without a place, so that every report is in the legend.
-        panel.plot([], [], shape, color=colour, ms=5, label=label)
+        # One without a place, so that every report has one.
+        marks += panel.plot([], [], shape, color=colour, ms=5)
         for row, name in enumerate(names):
             if name not in report.transforms:
                 continue
@@ -136,3 +141,4 @@ def _draw(
     panel.spines[["top", "right", "left"]].set_visible(False)
     for row in range(1, len(names)):
         panel.axhline(row - 0.5, color="0.93", lw=0.8, zorder=0)
+    return marks

@@ -8,7 +8,17 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
-from te_quant._measuring.json import interval, numbers, plain, read_report, refuse_another_kind, write_report
+from te_quant._measuring.data_range import DEFAULT_RANGE
+from te_quant._measuring.json import (
+    checked_fields,
+    interval,
+    plain,
+    read,
+    read_all,
+    read_report,
+    refuse_another_kind,
+    write_report,
+)
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.report.values import ReconstructionError
 from te_quant.stability.plot import plot_stability
@@ -81,18 +91,15 @@ class StabilityReport(StabilityValues, Tabular):
         )
         names = {field.name for field in fields(cls)}
         require(set(data) == names | {"format"}, "report fields", f"{sorted(names | {'format'})}", sorted(data))
-        settings = dict(data["settings"])
+        settings = checked_fields(StabilitySettings, data["settings"])
         for name in ("image_size", "grid"):
             settings[name] = (int(settings[name][0]), int(settings[name][1]))
-        settings["data_range"] = interval(settings["data_range"])
+        settings["data_range"] = interval(settings.get("data_range", DEFAULT_RANGE))
         error = data["reconstruction"]
         return cls(
-            transforms={
-                name: TransformStability(tuple(_cycle(one) for one in found["cycles"]))
-                for name, found in data["transforms"].items()
-            },
-            code_use=CodebookUsageReport(**numbers(data["code_use"])),
-            reconstruction=None if error is None else ReconstructionError(**numbers(error)),
+            transforms=read_all("transforms", data["transforms"], _transform),
+            code_use=read(CodebookUsageReport, data["code_use"]),
+            reconstruction=None if error is None else read(ReconstructionError, error),
             settings=StabilitySettings(**settings),
         )
 
@@ -110,11 +117,16 @@ class StabilityReport(StabilityValues, Tabular):
         return cls.from_dict(read_report(path))
 
 
+def _transform(data: Mapping[str, Any]) -> TransformStability:
+    return TransformStability(tuple(_cycle(one) for one in checked_fields(TransformStability, data)["cycles"]))
+
+
 def _cycle(data: Mapping[str, Any]) -> CycleStability:
+    data = checked_fields(CycleStability, data)
     foreground = data["foreground"]
     return CycleStability(
-        match=Agreement(**numbers(data["match"])),
-        foreground=None if foreground is None else Agreement(**numbers(foreground)),
-        whole=ImageShare(**numbers(data["whole"])),
-        step=Agreement(**numbers(data["step"])),
+        match=read(Agreement, data["match"]),
+        foreground=None if foreground is None else read(Agreement, foreground),
+        whole=read(ImageShare, data["whole"]),
+        step=read(Agreement, data["step"]),
     )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 
 from te_quant._checks import require
 from te_quant._measuring.data_range import DEFAULT_RANGE
-from te_quant._measuring.text import NOT_MEASURED, counted
+from te_quant._measuring.text import NOT_MEASURED, counted, setting_text
 from te_quant.equivariance.metrics.agreement import Agreement
-from te_quant.stability.values import StabilityValues
+from te_quant.stability.values import StabilitySettings, StabilityValues
 from te_quant.tables import Table, Tabular
 
-__all__ = ["StabilityTable", "beside", "report_table", "stability_table", "summary_table"]
+__all__ = ["StabilityTable", "beside", "common_cycles", "report_table", "stability_table", "summary_table"]
 
 _INTERVAL = re.compile(r" \[[^\]]*\]")
 
@@ -54,10 +54,11 @@ class StabilityTable(Tabular):
     reports: Mapping[str, StabilityValues]
 
     def summary(self) -> Table:
-        """Return one column per report, every token match as ``rate (κ)``, without intervals."""
-        table = _comparison(self.reports)
-        rows = [[_INTERVAL.sub("", cell) for cell in row] for row in table.rows]
-        return Table(table.header, rows, table.align, table.note)
+        """Return one column per report, every token match as ``rate (κ)``, without intervals.
+
+        What reports were measured under comes first where it differs, and below the table where it does not.
+        """
+        return _comparison(self.reports, short=True)
 
     def to_markdown(self) -> str:
         """Return one column per report, every token match as ``rate (κ)``, with 95 % intervals of the rates."""
@@ -97,18 +98,27 @@ def _table(report: StabilityValues, *, short: bool) -> Table:
     return Table(header, rows, note=f"{beside(report)}. {_conditions(report)}")
 
 
-def _comparison(reports: Mapping[str, StabilityValues]) -> Table:
+def common_cycles(reports: Iterable[StabilityValues]) -> int:
+    """Return the last cycle that all reports of more than one have; 1 if there is none of more."""
+    return min((report.settings.cycles for report in reports if report.settings.cycles > 1), default=1)
+
+
+def _comparison(reports: Mapping[str, StabilityValues], *, short: bool = False) -> Table:
     values = list(reports.values())
     names = list(dict.fromkeys(name for report in values for name in report.transforms))
+    cycles = common_cycles(values)
     rows = []
+    for field in fields(StabilitySettings):
+        settings = [getattr(report.settings, field.name) for report in values]
+        if any(setting != settings[0] for setting in settings):
+            rows.append([field.name.replace("_", " "), *(setting_text(setting) for setting in settings)])
     for name in names:
         found = [report.transforms.get(name) for report in values]
         rows.append([name, *(NOT_MEASURED if one is None else _cell(one.match) for one in found)])
     for label in ("on foreground", "images whole", "cycles"):
         for name in names:
-            cells = [_other(report, name, label) for report in values]
+            cells = [_other(report, name, label, cycles) for report in values]
             if name == names[0] and any(cells):
-                cycles = max(report.settings.cycles for report in values)
                 title = f"after {cycles} cycles" if label == "cycles" else label
                 rows.append([f"{name}, {title}", *(cell or NOT_MEASURED for cell in cells)])
     rows += [
@@ -123,17 +133,21 @@ def _comparison(reports: Mapping[str, StabilityValues]) -> Table:
                 *(NOT_MEASURED if error is None else f"{error.psnr:.2f}" for error in errors),
             ]
         )
-    return Table(["token match (κ)", *reports], rows, note=_conditions(values[0]))
+    if short:
+        rows = [[_INTERVAL.sub("", cell) for cell in row] for row in rows]
+    same = all(report.settings == values[0].settings for report in values)
+    note = _conditions(values[0], intervals=not short) if same else ""
+    return Table(["token match (κ)", *reports], rows, note=note)
 
 
-def _other(report: StabilityValues, name: str, label: str) -> str:
+def _other(report: StabilityValues, name: str, label: str, cycles: int) -> str:
     found = report.transforms.get(name)
     if found is None:
         return ""
     if label == "images whole":
         return found.whole.text()
     if label == "cycles":
-        return _cell(found.cycles[-1].match) if report.settings.cycles > 1 else ""
+        return _cell(found.cycles[cycles - 1].match) if report.settings.cycles > 1 else ""
     return "" if found.foreground is None else _cell(found.foreground)
 
 
@@ -157,9 +171,13 @@ def _short(text: str, short: bool) -> str:
     return _INTERVAL.sub("", text) if short else text
 
 
-def _conditions(report: StabilityValues) -> str:
+def _conditions(report: StabilityValues, *, intervals: bool = True) -> str:
     s = report.settings
-    intervals = f"in brackets 95 % intervals, {s.resamples:,} resamples of the images"
+    sampled = "no intervals"
+    if s.resamples > 0 and s.num_images > 1:
+        sampled = f"in brackets 95 % intervals, {s.resamples:,} resamples of the images"
+        if not intervals:
+            sampled = "intervals in to_markdown()"
     low, high = s.data_range
     values = "" if s.data_range == DEFAULT_RANGE else f", values in [{low:g}, {high:g}]"
     first = "" if s.tokens_from == "images" else " of given tokens"
@@ -167,5 +185,5 @@ def _conditions(report: StabilityValues) -> str:
     return (
         f"{counted(s.num_images, 'image')}{first}, {s.image_size[0]}x{s.image_size[1]} pixels, "
         f"{s.grid[0]}x{s.grid[1]} tokens{values}{ground}; "
-        f"{intervals if s.resamples > 0 and s.num_images > 1 else 'no intervals'}."
+        f"{sampled}."
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
-from te_quant._measuring.json import plain, read_report, refuse_another_kind, write_report
+from te_quant._measuring.json import checked_fields, plain, read_report, refuse_another_kind, write_report
 from te_quant._measuring.text import counted
 from te_quant.equivariance.audits.plot import plot_audit
 from te_quant.equivariance.audits.rows import PARTS, AuditRow, Part, SkippedModule, decibels, worst_row
@@ -200,9 +200,7 @@ _TEXTS = ("name", "kind", "padding", "reason", "unaudited")
 
 def _fields(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """Undo :func:`plain` for the fields of ``kind``: lists were tuples, strings in place of numbers floats."""
-    names = {field.name for field in fields(kind)}
-    require(set(data) == names, f"{kind.__name__} fields", str(sorted(names)), sorted(data))
-    values = {name: _tuples(value) for name, value in data.items()}
+    values = {name: _tuples(value) for name, value in checked_fields(kind, data).items()}
     return {name: float(v) if isinstance(v, str) and name not in _TEXTS else v for name, v in values.items()}
 
 

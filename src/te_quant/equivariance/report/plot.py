@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from te_quant._checks import require, require_choice
 from te_quant._measuring.bootstrap import Interval
-from te_quant._measuring.figure import new_figure
+from te_quant._measuring.figure import add_legend, new_figure
 from te_quant.equivariance.report.values import EquivarianceValues, ShiftAgreement
 
 if TYPE_CHECKING:
@@ -82,14 +82,16 @@ def plot_reports(reports: Mapping[str, EquivarianceValues]) -> Figure:
     grid = figure.add_gridspec(
         len(panels) + map_rows, columns, height_ratios=[2.7] * len(panels) + [3.5] * map_rows
     )
+    drawn: dict[str, Any] = {}
     for row, (label, groups) in enumerate(panels):
         axes = figure.add_subplot(grid[row, :])
-        _draw_bars(axes, groups, list(reports), decibels="dB" in label)
+        drawn = _draw_bars(axes, groups, list(reports), decibels="dB" in label) | drawn
         axes.set_ylabel(label)
     first = figure.axes[0]
     first.set_title("Index agreement (black line: what chance gives; whiskers: 95 % intervals)", fontsize=10)
     if len(reports) > 1:
-        figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
+        handles = {name: drawn[name] for name in reports if name in drawn}
+        add_legend(figure, handles, loc="outside upper center", ncols=columns)
     for position, (name, report) in enumerate(reports.items()):
         axes = figure.add_subplot(grid[len(panels) + position // columns, position % columns])
         _draw_map(axes, report, report.sub_stride_by_shift, "agreement")
@@ -158,7 +160,9 @@ def _panels(reports: Mapping[str, EquivarianceValues]) -> list[tuple[str, _Group
     return [*panels, ("signal to error, dB", errors)] if errors else panels
 
 
-def _draw_bars(axes: Any, groups: _Groups, names: list[str], *, decibels: bool) -> None:
+def _draw_bars(axes: Any, groups: _Groups, names: list[str], *, decibels: bool) -> dict[str, Any]:
+    """Draw one panel, and return a bar of each report for the legend."""
+    drawn: dict[str, Any] = {}
     width = 0.84 / len(names)
     ends = [
         end
@@ -172,7 +176,6 @@ def _draw_bars(axes: Any, groups: _Groups, names: list[str], *, decibels: bool) 
     upright = len(names) > 2
     room = 0.26 if upright else 0.14
     for number, name in enumerate(names):
-        label: dict[str, str] = {"label": name}
         for position, bars in enumerate(groups.values()):
             if name not in bars:
                 continue
@@ -183,8 +186,8 @@ def _draw_bars(axes: Any, groups: _Groups, names: list[str], *, decibels: bool) 
             turn, shade = divmod(number, len(_COLOURS))
             hatch = "//" if bar.value == math.inf else _HATCHES[turn % len(_HATCHES)]
             colour = _COLOURS[shade]
-            axes.bar(centre, height, width * 0.92, color=colour, hatch=hatch, edgecolor="white", lw=0, **label)
-            label = {}
+            shape = axes.bar(centre, height, width * 0.92, color=colour, hatch=hatch, edgecolor="white", lw=0)
+            drawn.setdefault(name, shape)
             top = max(height, 0.0)
             if all(math.isfinite(end) for end in bar.interval):
                 axes.vlines(centre, *bar.interval, color="0.25", lw=1.2)
@@ -207,6 +210,7 @@ def _draw_bars(axes: Any, groups: _Groups, names: list[str], *, decibels: bool) 
     axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axes.axhline(0, color="black", lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)
+    return drawn
 
 
 def _bar_text(value: float, pattern: str) -> str:

@@ -9,11 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from te_quant._checks import require
 from te_quant._measuring.data_range import DEFAULT_RANGE
-from te_quant._measuring.json import interval, numbers, plain, read_report, refuse_another_kind, write_report
+from te_quant._measuring.json import (
+    checked_fields,
+    interval,
+    numbers,
+    plain,
+    read,
+    read_all,
+    read_report,
+    refuse_another_kind,
+    write_report,
+)
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import Margin, Spread
 from te_quant.equivariance.metrics.shift_error import ShiftError
@@ -131,7 +142,7 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         require(known, "format", expected, repr(data.get("format")))
         names = {field.name for field in fields(cls)} - {n for n in _FRACTIONAL if n not in data}
         require(set(data) == names | {"format"}, "report fields", f"{sorted(names | {'format'})}", sorted(data))
-        settings = dict(data["settings"])
+        settings = checked_fields(EquivarianceSettings, data["settings"])
         for name in ("shifts", "sub_stride_shifts"):
             settings[name] = tuple(_shift(shift) for shift in settings[name])
         fractions = settings.get("fractional_shifts", ())
@@ -139,18 +150,19 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         settings["image_size"] = _shift(settings["image_size"])
         settings["data_range"] = interval(settings.get("data_range", DEFAULT_RANGE))
         error, margin = data["reconstruction"], data["margin"]
+        use = {"num_codes": settings["num_codes"], "frequent_share": _FREQUENT_SHARE}
         values: dict[str, Any] = {
-            "code_use": CodebookUsageReport(
-                num_codes=settings["num_codes"], frequent_share=_FREQUENT_SHARE, **numbers(data["code_use"])
+            "code_use": read(
+                CodebookUsageReport, read_all("code_use", data["code_use"], lambda value: value) | use
             ),
-            "reconstruction": None if error is None else ReconstructionError(**numbers(error)),
+            "reconstruction": None if error is None else read(ReconstructionError, error),
             "margin": None if margin is None else _margin(margin),
-            "numerical_floor": {name: Agreement(**numbers(a)) for name, a in data["numerical_floor"].items()},
+            "numerical_floor": read_all("numerical_floor", data["numerical_floor"], partial(read, Agreement)),
             "settings": EquivarianceSettings(**settings),
         }
         for kind, labels in ((Agreement, AGREEMENT_LABELS), (ShiftError, ERROR_LABELS)):
             for name in labels:
-                values[name] = None if data.get(name) is None else kind(**numbers(data[name]))
+                values[name] = None if data.get(name) is None else read(kind, data[name])
         for name in ("aligned_by_shift", "sub_stride_by_shift"):
             values[name] = tuple(_shift_agreement(entry) for entry in data[name])
         return cls(**values)
@@ -170,13 +182,15 @@ class EquivarianceReport(EquivarianceValues, Tabular):
 
 
 def _margin(data: Mapping[str, Any]) -> Margin:
-    spreads = {name: Spread(**numbers(data[name])) for name in ("margin", "movement", "ratio")}
+    data = checked_fields(Margin, data)
+    spreads = {name: read(Spread, data[name]) for name in ("margin", "movement", "ratio")}
     return Margin(**{**numbers({k: v for k, v in data.items() if k not in spreads}), **spreads})
 
 
 def _shift_agreement(data: Mapping[str, Any]) -> ShiftAgreement:
+    data = checked_fields(ShiftAgreement, data)
     values = numbers({k: v for k, v in data.items() if k not in ("shift", "agreement")})
-    return ShiftAgreement(_shift(data["shift"]), Agreement(**numbers(data["agreement"])), **values)
+    return ShiftAgreement(_shift(data["shift"]), read(Agreement, data["agreement"]), **values)
 
 
 def _shift(values: Any) -> Shift:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from te_quant._checks import require
 from te_quant._measuring.data_range import DEFAULT_RANGE
-from te_quant._measuring.text import NOT_MEASURED, counted
+from te_quant._measuring.text import NOT_MEASURED, counted, setting_text
 from te_quant.equivariance.metrics.agreement import Agreement
 from te_quant.equivariance.metrics.margin import MARGIN_LABELS
 from te_quant.equivariance.report.values import (
@@ -22,8 +22,6 @@ from te_quant.tables import Table, Tabular
 __all__ = ["ComparisonTable", "comparison_table", "report_table", "summary_table"]
 
 _INTERVAL = re.compile(r" \[[^]]*\]")
-# More shifts are counted, not listed.
-_MOST_SHIFTS = 24
 # What short tables leave out.
 _LONG_ROWS = (
     *MARGIN_LABELS[1:],
@@ -120,7 +118,7 @@ def _comparison(reports: Mapping[str, EquivarianceValues], *, short: bool = Fals
         settings = [getattr(report.settings, field.name) for report in values]
         # That they were drawn is said with the shifts.
         if field.name != "sub_stride_drawn" and any(setting != settings[0] for setting in settings):
-            texts = [_setting(setting) for setting in settings]
+            texts = [setting_text(setting) for setting in settings]
             if field.name == "sub_stride_shifts":
                 drawn = zip(values, texts, strict=True)
                 texts = [_drawn(r.settings) if r.settings.sub_stride_drawn else text for r, text in drawn]
@@ -171,9 +169,9 @@ def _conditions(s: EquivarianceSettings, *, intervals: bool = True) -> str:
     sampled = "no intervals"
     if s.resamples > 0 and s.num_images > 1:
         sampled = f"in brackets 95 % intervals, {s.resamples:,} resamples of the images"
-    if not intervals:
-        sampled = "intervals in to_markdown()"
-    values = "" if s.data_range == DEFAULT_RANGE else f"values in {_setting(s.data_range)}, "
+        if not intervals:
+            sampled = "intervals in to_markdown()"
+    values = "" if s.data_range == DEFAULT_RANGE else f"values in {setting_text(s.data_range)}, "
     below = counted(len(s.sub_stride_shifts), "sub-stride shift")
     if s.sub_stride_drawn:
         below = f"{_drawn(s)} sub-stride shifts"
@@ -182,7 +180,7 @@ def _conditions(s: EquivarianceSettings, *, intervals: bool = True) -> str:
     if s.ground is not None:
         ground = f"foreground: more than {s.tau:g} from {s.ground:g}"
     return (
-        f"Protocol `{s.protocol}`, {counted(s.num_images, 'image')}, {values}{_setting(s.image_size)} pixels, "
+        f"Protocol `{s.protocol}`, {counted(s.num_images, 'image')}, {values}{setting_text(s.image_size)} pixels, "
         f"stride {s.stride}, K = {s.num_codes}; {len(s.shifts)} whole-token and {below}"
         f"{fractions}; {ground}. Code use and reconstruction over "
         f"{s.reference_images}; {sampled}."
@@ -197,17 +195,3 @@ def _cell(agreement: Agreement | None) -> str:
     if agreement is None:
         return NOT_MEASURED
     return f"{agreement.rate_text()} (κ {agreement.kappa_text()})"
-
-
-def _setting(value: object) -> str:
-    if not isinstance(value, tuple):
-        return "none" if value is None else str(value)
-    if not value:
-        return "none"
-    if isinstance(value[0], tuple):
-        if len(value) > _MOST_SHIFTS:
-            return f"{len(value)} shifts"
-        return " ".join(f"({dy},{dx})" for dy, dx in value)
-    if isinstance(value[0], float):
-        return f"[{value[0]:g}, {value[1]:g}]"
-    return "x".join(str(side) for side in value)
