@@ -519,6 +519,11 @@ SPRITES = -torch.ones(2, 1, 8, 8)
         ({"shifts": [(2, 1)]}, ValueError, r"shifts must be multiples of stride=2, got \(2, 1\)"),
         ({"shifts": [(6, 0)]}, ValueError, r"shifts must be at most \(4, 4\) pixels under 'canvas', got \(6, 0\)"),
         ({"shifts": [(2, 0), (2, 0)]}, ValueError, "shifts must be without repetition"),
+        (
+            {"shifts": [(2, 0), (-14, 0)], "protocol": "circular", "canvas_size": 16},
+            ValueError,
+            r"shifts must be without repetition, got \[\(2, 0\), \(-14, 0\)\]",
+        ),
         ({"shifts": [2]}, TypeError, r"shifts must be pairs \(dy, dx\) of ints, got 2"),
         ({"shifts": [(2.0, 0)]}, TypeError, "shifts values must be an int, got 2.0"),
         ({"sub_stride_shifts": [(0, 0)]}, ValueError, "sub_stride_shifts must be without the identity"),

@@ -334,6 +334,28 @@ def test_an_output_of_other_sides_is_named(layer, options, told):
     assert "Where to look" not in str(got.value)
 
 
+def test_sides_that_are_no_multiples_of_the_stride_are_named():
+    """A circular layer has nothing to pad: its images do not fit. With sides that do, it passes."""
+    layer = nn.Conv2d(1, 1, 5, 4, 2, padding_mode="circular").double()
+    told = "8x8 for images of 30x30, but a circular shift needs 7.5x7.5 at stride=4: pass inputs whose sides are "
+    with pytest.raises(AssertionError, match=re.escape(told + "multiples of 4.")):
+        assert_shift_equivariant(layer, torch.rand(1, 1, 30, 30).double(), shifts=[(4, 0)], stride=4)
+    assert_shift_equivariant(layer, torch.rand(1, 1, 28, 32).double(), shifts=[(4, 0)], stride=4)
+
+
+def test_an_error_beside_the_border_and_inside_has_two_causes():
+    """Rows that are counted are wrong everywhere, and most where they wrap around; padding only at the border."""
+    images = torch.rand(2, 1, 8, 8).double()
+    layer = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular").double()
+    rows = torch.arange(8.0).double()[:, None]
+    both = r"so at the padding, and for the rest at what acts everywhere: absolute positions"
+    with pytest.raises(AssertionError, match=both):
+        assert_shift_equivariant(lambda x: layer(x) + rows, images, shifts=[(1, 0)])
+    padded = nn.Conv2d(1, 1, 3, padding=1).double()
+    with pytest.raises(AssertionError, match=r"so at the padding\. te_quant"):
+        assert_shift_equivariant(padded, images, shifts=[(1, 0)])
+
+
 @pytest.mark.parametrize(
     ("layout", "told"),
     [
@@ -638,6 +660,12 @@ def gaps_by_loops(codes):
     return [min([math.dist(codes[k], codes[j]) for j in range(K) if j != k], default=math.inf) for k in range(K)]
 
 
+@given(testing.codebooks(separation=1600.0, dtype=torch.float16, code_dim=(1, 3)))
+def test_wide_codebooks_are_finite(codes):
+    """Up to the largest separation of their dtype."""
+    assert codes.isfinite().all()
+
+
 @quick
 @given(testing.codebooks(separation=0.7, dtype=torch.float32))
 def test_codes_are_separated(codebook):
@@ -721,10 +749,14 @@ def test_crowded_codes_are_never_chosen():
             r"num_codes\[1\] must be at most 25 with code_dim\[0\]=1 in torch.bfloat16, got 256",
         ),
         (lambda: testing.codebooks(separation=-1.0), "separation must be a finite number >= 0"),
+        (
+            lambda: testing.codebooks(separation=1e5, dtype=torch.float16),
+            r"separation must be at most 1.67e\+03 in torch.float16, got 100000.0",
+        ),
         (lambda: testing.images((4, 4), channels=0), "channels must be an int >= 1"),
         (lambda: latents_off_boundaries(torch.zeros(1, 1), margin=-1), "margin must be a finite number >= 0"),
     ],
-    ids=["shifts", "sides", "codes", "crowded", "separation", "channels", "margin"],
+    ids=["shifts", "sides", "codes", "crowded", "separation", "infinite", "channels", "margin"],
 )
 def test_strategies_refuse_impossible_ranges(build, match):
     """At once, not in the middle of a test."""

@@ -227,7 +227,10 @@ class Views:
             inside = abs(dy) <= self.reach[0] and abs(dx) <= self.reach[1]
             require(inside, name, f"at most {self.reach} pixels under {self.protocol!r}", (dy, dx))
             shifts.append((dy, dx))
-        require(len(set(shifts)) == len(shifts), name, "without repetition", shifts)
+        circular = self.protocol == "circular"
+        # Around the torus, shifts that differ by a side are one.
+        distinct = {(dy % self.size[0], dx % self.size[1]) if circular else (dy, dx) for dy, dx in shifts}
+        require(len(distinct) == len(shifts), name, "without repetition", shifts)
         return tuple(shifts)
 
 

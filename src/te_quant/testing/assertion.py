@@ -18,6 +18,8 @@ from te_quant.testing.difference import ShiftDifference, TokenShift, equivarianc
 
 __all__ = ["TOLERANCES", "assert_shift_equivariant"]
 
+# A share of the error that leaves nothing for the inside.
+_ALL = 0.99
 TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -194,6 +196,8 @@ def _other_call(error: ShiftDifference, stride: int, upsampling: int, protocol: 
         needed = "x".join(f"{before * upsampling / stride:g}" for before, _ in sides)
         call = f"stride={stride}" + (f" and upsampling={upsampling}" if upsampling > 1 else "")
         cure = "pad circularly, or pass protocol='crop' with a size"
+        if any(before * upsampling % stride for before, _ in sides):
+            cure = f"pass inputs whose sides are multiples of {stride // math.gcd(stride, upsampling)}"
         fits = protocol != "circular"
         return "" if fits else f"{found}, but a circular shift needs {needed} at {call}: {cure}."
     right = {"stride": int(factor) if larger else 1, "upsampling": 1 if larger else int(factor)}
@@ -218,6 +222,8 @@ def _suspect(error: ShiftDifference, stride: int) -> str:
     # Nearer to all of it than to the share that an error without any place would have there.
     elif error.near_border > (1 + error.border_area) / 2:
         look = f"{error.near_border:.0%} of the error lies beside the border, so at the padding"
+        if error.near_border < _ALL:
+            look += ", and for the rest at what acts everywhere: absolute positions, normalisation, attention"
     else:
         look = "the error lies all over the map, so at the stride, normalisation, attention and absolute positions"
     return f"{look}. {audit}"

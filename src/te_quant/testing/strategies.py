@@ -131,14 +131,16 @@ def codebooks(
     few = f"at most {most} with code_dim[0]={code_dim[0]} in {dtype}"
     require(num_codes[1] <= most, "num_codes[1]", few, num_codes[1])
     separation = require_number("separation", separation, 0)
+    # The farthest that a lattice point lies from the origin, moved by half a unit.
+    farthest = 1.25 * (_lattice_side(num_codes[1], axes) - 1) + 0.5
+    limit = torch.finfo(dtype).max / farthest
+    require(separation <= limit, "separation", f"at most {limit:.3g} in {dtype}", separation)
     st = _hypothesis()
 
     def build(k: int, c: int, seed: int) -> Tensor:
         generator = _generator(seed)
         axes = min(c, _AXES)
-        side = 1
-        while side**axes < 2 * k:
-            side += 1
+        side = _lattice_side(k, axes)
         chosen = torch.randperm(side**axes, generator=generator, device="cpu")[:k]
         lattice = torch.stack([chosen // side**axis % side for axis in range(axes)], 1) - (side - 1) / 2
         codes = torch.rand(k, c, generator=generator, dtype=torch.float64, device="cpu") - 0.5
@@ -149,6 +151,14 @@ def codebooks(
     sizes = (st.integers(*num_codes), st.integers(*code_dim))
     drawn: SearchStrategy[Tensor] = st.builds(build, *sizes, _seeds())
     return drawn
+
+
+def _lattice_side(num_codes: int, axes: int) -> int:
+    """Return how many points an axis needs for a lattice with two for each code."""
+    side = 1
+    while side**axes < 2 * num_codes:
+        side += 1
+    return side
 
 
 def latents_off_boundaries(

@@ -82,15 +82,15 @@ def plot_reports(reports: Mapping[str, EquivarianceValues]) -> Figure:
     grid = figure.add_gridspec(
         len(panels) + map_rows, columns, height_ratios=[2.7] * len(panels) + [3.5] * map_rows
     )
-    drawn: dict[str, Any] = {}
+    bars_of: dict[str, Any] = {}
     for row, (label, groups) in enumerate(panels):
         axes = figure.add_subplot(grid[row, :])
-        drawn = _draw_bars(axes, groups, list(reports), decibels="dB" in label) | drawn
+        bars_of = _draw_bars(axes, groups, list(reports), decibels="dB" in label) | bars_of
         axes.set_ylabel(label)
     first = figure.axes[0]
     first.set_title("Index agreement (black line: what chance gives; whiskers: 95 % intervals)", fontsize=10)
     if len(reports) > 1:
-        handles = {name: drawn[name] for name in reports if name in drawn}
+        handles = {name: bars_of[name] for name in reports if name in bars_of}
         add_legend(figure, handles, loc="outside upper center", ncols=columns)
     for position, (name, report) in enumerate(reports.items()):
         axes = figure.add_subplot(grid[len(panels) + position // columns, position % columns])

@@ -151,10 +151,9 @@ class EquivarianceReport(EquivarianceValues, Tabular):
         settings["data_range"] = interval(settings.get("data_range", DEFAULT_RANGE))
         error, margin = data["reconstruction"], data["margin"]
         use = {"num_codes": settings["num_codes"], "frequent_share": _FREQUENT_SHARE}
+        stored_use = read_all("code_use", data["code_use"], lambda value: value)
         values: dict[str, Any] = {
-            "code_use": read(
-                CodebookUsageReport, read_all("code_use", data["code_use"], lambda value: value) | use
-            ),
+            "code_use": read(CodebookUsageReport, stored_use | use),
             "reconstruction": None if error is None else read(ReconstructionError, error),
             "margin": None if margin is None else _margin(margin),
             "numerical_floor": read_all("numerical_floor", data["numerical_floor"], partial(read, Agreement)),
