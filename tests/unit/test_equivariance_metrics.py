@@ -293,7 +293,8 @@ def test_nothing_depends_on_the_batch_split(batch_size):
         assert split.errors()[name].decibels == pytest.approx(error.decibels, rel=1e-10)
         assert split.errors()[name].interval == pytest.approx(error.interval, rel=1e-10)
     assert split.reconstruction.l1_interval == pytest.approx(whole.reconstruction.l1_interval, rel=1e-10)
-    assert split.numerical_floor == whole.numerical_floor
+    # Batches of one differ from others, not from themselves.
+    assert split.numerical_floor == (whole.numerical_floor if batch_size > 1 else {})
     assert split.code_use == whole.code_use
     assert split.reconstruction.l1 == pytest.approx(whole.reconstruction.l1, rel=1e-12)
     assert split.reconstruction.psnr == pytest.approx(whole.reconstruction.psnr, rel=1e-12)
