@@ -343,6 +343,24 @@ def test_reports_are_drawn(run: Run, model: VQAutoencoder, tmp_path: Path, comma
         image.verify()
 
 
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("out", "output must be a file, got the folder out/a.png; choose another name."),
+        ("t", "output must be in a folder, got t/a.png, where t is a file; choose another name."),
+    ],
+)
+def test_no_picture_replaces_a_folder(
+    run: Run, model: VQAutoencoder, tmp_path: Path, output: str, told: str
+) -> None:
+    """Nor do pictures go into a file; nothing is decoded."""
+    run("encode", "model", "photos", "-o", "t")
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert run("decode", "model", "t", "-o", output, "--overwrite") == (2, "", f"te-quant decode: {told}\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_sizes_are_made_equal(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
     """--size resizes and cuts, and --limit takes the first."""
     assert run("encode", "model", "photos", "-o", "t", "--size", 8, "--limit", 2)[0] == 0
@@ -463,6 +481,28 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
             "pictures must be of different names, got two of 'a.png'",
         ),
         ("encode model photos -o taken", "output must be a new file, got taken, which exists; pass --overwrite"),
+        *(
+            (f"{arguments}{more}", f"{name} must be a file, got the folder photos{ending}; choose another name.")
+            for arguments, name, ending in (
+                ("encode model photos/c.png -o photos", "output", ""),
+                ("audit model photos/c.png --plot photos.png", "--plot", ".png"),
+                ("measure model photos/c.png --table photos", "--table", ""),
+                ("stability model photos/c.png --table photos", "--table", ""),
+            )
+            for more in ("", " --overwrite")
+        ),
+        (
+            "encode model photos -o taken/t",
+            "output must be in a folder, got taken/t, where taken is a file; choose",
+        ),
+        (
+            "convert model -o taken",
+            "output must be in a folder, got taken/config.json, where taken is a file; choose",
+        ),
+        (
+            "measure model photos/c.png --table taken/t.md",
+            "--table must be in a folder, got taken/t.md, where taken",
+        ),
         (
             "encode model photos -o t --device tpu9",
             "--device must be a device such as 'cpu' or 'cuda', got 'tpu9'.",
@@ -572,6 +612,7 @@ def test_a_mistake_is_one_sentence(
     """On standard error, with status 2 and without a traceback; nothing is written."""
     picture(tmp_path / "other" / "a.png", 4, 4)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "photos.png").mkdir()
     for name in ("taken", "taken.png"):
         (tmp_path / name).write_text("x")
     (tmp_path / "text.png").write_text("no picture")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from te_quant._checks import require
 from te_quant._pretrained import write_atomically
+from te_quant.cli.files import require_writable
 from te_quant.tables import Table
 
 __all__ = ["put_row", "require_table"]
@@ -50,7 +51,10 @@ def put_row(path: Path, header: Sequence[str], row: Sequence[str], align: str) -
 
 def require_table(path: Path | None, first_title: str) -> None:
     """Refuse a file without a table that begins with this title, before anything is measured."""
-    if path is None or not path.exists():
+    if path is None:
+        return
+    require_writable(path, "--table")
+    if not path.exists():
         return
     # Not a text at all, perhaps.
     text = path.read_text(encoding="utf-8", errors="replace")
