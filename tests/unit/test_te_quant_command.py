@@ -319,8 +319,9 @@ def test_every_model_has_a_row_of_its_own(options: dict[str, Any], name: str, tm
     """Two files of one folder, or two revisions, do not replace each other."""
     table = tmp_path / "table.md"
     report = SimpleNamespace(reconstruction=None, code_use=SimpleNamespace(used_codes=3), to_dict=dict)
-    measures._told(Options("measure", table=table, **options), report, {})  # type: ignore[arg-type]
-    assert table.read_text().splitlines()[2] == f"| {name} | 3 |  |"
+    facts = ("1 of 4x4", "4", "16")
+    measures._told(Options("measure", table=table, **options), report, facts, {})  # type: ignore[arg-type]
+    assert table.read_text().splitlines()[2] == f"| {name} | 1 of 4x4 | 4 | 16 | 3 |  |"
 
 
 @pytest.mark.slow
@@ -428,6 +429,30 @@ def test_tokenizers_of_other_libraries_are_measured(
     report = json.loads(run("measure", place, "photos/c.png", "--format", "python", "--json")[1])
     assert report["aligned"]["rate"] == 1
     assert report["reconstruction"] is not None
+
+
+@pytest.mark.parametrize("commands", [("stability", "measure"), ("measure", "stability")])
+def test_the_table_of_the_other_command_is_refused_at_once(
+    run: Run, model: VQAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: tuple[str, str]
+) -> None:
+    """Before anything is measured and drawn; the own table takes another row."""
+    (tmp_path / "mine.py").write_text(PYTHON)
+    arguments = ("mine.py:load", "photos/c.png", "--format", "python", "--table", "t.md", "--quiet")
+    for name in ("first", "second"):
+        assert run(commands[0], *arguments, "--name", name)[0] == 0
+    before = (tmp_path / "t.md").read_text()
+    head = before.splitlines()[0]
+    assert before.count("\n") == 4
+    for name in ("measure_equivariance", "measure_stability"):
+        monkeypatch.setattr(measures, name, lambda *_, **__: pytest.fail("measured"))
+    status, out, err = run(commands[1], *arguments, "--plot", "p.png")
+    assert (status, out) == (2, "")
+    assert err.startswith(
+        f"te-quant {commands[1]}: t.md must be a file with a table that begins with '| tokenizer "
+    )
+    assert err.endswith(f"got {head!r}; pass another file.\n")
+    assert (tmp_path / "t.md").read_text() == before
+    assert not (tmp_path / "p.png").exists()
 
 
 class _CosmosEncoder(nn.Module):
@@ -579,6 +604,10 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
         (
             "measure model photos/c.png --table text.png",
             "text.png must be a file with a table that begins with '| tok",
+        ),
+        (
+            "measure model photos/c.png --table half.png",
+            "half.png must be a text in UTF-8, got another file ('utf-8' codec can't decode byte 0x89",
         ),
         ("stability residual photos/c.png", "model must be one with one index per token, got 2 indices."),
         (
