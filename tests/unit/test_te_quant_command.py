@@ -577,15 +577,27 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
         ),
         (
             "measure model photos/c.png --window 40 --protocol crop",
-            "--window must be at most 10 in images of 16x16, got 40; pass --window 8, or larger images.",
+            "--window must be at most 8 in images of 16x16, got 40; pass --window 8, or larger images.",
         ),
         (
-            "measure model photos/c.png --window 4 --protocol crop --size 8",
-            "images sides must be at least 10 under crop, got 8x8; pass larger images.",
+            "measure model photos/c.png --window 12 --protocol crop --size 19",
+            "--window must be at most 11 in images of 19x19, got 12; pass --window 8, or larger images.",
         ),
         (
-            "measure model photos/c.png --window 10 --protocol crop",
+            "measure model photos/c.png --window 4 --protocol crop --size 12",
+            "images sides must be at least 16 under crop, got 12x12; pass larger images.",
+        ),
+        (
+            "measure model photos/c.png --window 4 --protocol crop",
+            "--window must be at least 8, two tokens, got 4; pass --window 8.",
+        ),
+        (
+            "measure model photos/c.png --window 10 --protocol crop --size 20",
             "--window must be a multiple of 4, got 10; pass --window 8.",
+        ),
+        (
+            "measure model photos/c.png --protocol crop",
+            "images sides must be larger than 19 pixels under 'crop', for a window of two tokens that moves by a",
         ),
         *(
             (
@@ -664,6 +676,26 @@ def test_a_mistake_is_one_sentence(
     assert err.startswith(f"te-quant {arguments.split()[0]}: ")
     assert err.count("\n") == 1
     assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+def test_a_proposed_window_moves_by_a_token(run: Run, tmp_path: Path, stride: int) -> None:
+    """In photographs of any side; the agreement of whole tokens, the first figure, is a number."""
+    (tmp_path / "mine.py").write_text(PYTHON.replace("4", str(stride)))
+    told = []
+    for side in range(3 * stride, 6 * stride, stride // 4):
+        picture(tmp_path / "x.png", side, side)
+        arguments = ("measure", "mine.py:load", "x.png", "--format", "python", "--protocol", "crop", "--json")
+        error = run(*arguments, "--window", 9 * stride)[2]
+        proposed = re.search(r"pass --window (\d+)", error)
+        told.append(proposed is None)
+        if proposed is None:
+            assert f"images sides must be at least {4 * stride} under crop, got {side}x{side}" in error
+        else:
+            status, out, _ = run(*arguments, "--window", proposed[1], "--sub-stride-shifts", 1)
+            assert status == 0
+            assert json.loads(out)["aligned"]["rate"] == 1
+    assert told == [True] * 4 + [False] * 8
 
 
 def test_the_place_of_an_error_is_shown_on_request(run: Run) -> None:
