@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -453,6 +454,28 @@ def test_the_table_of_the_other_command_is_refused_at_once(
     assert err.endswith(f"got {head!r}; pass another file.\n")
     assert (tmp_path / "t.md").read_text() == before
     assert not (tmp_path / "p.png").exists()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_report_is_printed_in_every_encoding(
+    run: Run, model: VQAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """As escapes where standard output has no κ; the table is UTF-8 as always."""
+    (tmp_path / "mine.py").write_text(PYTHON)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run("measure", "mine.py:load", "photos/c.png", "--format", "python", "--table", "t.md")[0] == 0
+    stream.flush()
+    header = stream.buffer.getvalue().decode(encoding).splitlines()[0]
+    assert header.split() == [
+        "measured",
+        "rate",
+        "or",
+        "value",
+        "κ" if encoding == "utf-8" else "\\u03ba",
+        "chance",
+    ]
+    assert "whole tokens: κ" in (tmp_path / "t.md").read_text(encoding="utf-8")
 
 
 class _CosmosEncoder(nn.Module):

@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"te-quant {options.command}: {' '.join(str(error).split())}\n")
         return _USAGE_ERROR
-    sys.stdout.write((json.dumps(values, indent=2, allow_nan=False) if options.json else text.rstrip()) + "\n")
+    told = json.dumps(values, indent=2, allow_nan=False) if options.json else text.rstrip()
+    # As standard error does: a character that the terminal lacks, such as κ, loses no finished work.
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(told.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     return 0
 
 
