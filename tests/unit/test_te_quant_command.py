@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import io
 import json
 import math
@@ -9,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +31,10 @@ from safetensors.torch import load_file, save_file
 
 from te_quant import AutoencoderConfig, VQAutoencoder
 from te_quant.autoencoder import pad_to_divisor
-from te_quant.cli import main, measures
+from te_quant.cli import main, measures, models
 from te_quant.cli.arguments import Options
 from te_quant.cli.token_file import compact_dtype
+from te_quant.quantizers import QUANTIZERS
 
 SMALL: dict[str, Any] = {
     "base_channels": 2,
@@ -225,14 +229,112 @@ def test_another_model_does_not_decode(run: Run, model: VQAutoencoder, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_what_gives_tokens_no_meaning_is_not_compared(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
-    """The place of the model, its encoder, the use of its codes, and weights in a wider dtype."""
+def same_weights(model: VQAutoencoder, **changes: Any) -> VQAutoencoder:
+    """A model with other options."""
+    other = VQAutoencoder(replace(model.config, **changes))
+    own = other.state_dict()
+    other.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in own})
+    return other.eval()
+
+
+FSQ_8_5, FSQ_5_8 = ({"name": "FSQ", "levels": levels} for levels in ([8, 5], [5, 8]))
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({}, {"decoder_padding": "zeros"}),
+        ({}, {"metric": "cosine"}),
+        ({}, {"activation": "filtered"}),
+        ({}, {"upsample": "blur"}),
+        ({"norm": "group"}, {"norm_groups": 1}),
+        ({"quantizer": FSQ_8_5, "code_dim": 2, "num_codes": 256}, {"quantizer": FSQ_5_8, "num_codes": 256}),
+        (
+            {"quantizer": {"name": "LFQ", "code_dim": 4}, "num_codes": 256},
+            {"quantizer": {"name": "LFQ", "code_dim": 4, "spherical": True}, "num_codes": 256},
+        ),
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_other_options_of_the_decoding_do_not_decode(
+    run: Run, tmp_path: Path, options: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """The weights are equal, but the pictures would differ."""
+    model = make(**options)
+    other = same_weights(model, **changes)
+    tokens = torch.arange(16).view(1, 4, 4)
+    assert not torch.equal(model.decode_indices(tokens), other.decode_indices(tokens))
+    model.save_pretrained(tmp_path / "model")
+    other.save_pretrained(tmp_path / "other")
+    picture(tmp_path / "x.png", 16, 16)
+    assert run("encode", "model", "x.png", "-o", "t")[0] == 0
+    status, out, err = run("decode", "other", "t", "-o", "out")
+    assert (status, out) == (2, "")
+    assert err.startswith("te-quant decode: model must be the model that wrote the tokens (model, identity ")
+    assert run("decode", "model", "t", "-o", "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"encoder_padding": "zeros", "dropout": 0.5, "norm_groups": 1},
+        {"codebook_update": "gradient", "commitment_weight": 0.5, "orthogonal_reg": 1.0, "revival_threshold": 0.0},
+        {"metric": "cosine_raw", "decay": 0.5, "gradient_estimator": "rotation_trick"},
+    ],
+    ids=lambda changes: next(iter(changes), "weights"),
+)
+def test_what_gives_tokens_no_meaning_is_not_compared(
+    run: Run, model: VQAutoencoder, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """The place of the model, its encoder and training, the use of its codes, and weights in a wider dtype."""
     run("encode", "model", "photos", "-o", "tokens.safetensors")
     with torch.no_grad():
         next(model.encoder.parameters()).add_(1)
     model.quantizer.usage.add_(1)
-    model.double().save_pretrained(tmp_path / "moved")
-    assert run("decode", "moved", "tokens.safetensors", "-o", "out")[0] == 0
+    same_weights(model, **changes).double().save_pretrained(tmp_path / "moved")
+    assert run("decode", "moved", "tokens.safetensors", "-o", "out") == (0, "out: 3 pictures\n", "")
+
+
+def test_every_option_of_a_quantizer_is_sorted() -> None:
+    """Into those that say how indices are decoded, and those that an identity leaves out."""
+    decoding = {"num_codes", "code_dim", "levels", "spherical", "metric", "quantizers", "stages"}
+    decoding |= {"num_groups", "num_quantizers", "shared_codebook"}
+    runs = {"channel_dim", "process_group", "generator"}
+    options = {name for kind in QUANTIZERS.values() for name in inspect.signature(kind).parameters}
+    assert options - runs - decoding == set(models._TRAINING)
+
+
+def former_identity(model: VQAutoencoder) -> str:
+    """The digest of format 1: the tensors only, those of the codebook without its statistics."""
+    digest = hashlib.sha256()
+    tensors = {f"decoder.{name}": tensor for name, tensor in model.decoder.state_dict().items()}
+    for name, tensor in [("quantizer.codebook", model.quantizer.codebook), *sorted(tensors.items())]:
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def test_tokens_of_the_former_format_are_decoded(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """Their identity has no options, so only other weights are refused; a warning says so."""
+    run("encode", "model", "photos", "-o", "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["te_quant_tokens"])
+    assert about["format"] == 2
+    about |= {"format": 1, "identity": former_identity(model)}
+    tokens = load_file(tmp_path / "new.safetensors")
+    save_file(tokens, tmp_path / "old.safetensors", metadata={"te_quant_tokens": json.dumps(about)})
+    status, _, err = run("decode", "model", "old.safetensors", "-o", "out")
+    assert status == 0
+    assert err == (
+        "te-quant decode: warning: old.safetensors is of format 1, whose identity leaves out options such as the "
+        "padding of the decoder; encode the pictures again to have these compared too.\n"
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png", "more"]
+    make(seed=1).save_pretrained(tmp_path / "other")
+    status, _, err = run("decode", "other", "old.safetensors", "-o", "more")
+    assert status == 2
+    assert f"(model, identity {former_identity(model)}), got other, identity " in err
 
 
 def interrupt(*_: object, **__: object) -> None:
@@ -578,6 +680,10 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
         ),
         ("decode model other.safetensors -o out", "wrote, got a safetensors file of another kind."),
         (
+            "decode model newer.safetensors -o out",
+            "newer.safetensors format must be 1 or 2, got 3; update te_quant to read newer files.",
+        ),
+        (
             "decode model evil.safetensors -o out",
             "evil.safetensors image names must be paths inside one folder, got '../x'.",
         ),
@@ -687,6 +793,8 @@ def test_a_mistake_is_one_sentence(
     about = {"format": 1, "model": "m", "identity": "i", "num_codes": 2, "stride": 1, "images": {"../x": [1, 1]}}
     evil = {"tokens/../x": torch.zeros(1, 1, dtype=torch.uint8)}
     save_file(evil, tmp_path / "evil.safetensors", metadata={"te_quant_tokens": json.dumps(about)})
+    newer = {"te_quant_tokens": json.dumps({**about, "format": 3})}
+    save_file(evil, tmp_path / "newer.safetensors", metadata=newer)
     if arguments.startswith("encode two"):
         make(image_channels=2).save_pretrained(tmp_path / "two")
     if arguments.startswith("stability residual"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,31 @@ from te_quant._checks import require
 from te_quant._pretrained import WEIGHTS_FILE
 from te_quant.adapters import Tokenizer
 from te_quant.autoencoder import VQAutoencoder
+from te_quant.autoencoder.config import description
 from te_quant.cli.arguments import Options
 
-# Buffers of quantizers that training needs and decoding does not.
+# Options of the decoder that its weights do not show.
+_DECODING = ("activation", "decoder_padding", "norm", "norm_groups", "upsample")
+# Options of quantizers that training needs and decoding does not.
+_TRAINING = (
+    "codebook_update",
+    "codebook_weight",
+    "commitment_weight",
+    "decay",
+    "diversity_weight",
+    "entropy_group_dim",
+    "entropy_weight",
+    "gradient_estimator",
+    "loss_weights",
+    "nonfinite",
+    "orthogonal_active_only",
+    "orthogonal_max_codes",
+    "orthogonal_reg",
+    "quantizer_dropout",
+    "revival_threshold",
+    "temperature",
+)
+# Buffers of them likewise.
 _STATISTICS = (
     "code_sums",
     "pending_counts",
@@ -100,12 +123,25 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def identity(model: VQAutoencoder) -> str:
+def identity(model: VQAutoencoder, *, with_options: bool = True) -> str:
     """Return a digest of what gives tokens their meaning: the codes and the decoder.
 
-    Where a model lies, its encoder, the statistics of its codebook and widening its weights do not change it.
+    Where a model lies, its encoder, how it was trained, the statistics of its codebook and widening its weights do
+    not change it.
+
+    Args:
+        model: from :func:`load_autoencoder`.
+        with_options: False gives the digest in token files of format 1, which is that of the weights only.
     """
     digest = hashlib.sha256()
+    if with_options:
+        config = model.config
+        options = {name: getattr(config, name) for name in _DECODING}
+        if config.norm != "group":
+            # Without effect then.
+            del options["norm_groups"]
+        options["quantizer"] = _meaning(description(model.quantizer))
+        digest.update(json.dumps(options, sort_keys=True).encode())
     for part, module in (("quantizer", model.quantizer), ("decoder", model.decoder)):
         for name, tensor in sorted(module.state_dict().items()):
             if part == "quantizer" and name.rpartition(".")[2] in _STATISTICS:
@@ -113,6 +149,19 @@ def identity(model: VQAutoencoder) -> str:
             digest.update(f"{part}.{name} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _meaning(described: Any) -> Any:
+    """Return what the description of a quantizer, and of those inside, says of decoding indices."""
+    if isinstance(described, list):
+        return [_meaning(part) for part in described]
+    if not isinstance(described, Mapping):
+        return described
+    options = {name: _meaning(value) for name, value in described.items() if name not in _TRAINING}
+    if options.get("metric") != "cosine":
+        # Only this one changes the codes; the others choose among them.
+        options.pop("metric", None)
+    return options
 
 
 def _decoding(model: VQAutoencoder) -> Any:

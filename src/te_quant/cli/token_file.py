@@ -19,7 +19,7 @@ from te_quant._pretrained import write_atomically
 
 __all__ = ["ImageTokens", "TokenFile", "compact_dtype", "read_tokens", "write_tokens"]
 
-_FORMAT = 1
+_FORMAT = 2
 _KEY = "te_quant_tokens"
 _TOKENS, _PHASES = "tokens/", "phases/"
 _DTYPES = (torch.uint8, torch.uint16, torch.int32, torch.int64)
@@ -49,12 +49,14 @@ class TokenFile:
         identity: digest of the codes and the decoder.
         num_codes: K.
         stride: pixels per token.
+        format: of the file. In format 1 the identity is that of the weights only.
     """
 
     model: str
     identity: str
     num_codes: int
     stride: int
+    format: int = _FORMAT
 
 
 def compact_dtype(num_codes: int) -> torch.dtype:
@@ -81,7 +83,7 @@ def write_tokens(path: Path, about: TokenFile, images: Mapping[str, ImageTokens]
             tensors[_PHASES + name] = image.phases.to(torch.uint8).contiguous()
     sizes = {name: list(image.size) for name, image in images.items()}
     # One key: several would be written in an order that differs from run to run.
-    metadata = {_KEY: json.dumps({"format": _FORMAT, **asdict(about), "images": sizes})}
+    metadata = {_KEY: json.dumps({**asdict(about), "images": sizes})}
     write_atomically(path, lambda beside: save_file(tensors, beside, metadata=metadata))
 
 
@@ -105,8 +107,13 @@ def read_tokens(path: Path) -> tuple[TokenFile, dict[str, ImageTokens]]:
         raise ValueError(f"{path} must be {expected}, got a damaged file or one of another kind.") from error
     require(stored is not None, str(path), expected, "a safetensors file of another kind")
     content: dict[str, Any] = json.loads(str(stored))
-    version = content.pop("format", None)
-    require(version == _FORMAT, f"{path} format", str(_FORMAT), repr(version))
+    version = content.get("format")
+    require(
+        version in (1, _FORMAT),
+        f"{path} format",
+        f"1 or {_FORMAT}",
+        f"{version}; update te_quant to read newer files",
+    )
     sizes = content.pop("images")
     images = {}
     for name, (height, width) in sizes.items():
