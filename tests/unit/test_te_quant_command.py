@@ -10,6 +10,7 @@ import math
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -612,6 +613,28 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", ["encoder.jit", "decoder.jit"])
+@pytest.mark.parametrize("kind", ["empty", "page", "half", "weights"])
+def test_other_files_in_the_place_of_cosmos_are_refused(
+    run: Run, model: VQAutoencoder, tmp_path: Path, name: str, kind: str
+) -> None:
+    """As a download that failed leaves them."""
+    (tmp_path / "di8x8").mkdir()
+    for half, module in (("encoder", _CosmosEncoder()), ("decoder", _CosmosDecoder())):
+        torch.jit.save(torch.jit.script(module), tmp_path / "di8x8" / f"{half}.jit")
+    path = tmp_path / "di8x8" / name
+    whole = path.read_bytes()
+    if kind == "weights":
+        torch.save({"x": torch.zeros(1)}, path)
+    else:
+        path.write_bytes({"empty": b"", "page": b"<html></html>", "half": whole[: len(whole) // 2]}[kind])
+    status, out, err = run("stability", "di8x8", "photos/c.png", "--format", "cosmos", "--stride", 4)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"te-quant stability: di8x8/{name} must be a file that torch.jit.save wrote, got ")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -681,7 +704,7 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
         ("decode model other.safetensors -o out", "wrote, got a safetensors file of another kind."),
         (
             "decode model newer.safetensors -o out",
-            "newer.safetensors format must be 1 or 2, got 3; update te_quant to read newer files.",
+            "newer.safetensors metadata format must be 1 or 2, got 3; update te_quant, or encode the",
         ),
         (
             "decode model evil.safetensors -o out",
@@ -769,6 +792,22 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
             "measure model photos --format cosmos --stride 8",
             "model must be a folder with encoder.jit and decoder.jit, got no",
         ),
+        (
+            "measure bad.ckpt photos --format taming",
+            "bad.ckpt must be a file of tensors that torch.save wrote, got a damaged file or one of another kind",
+        ),
+        (
+            "measure broken.py:load photos --format python",
+            "broken.py:load must be written in Python, got invalid syntax (broken.py, line 2).",
+        ),
+        (
+            "measure lacking.py:load photos --format python",
+            "No module named 'no_such_package'",
+        ),
+        (
+            "measure ..mine:load photos --format python",
+            "model must be 'file.py:function' or 'module:function', got",
+        ),
         ("convert model -o out --to diffusers", "encoder_padding must be 'zeros' for diffusers, got 'circular'."),
         (
             "convert model -o model",
@@ -789,6 +828,9 @@ def test_a_mistake_is_one_sentence(
     whole = (tmp_path / "photos" / "a.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "mine.py").write_text(PYTHON)
+    (tmp_path / "broken.py").write_text("import torch\ndef load(:\n")
+    (tmp_path / "lacking.py").write_text("import no_such_package\n")
+    (tmp_path / "bad.ckpt").write_bytes(b"hello")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     about = {"format": 1, "model": "m", "identity": "i", "num_codes": 2, "stride": 1, "images": {"../x": [1, 1]}}
     evil = {"tokens/../x": torch.zeros(1, 1, dtype=torch.uint8)}
@@ -807,6 +849,63 @@ def test_a_mistake_is_one_sentence(
     assert err.startswith(f"te-quant {arguments.split()[0]}: ")
     assert err.count("\n") == 1
     assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+WHOLE = {"format": 2, "model": "m", "identity": "i", "num_codes": 2, "stride": 4, "images": {"x": [4, 4]}}
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        ("{", "must be JSON, got Expecting property name"),
+        ("[]", "must be an object, got list."),
+        (
+            {**WHOLE, "format": None},
+            "format must be 1 or 2, got None; update te_quant, or encode the pictures again.",
+        ),
+        *(
+            ({**WHOLE, name: [3]}, f"{name!r} must be of type {kind}, got [3].")
+            for name, kind in (("model", "str"), ("identity", "str"), ("num_codes", "int"), ("stride", "int"))
+        ),
+        ({name: WHOLE[name] for name in WHOLE if name != "images"}, "'images' must be of type dict, got None."),
+        ({**WHOLE, "images": {"x": 4}}, "size of 'x' must be two positive integers, got 4."),
+        ({**WHOLE, "images": {"x": [4]}}, "size of 'x' must be two positive integers, got [4]."),
+        ({**WHOLE, "images": {"x": [4, 0]}}, "size of 'x' must be two positive integers, got [4, 0]."),
+        ({**WHOLE, "images": {"y": [4, 4]}}, "must be complete, got no tokens of 'y'."),
+    ],
+)
+def test_other_metadata_are_refused(
+    run: Run, model: VQAutoencoder, tmp_path: Path, stored: str | dict[str, object], told: str
+) -> None:
+    """A sentence that names the file, before any model is loaded."""
+    text = stored if isinstance(stored, str) else json.dumps(stored)
+    tokens = {"tokens/x": torch.zeros(1, 1, dtype=torch.uint8)}
+    save_file(tokens, tmp_path / "t.st", metadata={"te_quant_tokens": text})
+    status, out, err = run("decode", "nowhere", "t.st", "-o", "out")
+    assert (status, out) == (2, "")
+    assert err.startswith("te-quant decode: t.st metadata ") or told.startswith("must be complete")
+    assert told in err
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("len(3)", "TypeError: object of type 'int' has no len()"),
+        ("int('x')", "ValueError: invalid literal for int()"),
+        ("def load():\n    return len(3)", "TypeError: object of type 'int' has no len()"),
+    ],
+)
+def test_an_error_of_ones_own_file_keeps_its_traceback(
+    run: Run, model: VQAutoencoder, tmp_path: Path, source: str, told: str
+) -> None:
+    """It is a bug in that file, which a sentence does not find."""
+    (tmp_path / "mine.py").write_text(f"{source}\n")
+    with pytest.raises(
+        RuntimeError, match=rf"mine\.py:load must run without an error, got {re.escape(told)}"
+    ) as got:
+        run("measure", "mine.py:load", "photos", "--format", "python")
+    places = traceback.extract_tb(got.value.__cause__.__traceback__)  # type: ignore[union-attr]
+    assert Path(places[-1].filename).name == "mine.py"
 
 
 @pytest.mark.parametrize("stride", [4, 8])

@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Raises:
         SystemExit: an argument does not parse (status 2), or help was asked for (status 0).
+        RuntimeError: the user's Python file (``--format python``) has raised a TypeError or a ValueError, a bug
+            that only a traceback finds. Its other errors pass as they are, but wrong syntax and packages or files
+            that it does not find are told in one sentence.
     """
     options = Options(**vars(build_parser().parse_args(arguments)))
     try:

@@ -6,9 +6,11 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -176,28 +178,61 @@ def _load_cosmos(options: Options) -> Tokenizer:
         )
     require(options.stride is not None, "--stride", "given for cosmos, such as 8 for DI8x8", None)
     device = device_of(options.device)
-    encoder, decoder = (
-        torch.jit.load(folder / name, map_location=device).eval() for name in ("encoder.jit", "decoder.jit")
-    )
+    encoder, decoder = (_load_jit(folder / name, device) for name in ("encoder.jit", "decoder.jit"))
     tokenizer = adapters.cosmos(encoder, decoder, stride=options.stride or 1)
     return tokenizer if options.num_codes is None else replace(tokenizer, num_codes=options.num_codes)
+
+
+def _load_jit(path: Path, device: torch.device) -> Any:
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        reason = next(iter(str(error).strip().splitlines()), "another file").rstrip(".")
+        raise ValueError(f"{path} must be a file that torch.jit.save wrote, got {reason}.") from error
 
 
 def _load_python(place: str) -> Tokenizer:
     """Call the function that ``file.py:function`` or ``module:function`` names."""
     source, colon, name = place.rpartition(":")
-    require(bool(colon and source and name), "model", "'file.py:function' or 'module:function'", repr(place))
-    if source.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-        if spec is None or spec.loader is None or not Path(source).is_file():
-            raise FileNotFoundError(f"model must name a Python file that exists, got {source}.")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(source)
+    is_file = source.endswith(".py")
+    named = is_file or all(part.isidentifier() for part in source.split("."))
+    require(bool(colon and name) and named, "model", "'file.py:function' or 'module:function'", repr(place))
+    if is_file and not Path(source).is_file():
+        raise FileNotFoundError(f"model must name a Python file that exists, got {source}.")
+    with _errors_of(place):
+        module = _run_file(source) if is_file else importlib.import_module(source)
     function = getattr(module, name, None)
     require(callable(function), "model", f"'{source}:function' with a function of {source}", repr(place))
-    tokenizer = function() if function is not None else None
+    with _errors_of(place):
+        tokenizer = function() if function is not None else None
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError(f"{place} must return a te_quant.adapters.Tokenizer, got {type(tokenizer).__name__}.")
     return tokenizer
+
+
+def _run_file(source: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _errors_of(place: str) -> Iterator[None]:
+    """Let a bug in a user's Python file end the command with a traceback, without which its place is unknown.
+
+    A file that is not Python, and packages and files that it does not find, need no more than a sentence.
+
+    Raises:
+        ValueError: the file is not Python.
+        RuntimeError: the code raised what the command would take for a refusal by the library.
+    """
+    try:
+        yield
+    except SyntaxError as error:
+        raise ValueError(f"{place} must be written in Python, got {error}.") from error
+    except (TypeError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"{place} must run without an error, got {got}") from error
