@@ -434,7 +434,8 @@ def test_default_shifts_are_the_smallest_and_the_largest():
         (shifts("circular", -torch.ones(1, 1, 8, 8)), (0, 4)),
         (shifts("circular", -torch.ones(1, 1, 4, 4)), (0,)),
         (shifts("crop", -torch.ones(1, 1, 57, 57), canvas_size=32), (-12, -4, 0, 4, 12)),
-        (shifts("crop", sprites, canvas_size=28), (0,)),
+        (shifts("crop", sprites, canvas_size=28, shifts=[]), (0,)),
+        (shifts("crop", sprites, canvas_size=24), (-4, 0, 4)),
         (shifts("crop", sprites, canvas_size=8), (-4, 0, 4)),
     ]:
         assert len(chosen) == len(set(chosen))
@@ -463,7 +464,23 @@ SPRITES = -torch.ones(2, 1, 8, 8)
         (
             {"protocol": "crop"},
             ValueError,
-            r"images sides must be larger than 9 pixels under 'crop', .* moves by a token, got \(8, 8\)",
+            r"images sides must be larger than 11 pixels under 'crop', .* moves by a token, got \(8, 8\)",
+        ),
+        (
+            {"protocol": "crop", "canvas_size": 6},
+            ValueError,
+            r"canvas_size must be a window of two tokens or more that can move by a token of 2 pixels, got 6x6 "
+            r"with \(1, 1\) pixels of room; pass images of at least 10x10 pixels, canvas_size=\(4, 4\), or sh",
+        ),
+        (
+            {"protocol": "crop", "canvas_size": 2},
+            ValueError,
+            r"got 2x2 with \(3, 3\) pixels of room; pass images of at least 8x8 pixels, canvas_size=\(4, 4\), or",
+        ),
+        (
+            {"protocol": "crop", "canvas_size": 4, "images": SPRITES[..., :6, :6]},
+            ValueError,
+            r"got 4x4 with \(1, 1\) pixels of room; pass images of at least 8x8 pixels, or shifts=\[\] for none",
         ),
         (
             {"protocol": "crop", "canvas_size": 9},
@@ -499,9 +516,9 @@ SPRITES = -torch.ones(2, 1, 8, 8)
         ({"fractional_shifts": [(0.5, 2.0)]}, ValueError, "fractional_shifts values must be .* < 2, got 2.0"),
         ({"fractional_shifts": [(1, 0.0)]}, ValueError, "pairs of which one number at least is not whole"),
         (
-            {"protocol": "crop", "canvas_size": 2, "fractional_shifts": 1},
+            {"protocol": "crop", "canvas_size": 4, "fractional_shifts": 1},
             ValueError,
-            r"fractional_shifts of up to 4 pixels must leave a window of 2x2 inside the images, got \(3, 3\)",
+            r"fractional_shifts of up to 4 pixels must leave a window of 4x4 inside the images, got \(2, 2\)",
         ),
         ({"progress": 1}, TypeError, "progress must be True, False or None, got 1"),
         ({"protocol": "circular", "images": torch.zeros(1, 1, 8, 9)}, ValueError, "multiples of stride=2"),

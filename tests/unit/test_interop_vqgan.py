@@ -573,7 +573,9 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
         load_taming(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle at all", b"PK\x03\x04 torn"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no pickle at all", b"PK\x03\x04 torn", b"hello", b"M", b"t", b"X\x01\0\0\0\xff."]
+)
 def test_damaged_files_are_refused(content: bytes, tmp_path: Path) -> None:
     """Whatever is in them."""
     (tmp_path / "last.ckpt").write_bytes(content)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import io
 import json
 import math
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +32,10 @@ from safetensors.torch import load_file, save_file
 
 from te_quant import AutoencoderConfig, VQAutoencoder
 from te_quant.autoencoder import pad_to_divisor
-from te_quant.cli import main, measures
+from te_quant.cli import main, measures, models
 from te_quant.cli.arguments import Options
 from te_quant.cli.token_file import compact_dtype
+from te_quant.quantizers import QUANTIZERS
 
 SMALL: dict[str, Any] = {
     "base_channels": 2,
@@ -224,14 +230,112 @@ def test_another_model_does_not_decode(run: Run, model: VQAutoencoder, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_what_gives_tokens_no_meaning_is_not_compared(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
-    """The place of the model, its encoder, the use of its codes, and weights in a wider dtype."""
+def same_weights(model: VQAutoencoder, **changes: Any) -> VQAutoencoder:
+    """A model with other options."""
+    other = VQAutoencoder(replace(model.config, **changes))
+    own = other.state_dict()
+    other.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in own})
+    return other.eval()
+
+
+FSQ_8_5, FSQ_5_8 = ({"name": "FSQ", "levels": levels} for levels in ([8, 5], [5, 8]))
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({}, {"decoder_padding": "zeros"}),
+        ({}, {"metric": "cosine"}),
+        ({}, {"activation": "filtered"}),
+        ({}, {"upsample": "blur"}),
+        ({"norm": "group"}, {"norm_groups": 1}),
+        ({"quantizer": FSQ_8_5, "code_dim": 2, "num_codes": 256}, {"quantizer": FSQ_5_8, "num_codes": 256}),
+        (
+            {"quantizer": {"name": "LFQ", "code_dim": 4}, "num_codes": 256},
+            {"quantizer": {"name": "LFQ", "code_dim": 4, "spherical": True}, "num_codes": 256},
+        ),
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_other_options_of_the_decoding_do_not_decode(
+    run: Run, tmp_path: Path, options: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """The weights are equal, but the pictures would differ."""
+    model = make(**options)
+    other = same_weights(model, **changes)
+    tokens = torch.arange(16).view(1, 4, 4)
+    assert not torch.equal(model.decode_indices(tokens), other.decode_indices(tokens))
+    model.save_pretrained(tmp_path / "model")
+    other.save_pretrained(tmp_path / "other")
+    picture(tmp_path / "x.png", 16, 16)
+    assert run("encode", "model", "x.png", "-o", "t")[0] == 0
+    status, out, err = run("decode", "other", "t", "-o", "out")
+    assert (status, out) == (2, "")
+    assert err.startswith("te-quant decode: model must be the model that wrote the tokens (model, identity ")
+    assert run("decode", "model", "t", "-o", "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"encoder_padding": "zeros", "dropout": 0.5, "norm_groups": 1},
+        {"codebook_update": "gradient", "commitment_weight": 0.5, "orthogonal_reg": 1.0, "revival_threshold": 0.0},
+        {"metric": "cosine_raw", "decay": 0.5, "gradient_estimator": "rotation_trick"},
+    ],
+    ids=lambda changes: next(iter(changes), "weights"),
+)
+def test_what_gives_tokens_no_meaning_is_not_compared(
+    run: Run, model: VQAutoencoder, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """The place of the model, its encoder and training, the use of its codes, and weights in a wider dtype."""
     run("encode", "model", "photos", "-o", "tokens.safetensors")
     with torch.no_grad():
         next(model.encoder.parameters()).add_(1)
     model.quantizer.usage.add_(1)
-    model.double().save_pretrained(tmp_path / "moved")
-    assert run("decode", "moved", "tokens.safetensors", "-o", "out")[0] == 0
+    same_weights(model, **changes).double().save_pretrained(tmp_path / "moved")
+    assert run("decode", "moved", "tokens.safetensors", "-o", "out") == (0, "out: 3 pictures\n", "")
+
+
+def test_every_option_of_a_quantizer_is_sorted() -> None:
+    """Into those that say how indices are decoded, and those that an identity leaves out."""
+    decoding = {"num_codes", "code_dim", "levels", "spherical", "metric", "quantizers", "stages"}
+    decoding |= {"num_groups", "num_quantizers", "shared_codebook"}
+    runs = {"channel_dim", "process_group", "generator"}
+    options = {name for kind in QUANTIZERS.values() for name in inspect.signature(kind).parameters}
+    assert options - runs - decoding == set(models._TRAINING)
+
+
+def former_identity(model: VQAutoencoder) -> str:
+    """The digest of format 1: the tensors only, those of the codebook without its statistics."""
+    digest = hashlib.sha256()
+    tensors = {f"decoder.{name}": tensor for name, tensor in model.decoder.state_dict().items()}
+    for name, tensor in [("quantizer.codebook", model.quantizer.codebook), *sorted(tensors.items())]:
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def test_tokens_of_the_former_format_are_decoded(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
+    """Their identity has no options, so only other weights are refused; a warning says so."""
+    run("encode", "model", "photos", "-o", "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["te_quant_tokens"])
+    assert about["format"] == 2
+    about |= {"format": 1, "identity": former_identity(model)}
+    tokens = load_file(tmp_path / "new.safetensors")
+    save_file(tokens, tmp_path / "old.safetensors", metadata={"te_quant_tokens": json.dumps(about)})
+    status, _, err = run("decode", "model", "old.safetensors", "-o", "out")
+    assert status == 0
+    assert err == (
+        "te-quant decode: warning: old.safetensors is of format 1, whose identity leaves out options such as the "
+        "padding of the decoder; encode the pictures again to have these compared too.\n"
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png", "more"]
+    make(seed=1).save_pretrained(tmp_path / "other")
+    status, _, err = run("decode", "other", "old.safetensors", "-o", "more")
+    assert status == 2
+    assert f"(model, identity {former_identity(model)}), got other, identity " in err
 
 
 def interrupt(*_: object, **__: object) -> None:
@@ -319,8 +423,9 @@ def test_every_model_has_a_row_of_its_own(options: dict[str, Any], name: str, tm
     """Two files of one folder, or two revisions, do not replace each other."""
     table = tmp_path / "table.md"
     report = SimpleNamespace(reconstruction=None, code_use=SimpleNamespace(used_codes=3), to_dict=dict)
-    measures._told(Options("measure", table=table, **options), report, {})  # type: ignore[arg-type]
-    assert table.read_text().splitlines()[2] == f"| {name} | 3 |  |"
+    facts = ("1 of 4x4", "4", "16")
+    measures._told(Options("measure", table=table, **options), report, facts, {})  # type: ignore[arg-type]
+    assert table.read_text().splitlines()[2] == f"| {name} | 1 of 4x4 | 4 | 16 | 3 |  |"
 
 
 @pytest.mark.slow
@@ -341,6 +446,24 @@ def test_reports_are_drawn(run: Run, model: VQAutoencoder, tmp_path: Path, comma
     assert run(command, "model", "photos/c.png", "--plot", "report.png", "--overwrite")[0] == 0
     with Image.open(tmp_path / "report.png") as image:
         image.verify()
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("out", "output must be a file, got the folder out/a.png; choose another name."),
+        ("t", "output must be in a folder, got t/a.png, where t is a file; choose another name."),
+    ],
+)
+def test_no_picture_replaces_a_folder(
+    run: Run, model: VQAutoencoder, tmp_path: Path, output: str, told: str
+) -> None:
+    """Nor do pictures go into a file; nothing is decoded."""
+    run("encode", "model", "photos", "-o", "t")
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert run("decode", "model", "t", "-o", output, "--overwrite") == (2, "", f"te-quant decode: {told}\n")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_sizes_are_made_equal(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
@@ -412,6 +535,52 @@ def test_tokenizers_of_other_libraries_are_measured(
     assert report["reconstruction"] is not None
 
 
+@pytest.mark.parametrize("commands", [("stability", "measure"), ("measure", "stability")])
+def test_the_table_of_the_other_command_is_refused_at_once(
+    run: Run, model: VQAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: tuple[str, str]
+) -> None:
+    """Before anything is measured and drawn; the own table takes another row."""
+    (tmp_path / "mine.py").write_text(PYTHON)
+    arguments = ("mine.py:load", "photos/c.png", "--format", "python", "--table", "t.md", "--quiet")
+    for name in ("first", "second"):
+        assert run(commands[0], *arguments, "--name", name)[0] == 0
+    before = (tmp_path / "t.md").read_text()
+    head = before.splitlines()[0]
+    assert before.count("\n") == 4
+    for name in ("measure_equivariance", "measure_stability"):
+        monkeypatch.setattr(measures, name, lambda *_, **__: pytest.fail("measured"))
+    status, out, err = run(commands[1], *arguments, "--plot", "p.png")
+    assert (status, out) == (2, "")
+    assert err.startswith(
+        f"te-quant {commands[1]}: t.md must be a file with a table that begins with '| tokenizer "
+    )
+    assert err.endswith(f"got {head!r}; pass another file.\n")
+    assert (tmp_path / "t.md").read_text() == before
+    assert not (tmp_path / "p.png").exists()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_report_is_printed_in_every_encoding(
+    run: Run, model: VQAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """As escapes where standard output has no κ; the table is UTF-8 as always."""
+    (tmp_path / "mine.py").write_text(PYTHON)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run("measure", "mine.py:load", "photos/c.png", "--format", "python", "--table", "t.md")[0] == 0
+    stream.flush()
+    header = stream.buffer.getvalue().decode(encoding).splitlines()[0]
+    assert header.split() == [
+        "measured",
+        "rate",
+        "or",
+        "value",
+        "κ" if encoding == "utf-8" else "\\u03ba",
+        "chance",
+    ]
+    assert "whole tokens: κ" in (tmp_path / "t.md").read_text(encoding="utf-8")
+
+
 class _CosmosEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -444,6 +613,28 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", ["encoder.jit", "decoder.jit"])
+@pytest.mark.parametrize("kind", ["empty", "page", "half", "weights"])
+def test_other_files_in_the_place_of_cosmos_are_refused(
+    run: Run, model: VQAutoencoder, tmp_path: Path, name: str, kind: str
+) -> None:
+    """As a download that failed leaves them."""
+    (tmp_path / "di8x8").mkdir()
+    for half, module in (("encoder", _CosmosEncoder()), ("decoder", _CosmosDecoder())):
+        torch.jit.save(torch.jit.script(module), tmp_path / "di8x8" / f"{half}.jit")
+    path = tmp_path / "di8x8" / name
+    whole = path.read_bytes()
+    if kind == "weights":
+        torch.save({"x": torch.zeros(1)}, path)
+    else:
+        path.write_bytes({"empty": b"", "page": b"<html></html>", "half": whole[: len(whole) // 2]}[kind])
+    status, out, err = run("stability", "di8x8", "photos/c.png", "--format", "cosmos", "--stride", 4)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"te-quant stability: di8x8/{name} must be a file that torch.jit.save wrote, got ")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -463,6 +654,28 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
             "pictures must be of different names, got two of 'a.png'",
         ),
         ("encode model photos -o taken", "output must be a new file, got taken, which exists; pass --overwrite"),
+        *(
+            (f"{arguments}{more}", f"{name} must be a file, got the folder photos{ending}; choose another name.")
+            for arguments, name, ending in (
+                ("encode model photos/c.png -o photos", "output", ""),
+                ("audit model photos/c.png --plot photos.png", "--plot", ".png"),
+                ("measure model photos/c.png --table photos", "--table", ""),
+                ("stability model photos/c.png --table photos", "--table", ""),
+            )
+            for more in ("", " --overwrite")
+        ),
+        (
+            "encode model photos -o taken/t",
+            "output must be in a folder, got taken/t, where taken is a file; choose",
+        ),
+        (
+            "convert model -o taken",
+            "output must be in a folder, got taken/config.json, where taken is a file; choose",
+        ),
+        (
+            "measure model photos/c.png --table taken/t.md",
+            "--table must be in a folder, got taken/t.md, where taken",
+        ),
         (
             "encode model photos -o t --device tpu9",
             "--device must be a device such as 'cpu' or 'cuda', got 'tpu9'.",
@@ -490,6 +703,10 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
         ),
         ("decode model other.safetensors -o out", "wrote, got a safetensors file of another kind."),
         (
+            "decode model newer.safetensors -o out",
+            "newer.safetensors metadata format must be 1 or 2, got 3; update te_quant, or encode the",
+        ),
+        (
             "decode model evil.safetensors -o out",
             "evil.safetensors image names must be paths inside one folder, got '../x'.",
         ),
@@ -512,15 +729,27 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
         ),
         (
             "measure model photos/c.png --window 40 --protocol crop",
-            "--window must be at most 10 in images of 16x16, got 40; pass --window 8, or larger images.",
+            "--window must be at most 8 in images of 16x16, got 40; pass --window 8, or larger images.",
         ),
         (
-            "measure model photos/c.png --window 4 --protocol crop --size 8",
-            "images sides must be at least 10 under crop, got 8x8; pass larger images.",
+            "measure model photos/c.png --window 12 --protocol crop --size 19",
+            "--window must be at most 11 in images of 19x19, got 12; pass --window 8, or larger images.",
         ),
         (
-            "measure model photos/c.png --window 10 --protocol crop",
+            "measure model photos/c.png --window 4 --protocol crop --size 12",
+            "images sides must be at least 16 under crop, got 12x12; pass larger images.",
+        ),
+        (
+            "measure model photos/c.png --window 4 --protocol crop",
+            "--window must be at least 8, two tokens, got 4; pass --window 8.",
+        ),
+        (
+            "measure model photos/c.png --window 10 --protocol crop --size 20",
             "--window must be a multiple of 4, got 10; pass --window 8.",
+        ),
+        (
+            "measure model photos/c.png --protocol crop",
+            "images sides must be larger than 19 pixels under 'crop', for a window of two tokens that moves by a",
         ),
         *(
             (
@@ -539,6 +768,10 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
         (
             "measure model photos/c.png --table text.png",
             "text.png must be a file with a table that begins with '| tok",
+        ),
+        (
+            "measure model photos/c.png --table half.png",
+            "half.png must be a text in UTF-8, got another file ('utf-8' codec can't decode byte 0x89",
         ),
         ("stability residual photos/c.png", "model must be one with one index per token, got 2 indices."),
         (
@@ -559,6 +792,22 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
             "measure model photos --format cosmos --stride 8",
             "model must be a folder with encoder.jit and decoder.jit, got no",
         ),
+        (
+            "measure bad.ckpt photos --format taming",
+            "bad.ckpt must be a file of tensors that torch.save wrote, got a damaged file or one of another kind",
+        ),
+        (
+            "measure broken.py:load photos --format python",
+            "broken.py:load must be written in Python, got invalid syntax (broken.py, line 2).",
+        ),
+        (
+            "measure lacking.py:load photos --format python",
+            "No module named 'no_such_package'",
+        ),
+        (
+            "measure ..mine:load photos --format python",
+            "model must be 'file.py:function' or 'module:function', got",
+        ),
         ("convert model -o out --to diffusers", "encoder_padding must be 'zeros' for diffusers, got 'circular'."),
         (
             "convert model -o model",
@@ -572,16 +821,22 @@ def test_a_mistake_is_one_sentence(
     """On standard error, with status 2 and without a traceback; nothing is written."""
     picture(tmp_path / "other" / "a.png", 4, 4)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "photos.png").mkdir()
     for name in ("taken", "taken.png"):
         (tmp_path / name).write_text("x")
     (tmp_path / "text.png").write_text("no picture")
     whole = (tmp_path / "photos" / "a.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "mine.py").write_text(PYTHON)
+    (tmp_path / "broken.py").write_text("import torch\ndef load(:\n")
+    (tmp_path / "lacking.py").write_text("import no_such_package\n")
+    (tmp_path / "bad.ckpt").write_bytes(b"hello")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     about = {"format": 1, "model": "m", "identity": "i", "num_codes": 2, "stride": 1, "images": {"../x": [1, 1]}}
     evil = {"tokens/../x": torch.zeros(1, 1, dtype=torch.uint8)}
     save_file(evil, tmp_path / "evil.safetensors", metadata={"te_quant_tokens": json.dumps(about)})
+    newer = {"te_quant_tokens": json.dumps({**about, "format": 3})}
+    save_file(evil, tmp_path / "newer.safetensors", metadata=newer)
     if arguments.startswith("encode two"):
         make(image_channels=2).save_pretrained(tmp_path / "two")
     if arguments.startswith("stability residual"):
@@ -594,6 +849,83 @@ def test_a_mistake_is_one_sentence(
     assert err.startswith(f"te-quant {arguments.split()[0]}: ")
     assert err.count("\n") == 1
     assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+WHOLE = {"format": 2, "model": "m", "identity": "i", "num_codes": 2, "stride": 4, "images": {"x": [4, 4]}}
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        ("{", "must be JSON, got Expecting property name"),
+        ("[]", "must be an object, got list."),
+        (
+            {**WHOLE, "format": None},
+            "format must be 1 or 2, got None; update te_quant, or encode the pictures again.",
+        ),
+        *(
+            ({**WHOLE, name: [3]}, f"{name!r} must be of type {kind}, got [3].")
+            for name, kind in (("model", "str"), ("identity", "str"), ("num_codes", "int"), ("stride", "int"))
+        ),
+        ({name: WHOLE[name] for name in WHOLE if name != "images"}, "'images' must be of type dict, got None."),
+        ({**WHOLE, "images": {"x": 4}}, "size of 'x' must be two positive integers, got 4."),
+        ({**WHOLE, "images": {"x": [4]}}, "size of 'x' must be two positive integers, got [4]."),
+        ({**WHOLE, "images": {"x": [4, 0]}}, "size of 'x' must be two positive integers, got [4, 0]."),
+        ({**WHOLE, "images": {"y": [4, 4]}}, "must be complete, got no tokens of 'y'."),
+    ],
+)
+def test_other_metadata_are_refused(
+    run: Run, model: VQAutoencoder, tmp_path: Path, stored: str | dict[str, object], told: str
+) -> None:
+    """A sentence that names the file, before any model is loaded."""
+    text = stored if isinstance(stored, str) else json.dumps(stored)
+    tokens = {"tokens/x": torch.zeros(1, 1, dtype=torch.uint8)}
+    save_file(tokens, tmp_path / "t.st", metadata={"te_quant_tokens": text})
+    status, out, err = run("decode", "nowhere", "t.st", "-o", "out")
+    assert (status, out) == (2, "")
+    assert err.startswith("te-quant decode: t.st metadata ") or told.startswith("must be complete")
+    assert told in err
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("len(3)", "TypeError: object of type 'int' has no len()"),
+        ("int('x')", "ValueError: invalid literal for int()"),
+        ("def load():\n    return len(3)", "TypeError: object of type 'int' has no len()"),
+    ],
+)
+def test_an_error_of_ones_own_file_keeps_its_traceback(
+    run: Run, model: VQAutoencoder, tmp_path: Path, source: str, told: str
+) -> None:
+    """It is a bug in that file, which a sentence does not find."""
+    (tmp_path / "mine.py").write_text(f"{source}\n")
+    with pytest.raises(
+        RuntimeError, match=rf"mine\.py:load must run without an error, got {re.escape(told)}"
+    ) as got:
+        run("measure", "mine.py:load", "photos", "--format", "python")
+    places = traceback.extract_tb(got.value.__cause__.__traceback__)  # type: ignore[union-attr]
+    assert Path(places[-1].filename).name == "mine.py"
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+def test_a_proposed_window_moves_by_a_token(run: Run, tmp_path: Path, stride: int) -> None:
+    """In photographs of any side; the agreement of whole tokens, the first figure, is a number."""
+    (tmp_path / "mine.py").write_text(PYTHON.replace("4", str(stride)))
+    told = []
+    for side in range(3 * stride, 6 * stride, stride // 4):
+        picture(tmp_path / "x.png", side, side)
+        arguments = ("measure", "mine.py:load", "x.png", "--format", "python", "--protocol", "crop", "--json")
+        error = run(*arguments, "--window", 9 * stride)[2]
+        proposed = re.search(r"pass --window (\d+)", error)
+        told.append(proposed is None)
+        if proposed is None:
+            assert f"images sides must be at least {4 * stride} under crop, got {side}x{side}" in error
+        else:
+            status, out, _ = run(*arguments, "--window", proposed[1], "--sub-stride-shifts", 1)
+            assert status == 0
+            assert json.loads(out)["aligned"]["rate"] == 1
+    assert told == [True] * 4 + [False] * 8
 
 
 def test_the_place_of_an_error_is_shown_on_request(run: Run) -> None:

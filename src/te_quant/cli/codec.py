@@ -83,9 +83,15 @@ def decode(options: Options) -> tuple[str, dict[str, Any]]:
     names = _picture_names(list(found))
     require_new((folder / names[name] for name in found), overwrite=options.overwrite)
     model = load_autoencoder(options)
-    own = identity(model)
+    with_options = about.format > 1
+    own = identity(model, with_options=with_options)
     expected = f"the model that wrote the tokens ({about.model}, identity {about.identity})"
     require(own == about.identity, "model", expected, f"{options.model}, identity {own}")
+    if not with_options:
+        sys.stderr.write(
+            f"te-quant decode: warning: {options.tokens} is of format {about.format}, whose identity leaves out "
+            "options such as the padding of the decoder; encode the pictures again to have these compared too.\n"
+        )
     device = device_of(options.device)
     batches = list(_batches(found.items(), options.batch_size, lambda entry: tuple(entry[1].indices.shape)))
     for batch in progress(

@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Raises:
         SystemExit: an argument does not parse (status 2), or help was asked for (status 0).
+        RuntimeError: the user's Python file (``--format python``) has raised a TypeError or a ValueError, a bug
+            that only a traceback finds. Its other errors pass as they are, but wrong syntax and packages or files
+            that it does not find are told in one sentence.
     """
     options = Options(**vars(build_parser().parse_args(arguments)))
     try:
@@ -55,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"te-quant {options.command}: {' '.join(str(error).split())}\n")
         return _USAGE_ERROR
-    sys.stdout.write((json.dumps(values, indent=2, allow_nan=False) if options.json else text.rstrip()) + "\n")
+    told = json.dumps(values, indent=2, allow_nan=False) if options.json else text.rstrip()
+    # As standard error does: a character that the terminal lacks, such as κ, loses no finished work.
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(told.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     return 0
 
 

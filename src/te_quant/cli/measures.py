@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,13 +18,15 @@ from te_quant.cli.sizes import require_protocol, require_sides
 from te_quant.equivariance import EquivarianceReport, audit, measure_equivariance
 from te_quant.equivariance.audits._grid import MIN_SIDE
 from te_quant.quantizers import VectorQuantizer
-from te_quant.stability import StabilityReport, measure_stability
+from te_quant.stability import StabilityReport, default_transforms, measure_stability
 
 __all__ = ["measure", "run_audit", "stability"]
 
 _NOT_MEASURED = ""
-# The title of the first column of a table.
-_FIRST = "tokenizer"
+# The columns of a table before and behind those of the command.
+_FIRST = ("tokenizer", "images", "pixels per token", "codes")
+_LAST = ("codes used", "PSNR, dB")
+_KAPPAS = ("whole tokens: κ", "below a token: κ")
 
 
 def run_audit(options: Options) -> tuple[str, dict[str, Any]]:
@@ -42,7 +45,7 @@ def run_audit(options: Options) -> tuple[str, dict[str, Any]]:
 def measure(options: Options) -> tuple[str, dict[str, Any]]:
     """Measure equivariance, and put a row into a table if one is named."""
     require_plot(options.plot, overwrite=options.overwrite)
-    require_table(options.table, _FIRST)
+    require_table(options.table, _header(_KAPPAS))
     pictures = find_pictures(options.images, options.limit)
     tokenizer, model = load_tokenizer(options)
     images = _images(pictures, options, model)
@@ -60,18 +63,16 @@ def measure(options: Options) -> tuple[str, dict[str, Any]]:
         **_more(tokenizer, model),
     )
     settings = report.settings
-    kappas = {
-        "whole tokens: κ": report.aligned.kappa_text(),
-        "below a token: κ": report.sub_stride.kappa_text(),
-    }
+    kappas = dict(zip(_KAPPAS, (report.aligned.kappa_text(), report.sub_stride.kappa_text()), strict=True))
     facts = _facts(settings.num_images, settings.image_size, settings.protocol, tokenizer)
-    return _told(options, report, {**facts, **kappas})
+    return _told(options, report, facts, kappas)
 
 
 def stability(options: Options) -> tuple[str, dict[str, Any]]:
     """Measure token stability, and put a row into a table if one is named."""
     require_plot(options.plot, overwrite=options.overwrite)
-    require_table(options.table, _FIRST)
+    transforms = default_transforms()
+    require_table(options.table, _header([transform.name for transform in transforms]))
     pictures = find_pictures(options.images, options.limit)
     tokenizer, model = load_tokenizer(options)
     images = _images(pictures, options, model)
@@ -80,6 +81,7 @@ def stability(options: Options) -> tuple[str, dict[str, Any]]:
         tokenizer.encode,
         tokenizer.decode,
         images,
+        transforms=transforms,
         cycles=options.cycles,
         num_codes=tokenizer.num_codes,
         batch_size=options.batch_size,
@@ -90,7 +92,7 @@ def stability(options: Options) -> tuple[str, dict[str, Any]]:
         name: f"{found.match.rate:.3f} ({found.match.kappa:.3f})" for name, found in report.transforms.items()
     }
     facts = _facts(settings.num_images, settings.image_size, "token match (κ)", tokenizer)
-    return _told(options, report, {**facts, **matches})
+    return _told(options, report, facts, matches)
 
 
 def _images(pictures: list[Picture], options: Options, model: VQAutoencoder | None) -> Tensor:
@@ -117,12 +119,14 @@ def _more(tokenizer: Tokenizer, model: VQAutoencoder | None) -> dict[str, Any]:
     return more
 
 
-def _facts(num_images: int, size: tuple[int, int], condition: str, tokenizer: Tokenizer) -> dict[str, str]:
-    return {
-        "images": f"{num_images:,} of {size[0]}x{size[1]}, {condition}",
-        "pixels per token": f"{tokenizer.stride}",
-        "codes": f"{tokenizer.num_codes:,}",
-    }
+def _header(own: Iterable[str]) -> list[str]:
+    """Return the titles of a table, those of the command among them."""
+    return [*_FIRST, *own, *_LAST]
+
+
+def _facts(num_images: int, size: tuple[int, int], condition: str, tokenizer: Tokenizer) -> tuple[str, str, str]:
+    images = f"{num_images:,} of {size[0]}x{size[1]}, {condition}"
+    return images, f"{tokenizer.stride}", f"{tokenizer.num_codes:,}"
 
 
 def _model_name(options: Options) -> str:
@@ -133,18 +137,25 @@ def _model_name(options: Options) -> str:
 
 
 def _told(
-    options: Options, report: EquivarianceReport | StabilityReport, cells: dict[str, str]
+    options: Options,
+    report: EquivarianceReport | StabilityReport,
+    facts: Iterable[str],
+    own: Mapping[str, str],
 ) -> tuple[str, dict[str, Any]]:
-    """Draw the report and put it into a table, where that was asked for, and return it as text and as values."""
+    """Draw the report and put it into a table, where that was asked for, and return it as text and as values.
+
+    Args:
+        options: of the command.
+        report: what was measured.
+        facts: cells of the table behind its first.
+        own: title to cell, for the columns that only this command has.
+    """
     if options.plot is not None:
         write_plot(report.plot(), options.plot)
     if options.table is not None:
         error = report.reconstruction
-        row = {
-            _FIRST: options.name or _model_name(options),
-            **cells,
-            "codes used": f"{report.code_use.used_codes:,}",
-            "PSNR, dB": _NOT_MEASURED if error is None else f"{error.psnr:.2f}",
-        }
-        put_row(options.table, list(row), list(row.values()), "ll" + "r" * (len(row) - 2))
+        name = options.name or _model_name(options)
+        last = (f"{report.code_use.used_codes:,}", _NOT_MEASURED if error is None else f"{error.psnr:.2f}")
+        header, row = _header(own), [name, *facts, *own.values(), *last]
+        put_row(options.table, header, row, "ll" + "r" * (len(row) - 2))
     return str(report), report.to_dict()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,9 +20,31 @@ from te_quant._checks import require
 from te_quant._pretrained import WEIGHTS_FILE
 from te_quant.adapters import Tokenizer
 from te_quant.autoencoder import VQAutoencoder
+from te_quant.autoencoder.config import description
 from te_quant.cli.arguments import Options
 
-# Buffers of quantizers that training needs and decoding does not.
+# Options of the decoder that its weights do not show.
+_DECODING = ("activation", "decoder_padding", "norm", "norm_groups", "upsample")
+# Options of quantizers that training needs and decoding does not.
+_TRAINING = (
+    "codebook_update",
+    "codebook_weight",
+    "commitment_weight",
+    "decay",
+    "diversity_weight",
+    "entropy_group_dim",
+    "entropy_weight",
+    "gradient_estimator",
+    "loss_weights",
+    "nonfinite",
+    "orthogonal_active_only",
+    "orthogonal_max_codes",
+    "orthogonal_reg",
+    "quantizer_dropout",
+    "revival_threshold",
+    "temperature",
+)
+# Buffers of them likewise.
 _STATISTICS = (
     "code_sums",
     "pending_counts",
@@ -100,12 +125,25 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def identity(model: VQAutoencoder) -> str:
+def identity(model: VQAutoencoder, *, with_options: bool = True) -> str:
     """Return a digest of what gives tokens their meaning: the codes and the decoder.
 
-    Where a model lies, its encoder, the statistics of its codebook and widening its weights do not change it.
+    Where a model lies, its encoder, how it was trained, the statistics of its codebook and widening its weights do
+    not change it.
+
+    Args:
+        model: from :func:`load_autoencoder`.
+        with_options: False gives the digest in token files of format 1, which is that of the weights only.
     """
     digest = hashlib.sha256()
+    if with_options:
+        config = model.config
+        options = {name: getattr(config, name) for name in _DECODING}
+        if config.norm != "group":
+            # Without effect then.
+            del options["norm_groups"]
+        options["quantizer"] = _meaning(description(model.quantizer))
+        digest.update(json.dumps(options, sort_keys=True).encode())
     for part, module in (("quantizer", model.quantizer), ("decoder", model.decoder)):
         for name, tensor in sorted(module.state_dict().items()):
             if part == "quantizer" and name.rpartition(".")[2] in _STATISTICS:
@@ -113,6 +151,19 @@ def identity(model: VQAutoencoder) -> str:
             digest.update(f"{part}.{name} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _meaning(described: Any) -> Any:
+    """Return what the description of a quantizer, and of those inside, says of decoding indices."""
+    if isinstance(described, list):
+        return [_meaning(part) for part in described]
+    if not isinstance(described, Mapping):
+        return described
+    options = {name: _meaning(value) for name, value in described.items() if name not in _TRAINING}
+    if options.get("metric") != "cosine":
+        # Only this one changes the codes; the others choose among them.
+        options.pop("metric", None)
+    return options
 
 
 def _decoding(model: VQAutoencoder) -> Any:
@@ -127,28 +178,61 @@ def _load_cosmos(options: Options) -> Tokenizer:
         )
     require(options.stride is not None, "--stride", "given for cosmos, such as 8 for DI8x8", None)
     device = device_of(options.device)
-    encoder, decoder = (
-        torch.jit.load(folder / name, map_location=device).eval() for name in ("encoder.jit", "decoder.jit")
-    )
+    encoder, decoder = (_load_jit(folder / name, device) for name in ("encoder.jit", "decoder.jit"))
     tokenizer = adapters.cosmos(encoder, decoder, stride=options.stride or 1)
     return tokenizer if options.num_codes is None else replace(tokenizer, num_codes=options.num_codes)
+
+
+def _load_jit(path: Path, device: torch.device) -> Any:
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        reason = next(iter(str(error).strip().splitlines()), "another file").rstrip(".")
+        raise ValueError(f"{path} must be a file that torch.jit.save wrote, got {reason}.") from error
 
 
 def _load_python(place: str) -> Tokenizer:
     """Call the function that ``file.py:function`` or ``module:function`` names."""
     source, colon, name = place.rpartition(":")
-    require(bool(colon and source and name), "model", "'file.py:function' or 'module:function'", repr(place))
-    if source.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-        if spec is None or spec.loader is None or not Path(source).is_file():
-            raise FileNotFoundError(f"model must name a Python file that exists, got {source}.")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(source)
+    is_file = source.endswith(".py")
+    named = is_file or all(part.isidentifier() for part in source.split("."))
+    require(bool(colon and name) and named, "model", "'file.py:function' or 'module:function'", repr(place))
+    if is_file and not Path(source).is_file():
+        raise FileNotFoundError(f"model must name a Python file that exists, got {source}.")
+    with _errors_of(place):
+        module = _run_file(source) if is_file else importlib.import_module(source)
     function = getattr(module, name, None)
     require(callable(function), "model", f"'{source}:function' with a function of {source}", repr(place))
-    tokenizer = function() if function is not None else None
+    with _errors_of(place):
+        tokenizer = function() if function is not None else None
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError(f"{place} must return a te_quant.adapters.Tokenizer, got {type(tokenizer).__name__}.")
     return tokenizer
+
+
+def _run_file(source: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _errors_of(place: str) -> Iterator[None]:
+    """Let a bug in a user's Python file end the command with a traceback, without which its place is unknown.
+
+    A file that is not Python, and packages and files that it does not find, need no more than a sentence.
+
+    Raises:
+        ValueError: the file is not Python.
+        RuntimeError: the code raised what the command would take for a refusal by the library.
+    """
+    try:
+        yield
+    except SyntaxError as error:
+        raise ValueError(f"{place} must be written in Python, got {error}.") from error
+    except (TypeError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"{place} must run without an error, got {got}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from te_quant._checks import require
 from te_quant._pretrained import write_atomically
+from te_quant.cli.files import require_writable
 from te_quant.tables import Table
 
 __all__ = ["put_row", "require_table"]
@@ -29,11 +30,8 @@ def put_row(path: Path, header: Sequence[str], row: Sequence[str], align: str) -
     """
     head, rule, *_ = Table(header, [], align).to_markdown().splitlines()
     line = Table(header, [row], align).to_markdown().splitlines()[2]
-    # Bytes, and no line ends but these: everything else stays as it is.
-    text = path.read_bytes().decode() if path.is_file() else f"{head}\n{rule}\n"
-    lines = text.split("\n")
+    lines = _lines(path, head) if path.exists() else [head, rule, ""]
     bare = [line.removesuffix("\r") for line in lines]
-    require(head in bare, str(path), f"a file with a table that begins with {head!r}", "none")
     start = bare.index(head) + 2
     carriage = lines[start - 2].removeprefix(head)
     end = next((n for n, text in enumerate(lines[start:], start) if not text.startswith("|")), len(lines))
@@ -48,15 +46,31 @@ def put_row(path: Path, header: Sequence[str], row: Sequence[str], align: str) -
     write_atomically(path, lambda beside: beside.write_bytes("\n".join(lines).encode()))
 
 
-def require_table(path: Path | None, first_title: str) -> None:
-    """Refuse a file without a table that begins with this title, before anything is measured."""
-    if path is None or not path.exists():
+def require_table(path: Path | None, header: Sequence[str]) -> None:
+    """Refuse, before anything is measured, a file that :func:`put_row` refuses.
+
+    Raises:
+        ValueError: the file has no table with this header, or no file can be there.
+    """
+    if path is None:
         return
-    # Not a text at all, perhaps.
-    text = path.read_text(encoding="utf-8", errors="replace")
-    head = f"| {first_title} |"
-    has = any(line.startswith(head) for line in text.splitlines())
-    require(has, str(path), f"a file with a table that begins with {head!r}", "none")
+    require_writable(path, "--table")
+    if path.exists():
+        _lines(path, Table(header, []).to_markdown().splitlines()[0])
+
+
+def _lines(path: Path, head: str) -> list[str]:
+    """Return the lines of a file; refuse one without the line ``head``, with which its table begins."""
+    try:
+        # Bytes, and no line ends but these: everything else stays as it is.
+        lines = path.read_bytes().decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8, got another file ({error}).") from error
+    bare = [line.removesuffix("\r") for line in lines]
+    found = next((repr(line) for line in bare if line.startswith("|")), "none")
+    expected = f"a file with a table that begins with {head!r}"
+    require(head in bare, str(path), expected, f"{found}; pass another file")
+    return lines
 
 
 def _first_cell(line: str) -> str:

@@ -53,13 +53,14 @@ def require_protocol(sides: tuple[int, int], window: int | None, protocol: str, 
 
 
 def _require_inside(sides: tuple[int, int], window: int, stride: int) -> None:
-    # It moves by up to a token in every direction.
-    room = min(sides) - 2 * (stride - 1)
-    least = 3 * stride - 2
-    require(room >= stride, "images sides", f"at least {least} under crop", f"{_text(sides)}; pass larger images")
+    # It moves by a token in every direction, and two tokens are the fewest of which both windows show one.
+    room, least = min(sides) - 2 * stride, 2 * stride
+    cure = f"{_text(sides)}; pass larger images"
+    require(room >= least, "images sides", f"at least {2 * least} under crop", cure)
     cure = f"{window}; pass --window {room // stride * stride}, or larger images"
     require(window <= room, "--window", f"at most {room} in images of {_text(sides)}", cure)
-    cure = f"{window}; pass --window {max(1, window // stride) * stride}"
+    require(window >= least, "--window", f"at least {least}, two tokens", f"{window}; pass --window {least}")
+    cure = f"{window}; pass --window {window // stride * stride}"
     require(window % stride == 0, "--window", f"a multiple of {stride}", cure)
 
 

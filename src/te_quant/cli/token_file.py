@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,11 @@ from te_quant._pretrained import write_atomically
 
 __all__ = ["ImageTokens", "TokenFile", "compact_dtype", "read_tokens", "write_tokens"]
 
-_FORMAT = 1
+_FORMAT = 2
 _KEY = "te_quant_tokens"
 _TOKENS, _PHASES = "tokens/", "phases/"
+# What the metadata hold besides the format.
+_FIELDS = {"model": str, "identity": str, "num_codes": int, "stride": int, "images": dict}
 _DTYPES = (torch.uint8, torch.uint16, torch.int32, torch.int64)
 
 
@@ -49,12 +50,14 @@ class TokenFile:
         identity: digest of the codes and the decoder.
         num_codes: K.
         stride: pixels per token.
+        format: of the file. In format 1 the identity is that of the weights only.
     """
 
     model: str
     identity: str
     num_codes: int
     stride: int
+    format: int = _FORMAT
 
 
 def compact_dtype(num_codes: int) -> torch.dtype:
@@ -81,7 +84,7 @@ def write_tokens(path: Path, about: TokenFile, images: Mapping[str, ImageTokens]
             tensors[_PHASES + name] = image.phases.to(torch.uint8).contiguous()
     sizes = {name: list(image.size) for name, image in images.items()}
     # One key: several would be written in an order that differs from run to run.
-    metadata = {_KEY: json.dumps({"format": _FORMAT, **asdict(about), "images": sizes})}
+    metadata = {_KEY: json.dumps({**asdict(about), "images": sizes})}
     write_atomically(path, lambda beside: save_file(tensors, beside, metadata=metadata))
 
 
@@ -104,18 +107,38 @@ def read_tokens(path: Path) -> tuple[TokenFile, dict[str, ImageTokens]]:
     except SafetensorError as error:
         raise ValueError(f"{path} must be {expected}, got a damaged file or one of another kind.") from error
     require(stored is not None, str(path), expected, "a safetensors file of another kind")
-    content: dict[str, Any] = json.loads(str(stored))
-    version = content.pop("format", None)
-    require(version == _FORMAT, f"{path} format", str(_FORMAT), repr(version))
-    sizes = content.pop("images")
+    about, sizes = _metadata(f"{path} metadata", str(stored))
     images = {}
-    for name, (height, width) in sizes.items():
+    for name, size in sizes.items():
         _require_inside(path, name)
         require(_TOKENS + name in tensors, str(path), "complete", f"no tokens of {name!r}")
         phases = tensors.get(_PHASES + name)
         indices = tensors[_TOKENS + name].long()
-        images[name] = ImageTokens(indices, (height, width), None if phases is None else phases.long())
-    return TokenFile(**content), images
+        images[name] = ImageTokens(indices, size, None if phases is None else phases.long())
+    return about, images
+
+
+def _metadata(owner: str, stored: str) -> tuple[TokenFile, dict[str, tuple[int, int]]]:
+    """Return what the metadata say, with the size of each image; ``owner`` is what an error calls them."""
+    try:
+        content = json.loads(stored)
+    except ValueError as error:
+        raise ValueError(f"{owner} must be JSON, got {error}.") from error
+    require(isinstance(content, dict), owner, "an object", type(content).__name__)
+    version = content.get("format")
+    cure = f"{version}; update te_quant, or encode the pictures again"
+    require(version in (1, _FORMAT), f"{owner} format", f"1 or {_FORMAT}", cure)
+    for name, kind in _FIELDS.items():
+        value = content.get(name)
+        require(isinstance(value, kind), f"{owner} {name!r}", f"of type {kind.__name__}", value)
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, size in content["images"].items():
+        pair = isinstance(size, list) and len(size) == 2
+        fits = pair and all(isinstance(side, int) and side > 0 for side in size)
+        require(fits, f"{owner} size of {name!r}", "two positive integers", size)
+        sizes[name] = (size[0], size[1])
+    own = {name: content[name] for name in _FIELDS if name != "images"}
+    return TokenFile(**own, format=version), sizes
 
 
 def _require_inside(path: Path, name: str) -> None:

@@ -106,7 +106,7 @@ def measure_equivariance(
         variants: other ways to compute the same indices, for the numerical floor; see :func:`numerical_floor`.
             None: batches of one, unless ``batch_size`` is 1. ``{}`` for none.
         shifts: pixel shifts (dy, dx) by whole tokens, the identity excluded. None: by one token and as far
-            as possible, in every direction.
+            as possible, in every direction; a window of ``crop`` that cannot move by a token is refused.
         sub_stride_shifts: pixel shifts below one token; ``"all"`` for {0..s-1}² but the identity; or their number,
             for a draw that is spread evenly over these (stratified, by ``seed``). None: all of them up to a stride
             of 8, and a draw of 64 above. The report says whether they were drawn.

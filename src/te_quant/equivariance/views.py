@@ -147,14 +147,18 @@ class Views:
         """Check pixel shifts by whole tokens, or choose them: by one token and as far as the protocol allows.
 
         The choice does not grow with the grid: at most 24 shifts, the smallest and the largest distance in
-        every direction. ``circular`` goes half around, where the largest distance is.
+        every direction. ``circular`` goes half around, where the largest distance is. Without any a window of
+        ``crop`` is refused.
         """
         if given is None:
             reach = [self.size[i] // 2 if self.protocol == "circular" else self.reach[i] for i in (0, 1)]
             axes = [
                 self._axis_choice(min(reach[i] // self.stride, self.grid[i] - 1), self.grid[i]) for i in (0, 1)
             ]
-            return tuple((dy * self.stride, dx * self.stride) for dy, dx in product(*axes) if (dy, dx) != (0, 0))
+            chosen = [(dy * self.stride, dx * self.stride) for dy, dx in product(*axes) if (dy, dx) != (0, 0)]
+            if self.protocol == "crop" and not chosen:
+                self._refuse_window()
+            return tuple(chosen)
         shifts = self._checked("shifts", given)
         for shift in shifts:
             whole = shift[0] % self.stride == 0 and shift[1] % self.stride == 0
@@ -209,6 +213,21 @@ class Views:
             f"a smaller canvas_size, or {name} that fit."
         )
 
+    def _refuse_window(self) -> None:
+        """Refuse a window of which no two tokens can be compared after a shift by a whole token."""
+        step = 2 * self.stride
+        height, width = (max(side, step) + step for side in self.size)
+        sides = [side + 2 * room for side, room in zip(self.size, self.reach, strict=True)]
+        window = tuple((side - step) // self.stride * self.stride for side in sides)
+        cure = f" canvas_size={window}," if min(window) >= step else ""
+        require(
+            False,
+            "canvas_size",
+            f"a window of two tokens or more that can move by a token of {self.stride} pixels",
+            f"{self.size[0]}x{self.size[1]} with {self.reach} pixels of room; pass images of at least "
+            f"{height}x{width} pixels,{cure} or shifts=[] for none",
+        )
+
     def _axis_choice(self, most: int, grid: int) -> list[int]:
         steps = sorted({-most, -1, 0, 1, most} if most >= 1 else {0})
         if self.protocol != "circular":
@@ -252,9 +271,11 @@ def _size(
             # Room for every shift below a token in both directions, fractions included.
             room = 2 * (stride + _RADIUS - 1)
             height, width = ((side - room) // stride * stride for side in sides)
-            enough = min(height, width) > 0
-            expected = f"larger than {room + stride - 1} pixels under 'crop', for a window that moves by a token"
-            require(enough, "images sides", expected, sides)
+            least = room + 2 * stride
+            expected = (
+                f"larger than {least - 1} pixels under 'crop', for a window of two tokens that moves by a token"
+            )
+            require(min(sides) >= least, "images sides", expected, sides)
             return height, width
         inside = canvas_size[0] <= sides[0] and canvas_size[1] <= sides[1]
         require(inside, "canvas_size", f"at most the images' sides {sides} under 'crop'", canvas_size)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import pickletools
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ __all__ = ["Source", "options_of", "tensors_in"]
 
 # Instructions of a pickle that leave an object where it is, filled or built.
 _FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD", "REDUCE", "NEWOBJ")
+# By which torch's restricted reader ends where a file only begins like a pickle.
+_STRAY = (AssertionError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -201,12 +204,21 @@ def _unpickled(path: Path) -> Any:
         # Without an own entry here, every class that a training loop pickled next to its weights would be refused.
         uses = _uses(path) if names else {}
         with torch.serialization.safe_globals([(_stand_in(path, name, uses), name) for name in names]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _load(path)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         # Around its reason torch wraps the advice to open the file without the restrictions.
         reason = str(error.__context__ or error).strip()
         cause = (reason.splitlines() or ["an empty file"])[0].rstrip(".")
         raise ValueError(f"{path} must be a file of tensors that torch.save wrote, got {cause}.") from error
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _STRAY as error:
+        expected = "a file of tensors that torch.save wrote"
+        got = f"a damaged file or one of another kind ({type(error).__name__}: {error})"
+        raise ValueError(f"{path} must be {expected}, got {got}.") from error
 
 
 def _stand_in(path: Path, name: str, uses: Mapping[str, set[str]]) -> type:
