@@ -888,6 +888,30 @@ def test_other_metadata_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("tokens", "told"),
+    [
+        (torch.zeros(3, 2), "must be integers of shape (h, w) or (h, w, Q), got torch.float32 of shape (3, 2)."),
+        (torch.zeros(6, dtype=torch.uint8), "(h, w) or (h, w, Q), got torch.uint8 of shape (6,)."),
+        (
+            torch.zeros(2, 2, dtype=torch.uint8),
+            "must be a grid that covers 9x8 pixels at stride 4, got 2x2 tokens.",
+        ),
+        (torch.zeros(3, 1, 2, dtype=torch.uint8), "covers 9x8 pixels at stride 4, got 3x1 tokens."),
+    ],
+)
+def test_tokens_that_are_no_grid_of_their_image_are_refused(
+    run: Run, tmp_path: Path, tokens: Tensor, told: str
+) -> None:
+    """A smaller picture would be written without a word."""
+    text = json.dumps({**WHOLE, "images": {"x": [9, 8]}})
+    for stored, message in ((tokens, told), (torch.zeros(3, 2, dtype=torch.uint8), "nowhere")):
+        save_file({"tokens/x": stored}, tmp_path / "t.st", metadata={"te_quant_tokens": text})
+        status, out, err = run("decode", "nowhere", "t.st", "-o", "out")
+        assert (status, out) == (2, "")
+        assert message in err
+
+
+@pytest.mark.parametrize(
     ("source", "told"),
     [
         ("len(3)", "TypeError: object of type 'int' has no len()"),

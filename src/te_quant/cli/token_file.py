@@ -113,9 +113,20 @@ def read_tokens(path: Path) -> tuple[TokenFile, dict[str, ImageTokens]]:
         _require_inside(path, name)
         require(_TOKENS + name in tensors, str(path), "complete", f"no tokens of {name!r}")
         phases = tensors.get(_PHASES + name)
-        indices = tensors[_TOKENS + name].long()
-        images[name] = ImageTokens(indices, size, None if phases is None else phases.long())
+        indices = tensors[_TOKENS + name]
+        _require_grid(f"{path} tokens of {name!r}", indices, size, about.stride)
+        images[name] = ImageTokens(indices.long(), size, None if phases is None else phases.long())
     return about, images
+
+
+def _require_grid(owner: str, indices: Tensor, size: tuple[int, int], stride: int) -> None:
+    """Refuse tokens that are no grid of integers, or not one for an image of this size."""
+    shape = tuple(indices.shape)
+    grid = indices.ndim in (2, 3) and not indices.is_floating_point()
+    require(grid, owner, "integers of shape (h, w) or (h, w, Q)", f"{indices.dtype} of shape {shape}")
+    covers = all(cells * stride >= side for cells, side in zip(shape[:2], size, strict=True))
+    expected = f"a grid that covers {size[0]}x{size[1]} pixels at stride {stride}"
+    require(covers, owner, expected, f"{shape[0]}x{shape[1]} tokens")
 
 
 def _metadata(owner: str, stored: str) -> tuple[TokenFile, dict[str, tuple[int, int]]]:
