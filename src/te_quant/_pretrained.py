@@ -23,6 +23,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "Hub",
     "Report",
+    "described_state",
     "download",
     "load",
     "locate",
@@ -33,7 +34,6 @@ __all__ = [
     "require_repository",
     "safetensors",
     "save",
-    "uncompiled",
     "write_atomically",
     "write_card",
 ]
@@ -78,7 +78,6 @@ def save(
     class_name: str,
     config: Mapping[str, Any],
     state: Mapping[str, Tensor],
-    names: Collection[str] = (),
 ) -> None:
     """Write both files, each atomically; the weights carry a copy of the config, so that a mix-up shows.
 
@@ -86,19 +85,12 @@ def save(
         folder: made if need be.
         class_name: of the model.
         config: its options.
-        state: its tensors; the names of compiled modules become those of the modules themselves.
-        names: of tensors that a model built from the config has.
+        state: its tensors, as :func:`described_state` returns them.
 
     Raises:
-        ValueError: the state lacks one of the names, or two weights are tied.
+        ValueError: two weights are tied.
         ImportError: safetensors is not installed.
-        RuntimeError: the state is spread over processes.
     """
-    require_savable(state)
-    state = uncompiled(state)
-    missing = [name for name in names if name not in state]
-    got = f"no {_some(missing)}; remove parametrizations and wrappers, or save its state_dict yourself"
-    require(not missing, "model", "made of the layers that its config describes", got)
     save_file = safetensors().save_file
     folder = Path(folder)
     content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}
@@ -111,9 +103,72 @@ def save(
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def uncompiled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a model by the names that they had before parts of it were compiled."""
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+def described_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    described: nn.Module,
+    expected: Mapping[str, Tensor],
+    options_of: Callable[[nn.Module], str] = lambda layer: layer.extra_repr(),
+) -> dict[str, Tensor]:
+    """Return the tensors of a model by the names that they had before parts of it were compiled.
+
+    Args:
+        model: what is saved.
+        state: its tensors.
+        described: a model built from its config, on any device.
+        expected: the tensors of that model.
+        options_of: says with which options a layer was built.
+
+    Raises:
+        ValueError: the model is not made of the layers of ``described``, so that its file would load as another
+            model, or not at all.
+        RuntimeError: the state is spread over processes.
+    """
+    require_savable(state)
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    missing = [name for name in expected if name not in state]
+    _require_layers(not missing, f"no {_some(missing)}; remove parametrizations and wrappers")
+    if type(model) is not type(described):
+        # A class derived from it may build other layers, and builds them again when it is loaded.
+        return state
+    for name, module in described.named_children():
+        _require_same(name, _unwrapped(getattr(model, name)), module, options_of)
+    surplus = [name for name in state if name not in expected]
+    _require_layers(not surplus, f"{_some(surplus)} too; remove what was added")
+    for name, tensor in expected.items():
+        got = f"{name!r} of {_shape(state[name])} in place of {_shape(tensor)}; build the model with other options"
+        _require_layers(state[name].shape == tensor.shape, got)
+    return state
+
+
+def _require_same(
+    path: str, module: nn.Module, described: nn.Module, options_of: Callable[[nn.Module], str]
+) -> None:
+    """Refuse a layer of another class or with other options than the config describes, also inside of it."""
+    if module is described:
+        return
+    own, other = (f"{type(layer).__name__}({options_of(layer)})" for layer in (module, described))
+    same = type(module) is type(described) and own == other
+    _require_layers(same, f"{own} in place of {other} at {path!r}; build the model with other options")
+    children, expected = dict(module.named_children()), dict(described.named_children())
+    same = list(children) == list(expected)
+    got = f"layers {list(children)} in place of {list(expected)} at {path!r}; remove what was added"
+    _require_layers(same, got)
+    for name, child in children.items():
+        _require_same(f"{path}.{name}", _unwrapped(child), expected[name], options_of)
+
+
+def _require_layers(condition: bool, got: str) -> None:
+    expected = "made of the layers that its config describes"
+    require(condition, "model", expected, f"{got}, or save its state_dict yourself")
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return what ``torch.compile`` or torch's ``checkpoint_wrapper`` has wrapped; the state names neither."""
+    for wrapped in ("_orig_mod", "_checkpoint_wrapped_module"):
+        if wrapped in module._modules:
+            return _unwrapped(module.get_submodule(wrapped))
+    return module
 
 
 def _require_untied(tensors: Mapping[str, Tensor]) -> None:

@@ -212,6 +212,19 @@ def test_the_quantizer_is_written_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(again.encode_to_indices(images), tokens)
 
 
+def test_models_with_other_layers_are_not_written(tmp_path: Path) -> None:
+    """Their config would describe another model."""
+    model = VQAutoencoder(expressible())
+    conv = model.encoder.conv_in
+    model.encoder.conv_in = torch.nn.Conv2d(
+        conv.in_channels, conv.out_channels, 3, padding=1, padding_mode="circular"
+    )
+    got = r"Conv2d\(.*circular.*\) in place of PaddedConv2d\(.*\) at 'encoder\.conv_in'"
+    with pytest.raises(ValueError, match=f"model must be made of the layers that its config describes, got {got}"):
+        save_diffusers(model, tmp_path / "vqvae")
+    assert not (tmp_path / "vqvae").exists()
+
+
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

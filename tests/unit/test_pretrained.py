@@ -13,18 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from te_quant import (
     FSQ,
     GPT,
     GPTConfig,
     ProductQuantizer,
+    Quantizer,
     ResidualVectorQuantizer,
     Segment,
     VectorQuantizer,
     _pretrained,
 )
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
+from te_quant.quantizers import QUANTIZERS
 from tests.unit.grid_oracles import fresh
 
 SMALL = AutoencoderConfig(
@@ -607,3 +610,140 @@ def test_tied_weights_are_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
     second.conv2.weight = torch.nn.Parameter(first.conv2.weight.detach().clone())
     model.save_pretrained(tmp_path / "model")
+
+
+def with_layer(path: str, layer: torch.nn.Module) -> VQAutoencoder:
+    model = VQAutoencoder(replace(SMALL, encoder_padding="circular"))
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, layer)
+    return model
+
+
+OTHER_LAYERS = {
+    "padding": (
+        "encoder.conv_in",
+        torch.nn.Conv2d(1, 4, 3, padding=1),
+        r"Conv2d\(1, 4, .*\) in place of PaddedConv2d\(1, 4, .*circular\) at 'encoder\.conv_in'; build",
+    ),
+    "groups": (
+        "decoder.norm_out",
+        torch.nn.GroupNorm(4, 4, eps=1e-6),
+        r"GroupNorm\(4, 4, .*\) in place of GroupNorm\(2, 4, .*\) at 'decoder\.norm_out'",
+    ),
+    "kernel": ("decoder.conv_out", torch.nn.Conv2d(4, 1, 5, padding=2), r"Conv2d\(4, .* at 'decoder\.conv_out'"),
+    "bias": (
+        "encoder.to_latents",
+        torch.nn.Conv2d(8, 6, 1, bias=False),
+        r"no 'encoder\.to_latents\.bias'; remove parametrizations",
+    ),
+    "activation": (
+        "decoder.activation",
+        torch.nn.ReLU(),
+        r"ReLU\(\) in place of SiLU\(\) at 'decoder\.activation'",
+    ),
+    "dropout": (
+        "encoder.levels.1.block0.dropout",
+        torch.nn.Dropout(0.5),
+        r"Dropout\(p=0\.5.* at 'encoder\.levels\.1\.block0\.dropout'",
+    ),
+    "extra": (
+        "extra",
+        torch.nn.Linear(2, 2),
+        r"'extra\.weight', 'extra\.bias' too; remove what was added, or save",
+    ),
+    "inserted": (
+        "decoder.middle.noise",
+        torch.nn.Dropout(0.1),
+        r"layers \['block0', .*'noise'\] in place of .*'decoder\.middle'",
+    ),
+    "level": (
+        "quantizer",
+        ResidualVectorQuantizer(8, 6, 2),
+        r"VectorQuantizer\(.*cosine.*\) in place of VectorQuantizer\(.*\) at 'quantizer\.stages\.1'",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_LAYERS)
+def test_models_with_other_layers_are_not_saved(folder: Path, change: str) -> None:
+    """Their files would load as another model, or not at all; the good files that are there stay."""
+    path, layer, got = OTHER_LAYERS[change]
+    model = with_layer(path, layer)
+    if change == "level":
+        model.quantizer.stages[1] = VectorQuantizer(8, 6, metric="cosine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    state = torch.get_rng_state()
+    with pytest.raises(
+        ValueError, match=rf"model must be made of the layers that its config describes, got {got}"
+    ):
+        model.save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("change", ["heads", "pad", "dropout"])
+def test_gpts_with_other_layers_are_not_saved(tmp_path: Path, change: str) -> None:
+    """Blocks of the same shapes compute something else with other heads."""
+    config = GPTConfig((Segment("image", 7, (2, 2), "learned", pad_token=0),), 16, 1, 2)
+    gpt = GPT(config)
+    if change == "heads":
+        gpt.blocks[0] = GPT(replace(config, num_heads=4)).blocks[0]
+    elif change == "pad":
+        gpt.ends[0] = GPT(replace(config, segments=(replace(config.segments[0], pad_token=1),))).ends[0]
+    else:
+        gpt.blocks[0].dropout = 0.5
+    got = r"got (Block|SegmentEnds)\(.* at '(blocks|ends)\.0'"
+    with pytest.raises(ValueError, match=rf"model must be made of the layers that its config describes, {got}"):
+        gpt.save_pretrained(tmp_path / "gpt")
+    assert not (tmp_path / "gpt").exists()
+
+
+class Signs(Quantizer):
+    """A quantizer of someone else, whose options a file holds in another form."""
+
+    def __init__(self, code_dim: int, *, scales: tuple[float, ...] = (1.0,)) -> None:
+        super().__init__(2**code_dim, code_dim)
+        self.scales = scales
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+
+class Grown(VQAutoencoder):
+    """A model with one more layer, which its constructor builds."""
+
+    def __init__(self, config: AutoencoderConfig, *, quantizer: Quantizer | None = None) -> None:
+        super().__init__(config, quantizer=quantizer)
+        self.head = torch.nn.Linear(2, 2)
+
+
+USED = ["half", "hooks", "frozen", "checkpointing", "wrapped", "compiled", "registered", "instance", "derived"]
+
+
+@pytest.mark.parametrize("use", USED)
+def test_models_in_use_are_saved(tmp_path: Path, use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: what changes no layer, and what is described in another form."""
+    quantizer = Signs(6, scales=(1.0, 2.0)) if use in ("registered", "instance") else None
+    kind = Grown if use == "derived" else VQAutoencoder
+    model = kind(replace(SMALL, num_codes=64) if quantizer else SMALL, quantizer=quantizer)
+    if use == "half":
+        model.bfloat16()
+    elif use == "hooks":
+        model.encoder.conv_in.register_forward_hook(lambda *_: None)
+        model.decoder.forward = model.decoder.forward  # as accelerate does
+    elif use == "frozen":
+        model.quantizer.freeze()
+        model.encoder.requires_grad_(False).eval()
+    elif use == "checkpointing":
+        model.gradient_checkpointing = True
+    elif use == "wrapped":
+        model.decoder.middle = checkpoint_wrapper(compiled(model.decoder.middle))
+    elif use == "compiled":
+        model.encoder = compiled(checkpoint_wrapper(model.encoder))
+        model.compile(backend="eager")
+    elif use == "registered":
+        monkeypatch.setitem(QUANTIZERS, "Signs", Signs)
+    model.save_pretrained(tmp_path)
+    given = {"quantizer": Signs(6, scales=(1.0, 2.0))} if use == "instance" else {}
+    again = kind.from_pretrained(tmp_path, **given)
+    expected = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())

@@ -451,14 +451,17 @@ class GPT(nn.Module):
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
         Raises:
-            ValueError: two weights are tied, or parametrizations or wrappers give weights other names. Modules
-                that :func:`torch.compile` has compiled keep their own.
+            ValueError: a layer was added, or replaced by another one, or has other options than the config says,
+                dropout included; two weights are tied, or parametrizations or wrappers give weights other names.
+                Modules that :func:`torch.compile` has compiled are saved as they were.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """
+        # On the meta device building takes no memory and draws nothing.
         with torch.device("meta"):
-            names = GPT(self.config).state_dict()
-        _pretrained.save(folder, "GPT", self.config.to_dict(), self.state_dict(), names)
+            described = GPT(self.config)
+        state = _pretrained.described_state(self, self.state_dict(), described, described.state_dict())
+        _pretrained.save(folder, "GPT", self.config.to_dict(), state)
 
     def model_card(
         self,

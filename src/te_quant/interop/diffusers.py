@@ -121,18 +121,21 @@ def save_diffusers(model: VQAutoencoder, folder: str | os.PathLike[str]) -> None
         folder: where to write; it is made if need be.
 
     Raises:
-        ValueError: an option of the model has no counterpart in diffusers; the message names it.
+        ValueError: an option of the model has no counterpart in diffusers, or a layer is not the one that its
+            config describes; the message names it.
         TypeError: model is no ``VQAutoencoder``.
         ImportError: safetensors is not installed (``te_quant[hub]``).
     """
     require_type("model", model, VQAutoencoder, "a VQAutoencoder")
     options = _their_options(model)
+    state = model._described_state(model._present_config())
     save_file = _pretrained.safetensors().save_file
+    # It writes to the tensors that the state holds.
     model.quantizer.apply_pending()
     levels = len(model.config.widths)
     statistics = {f"quantizer.{name}" for name in (*model.quantizer.statistics, "revivals")}
     tensors: dict[str, Tensor] = {}
-    for own, tensor in _pretrained.uncompiled(model.state_dict()).items():
+    for own, tensor in state.items():
         if own in statistics:
             continue
         names = names_of(own, DIFFUSERS, levels)
