@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,46 @@ def test_of_100_000_indices_none_differs(name: str) -> None:
             assert torch.equal(got[safe], wanted[safe])
             assert safe.double().mean() > 0.99
             compared += int(safe.sum())
+
+
+@pytest.mark.parametrize(
+    "method", ["encode", "encode_with_phases", "encode_to_indices", "decode", "decode_indices"]
+)
+def test_models_in_training_are_not_exported(method: str) -> None:
+    """Each run of such a program would draw another dropout; calling it (the control) and evaluation are fine."""
+    model = VQAutoencoder(replace(autoencoder("default").config, dropout=0.5)).train()
+    codes, indices = torch.zeros(2, model.config.code_dim, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)
+    inputs = {"decode": codes, "decode_indices": indices}.get(method, pictures(2, 16, 16))
+    getattr(model, method)(inputs)
+    kind = "a quantizer" if method == "decode_indices" else "a decoder" if method == "decode" else "an encoder"
+    with pytest.raises(
+        RuntimeError, match=rf"mode must be evaluation to export {kind}, got training; call eval\(\)"
+    ):
+        torch.export.export(Method(model, method), (inputs,))
+    torch.export.export(Method(model, method).eval(), (inputs,))
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_quantizers_in_training_are_not_exported(method: str) -> None:
+    """The codebook of the program would lack what is pending; a frozen one (the control) has nothing pending."""
+    quantizer = plain_quantizer(32, 6).train()
+    inputs = torch.randn(3, 6, 4, 5) if method == "encode" else torch.zeros(3, 4, 5, dtype=torch.int64)
+    with pytest.raises(
+        RuntimeError, match=r"mode must be evaluation to export a quantizer, got training; call eval"
+    ):
+        torch.export.export(Method(quantizer, method), (inputs,))
+    torch.export.export(Method(quantizer.freeze(), method), (inputs,))
+
+
+def test_gpts_in_training_are_not_exported() -> None:
+    """They have dropout too."""
+    gpt = GPT(GPTConfig((Segment("image", 7, (2, 2), "learned"),), 16, 1, 2, dropout=0.5)).train()
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(
+        RuntimeError, match=r"mode must be evaluation to export a GPT, got training; call eval\(\)"
+    ):
+        torch.export.export(gpt, (tokens,))
+    torch.export.export(gpt.eval(), (tokens,))
 
 
 @pytest.mark.slow

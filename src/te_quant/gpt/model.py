@@ -36,7 +36,7 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
-from te_quant._execution import overwrite, require_whole, reshard_owners
+from te_quant._execution import overwrite, refuse_training_export, require_whole, reshard_owners
 from te_quant._precision import AUTOCAST_DEVICES, widen
 from te_quant._pretrained import Report
 from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
@@ -663,6 +663,7 @@ class GPT(nn.Module):
     def _embed(self, layout: Layout, tokens: Tensor, first: int, *, with_start: bool) -> Tensor:
         """(B, t) tokens of the columns from ``first`` on to (B, t, D), or (B, 1 + t, D) with the start."""
         require_whole((self.start, *self.ends.parameters()), "GPT", "gpt", "generate")
+        refuse_training_export(self.training, "a GPT")
         B, t = tokens.shape
         parts = [self.start[layout.spans[0].number].expand(B, 1, -1)] if with_start else []
         for span, begin, end in layout.within(first, first + t):

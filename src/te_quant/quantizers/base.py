@@ -27,7 +27,7 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
-from te_quant._execution import between_steps, is_exporting, overwrite, refuse_transform, reshard_owners
+from te_quant._execution import between_steps, overwrite, refuse_training_export, refuse_transform, reshard_owners
 from te_quant._precision import HALF, full_precision, wide_buffers
 from te_quant._values import may_be_true, require_in_range
 from te_quant.functional import straight_through
@@ -288,8 +288,7 @@ class Quantizer(nn.Module):
         kept = self._kept(latents, mask)
         require_generator(generator)
         changing = self._changes()
-        if changing and is_exporting():
-            raise RuntimeError("mode must be evaluation to export a quantizer, got training; call eval() first.")
+        refuse_training_export(changing, "a quantizer")
         if changing and self._records():
             refuse_transform()
         with full_precision(latents.device):
@@ -341,6 +340,7 @@ class Quantizer(nn.Module):
             ValueError: an index has no code, or the rank, the number of codebooks or the device does not fit.
             TypeError: the indices are not integers.
         """
+        refuse_training_export(self._changes(), "a quantizer")
         indices = self._check_indices(indices)
         with full_precision(indices.device):
             codes = self._codes_of(indices)
@@ -696,6 +696,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _encode(self, latents: Tensor, mask: Tensor | None, search: Callable[[Rows], Tensor]) -> Tensor:
         """The indices that ``search`` finds, laid out."""
+        # Nothing is recorded here, but what is pending has not been applied.
+        refuse_training_export(self._changes(), "a quantizer")
         self._check_latents(latents)
         kept = self._kept(latents, mask)
         with full_precision(latents.device):
