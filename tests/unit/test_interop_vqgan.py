@@ -581,6 +581,32 @@ def test_damaged_files_are_refused(content: bytes, tmp_path: Path) -> None:
         load_taming(tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("length", [40, 5_000, 20_000, 60_000, 100_000])
+def test_files_that_were_cut_short_are_refused(length: int, tmp_path: Path) -> None:
+    """Of some lengths the reader looks for the end in front of the file, which is an error of the system."""
+    path = tmp_path / "last.ckpt"
+    torch.save({f"layers.{layer}.weight": torch.zeros(64, 64) for layer in range(10)}, path)
+    os.truncate(path, length)
+    match = (
+        r"last\.ckpt must be a file of tensors that torch\.save wrote, got a damaged one \(.*; copy or download it"
+    )
+    with pytest.raises(ValueError, match=match):
+        load_taming(path)
+
+
+def test_files_that_cannot_be_opened_are_named_by_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not damaged."""
+
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*last\.ckpt'"):
+        load_taming(saved(tmp_path, narrow()))
+
+
 def test_a_list_of_tensors_is_refused(tmp_path: Path) -> None:
     """The names are missing."""
     torch.save([ONE], tmp_path / "last.ckpt")

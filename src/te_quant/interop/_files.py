@@ -202,10 +202,15 @@ def _unpickled(path: Path) -> Any:
         uses = _uses(path) if names else {}
         with torch.serialization.safe_globals([(_stand_in(path, name, uses), name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            # The file cannot be opened. Without a name, the reader has looked for its end where there is none.
+            raise
         # Around its reason torch wraps the advice to open the file without the restrictions.
         reason = str(error.__context__ or error).strip()
         cause = (reason.splitlines() or ["an empty file"])[0].rstrip(".")
+        if isinstance(error, OSError) or "zip archive" in cause:
+            cause = f"a damaged one ({cause.split('. ')[0]}); copy or download it again"
         raise ValueError(f"{path} must be a file of tensors that torch.save wrote, got {cause}.") from error
 
 
