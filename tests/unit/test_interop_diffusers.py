@@ -314,6 +314,22 @@ def test_other_tensors_are_refused_by_name(change: Callable[..., object], match:
         load_diffusers(folder)
 
 
+def test_wrappers_of_training_leave_no_prefix(folder: Path) -> None:
+    """Nor does another prefix stay unnamed."""
+    expected = load_diffusers(folder)
+    edit_weights(folder, lambda tensors: prefixed(tensors, "module."))
+    assert same(load_diffusers(folder), expected)
+    edit_weights(folder, lambda tensors: prefixed(tensors, "vqvae."))
+    match = r"source must be complete .*, but one behind 'vqvae\.module\.'; save \{name\[13:\]"
+    with pytest.raises(ValueError, match=match):
+        load_diffusers(folder)
+
+
+def prefixed(tensors: dict[str, Tensor], prefix: str) -> None:
+    for name in list(tensors):
+        tensors[prefix + name] = tensors.pop(name)
+
+
 def test_attention_of_old_files_has_other_names(folder: Path) -> None:
     """As in files that were written before version 0.17."""
     expected = load_diffusers(folder)

@@ -18,10 +18,12 @@ from torch import Tensor
 from te_quant import _pretrained
 from te_quant._checks import require, require_type
 
-__all__ = ["Source", "options_of", "tensors_in"]
+__all__ = ["Source", "options_of", "tensors_in", "weights_in", "without_wrappers"]
 
 # Instructions of a pickle that leave an object where it is, filled or built.
 _FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD", "REDUCE", "NEWOBJ")
+# Where training loops put the weights, the best place first.
+_CONTAINERS = ("state_dict", "model")
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -148,8 +150,25 @@ def tensors_in(path: Path, containers: Sequence[str] = ()) -> dict[str, Tensor]:
             break
     require(isinstance(content, Mapping), str(path), "a mapping of tensors", type(content).__name__)
     for name, value in content.items():
-        require(isinstance(value, Tensor), f"{path} {name!r}", "a tensor", type(value).__name__)
+        cure = "; save what it holds under 'state_dict'" if isinstance(value, Mapping) else ""
+        require(isinstance(value, Tensor), f"{path} {name!r}", "a tensor", f"{type(value).__name__}{cure}")
     return {str(name): value.detach() for name, value in content.items()}
+
+
+def weights_in(path: Path, containers: Sequence[str] = _CONTAINERS) -> dict[str, Tensor]:
+    """Return the tensors of a file as :func:`tensors_in` does, by the names that they have in the model itself."""
+    return without_wrappers(tensors_in(path, containers))
+
+
+def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by the names that they had before the model was compiled or wrapped for several processes.
+
+    Only ``module.`` in front of all names is that of a wrapper.
+    """
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    while tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _safe(path: Path) -> Mapping[str, Tensor]:

@@ -16,7 +16,7 @@ from te_quant._checks import require, require_type
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
 from te_quant.autoencoder.config import with_present_quantizer
 from te_quant.interop._autoencoders import build, quantizer_options, refuse_other_kinds
-from te_quant.interop._files import Source, options_of, tensors_in
+from te_quant.interop._files import Source, options_of, weights_in
 from te_quant.interop._layout import DIFFUSERS, names_of
 from te_quant.quantizers import VectorQuantizer
 
@@ -104,7 +104,7 @@ def load_diffusers(
     require(config is not None or beside is not None, "config", f"given where no {_CONFIG} lies beside", None)
     options = options_of(config if beside is None else beside)
     own = _own_options(options)
-    state = {_present(name): tensor for name, tensor in tensors_in(weights).items()}
+    state = {_present(name): tensor for name, tensor in weights_in(weights).items()}
     refuse_other_kinds(state)
     return build(own, state, DIFFUSERS, device=device, dtype=dtype)
 
