@@ -747,3 +747,43 @@ def test_models_in_use_are_saved(tmp_path: Path, use: str, monkeypatch: pytest.M
     expected = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
     assert again.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+
+
+class Collects(Signs):
+    """Signs whose options nothing can read."""
+
+    def __init__(self, code_dim: int, **options: Any) -> None:
+        super().__init__(code_dim, **options)
+
+
+class Forgets(Signs):
+    """Signs that do not keep an option."""
+
+    def __init__(self, code_dim: int, *, mood: str = "good") -> None:
+        super().__init__(code_dim)
+
+
+UNREADABLE = [
+    (
+        Collects,
+        r"Collects must name every option in its constructor, got \*\*options: 'Any'; what is in it cannot be",
+    ),
+    (
+        Forgets,
+        r"Forgets must keep every option as an attribute of the same name, got none named 'mood'; set self\.mood",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "told"), UNREADABLE)
+def test_options_that_cannot_be_read_name_the_rule(tmp_path: Path, kind: Callable, told: str) -> None:
+    """Where the model is built, where it is saved, and where only the quantizer is asked."""
+    with pytest.raises(TypeError, match=rf"^quantizer must say how it was built: {told}"):
+        VQAutoencoder(replace(SMALL, num_codes=64), quantizer=kind(6))
+    model = VQAutoencoder(SMALL)
+    model.quantizer = kind(6)
+    with pytest.raises(TypeError, match=rf"^quantizer must say how it was built: {told}"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(AttributeError, match=f"^{told}"):
+        kind(6).options()

@@ -6,7 +6,7 @@ Shape letters: B batch, C code size, h w token grid, K codes, N = B*h*w latent v
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
@@ -413,7 +413,8 @@ class Quantizer(nn.Module):
 
         Raises:
             RuntimeError: the quantizer is frozen, or its codebook parametrized.
-            AttributeError: a quantizer of your own has an option that is not an attribute of the same name.
+            AttributeError: a quantizer of your own has an option that is not an attribute of the same name, or
+                ``**kwargs``.
 
         Example:
             >>> from te_quant import VectorQuantizer
@@ -585,10 +586,29 @@ class Quantizer(nn.Module):
         Randomness (``generator``) and processes (``process_group``) belong to a run and are left out.
 
         Raises:
-            AttributeError: an option is not an attribute of the same name.
+            AttributeError: an option is not an attribute of the same name, or is one of ``*args`` or ``**kwargs``.
         """
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NO_OPTIONS]
-        return {name: getattr(self, name) for name in names}
+        return self._read_options()
+
+    def _read_options(self, left_out: Collection[str] = ()) -> dict[str, Any]:
+        """Read the options of the constructor, without some of them."""
+        kind, options = type(self), {}
+        for name, parameter in inspect.signature(kind.__init__).parameters.items():
+            if name in _NO_OPTIONS or name in left_out:
+                continue
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise AttributeError(
+                    f"{kind.__name__} must name every option in its constructor, got {parameter}; what is in it "
+                    "cannot be read."
+                )
+            try:
+                options[name] = getattr(self, name)
+            except AttributeError as error:
+                raise AttributeError(
+                    f"{kind.__name__} must keep every option as an attribute of the same name, got none named "
+                    f"{name!r}; set self.{name} in the constructor."
+                ) from error
+        return options
 
     def extra_repr(self) -> str:
         """Name the options that have no default, and those that differ from theirs."""
