@@ -235,7 +235,7 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
 
     Raises:
         FileNotFoundError: ``source`` is neither a folder nor of the form ``owner/name``, or a file is missing.
-        ValueError: an option of the hub was given with a folder, which has none.
+        ValueError: ``source`` is a file, or an option of the hub was given with a folder, which has none.
         ImportError: huggingface_hub is not installed.
     """
     folder = Path(source)
@@ -249,12 +249,14 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
                     f"folder must hold {expected}, got none at {path}{_other_library(config)}."
                 )
         return config, weights
+    got = f"the file {os.fspath(source)!r}; pass its folder, {str(folder.parent)!r}"
+    require(not folder.is_file(), "source", "a folder or a hub id 'owner/name'", got)
     require_repository(source, "an existing folder")
     paths: list[Path] = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         found = download(str(source), name, hub)
         if found is None:
-            expected = f"a hub id whose repository holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            expected = f"an existing folder or a hub id whose repository holds {CONFIG_FILE} and {WEIGHTS_FILE}"
             offline = ", or it was not downloaded before and offline mode allows no download"
             reason = _other_library(paths[0]) if paths else ""
             reason = reason or (offline if _is_offline(hub) else "")
@@ -297,8 +299,11 @@ def download(repository: str, name: str, hub: Hub, subfolder: str | None = None)
     except errors.LocalEntryNotFoundError as error:
         if _is_offline(hub):
             return None
-        reason = f"one of the hub, which has to be reached to load {name} for the first time"
-        raise FileNotFoundError(f"source must be {reason}, got no answer for {place}.") from error
+        reason = (
+            f"an existing folder, or one of the hub, which has to be reached to load {name} for the first time"
+        )
+        got = f"no answer for {place}, and no folder here has that name"
+        raise FileNotFoundError(f"source must be {reason}, got {got}.") from error
     except errors.EntryNotFoundError:
         return None
     except errors.GatedRepoError as error:
@@ -308,8 +313,12 @@ def download(repository: str, name: str, hub: Hub, subfolder: str | None = None)
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"revision must exist, got {place}.") from error
     except errors.RepositoryNotFoundError as error:
-        reason = "which does not exist, or is private; pass token=... to read a private one"
-        raise FileNotFoundError(f"source must be a repository of the hub, got {place}, {reason}.") from error
+        reason = (
+            "no folder here, and on the hub it does not exist, or is private; pass token=... for a private one"
+        )
+        raise FileNotFoundError(
+            f"source must be an existing folder or a repository of the hub, got {place}: {reason}."
+        ) from error
     return Path(path)
 
 

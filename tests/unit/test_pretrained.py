@@ -193,6 +193,17 @@ def test_folder_that_is_not_there_is_no_hub_id(tmp_path: Path, make: type) -> No
         VQAutoencoder.from_pretrained(make(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_is_no_hub_id(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in a folder looks like one; nothing is asked of the hub."""
+    monkeypatch.chdir(folder.parent)
+    got = rf"the file 'model/{name}'; pass its folder, 'model'\."
+    with pytest.raises(ValueError, match=f"source must be a folder or a hub id 'owner/name', got {got}"):
+        VQAutoencoder.from_pretrained(f"model/{name}")
+    with pytest.raises(ValueError, match=r"source must be a folder or a hub id .*; pass its folder"):
+        GPT.from_pretrained(folder / name)
+
+
 NO_HUB_IDS = ["model", "./model", "a/b/c", "~/model", "owner/", "/name"]
 # What the hub's own client refuses.
 NO_HUB_IDS += ["runs/exp 1", "runs/exp-", "runs/a--b", "a..b/c", "runs/exp:1", "runs/a.git", "runs/" + "a" * 97]

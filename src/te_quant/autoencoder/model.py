@@ -374,8 +374,8 @@ class VQAutoencoder(nn.Module):
         Raises:
             FileNotFoundError: no such folder or repository, or a file is missing in it; or, offline, it was not
                 downloaded before.
-            ValueError: a file is damaged, of another format version, or does not fit the other; or the quantizer
-                is not the one that it describes.
+            ValueError: ``source`` is a file, or a file in it is damaged, of another format version, or does not
+                fit the other; or the quantizer is not the one that it describes.
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
 

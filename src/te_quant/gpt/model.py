@@ -555,7 +555,8 @@ class GPT(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, or a file is missing in it.
-            ValueError: a file is damaged, of another format version, or does not fit the other.
+            ValueError: ``source`` is a file, or a file in it is damaged, of another format version, or does not
+                fit the other.
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
         return _pretrained.load(
