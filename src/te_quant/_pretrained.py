@@ -7,7 +7,8 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -38,7 +39,7 @@ __all__ = [
     "write_card",
 ]
 
-_Config = TypeVar("_Config")
+_Config = TypeVar("_Config", bound="_Described")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 WEIGHTS_FILE = "model.safetensors"
@@ -63,6 +64,14 @@ class Hub(NamedTuple):
     token: str | bool | None = None
     cache_dir: str | Path | None = None
     local_files_only: bool = False
+
+
+class _Described(Protocol):
+    """A config."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options."""
+        ...
 
 
 class Report(Protocol):
@@ -214,16 +223,24 @@ def load(
         require(floating, "dtype", "a floating-point torch.dtype, or None", repr(dtype))
     config_path, weights_path = locate(source, hub)
     options = read_config(config_path, class_name)
-    try:
-        config = make_config(options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{config_path} must hold a valid config, got: {error}") from error
+
+    def make(path: Path, options: Mapping[str, Any]) -> _Config:
+        try:
+            return make_config(options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} must hold a valid config, got: {error}") from error
+
+    config = make(config_path, options)
+    saved_with = config_in(weights_path)
+    if saved_with is not None and saved_with != options:
+        # Options that a file leaves out have their defaults, so only those that are built may differ.
+        _require_same_options(weights_path, make(weights_path, saved_with).to_dict(), config.to_dict())
     # The weights are replaced at once, so drawing them must not move the caller's random state. What is not in the
     # file must be where the weights are, not on the default device.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = make_model(config)
     # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
-    weights = read_weights(weights_path, options, model.state_dict(), rename, _derivable(model))
+    weights = read_weights(weights_path, model.state_dict(), rename, _derivable(model))
     model.load_state_dict(weights, assign=True)
     return model.to(device=device, dtype=dtype).eval()
 
@@ -463,9 +480,46 @@ def read_config(path: Path, class_name: str) -> dict[str, Any]:
     return dict(options)
 
 
+def config_in(path: Path) -> dict[str, Any] | None:
+    """Return the options that :func:`save` wrote into the weights; None if there are none.
+
+    Raises:
+        ValueError: the file is not in the safetensors format.
+        ImportError: safetensors is not installed.
+    """
+    with _opened(path) as file:
+        saved_with = (file.metadata() or {}).get("te_quant")
+    return None if saved_with is None else dict(json.loads(saved_with))
+
+
+def _require_same_options(path: Path, own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Refuse weights that were saved with other options: of a writer that was stopped, or of an edited config."""
+    differing = sorted(key for key in {*own, *other} if own.get(key) != other.get(key))
+    if differing:
+        values = [f"{key!r} ({own.get(key)!r} when saved, {other.get(key)!r} now)" for key in differing[:3]]
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        cure = (
+            "restore the file, or save the model again; to change an option of a loaded model, build another with "
+        )
+        cure += f"dataclasses.replace(model.config, {differing[0]}=...) and call its load_state_dict"
+        got = f"another {', '.join(values)}{more}; {cure}"
+        require(False, str(path), f"saved together with the {CONFIG_FILE} beside it", got)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file, got {error}.") from error
+
+
 def read_weights(
     path: Path,
-    config: Mapping[str, Any],
     expected: Mapping[str, Tensor],
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     derivable: Collection[str] = (),
@@ -474,30 +528,17 @@ def read_weights(
 
     Args:
         path: a safetensors file. Pickles are never opened.
-        config: what :func:`read_config` returned; the file must have been saved with it, if it says.
         expected: names and shapes that the file must hold, and none other.
         rename: gives the tensors of an older file their present names.
         derivable: names that it may leave out.
 
     Raises:
-        ValueError: the file is not in the safetensors format, belongs to another config, or holds other names,
-            shapes or kinds of numbers.
+        ValueError: the file is not in the safetensors format, or holds other names, shapes or kinds of numbers.
         ImportError: safetensors is not installed.
     """
-    safetensors()
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            saved_with = (file.metadata() or {}).get("te_quant")
-            # A copy, because the loader may hand out a view of the file itself.
-            found = rename({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a safetensors file, got {error}.") from error
-    # A writer that was stopped between the two files, or files of two revisions.
-    own = config if saved_with is None else json.loads(saved_with)
-    other = sorted(key for key in {*own, *config} if own.get(key) != config.get(key))
-    require(not other, str(path), f"saved together with the {CONFIG_FILE} beside it", f"another {_some(other)}")
+    with _opened(path) as file:
+        # A copy, because the loader may hand out a view of the file itself.
+        found = rename({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
     missing = [name for name in expected if name not in found and name not in derivable]
     require(not missing, str(path), f"complete ({len(expected)} tensors)", f"none named {_some(missing)}")
     surplus = [name for name in found if name not in expected]

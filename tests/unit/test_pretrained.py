@@ -300,6 +300,38 @@ def test_weights_of_another_config_are_refused(folder: Path) -> None:
         VQAutoencoder.from_pretrained(folder)
 
 
+def test_an_edited_config_names_both_values_and_the_cure(folder: Path) -> None:
+    """What the message says loads the weights; the file is not the place to change an option."""
+    edit(folder, lambda content: content["config"].update(dropout=0.5))
+    match = (
+        r"got another 'dropout' \(0\.0 when saved, 0\.5 now\); restore the file, .* to change an option of a "
+        r"loaded model, build another with dataclasses\.replace\(model\.config, dropout=\.\.\.\) and call its "
+    )
+    with pytest.raises(ValueError, match=match):
+        VQAutoencoder.from_pretrained(folder)
+    edit(folder, lambda content: content["config"].update(dropout=0.0))
+    model = VQAutoencoder.from_pretrained(folder)
+    changed = VQAutoencoder(replace(model.config, dropout=0.5))
+    changed.load_state_dict(model.state_dict())
+    edit(
+        folder,
+        lambda content: content["config"].update(dict.fromkeys(["dropout", "decay", "norm_groups", "metric"], 1)),
+    )
+    with pytest.raises(ValueError, match=r"config\.json must hold a valid config"):
+        VQAutoencoder.from_pretrained(folder)
+
+
+def test_a_config_without_a_default_is_the_same(folder: Path) -> None:
+    """A key that is missing has its default, and is no other option."""
+    expected = VQAutoencoder.from_pretrained(folder)
+    edit(folder, lambda content: [content["config"].pop(name) for name in ("dropout", "upsample")])
+    assert VQAutoencoder.from_pretrained(folder).config == expected.config
+    edit(folder, lambda content: content["config"].pop("downsample"))
+    match = r"got another 'downsample' \('max_blur_pool' when saved, 'strided_conv' now\); restore"
+    with pytest.raises(ValueError, match=match):
+        VQAutoencoder.from_pretrained(folder)
+
+
 def test_pickled_weights_are_never_opened(folder: Path) -> None:
     """A pickle under the name of the weights is refused as a wrong format, without running it."""
 
