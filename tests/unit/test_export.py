@@ -508,6 +508,38 @@ def test_products_give_the_ideal_filter(sides: tuple[int, int], size: tuple[int,
     torch.testing.assert_close(half.double(), wanted, rtol=2e-3, atol=2e-2)
 
 
+def test_programs_that_return_plain_tuples_are_saved(tmp_path: Path) -> None:
+    """Not those that return named ones, as the guide says; torch can register these by a private function only."""
+    quantizer, latents = plain_quantizer(32, 6).eval(), torch.randn(2, 6, 4, 5)
+    for named in (quantizer, Method(autoencoder("default"), "encode_with_phases")):
+        inputs = latents if named is quantizer else pictures(2, 16, 16)
+        with pytest.raises(NotImplementedError, match=r"Can't serialize TreeSpec of namedtuple class"):
+            torch.export.save(torch.export.export(named, (inputs,)), tmp_path / "named.pt2")
+    torch.export.save(torch.export.export(AsTuple(quantizer), (latents,)), tmp_path / "plain.pt2")
+    found = torch.export.load(tmp_path / "plain.pt2").module()(latents)
+    assert type(found) is tuple
+    assert all(torch.equal(*pair) for pair in zip(found, quantizer(latents), strict=True))
+
+
+class AsTuple(nn.Sequential):
+    """A module whose named tuple becomes a plain one."""
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Call it."""
+        return tuple(super().forward(*inputs))
+
+
+@pytest.mark.slow
+def test_sides_that_do_not_fit_are_only_refused_by_torch() -> None:
+    """A row of the guide: the ONNX graph has no check of its input."""
+    model = Method(autoencoder("default"), "encode_to_indices")
+    program = exported(model, (pictures(3, 16, 32),), {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC})
+    images = pictures(3, 15, 32)
+    with pytest.raises((AssertionError, RuntimeError), match=r"% 2|divisible|Guard"):
+        program.module()(images)
+    assert run_onnx(program)(images)[0].shape[1] in (7, 8)
+
+
 @pytest.mark.slow
 def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its blocks run one after another."""
