@@ -351,6 +351,44 @@ def same(one: VQAutoencoder, other: VQAutoencoder) -> bool:
     return one.config == other.config and all(torch.equal(states[0][name], states[1][name]) for name in states[1])
 
 
+def test_averages_of_diffusers_are_read(tmp_path: Path) -> None:
+    """``EMAModel`` saves its own options next to those of the model."""
+    pytest.importorskip("diffusers")
+    from diffusers import VQModel
+    from diffusers.training_utils import EMAModel
+
+    model = original({})
+    EMAModel(model.parameters(), model_cls=VQModel, model_config=model.config).save_pretrained(tmp_path / "ema")
+    assert "decay" in json.loads((tmp_path / "ema" / "config.json").read_text())
+    images = images_for(model)
+    with torch.no_grad():
+        assert torch.equal(load_diffusers(tmp_path / "ema").encode_to_indices(images), tokens_of(model, images))
+
+
+@pytest.mark.parametrize("source", ["folder", "hub"])
+@pytest.mark.parametrize("index", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
+def test_shards_are_refused_with_the_cure(
+    source: str, index: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of the files is enough; one with another name (the control) still is."""
+    (folder / WEIGHTS).rename(folder / "all.safetensors")
+    for part in (1, 2):
+        shutil.copy(
+            folder / "all.safetensors", folder / f"diffusion_pytorch_model-0000{part}-of-00002.safetensors"
+        )
+    (folder / f"{index}.index.json").write_text("{}")
+
+    def fetch(_: str, name: str, *__: object) -> Path | None:
+        return folder / name if (folder / name).is_file() else None
+
+    monkeypatch.setattr("te_quant._pretrained.download", fetch)
+    where = folder if source == "folder" else "owner/name"
+    match = r"source must be weights in one file, got shards in .*; load them .*\(folder, max_shard_size='100GB'\)"
+    with pytest.raises(ValueError, match=match):
+        load_diffusers(where)
+    assert load_diffusers(where, filename="all.safetensors").config.num_codes == 24
+
+
 def test_sources_of_diffusers(folder: Path, tmp_path: Path) -> None:
     """A folder, a file in it, a pipeline's subfolder, the older pickle, and a config from elsewhere."""
     expected = load_diffusers(folder)

@@ -24,6 +24,8 @@ __all__ = ["Source", "options_of", "tensors_in", "weights_in", "without_wrappers
 _FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD", "REDUCE", "NEWOBJ")
 # Where training loops put the weights, the best place first.
 _CONTAINERS = ("state_dict", "model")
+# Behind the name of weights, of the file that lists their shards.
+_INDEX = ".index.json"
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -51,7 +53,8 @@ class Source(NamedTuple):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: several files could be meant, or an option does not fit the kind of source.
+            ValueError: several files could be meant, the weights are in shards, or an option does not fit the kind
+                of source.
             ImportError: huggingface_hub is not installed.
         """
         path = Path(self.path)
@@ -70,6 +73,8 @@ class Source(NamedTuple):
                 return folder / name
         if self.filename or not folder.is_dir():
             raise FileNotFoundError(f"source must hold {self.filename or 'weights'}, got none in {folder}.")
+        for name in usual:
+            _refuse_shards((folder / f"{name}{_INDEX}").is_file(), str(folder))
         found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
         if not found:
             raise FileNotFoundError(f"source must hold weights ({', '.join(_SUFFIXES)}), got none in {folder}.")
@@ -96,6 +101,8 @@ class Source(NamedTuple):
             file = self._fetch(name)
             if file is not None:
                 return file
+        for name in names if self.filename is None else ():
+            _refuse_shards(self._fetch(f"{name}{_INDEX}") is not None, f"the repository {self.path!r}")
         raise FileNotFoundError(
             f"source must hold {' or '.join(names)}, got none in the repository {self.path!r}."
         )
@@ -103,6 +110,11 @@ class Source(NamedTuple):
     def _fetch(self, name: str) -> Path | None:
         """Return a file of the repository, or None if it does not have it."""
         return _pretrained.download(str(self.path), name, self.hub, self.subfolder)
+
+
+def _refuse_shards(found: bool, place: str) -> None:
+    cure = "load them with their library and call save_pretrained(folder, max_shard_size='100GB')"
+    require(not found, "source", "weights in one file", f"shards in {place}; {cure}")
 
 
 def options_of(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -45,6 +45,16 @@ _DEFAULTS: dict[str, Any] = {
     "lookup_from_codebook": False,
     "force_upcast": False,
 }
+# What EMAModel.save_pretrained writes next to the options of the model; all of it concerns the training only.
+_AVERAGING = (
+    "decay",
+    "min_decay",
+    "optimization_step",
+    "update_after_step",
+    "use_ema_warmup",
+    "inv_gamma",
+    "power",
+)
 _DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 # Of attention blocks, in files from before version 0.17.
@@ -71,7 +81,8 @@ def load_diffusers(
     ``codebook_weight`` 0.25. ``scaling_factor``, which belongs to the diffusion model, is not kept.
 
     Args:
-        source: a folder that ``save_pretrained`` wrote, a file with its weights, or a hub id ``owner/name``.
+        source: a folder that ``save_pretrained`` of a ``VQModel`` or of its ``EMAModel`` wrote, a file with its
+            weights, or a hub id ``owner/name``.
         config: the options of the ``VQModel``, or the path of their JSON file; by default ``config.json`` next to
             the weights.
         filename: of the weights; by default ``diffusion_pytorch_model.safetensors``, else ``.bin``.
@@ -158,7 +169,7 @@ def _own_options(config: Mapping[str, Any]) -> dict[str, Any]:
     require(not own, "config", "the options of a VQModel of diffusers", cure)
     kind = config.get("_class_name", "VQModel")
     require(kind == "VQModel", "config _class_name", "'VQModel'", repr(kind))
-    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    given = {name: value for name, value in config.items() if not name.startswith("_") and name not in _AVERAGING}
     for name in given:
         require(name in _DEFAULTS, "config key", f"one of {', '.join(_DEFAULTS)}", repr(name))
     given = {**_DEFAULTS, **given}
