@@ -26,6 +26,7 @@ __all__ = [
     "Report",
     "described_state",
     "download",
+    "folder_to_write",
     "load",
     "locate",
     "push",
@@ -97,11 +98,11 @@ def save(
         state: its tensors, as :func:`described_state` returns them.
 
     Raises:
-        ValueError: two weights are tied.
+        ValueError: two weights are tied, or the folder is empty or a file.
         ImportError: safetensors is not installed.
     """
     save_file = safetensors().save_file
-    folder = Path(folder)
+    folder = folder_to_write(folder)
     content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}
     text = json.dumps(content, indent=2) + "\n"
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
@@ -110,6 +111,17 @@ def save(
     metadata = {"te_quant": json.dumps(content["config"])}
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def folder_to_write(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder that can be made or written to; refuse files, and an empty name."""
+    # It would be the folder in which Python runs.
+    require(os.fspath(folder) != "", "folder", "the path of a folder", "''; pass '.' for the current one")
+    for path in (Path(folder), *Path(folder).parents):
+        require(
+            path.is_dir() or not path.exists(), "folder", "a folder, or not to exist", f"the file {str(path)!r}"
+        )
+    return Path(folder)
 
 
 def described_state(
@@ -130,11 +142,14 @@ def described_state(
 
     Raises:
         ValueError: the model is not made of the layers of ``described``, so that its file would load as another
-            model, or not at all.
+            model, or not at all; or it has no values.
         RuntimeError: the state is spread over processes.
     """
     require_savable(state)
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    empty = [name for name, tensor in state.items() if tensor.is_meta]
+    cure = "load its weights, or call to_empty and reset_parameters of its modules"
+    require(not empty, "model", "on a device with memory", f"{_some(empty)} on the meta device; {cure}")
     missing = [name for name in expected if name not in state]
     _require_layers(not missing, f"no {_some(missing)}; remove parametrizations and wrappers")
     if type(model) is not type(described):

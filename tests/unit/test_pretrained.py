@@ -830,3 +830,39 @@ def test_options_that_cannot_be_read_name_the_rule(tmp_path: Path, kind: Callabl
     assert not (tmp_path / "model").exists()
     with pytest.raises(AttributeError, match=f"^{told}"):
         kind(6).options()
+
+
+@pytest.mark.parametrize(
+    ("target", "got"),
+    [
+        ("", r"the path of a folder, got ''; pass '\.' for"),
+        ("file", "a folder, .*'file'"),
+        ("file/in", "a folder, .*'file'"),
+    ],
+)
+def test_only_folders_are_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, got: str
+) -> None:
+    """Neither the current folder by chance, nor a file; the current one by its name (the control) is fine."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    gpt = GPT(GPTConfig((Segment("image", 7, (2, 2), "learned"),), 16, 1, 2))
+    for model in (VQAutoencoder(SMALL), gpt):
+        with pytest.raises(ValueError, match=f"folder must be {got}"):
+            model.save_pretrained(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    gpt.save_pretrained(".")
+    assert Path("config.json").is_file()
+
+
+def test_models_without_values_are_not_saved(tmp_path: Path) -> None:
+    """Those of the meta device, where the cure makes values."""
+    with torch.device("meta"):
+        models = VQAutoencoder(SMALL), GPT(GPTConfig((Segment("image", 7, (2, 2), "learned"),), 16, 1, 2))
+    for model in models:
+        match = r"model must be on a device with memory, got '.*' and \d+ more on the meta device; load its"
+        with pytest.raises(ValueError, match=match):
+            model.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+    models[1].to_empty(device="cpu").reset_parameters()
+    models[1].save_pretrained(tmp_path / "model")

@@ -451,9 +451,10 @@ class GPT(nn.Module):
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
         Raises:
-            ValueError: a layer was added, or replaced by another one, or has other options than the config says,
-                dropout included; two weights are tied, or parametrizations or wrappers give weights other names.
-                Modules that :func:`torch.compile` has compiled are saved as they were.
+            ValueError: ``folder`` is a file; the model is on the meta device; a layer was added, was replaced by
+                another one, or has other options than the config says, dropout included; two weights are tied, or
+                parametrizations or wrappers give weights other names. Modules that :func:`torch.compile` has
+                compiled are saved as they were.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """

@@ -133,7 +133,7 @@ def save_diffusers(model: VQAutoencoder, folder: str | os.PathLike[str]) -> None
 
     Raises:
         ValueError: an option of the model has no counterpart in diffusers, or a layer is not the one that its
-            config describes; the message names it.
+            config describes; the message names it. Or ``folder`` is a file.
         TypeError: model is no ``VQAutoencoder``.
         ImportError: safetensors is not installed (``te_quant[hub]``).
     """
@@ -155,7 +155,7 @@ def save_diffusers(model: VQAutoencoder, folder: str | os.PathLike[str]) -> None
             linear = ".attentions." in name and part.ndim > 1
             tensors[name] = part.detach().flatten(1).clone() if linear else part.detach().clone()
     text = json.dumps({"_class_name": "VQModel", **options}, indent=2) + "\n"
-    folder = Path(folder)
+    folder = _pretrained.folder_to_write(folder)
     _pretrained.write_atomically(
         folder / _WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"})
     )
