@@ -7,7 +7,8 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -23,7 +24,9 @@ __all__ = [
     "WEIGHTS_FILE",
     "Hub",
     "Report",
+    "described_state",
     "download",
+    "folder_to_write",
     "load",
     "locate",
     "push",
@@ -33,12 +36,11 @@ __all__ = [
     "require_repository",
     "safetensors",
     "save",
-    "uncompiled",
     "write_atomically",
     "write_card",
 ]
 
-_Config = TypeVar("_Config")
+_Config = TypeVar("_Config", bound="_Described")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 WEIGHTS_FILE = "model.safetensors"
@@ -65,6 +67,14 @@ class Hub(NamedTuple):
     local_files_only: bool = False
 
 
+class _Described(Protocol):
+    """A config."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options."""
+        ...
+
+
 class Report(Protocol):
     """Anything that writes itself as Markdown: the reports of this library, or your own."""
 
@@ -78,7 +88,6 @@ def save(
     class_name: str,
     config: Mapping[str, Any],
     state: Mapping[str, Tensor],
-    names: Collection[str] = (),
 ) -> None:
     """Write both files, each atomically; the weights carry a copy of the config, so that a mix-up shows.
 
@@ -86,21 +95,14 @@ def save(
         folder: made if need be.
         class_name: of the model.
         config: its options.
-        state: its tensors; the names of compiled modules become those of the modules themselves.
-        names: of tensors that a model built from the config has.
+        state: its tensors, as :func:`described_state` returns them.
 
     Raises:
-        ValueError: the state lacks one of the names, or two weights are tied.
+        ValueError: two weights are tied, or the folder is empty or a file.
         ImportError: safetensors is not installed.
-        RuntimeError: the state is spread over processes.
     """
-    require_savable(state)
-    state = uncompiled(state)
-    missing = [name for name in names if name not in state]
-    got = f"no {_some(missing)}; remove parametrizations and wrappers, or save its state_dict yourself"
-    require(not missing, "model", "made of the layers that its config describes", got)
     save_file = safetensors().save_file
-    folder = Path(folder)
+    folder = folder_to_write(folder)
     content = {"class_name": class_name, "format_version": FORMAT_VERSION, "config": dict(config)}
     text = json.dumps(content, indent=2) + "\n"
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
@@ -111,9 +113,86 @@ def save(
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def uncompiled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a model by the names that they had before parts of it were compiled."""
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+def folder_to_write(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder that can be made or written to; refuse files, and an empty name."""
+    # It would be the folder in which Python runs.
+    require(os.fspath(folder) != "", "folder", "the path of a folder", "''; pass '.' for the current one")
+    for path in (Path(folder), *Path(folder).parents):
+        require(
+            path.is_dir() or not path.exists(), "folder", "a folder, or not to exist", f"the file {str(path)!r}"
+        )
+    return Path(folder)
+
+
+def described_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    described: nn.Module,
+    expected: Mapping[str, Tensor],
+    options_of: Callable[[nn.Module], str] = lambda layer: layer.extra_repr(),
+) -> dict[str, Tensor]:
+    """Return the tensors of a model by the names that they had before parts of it were compiled.
+
+    Args:
+        model: what is saved.
+        state: its tensors.
+        described: a model built from its config, on any device.
+        expected: the tensors of that model.
+        options_of: says with which options a layer was built.
+
+    Raises:
+        ValueError: the model is not made of the layers of ``described``, so that its file would load as another
+            model, or not at all; or it has no values.
+        RuntimeError: the state is spread over processes.
+    """
+    require_savable(state)
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    empty = [name for name, tensor in state.items() if tensor.is_meta]
+    cure = "load its weights, or call to_empty and reset_parameters of its modules"
+    require(not empty, "model", "on a device with memory", f"{_some(empty)} on the meta device; {cure}")
+    missing = [name for name in expected if name not in state]
+    _require_layers(not missing, f"no {_some(missing)}; remove parametrizations and wrappers")
+    if type(model) is not type(described):
+        # A class derived from it may build other layers, and builds them again when it is loaded.
+        return state
+    for name, module in described.named_children():
+        _require_same(name, _unwrapped(getattr(model, name)), module, options_of)
+    surplus = [name for name in state if name not in expected]
+    _require_layers(not surplus, f"{_some(surplus)} too; remove what was added")
+    for name, tensor in expected.items():
+        got = f"{name!r} of {_shape(state[name])} in place of {_shape(tensor)}; build the model with other options"
+        _require_layers(state[name].shape == tensor.shape, got)
+    return state
+
+
+def _require_same(
+    path: str, module: nn.Module, described: nn.Module, options_of: Callable[[nn.Module], str]
+) -> None:
+    """Refuse a layer of another class or with other options than the config describes, also inside of it."""
+    if module is described:
+        return
+    own, other = (f"{type(layer).__name__}({options_of(layer)})" for layer in (module, described))
+    same = type(module) is type(described) and own == other
+    _require_layers(same, f"{own} in place of {other} at {path!r}; build the model with other options")
+    children, expected = dict(module.named_children()), dict(described.named_children())
+    same = list(children) == list(expected)
+    got = f"layers {list(children)} in place of {list(expected)} at {path!r}; remove what was added"
+    _require_layers(same, got)
+    for name, child in children.items():
+        _require_same(f"{path}.{name}", _unwrapped(child), expected[name], options_of)
+
+
+def _require_layers(condition: bool, got: str) -> None:
+    expected = "made of the layers that its config describes"
+    require(condition, "model", expected, f"{got}, or save its state_dict yourself")
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return what ``torch.compile`` or torch's ``checkpoint_wrapper`` has wrapped; the state names neither."""
+    for wrapped in ("_orig_mod", "_checkpoint_wrapped_module"):
+        if wrapped in module._modules:
+            return _unwrapped(module.get_submodule(wrapped))
+    return module
 
 
 def _require_untied(tensors: Mapping[str, Tensor]) -> None:
@@ -159,16 +238,24 @@ def load(
         require(floating, "dtype", "a floating-point torch.dtype, or None", repr(dtype))
     config_path, weights_path = locate(source, hub)
     options = read_config(config_path, class_name)
-    try:
-        config = make_config(options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{config_path} must hold a valid config, got: {error}") from error
+
+    def make(path: Path, options: Mapping[str, Any]) -> _Config:
+        try:
+            return make_config(options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} must hold a valid config, got: {error}") from error
+
+    config = make(config_path, options)
+    saved_with = config_in(weights_path)
+    if saved_with is not None and saved_with != options:
+        # Options that a file leaves out have their defaults, so only those that are built may differ.
+        _require_same_options(weights_path, make(weights_path, saved_with).to_dict(), config.to_dict())
     # The weights are replaced at once, so drawing them must not move the caller's random state. What is not in the
     # file must be where the weights are, not on the default device.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = make_model(config)
     # assign, not copy: a model saved in bfloat16 or float64 comes back as it was.
-    weights = read_weights(weights_path, options, model.state_dict(), rename, _derivable(model))
+    weights = read_weights(weights_path, model.state_dict(), rename, _derivable(model))
     model.load_state_dict(weights, assign=True)
     return model.to(device=device, dtype=dtype).eval()
 
@@ -180,7 +267,7 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
 
     Raises:
         FileNotFoundError: ``source`` is neither a folder nor of the form ``owner/name``, or a file is missing.
-        ValueError: an option of the hub was given with a folder, which has none.
+        ValueError: ``source`` is a file, or an option of the hub was given with a folder, which has none.
         ImportError: huggingface_hub is not installed.
     """
     folder = Path(source)
@@ -194,12 +281,14 @@ def locate(source: str | os.PathLike[str], hub: Hub) -> tuple[Path, Path]:
                     f"folder must hold {expected}, got none at {path}{_other_library(config)}."
                 )
         return config, weights
+    got = f"the file {os.fspath(source)!r}; pass its folder, {str(folder.parent)!r}"
+    require(not folder.is_file(), "source", "a folder or a hub id 'owner/name'", got)
     require_repository(source, "an existing folder")
     paths: list[Path] = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         found = download(str(source), name, hub)
         if found is None:
-            expected = f"a hub id whose repository holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            expected = f"an existing folder or a hub id whose repository holds {CONFIG_FILE} and {WEIGHTS_FILE}"
             offline = ", or it was not downloaded before and offline mode allows no download"
             reason = _other_library(paths[0]) if paths else ""
             reason = reason or (offline if _is_offline(hub) else "")
@@ -242,8 +331,11 @@ def download(repository: str, name: str, hub: Hub, subfolder: str | None = None)
     except errors.LocalEntryNotFoundError as error:
         if _is_offline(hub):
             return None
-        reason = f"one of the hub, which has to be reached to load {name} for the first time"
-        raise FileNotFoundError(f"source must be {reason}, got no answer for {place}.") from error
+        reason = (
+            f"an existing folder, or one of the hub, which has to be reached to load {name} for the first time"
+        )
+        got = f"no answer for {place}, and no folder here has that name"
+        raise FileNotFoundError(f"source must be {reason}, got {got}.") from error
     except errors.EntryNotFoundError:
         return None
     except errors.GatedRepoError as error:
@@ -253,8 +345,12 @@ def download(repository: str, name: str, hub: Hub, subfolder: str | None = None)
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"revision must exist, got {place}.") from error
     except errors.RepositoryNotFoundError as error:
-        reason = "which does not exist, or is private; pass token=... to read a private one"
-        raise FileNotFoundError(f"source must be a repository of the hub, got {place}, {reason}.") from error
+        reason = (
+            "no folder here, and on the hub it does not exist, or is private; pass token=... for a private one"
+        )
+        raise FileNotFoundError(
+            f"source must be an existing folder or a repository of the hub, got {place}: {reason}."
+        ) from error
     return Path(path)
 
 
@@ -399,9 +495,46 @@ def read_config(path: Path, class_name: str) -> dict[str, Any]:
     return dict(options)
 
 
+def config_in(path: Path) -> dict[str, Any] | None:
+    """Return the options that :func:`save` wrote into the weights; None if there are none.
+
+    Raises:
+        ValueError: the file is not in the safetensors format.
+        ImportError: safetensors is not installed.
+    """
+    with _opened(path) as file:
+        saved_with = (file.metadata() or {}).get("te_quant")
+    return None if saved_with is None else dict(json.loads(saved_with))
+
+
+def _require_same_options(path: Path, own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Refuse weights that were saved with other options: of a writer that was stopped, or of an edited config."""
+    differing = sorted(key for key in {*own, *other} if own.get(key) != other.get(key))
+    if differing:
+        values = [f"{key!r} ({own.get(key)!r} when saved, {other.get(key)!r} now)" for key in differing[:3]]
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        cure = (
+            "restore the file, or save the model again; to change an option of a loaded model, build another with "
+        )
+        cure += f"dataclasses.replace(model.config, {differing[0]}=...) and call its load_state_dict"
+        got = f"another {', '.join(values)}{more}; {cure}"
+        require(False, str(path), f"saved together with the {CONFIG_FILE} beside it", got)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file, got {error}.") from error
+
+
 def read_weights(
     path: Path,
-    config: Mapping[str, Any],
     expected: Mapping[str, Tensor],
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     derivable: Collection[str] = (),
@@ -410,30 +543,17 @@ def read_weights(
 
     Args:
         path: a safetensors file. Pickles are never opened.
-        config: what :func:`read_config` returned; the file must have been saved with it, if it says.
         expected: names and shapes that the file must hold, and none other.
         rename: gives the tensors of an older file their present names.
         derivable: names that it may leave out.
 
     Raises:
-        ValueError: the file is not in the safetensors format, belongs to another config, or holds other names,
-            shapes or kinds of numbers.
+        ValueError: the file is not in the safetensors format, or holds other names, shapes or kinds of numbers.
         ImportError: safetensors is not installed.
     """
-    safetensors()
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            saved_with = (file.metadata() or {}).get("te_quant")
-            # A copy, because the loader may hand out a view of the file itself.
-            found = rename({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a safetensors file, got {error}.") from error
-    # A writer that was stopped between the two files, or files of two revisions.
-    own = config if saved_with is None else json.loads(saved_with)
-    other = sorted(key for key in {*own, *config} if own.get(key) != config.get(key))
-    require(not other, str(path), f"saved together with the {CONFIG_FILE} beside it", f"another {_some(other)}")
+    with _opened(path) as file:
+        # A copy, because the loader may hand out a view of the file itself.
+        found = rename({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
     missing = [name for name in expected if name not in found and name not in derivable]
     require(not missing, str(path), f"complete ({len(expected)} tensors)", f"none named {_some(missing)}")
     surplus = [name for name in found if name not in expected]

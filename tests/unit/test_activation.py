@@ -128,7 +128,7 @@ def test_activations_keep_dtype_batch_and_graph(kind: str) -> None:
 
 def test_options_are_readable() -> None:
     """In the printed model."""
-    assert "upsampling=2" in repr(FilteredActivation())
+    assert "silu, upsampling=2" in repr(FilteredActivation())
     assert repr(PolynomialActivation(7)) == "PolynomialActivation(7)"
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,48 @@ def test_of_100_000_indices_none_differs(name: str) -> None:
             compared += int(safe.sum())
 
 
+@pytest.mark.parametrize(
+    "method", ["encode", "encode_with_phases", "encode_to_indices", "decode", "decode_indices"]
+)
+def test_models_in_training_are_not_exported(method: str) -> None:
+    """Each run of such a program would draw another dropout; calling it (the control) and evaluation are fine."""
+    model = VQAutoencoder(replace(autoencoder("default").config, dropout=0.5)).train()
+    codes, indices = torch.zeros(2, model.config.code_dim, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)
+    inputs = {"decode": codes, "decode_indices": indices}.get(method, pictures(2, 16, 16))
+    getattr(model, method)(inputs)
+    kind = "a quantizer" if method == "decode_indices" else "a decoder" if method == "decode" else "an encoder"
+    with pytest.raises(
+        RuntimeError, match=rf"mode must be evaluation to export {kind}, got training; call eval\(\)"
+    ):
+        torch.export.export(Method(model, method), (inputs,))
+    torch.export.export(Method(model, method).eval(), (inputs,))
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_quantizers_in_training_are_not_exported(method: str) -> None:
+    """The codebook of the program would lack what is pending; a frozen one (the control) has nothing pending."""
+    quantizer = plain_quantizer(32, 6).train()
+    inputs = torch.randn(3, 6, 4, 5) if method == "encode" else torch.zeros(3, 4, 5, dtype=torch.int64)
+    with pytest.raises(
+        RuntimeError, match=r"mode must be evaluation to export a quantizer, got training; call eval"
+    ):
+        torch.export.export(Method(quantizer, method), (inputs,))
+    torch.export.export(Method(quantizer.freeze(), method), (inputs,))
+
+
+def test_gpts_that_drop_are_not_exported() -> None:
+    """Without dropout nothing in them depends on the mode, and pipelines of several devices trace training."""
+    config = GPTConfig((Segment("image", 7, (2, 2), "learned"),), 16, 1, 2, dropout=0.5)
+    gpt = GPT(config).train()
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(
+        RuntimeError, match=r"mode must be evaluation to export a GPT with dropout, got training; call eval\(\)"
+    ):
+        torch.export.export(gpt, (tokens,))
+    torch.export.export(gpt.eval(), (tokens,))
+    torch.export.export(GPT(replace(config, dropout=0.0)).train(), (tokens,))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "polyphase"])
 def test_named_dimensions_may_say_what_sides_divide(name: str) -> None:
@@ -465,6 +508,38 @@ def test_products_give_the_ideal_filter(sides: tuple[int, int], size: tuple[int,
     half = resample_by_products(images.half(), size)
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.double(), wanted, rtol=2e-3, atol=2e-2)
+
+
+def test_programs_that_return_plain_tuples_are_saved(tmp_path: Path) -> None:
+    """Not those that return named ones, as the guide says; torch can register these by a private function only."""
+    quantizer, latents = plain_quantizer(32, 6).eval(), torch.randn(2, 6, 4, 5)
+    for named in (quantizer, Method(autoencoder("default"), "encode_with_phases")):
+        inputs = latents if named is quantizer else pictures(2, 16, 16)
+        with pytest.raises(NotImplementedError, match=r"Can't serialize TreeSpec of namedtuple class"):
+            torch.export.save(torch.export.export(named, (inputs,)), tmp_path / "named.pt2")
+    torch.export.save(torch.export.export(AsTuple(quantizer), (latents,)), tmp_path / "plain.pt2")
+    found = torch.export.load(tmp_path / "plain.pt2").module()(latents)
+    assert type(found) is tuple
+    assert all(torch.equal(*pair) for pair in zip(found, quantizer(latents), strict=True))
+
+
+class AsTuple(nn.Sequential):
+    """A module whose named tuple becomes a plain one."""
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Call it."""
+        return tuple(super().forward(*inputs))
+
+
+@pytest.mark.slow
+def test_sides_that_do_not_fit_are_only_refused_by_torch() -> None:
+    """A row of the guide: the ONNX graph has no check of its input."""
+    model = Method(autoencoder("default"), "encode_to_indices")
+    program = exported(model, (pictures(3, 16, 32),), {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC})
+    images = pictures(3, 15, 32)
+    with pytest.raises((AssertionError, RuntimeError), match=r"% 2|divisible|Guard"):
+        program.module()(images)
+    assert run_onnx(program)(images)[0].shape[1] in (7, 8)
 
 
 @pytest.mark.slow

@@ -210,11 +210,17 @@ def answer(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("RepositoryNotFoundError", "which does not exist, or is private; pass token=... to read a private one."),
+        (
+            "RepositoryNotFoundError",
+            "no folder here, and on the hub it does not exist, or is private; pass token=... for a private one.",
+        ),
         ("GatedRepoError", "source must be open to you, got 'owner/name' at revision 'v3', which is gated"),
         ("RevisionNotFoundError", "revision must exist, got 'owner/name' at revision 'v3'."),
         ("RemoteEntryNotFoundError", "'owner/name' at revision 'v3' without config.json."),
-        ("LocalEntryNotFoundError", "has to be reached to load config.json for the first time, got no answer for"),
+        (
+            "LocalEntryNotFoundError",
+            "got no answer for 'owner/name' at revision 'v3', and no folder here has that name.",
+        ),
     ],
 )
 def test_every_answer_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch, kind: str, told: str) -> None:
@@ -236,7 +242,8 @@ def test_offline_says_that_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch
         raise answer(hub.errors.LocalEntryNotFoundError)
 
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
-    told = "without config.json, or it was not downloaded before and offline mode allows no download."
+    told = "existing folder or a hub id whose repository holds config.json and model.safetensors, got 'owner/name'"
+    told += " without config.json, or it was not downloaded before and offline mode allows no download."
     with pytest.raises(FileNotFoundError, match=re.escape(told)):
         VQAutoencoder.from_pretrained("owner/name", local_files_only=True)
 

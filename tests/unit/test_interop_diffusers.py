@@ -212,6 +212,19 @@ def test_the_quantizer_is_written_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(again.encode_to_indices(images), tokens)
 
 
+def test_models_with_other_layers_are_not_written(tmp_path: Path) -> None:
+    """Their config would describe another model."""
+    model = VQAutoencoder(expressible())
+    conv = model.encoder.conv_in
+    model.encoder.conv_in = torch.nn.Conv2d(
+        conv.in_channels, conv.out_channels, 3, padding=1, padding_mode="circular"
+    )
+    got = r"Conv2d\(.*circular.*\) in place of PaddedConv2d\(.*\) at 'encoder\.conv_in'"
+    with pytest.raises(ValueError, match=f"model must be made of the layers that its config describes, got {got}"):
+        save_diffusers(model, tmp_path / "vqvae")
+    assert not (tmp_path / "vqvae").exists()
+
+
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -301,6 +314,22 @@ def test_other_tensors_are_refused_by_name(change: Callable[..., object], match:
         load_diffusers(folder)
 
 
+def test_wrappers_of_training_leave_no_prefix(folder: Path) -> None:
+    """Nor does another prefix stay unnamed."""
+    expected = load_diffusers(folder)
+    edit_weights(folder, lambda tensors: prefixed(tensors, "module."))
+    assert same(load_diffusers(folder), expected)
+    edit_weights(folder, lambda tensors: prefixed(tensors, "vqvae."))
+    match = r"source must be complete .*, but one behind 'vqvae\.module\.'; save \{name\[13:\]"
+    with pytest.raises(ValueError, match=match):
+        load_diffusers(folder)
+
+
+def prefixed(tensors: dict[str, Tensor], prefix: str) -> None:
+    for name in list(tensors):
+        tensors[prefix + name] = tensors.pop(name)
+
+
 def test_attention_of_old_files_has_other_names(folder: Path) -> None:
     """As in files that were written before version 0.17."""
     expected = load_diffusers(folder)
@@ -320,6 +349,44 @@ def test_attention_of_old_files_has_other_names(folder: Path) -> None:
 def same(one: VQAutoencoder, other: VQAutoencoder) -> bool:
     states = one.state_dict(), other.state_dict()
     return one.config == other.config and all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_averages_of_diffusers_are_read(tmp_path: Path) -> None:
+    """``EMAModel`` saves its own options next to those of the model."""
+    pytest.importorskip("diffusers")
+    from diffusers import VQModel
+    from diffusers.training_utils import EMAModel
+
+    model = original({})
+    EMAModel(model.parameters(), model_cls=VQModel, model_config=model.config).save_pretrained(tmp_path / "ema")
+    assert "decay" in json.loads((tmp_path / "ema" / "config.json").read_text())
+    images = images_for(model)
+    with torch.no_grad():
+        assert torch.equal(load_diffusers(tmp_path / "ema").encode_to_indices(images), tokens_of(model, images))
+
+
+@pytest.mark.parametrize("source", ["folder", "hub"])
+@pytest.mark.parametrize("index", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
+def test_shards_are_refused_with_the_cure(
+    source: str, index: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of the files is enough; one with another name (the control) still is."""
+    (folder / WEIGHTS).rename(folder / "all.safetensors")
+    for part in (1, 2):
+        shutil.copy(
+            folder / "all.safetensors", folder / f"diffusion_pytorch_model-0000{part}-of-00002.safetensors"
+        )
+    (folder / f"{index}.index.json").write_text("{}")
+
+    def fetch(_: str, name: str, *__: object) -> Path | None:
+        return folder / name if (folder / name).is_file() else None
+
+    monkeypatch.setattr("te_quant._pretrained.download", fetch)
+    where = folder if source == "folder" else "owner/name"
+    match = r"source must be weights in one file, got shards in .*; load them .*\(folder, max_shard_size='100GB'\)"
+    with pytest.raises(ValueError, match=match):
+        load_diffusers(where)
+    assert load_diffusers(where, filename="all.safetensors").config.num_codes == 24
 
 
 def test_sources_of_diffusers(folder: Path, tmp_path: Path) -> None:

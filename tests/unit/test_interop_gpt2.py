@@ -244,6 +244,19 @@ def test_loaded_models_are_on_one_device_under_any_default(folder: Path) -> None
         assert gpt(torch.zeros(1, 7, dtype=torch.int64)).isfinite().all()
 
 
+def test_wrappers_of_training_leave_no_prefix(folder: Path) -> None:
+    """Nor does another prefix stay unnamed."""
+    load_file, save_file = safetensors_torch.load_file, safetensors_torch.save_file
+    expected, weights = load_gpt2(folder), folder / "model.safetensors"
+    state = load_file(weights)
+    save_file({f"module._orig_mod.{name}": tensor.clone() for name, tensor in state.items()}, weights)
+    assert same(load_gpt2(folder), expected)
+    save_file({f"decoder.{name}": tensor.clone() for name, tensor in state.items()}, weights)
+    match = r"source must be complete \(.* tensors\), got none named .*, but one behind '.*'; save \{name\["
+    with pytest.raises(ValueError, match=match):
+        load_gpt2(folder)
+
+
 @pytest.mark.slow
 def test_what_transformers_saves_is_loaded(tmp_path: Path) -> None:
     """The folder, the model, and the model without its head say the same."""

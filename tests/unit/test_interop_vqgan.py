@@ -559,6 +559,45 @@ def test_a_list_with_attributes_is_refused_by_its_class(tmp_path: Path) -> None:
         load_taming(tmp_path)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_of_training_leave_no_prefix(prefix: str, tmp_path: Path) -> None:
+    """Nor in the averages; the metrics of both loaders see the names of the model itself."""
+    state = narrow()
+    codebook = state["quantize.embedding.weight"]
+    averages = {f"model_ema.{name.replace('.', '')}": tensor + 1 for name, tensor in state.items()}
+    loss = {"loss.discriminator.running_mean": ONE}
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in {**state, **averages, **loss}.items()}
+    path = saved(tmp_path, wrapped, "model")
+    assert torch.equal(load_taming(path).quantizer.codebook, codebook)
+    assert torch.equal(load_taming(path, averaged=True).quantizer.codebook, codebook + 1)
+    path = saved(tmp_path, {f"{prefix}{name}": tensor for name, tensor in as_llamagen(state).items()}, "model")
+    assert load_llamagen(path).config.num_codes == 12
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_parts_of_larger_models_name_their_prefix(averaged: bool, tmp_path: Path) -> None:
+    """Also where not all is inside; what the message says makes a file that is read."""
+    state = {f"first_stage_model.{name}": tensor for name, tensor in narrow().items()}
+    path = saved(tmp_path, {**state, "module.scale": ONE})
+    match = (
+        r"source must hold a tensor 'encoder\.down\.0\.block\.0\.conv1\.weight', got \d+ others, but one behind "
+        r"'first_stage_model\.'; save (\{name\[18:\]: .* if name\.startswith\('first_stage_model\.'\)\})\."
+    )
+    with pytest.raises(ValueError, match=match) as caught:
+        load_taming(path, averaged=averaged)
+    found = re.search(match, str(caught.value))
+    assert found is not None
+    assert load_taming(saved(tmp_path, eval(found[1], {"state": state}))).config.num_codes == 12
+
+
+def test_other_containers_name_the_cure(tmp_path: Path) -> None:
+    """A dict under another name."""
+    with pytest.raises(
+        ValueError, match=r"'net' must be a tensor, got dict; save what it holds under 'state_dict'\."
+    ):
+        load_taming(saved(tmp_path, narrow(), "net"))
+
+
 def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
     """Callbacks and arguments beside the weights are passed over; a trap among them is not sprung."""
     state = narrow()
@@ -581,6 +620,32 @@ def test_damaged_files_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(content)
     with pytest.raises(ValueError, match=r"last\.ckpt must be a file of tensors that torch\.save wrote, got"):
         load_taming(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("length", [40, 5_000, 20_000, 60_000, 100_000])
+def test_files_that_were_cut_short_are_refused(length: int, tmp_path: Path) -> None:
+    """Of some lengths the reader looks for the end in front of the file, which is an error of the system."""
+    path = tmp_path / "last.ckpt"
+    torch.save({f"layers.{layer}.weight": torch.zeros(64, 64) for layer in range(10)}, path)
+    os.truncate(path, length)
+    match = (
+        r"last\.ckpt must be a file of tensors that torch\.save wrote, got a damaged one \(.*; copy or download it"
+    )
+    with pytest.raises(ValueError, match=match):
+        load_taming(path)
+
+
+def test_files_that_cannot_be_opened_are_named_by_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not damaged."""
+
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*last\.ckpt'"):
+        load_taming(saved(tmp_path, narrow()))
 
 
 def test_a_list_of_tensors_is_refused(tmp_path: Path) -> None:

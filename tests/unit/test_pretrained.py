@@ -13,18 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from te_quant import (
     FSQ,
     GPT,
     GPTConfig,
     ProductQuantizer,
+    Quantizer,
     ResidualVectorQuantizer,
     Segment,
     VectorQuantizer,
     _pretrained,
 )
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
+from te_quant.quantizers import QUANTIZERS
 from tests.unit.grid_oracles import fresh
 
 SMALL = AutoencoderConfig(
@@ -190,6 +193,17 @@ def test_folder_that_is_not_there_is_no_hub_id(tmp_path: Path, make: type) -> No
         VQAutoencoder.from_pretrained(make(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_is_no_hub_id(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in a folder looks like one; nothing is asked of the hub."""
+    monkeypatch.chdir(folder.parent)
+    got = rf"the file 'model/{name}'; pass its folder, 'model'\."
+    with pytest.raises(ValueError, match=f"source must be a folder or a hub id 'owner/name', got {got}"):
+        VQAutoencoder.from_pretrained(f"model/{name}")
+    with pytest.raises(ValueError, match=r"source must be a folder or a hub id .*; pass its folder"):
+        GPT.from_pretrained(folder / name)
+
+
 NO_HUB_IDS = ["model", "./model", "a/b/c", "~/model", "owner/", "/name"]
 # What the hub's own client refuses.
 NO_HUB_IDS += ["runs/exp 1", "runs/exp-", "runs/a--b", "a..b/c", "runs/exp:1", "runs/a.git", "runs/" + "a" * 97]
@@ -283,6 +297,38 @@ def test_weights_of_another_config_are_refused(folder: Path) -> None:
     """Of two saves that were mixed, as by a writer stopped between its files, nothing loads."""
     edit(folder, lambda content: content["config"].update(encoder_padding="circular"))
     with pytest.raises(ValueError, match=r"model\.safetensors must be saved together with the config\.json"):
+        VQAutoencoder.from_pretrained(folder)
+
+
+def test_an_edited_config_names_both_values_and_the_cure(folder: Path) -> None:
+    """What the message says loads the weights; the file is not the place to change an option."""
+    edit(folder, lambda content: content["config"].update(dropout=0.5))
+    match = (
+        r"got another 'dropout' \(0\.0 when saved, 0\.5 now\); restore the file, .* to change an option of a "
+        r"loaded model, build another with dataclasses\.replace\(model\.config, dropout=\.\.\.\) and call its "
+    )
+    with pytest.raises(ValueError, match=match):
+        VQAutoencoder.from_pretrained(folder)
+    edit(folder, lambda content: content["config"].update(dropout=0.0))
+    model = VQAutoencoder.from_pretrained(folder)
+    changed = VQAutoencoder(replace(model.config, dropout=0.5))
+    changed.load_state_dict(model.state_dict())
+    edit(
+        folder,
+        lambda content: content["config"].update(dict.fromkeys(["dropout", "decay", "norm_groups", "metric"], 1)),
+    )
+    with pytest.raises(ValueError, match=r"config\.json must hold a valid config"):
+        VQAutoencoder.from_pretrained(folder)
+
+
+def test_a_config_without_a_default_is_the_same(folder: Path) -> None:
+    """A key that is missing has its default, and is no other option."""
+    expected = VQAutoencoder.from_pretrained(folder)
+    edit(folder, lambda content: [content["config"].pop(name) for name in ("dropout", "upsample")])
+    assert VQAutoencoder.from_pretrained(folder).config == expected.config
+    edit(folder, lambda content: content["config"].pop("downsample"))
+    match = r"got another 'downsample' \('max_blur_pool' when saved, 'strided_conv' now\); restore"
+    with pytest.raises(ValueError, match=match):
         VQAutoencoder.from_pretrained(folder)
 
 
@@ -607,3 +653,216 @@ def test_tied_weights_are_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
     second.conv2.weight = torch.nn.Parameter(first.conv2.weight.detach().clone())
     model.save_pretrained(tmp_path / "model")
+
+
+def with_layer(path: str, layer: torch.nn.Module) -> VQAutoencoder:
+    model = VQAutoencoder(replace(SMALL, encoder_padding="circular"))
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, layer)
+    return model
+
+
+OTHER_LAYERS = {
+    "padding": (
+        "encoder.conv_in",
+        torch.nn.Conv2d(1, 4, 3, padding=1),
+        r"Conv2d\(1, 4, .*\) in place of PaddedConv2d\(1, 4, .*circular\) at 'encoder\.conv_in'; build",
+    ),
+    "groups": (
+        "decoder.norm_out",
+        torch.nn.GroupNorm(4, 4, eps=1e-6),
+        r"GroupNorm\(4, 4, .*\) in place of GroupNorm\(2, 4, .*\) at 'decoder\.norm_out'",
+    ),
+    "kernel": ("decoder.conv_out", torch.nn.Conv2d(4, 1, 5, padding=2), r"Conv2d\(4, .* at 'decoder\.conv_out'"),
+    "bias": (
+        "encoder.to_latents",
+        torch.nn.Conv2d(8, 6, 1, bias=False),
+        r"no 'encoder\.to_latents\.bias'; remove parametrizations",
+    ),
+    "activation": (
+        "decoder.activation",
+        torch.nn.ReLU(),
+        r"ReLU\(\) in place of SiLU\(\) at 'decoder\.activation'",
+    ),
+    "dropout": (
+        "encoder.levels.1.block0.dropout",
+        torch.nn.Dropout(0.5),
+        r"Dropout\(p=0\.5.* at 'encoder\.levels\.1\.block0\.dropout'",
+    ),
+    "extra": (
+        "extra",
+        torch.nn.Linear(2, 2),
+        r"'extra\.weight', 'extra\.bias' too; remove what was added, or save",
+    ),
+    "inserted": (
+        "decoder.middle.noise",
+        torch.nn.Dropout(0.1),
+        r"layers \['block0', .*'noise'\] in place of .*'decoder\.middle'",
+    ),
+    "level": (
+        "quantizer",
+        ResidualVectorQuantizer(8, 6, 2),
+        r"VectorQuantizer\(.*cosine.*\) in place of VectorQuantizer\(.*\) at 'quantizer\.stages\.1'",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_LAYERS)
+def test_models_with_other_layers_are_not_saved(folder: Path, change: str) -> None:
+    """Their files would load as another model, or not at all; the good files that are there stay."""
+    path, layer, got = OTHER_LAYERS[change]
+    model = with_layer(path, layer)
+    if change == "level":
+        model.quantizer.stages[1] = VectorQuantizer(8, 6, metric="cosine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    state = torch.get_rng_state()
+    with pytest.raises(
+        ValueError, match=rf"model must be made of the layers that its config describes, got {got}"
+    ):
+        model.save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("change", ["heads", "pad", "dropout"])
+def test_gpts_with_other_layers_are_not_saved(tmp_path: Path, change: str) -> None:
+    """Blocks of the same shapes compute something else with other heads."""
+    config = GPTConfig((Segment("image", 7, (2, 2), "learned", pad_token=0),), 16, 1, 2)
+    gpt = GPT(config)
+    if change == "heads":
+        gpt.blocks[0] = GPT(replace(config, num_heads=4)).blocks[0]
+    elif change == "pad":
+        gpt.ends[0] = GPT(replace(config, segments=(replace(config.segments[0], pad_token=1),))).ends[0]
+    else:
+        gpt.blocks[0].dropout = 0.5
+    got = r"got (Block|SegmentEnds)\(.* at '(blocks|ends)\.0'"
+    with pytest.raises(ValueError, match=rf"model must be made of the layers that its config describes, {got}"):
+        gpt.save_pretrained(tmp_path / "gpt")
+    assert not (tmp_path / "gpt").exists()
+
+
+class Signs(Quantizer):
+    """A quantizer of someone else, whose options a file holds in another form."""
+
+    def __init__(self, code_dim: int, *, scales: tuple[float, ...] = (1.0,)) -> None:
+        super().__init__(2**code_dim, code_dim)
+        self.scales = scales
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+
+class Grown(VQAutoencoder):
+    """A model with one more layer, which its constructor builds."""
+
+    def __init__(self, config: AutoencoderConfig, *, quantizer: Quantizer | None = None) -> None:
+        super().__init__(config, quantizer=quantizer)
+        self.head = torch.nn.Linear(2, 2)
+
+
+USED = ["half", "hooks", "frozen", "checkpointing", "wrapped", "compiled", "registered", "instance", "derived"]
+
+
+@pytest.mark.parametrize("use", USED)
+def test_models_in_use_are_saved(tmp_path: Path, use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: what changes no layer, and what is described in another form."""
+    quantizer = Signs(6, scales=(1.0, 2.0)) if use in ("registered", "instance") else None
+    kind = Grown if use == "derived" else VQAutoencoder
+    model = kind(replace(SMALL, num_codes=64) if quantizer else SMALL, quantizer=quantizer)
+    if use == "half":
+        model.bfloat16()
+    elif use == "hooks":
+        model.encoder.conv_in.register_forward_hook(lambda *_: None)
+        model.decoder.forward = model.decoder.forward  # as accelerate does
+    elif use == "frozen":
+        model.quantizer.freeze()
+        model.encoder.requires_grad_(False).eval()
+    elif use == "checkpointing":
+        model.gradient_checkpointing = True
+    elif use == "wrapped":
+        model.decoder.middle = checkpoint_wrapper(compiled(model.decoder.middle))
+    elif use == "compiled":
+        model.encoder = compiled(checkpoint_wrapper(model.encoder))
+        model.compile(backend="eager")
+    elif use == "registered":
+        monkeypatch.setitem(QUANTIZERS, "Signs", Signs)
+    model.save_pretrained(tmp_path)
+    given = {"quantizer": Signs(6, scales=(1.0, 2.0))} if use == "instance" else {}
+    again = kind.from_pretrained(tmp_path, **given)
+    expected = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+
+
+class Collects(Signs):
+    """Signs whose options nothing can read."""
+
+    def __init__(self, code_dim: int, **options: Any) -> None:
+        super().__init__(code_dim, **options)
+
+
+class Forgets(Signs):
+    """Signs that do not keep an option."""
+
+    def __init__(self, code_dim: int, *, mood: str = "good") -> None:
+        super().__init__(code_dim)
+
+
+UNREADABLE = [
+    (
+        Collects,
+        r"Collects must name every option in its constructor, got \*\*options: 'Any'; what is in it cannot be",
+    ),
+    (
+        Forgets,
+        r"Forgets must keep every option as an attribute of the same name, got none named 'mood'; set self\.mood",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "told"), UNREADABLE)
+def test_options_that_cannot_be_read_name_the_rule(tmp_path: Path, kind: Callable, told: str) -> None:
+    """Where the model is built, where it is saved, and where only the quantizer is asked."""
+    with pytest.raises(TypeError, match=rf"^quantizer must say how it was built: {told}"):
+        VQAutoencoder(replace(SMALL, num_codes=64), quantizer=kind(6))
+    model = VQAutoencoder(SMALL)
+    model.quantizer = kind(6)
+    with pytest.raises(TypeError, match=rf"^quantizer must say how it was built: {told}"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(AttributeError, match=f"^{told}"):
+        kind(6).options()
+
+
+@pytest.mark.parametrize(
+    ("target", "got"),
+    [
+        ("", r"the path of a folder, got ''; pass '\.' for"),
+        ("file", "a folder, .*'file'"),
+        ("file/in", "a folder, .*'file'"),
+    ],
+)
+def test_only_folders_are_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, got: str
+) -> None:
+    """Neither the current folder by chance, nor a file; the current one by its name (the control) is fine."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    gpt = GPT(GPTConfig((Segment("image", 7, (2, 2), "learned"),), 16, 1, 2))
+    for model in (VQAutoencoder(SMALL), gpt):
+        with pytest.raises(ValueError, match=f"folder must be {got}"):
+            model.save_pretrained(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    gpt.save_pretrained(".")
+    assert Path("config.json").is_file()
+
+
+def test_models_without_values_are_not_saved(tmp_path: Path) -> None:
+    """Those of the meta device, where the cure makes values."""
+    with torch.device("meta"):
+        models = VQAutoencoder(SMALL), GPT(GPTConfig((Segment("image", 7, (2, 2), "learned"),), 16, 1, 2))
+    for model in models:
+        match = r"model must be on a device with memory, got '.*' and \d+ more on the meta device; load its"
+        with pytest.raises(ValueError, match=match):
+            model.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+    models[1].to_empty(device="cpu").reset_parameters()
+    models[1].save_pretrained(tmp_path / "model")

@@ -443,3 +443,31 @@ def test_a_state_loads_where_the_penalty_looks_at_more_or_fewer_codes(sizes: tup
     same = trained(lambda: build(sizes[0]), seed=9)
     same.load_state_dict(state_of(source))
     assert torch.equal(same.pending_subset, source.pending_subset)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"metric": "cosine"}, {"orthogonal_reg": 10.0}], ids=["l2", "cosine", "penalty"]
+)
+@pytest.mark.parametrize(("missing", "derived"), [("usage", "code_sums"), ("pending_counts", "pending_sums")])
+def test_statistics_are_only_loaded_with_those_that_they_belong_to(
+    missing: str, derived: str, options: dict[str, Any]
+) -> None:
+    """Sums without their counts are as if they were missing too: the codes stay near where they are."""
+    quantizer = plain_quantizer(K, C, codebook_update="ema", **options)
+    batches = [torch.randn(64, C) for _ in range(4)]
+    for latents in batches[:3]:
+        quantizer(latents)
+    state = quantizer.state_dict()
+    without = {name: tensor for name, tensor in state.items() if name != missing}
+    one, other = (plain_quantizer(K, C, codebook_update="ema", **options) for _ in range(2))
+    one.load_state_dict(without)
+    other.load_state_dict({name: tensor for name, tensor in without.items() if name != derived})
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    for loaded in (one, other):
+        before = loaded.codebook.clone()
+        with loaded.accumulate():
+            loaded(torch.cat(batches))
+        loaded.apply_pending()
+        assert (loaded.codebook - before).abs().max() < 1
+    assert torch.equal(one.codebook, other.codebook)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["in_transform", "is_exporting", "wants_plain"]
+__all__ = ["in_transform", "is_exporting", "refuse_training_export", "wants_plain"]
 
 
 def in_transform() -> bool:
@@ -19,6 +19,12 @@ def in_transform() -> bool:
 def is_exporting() -> bool:
     """Say whether ``torch.export`` or the ONNX exporter records a graph."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def refuse_training_export(training: bool, owner: str) -> None:
+    """Refuse to record ``owner`` in training mode: a program would draw dropout, and lose what a pass records."""
+    if training and is_exporting():
+        raise RuntimeError(f"mode must be evaluation to export {owner}, got training; call eval() first.")
 
 
 def wants_plain() -> bool:

@@ -24,6 +24,7 @@ from te_quant._checks import (
     require_integer_tensor,
     require_rank,
 )
+from te_quant._execution import refuse_training_export
 from te_quant._precision import HALF, is_autocast
 from te_quant.autoencoder.config import AutoencoderConfig
 from te_quant.autoencoder.contract import encoder_contract
@@ -149,6 +150,7 @@ class Encoder(nn.Module):
         return [self.conv_in, *self.levels, *last]
 
     def _check(self, images: Tensor) -> None:
+        refuse_training_export(self.training, "an encoder")
         require_rank("images", images, (4,), f"(B, {self.config.image_channels}, H, W)")
         require_floating("images", images)
         _require_dtype("images", images, self.dtype)
@@ -202,6 +204,7 @@ class Decoder(nn.Module):
 
     def forward(self, codes: Tensor, phases: Tensor | None = None) -> Tensor:
         """Decode (B, C, h, w) codes to (B, I, H, W) images, which are not clamped to [-1, 1]."""
+        refuse_training_export(self.training, "a decoder")
         require_rank("codes", codes, (4,), f"(B, {self.config.code_dim}, h, w)")
         require_floating("codes", codes)
         _require_dtype("codes", codes, self.dtype)

@@ -419,13 +419,16 @@ def description(quantizer: Quantizer) -> dict[str, Any]:
 
     Raises:
         ValueError: an option has no form in JSON.
+        TypeError: an option cannot be read off the quantizer.
     """
     parameters = inspect.signature(type(quantizer)).parameters
     changed = _FORMER_DEFAULTS if type(quantizer) is ResidualVectorQuantizer else ()
+    try:
+        given = quantizer.options()
+    except AttributeError as error:
+        raise TypeError(f"quantizer must say how it was built: {error}") from error
     options = {
-        name: value
-        for name, value in quantizer.options().items()
-        if value != parameters[name].default or name in changed
+        name: value for name, value in given.items() if value != parameters[name].default or name in changed
     }
     return {"name": type(quantizer).__name__, **_as_json(options)}
 

@@ -26,7 +26,7 @@ from te_quant.autoencoder.coders import Level, build_decoder, build_encoder
 from te_quant.autoencoder.config import AutoencoderConfig, description, stored_quantizer, with_present_quantizer
 from te_quant.contract import Encoding, EquivarianceContract
 from te_quant.filters import in_format_of
-from te_quant.quantizers import Quantizer, VectorQuantizer
+from te_quant.quantizers import QUANTIZERS, Quantizer, VectorQuantizer
 
 __all__ = [
     "AutoencoderConfig",
@@ -232,22 +232,40 @@ class VQAutoencoder(nn.Module):
         the quantizer as it is now, also where it was replaced or its options were assigned.
 
         Raises:
-            ValueError: the quantizer was replaced by one of another ``code_dim`` or ``channel_dim``, one of its
-                options has no form in JSON, two weights are tied, or parametrizations or wrappers give weights
-                other names. Modules that :func:`torch.compile` has compiled keep their own.
-            TypeError: it was replaced by something else than a quantizer.
+            ValueError: ``folder`` is a file; the model is on the meta device; a layer was added, was replaced by
+                another one, or has other options than the config says, dropout included; the quantizer was
+                replaced by one of another ``code_dim`` or ``channel_dim``, one of its options has no form in JSON,
+                two weights are tied, or parametrizations or wrappers give weights other names. Modules that
+                :func:`torch.compile` has compiled are saved as they were.
+            TypeError: the quantizer was replaced by something else than a quantizer.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """
         config = self._present_config()
+        state = self._described_state(config)
+        # It writes to the tensors that the state holds.
         self.quantizer.apply_pending()
-        _pretrained.save(folder, "VQAutoencoder", config.to_dict(), _stored(self), _names(config))
+        _pretrained.save(folder, "VQAutoencoder", config.to_dict(), state)
 
     def _present_config(self) -> AutoencoderConfig:
         """The config with what it says of the quantizer as that is now."""
         # A compiled one is described as it was written.
         quantizer = getattr(self.quantizer, "_orig_mod", self.quantizer)
         return with_present_quantizer(self.config, _require_quantizer(quantizer))
+
+    def _described_state(self, config: AutoencoderConfig) -> dict[str, Tensor]:
+        """The tensors to be saved; refuse a model whose layers are not those of ``config``."""
+        quantizer = getattr(self.quantizer, "_orig_mod", self.quantizer)
+        known = all(
+            QUANTIZERS.get(type(part).__name__) is type(part)
+            for part in quantizer.modules()
+            if isinstance(part, Quantizer)
+        )
+        # On the meta device building takes no memory and draws nothing.
+        with torch.device("meta"):
+            described = VQAutoencoder(config, quantizer=None if known else quantizer)
+        expected = _stored(described)
+        return _pretrained.described_state(self, _stored(self), described, expected, _options_of)
 
     def model_card(
         self,
@@ -357,8 +375,8 @@ class VQAutoencoder(nn.Module):
         Raises:
             FileNotFoundError: no such folder or repository, or a file is missing in it; or, offline, it was not
                 downloaded before.
-            ValueError: a file is damaged, of another format version, or does not fit the other; or the quantizer
-                is not the one that it describes.
+            ValueError: ``source`` is a file, or a file in it is damaged, of another format version, or does not
+                fit the other; or the quantizer is not the one that it describes.
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
 
@@ -425,11 +443,9 @@ def _stored(model: VQAutoencoder) -> dict[str, Tensor]:
     return state
 
 
-def _names(config: AutoencoderConfig) -> list[str]:
-    """The names of the tensors on both sides of the quantizer."""
-    with torch.device("meta"):
-        halves = {"encoder": build_encoder(config), "decoder": build_decoder(config)}
-    return [f"{half}.{name}" for half, module in halves.items() for name in module.state_dict()]
+def _options_of(layer: nn.Module) -> str:
+    """Say with which options a layer was built; of a quantizer as a file says it."""
+    return str(description(layer)) if isinstance(layer, Quantizer) else layer.extra_repr()
 
 
 def _config_around(options: dict[str, Any], quantizer: Quantizer) -> AutoencoderConfig:

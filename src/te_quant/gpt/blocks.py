@@ -45,6 +45,10 @@ class SegmentEnds(nn.Module):
             # In the state dict, so that loading gives it the dtype of the weights.
             self.register_buffer("positions", _sinusoids(segment.shape, width))
 
+    def extra_repr(self) -> str:
+        """The segment."""
+        return f"{self.segment}"
+
     def embed(self, tokens: Tensor, first: int) -> Tensor:
         """(B, t) tokens, the segment's own from the ``first`` on, to (B, t, D)."""
         last = first + tokens.shape[1]
@@ -103,6 +107,10 @@ class Block(nn.Module):
         added = INITIAL_STD / math.sqrt(2 * config.depth)
         self.qkv, self.out = _linear(D, 3 * D), _linear(D, D, added)
         self.up, self.down = _linear(D, config.mlp_width), _linear(config.mlp_width, D, added)
+
+    def extra_repr(self) -> str:
+        """The options that no layer inside shows."""
+        return f"num_heads={self.num_heads}, dropout={self.dropout:g}, approximate={self.approximate!r}"
 
     def forward(self, stream: Tensor, visible: Tensor | None, memory: Tensor | None, past: int) -> Tensor:
         """(B, t, D) to (B, t, D).

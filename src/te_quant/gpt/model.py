@@ -36,7 +36,7 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
-from te_quant._execution import overwrite, require_whole, reshard_owners
+from te_quant._execution import overwrite, refuse_training_export, require_whole, reshard_owners
 from te_quant._precision import AUTOCAST_DEVICES, widen
 from te_quant._pretrained import Report
 from te_quant.gpt.blocks import INITIAL_STD, Block, SegmentEnds
@@ -451,14 +451,18 @@ class GPT(nn.Module):
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, each as a whole or not at all.
 
         Raises:
-            ValueError: two weights are tied, or parametrizations or wrappers give weights other names. Modules
-                that :func:`torch.compile` has compiled keep their own.
+            ValueError: ``folder`` is a file; the model is on the meta device; a layer was added, was replaced by
+                another one, or has other options than the config says, dropout included; two weights are tied, or
+                parametrizations or wrappers give weights other names. Modules that :func:`torch.compile` has
+                compiled are saved as they were.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """
+        # On the meta device building takes no memory and draws nothing.
         with torch.device("meta"):
-            names = GPT(self.config).state_dict()
-        _pretrained.save(folder, "GPT", self.config.to_dict(), self.state_dict(), names)
+            described = GPT(self.config)
+        state = _pretrained.described_state(self, self.state_dict(), described, described.state_dict())
+        _pretrained.save(folder, "GPT", self.config.to_dict(), state)
 
     def model_card(
         self,
@@ -552,7 +556,8 @@ class GPT(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, or a file is missing in it.
-            ValueError: a file is damaged, of another format version, or does not fit the other.
+            ValueError: ``source`` is a file, or a file in it is damaged, of another format version, or does not
+                fit the other.
             ImportError: safetensors or huggingface_hub is not installed (``te_quant[hub]``).
         """
         return _pretrained.load(
@@ -660,6 +665,7 @@ class GPT(nn.Module):
     def _embed(self, layout: Layout, tokens: Tensor, first: int, *, with_start: bool) -> Tensor:
         """(B, t) tokens of the columns from ``first`` on to (B, t, D), or (B, 1 + t, D) with the start."""
         require_whole((self.start, *self.ends.parameters()), "GPT", "gpt", "generate")
+        refuse_training_export(self.training and self.config.dropout > 0, "a GPT with dropout")
         B, t = tokens.shape
         parts = [self.start[layout.spans[0].number].expand(B, 1, -1)] if with_start else []
         for span, begin, end in layout.within(first, first + t):

@@ -15,7 +15,7 @@ from torch import Tensor
 from te_quant._checks import require
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
 from te_quant.interop._layout import Layout, names_of
-from te_quant.interop._sources import require_names, some
+from te_quant.interop._sources import prefix_of, require_names, some
 
 __all__ = ["build", "facts_of", "quantizer_options", "refuse_other_kinds", "require_agreement", "structure_of"]
 
@@ -52,7 +52,8 @@ def structure_of(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
     def shape(own: str) -> tuple[int, ...]:
         name = names_of(own, layout, levels)[0]
         if name not in state:
-            raise ValueError(f"source must hold a tensor {name!r}, got {len(state)} others; check the format.")
+            others = prefix_of(state, [name]) or "; check the format"
+            raise ValueError(f"source must hold a tensor {name!r}, got {len(state)} others{others}.")
         return tuple(state[name].shape)
 
     def has_attention(half: str, level: int) -> bool:

@@ -19,12 +19,16 @@ from torch import Tensor
 from te_quant import _pretrained
 from te_quant._checks import require, require_type
 
-__all__ = ["Source", "options_of", "tensors_in"]
+__all__ = ["Source", "options_of", "tensors_in", "weights_in", "without_wrappers"]
 
 # Instructions of a pickle that leave an object where it is, filled or built.
 _FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD", "REDUCE", "NEWOBJ")
 # By which torch's restricted reader ends where a file only begins like a pickle.
 _STRAY = (AssertionError, AttributeError, LookupError, TypeError, ValueError, struct.error)
+# Where training loops put the weights, the best place first.
+_CONTAINERS = ("state_dict", "model")
+# Behind the name of weights, of the file that lists their shards.
+_INDEX = ".index.json"
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -52,7 +56,8 @@ class Source(NamedTuple):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: several files could be meant, or an option does not fit the kind of source.
+            ValueError: several files could be meant, the weights are in shards, or an option does not fit the kind
+                of source.
             ImportError: huggingface_hub is not installed.
         """
         path = Path(self.path)
@@ -71,6 +76,8 @@ class Source(NamedTuple):
                 return folder / name
         if self.filename or not folder.is_dir():
             raise FileNotFoundError(f"source must hold {self.filename or 'weights'}, got none in {folder}.")
+        for name in usual:
+            _refuse_shards((folder / f"{name}{_INDEX}").is_file(), str(folder))
         found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
         if not found:
             raise FileNotFoundError(f"source must hold weights ({', '.join(_SUFFIXES)}), got none in {folder}.")
@@ -97,6 +104,8 @@ class Source(NamedTuple):
             file = self._fetch(name)
             if file is not None:
                 return file
+        for name in names if self.filename is None else ():
+            _refuse_shards(self._fetch(f"{name}{_INDEX}") is not None, f"the repository {self.path!r}")
         raise FileNotFoundError(
             f"source must hold {' or '.join(names)}, got none in the repository {self.path!r}."
         )
@@ -104,6 +113,11 @@ class Source(NamedTuple):
     def _fetch(self, name: str) -> Path | None:
         """Return a file of the repository, or None if it does not have it."""
         return _pretrained.download(str(self.path), name, self.hub, self.subfolder)
+
+
+def _refuse_shards(found: bool, place: str) -> None:
+    cure = "load them with their library and call save_pretrained(folder, max_shard_size='100GB')"
+    require(not found, "source", "weights in one file", f"shards in {place}; {cure}")
 
 
 def options_of(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:
@@ -151,8 +165,25 @@ def tensors_in(path: Path, containers: Sequence[str] = ()) -> dict[str, Tensor]:
             break
     require(isinstance(content, Mapping), str(path), "a mapping of tensors", type(content).__name__)
     for name, value in content.items():
-        require(isinstance(value, Tensor), f"{path} {name!r}", "a tensor", type(value).__name__)
+        cure = "; save what it holds under 'state_dict'" if isinstance(value, Mapping) else ""
+        require(isinstance(value, Tensor), f"{path} {name!r}", "a tensor", f"{type(value).__name__}{cure}")
     return {str(name): value.detach() for name, value in content.items()}
+
+
+def weights_in(path: Path, containers: Sequence[str] = _CONTAINERS) -> dict[str, Tensor]:
+    """Return the tensors of a file as :func:`tensors_in` does, by the names that they have in the model itself."""
+    return without_wrappers(tensors_in(path, containers))
+
+
+def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by the names that they had before the model was compiled or wrapped for several processes.
+
+    Only ``module.`` in front of all names is that of a wrapper.
+    """
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    while tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _safe(path: Path) -> Mapping[str, Tensor]:
@@ -205,10 +236,15 @@ def _unpickled(path: Path) -> Any:
         uses = _uses(path) if names else {}
         with torch.serialization.safe_globals([(_stand_in(path, name, uses), name) for name in names]):
             return _load(path)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            # The file cannot be opened. Without a name, the reader has looked for its end where there is none.
+            raise
         # Around its reason torch wraps the advice to open the file without the restrictions.
         reason = str(error.__context__ or error).strip()
         cause = (reason.splitlines() or ["an empty file"])[0].rstrip(".")
+        if isinstance(error, OSError) or "zip archive" in cause:
+            cause = f"a damaged one ({cause.split('. ')[0]}); copy or download it again"
         raise ValueError(f"{path} must be a file of tensors that torch.save wrote, got {cause}.") from error
 
 

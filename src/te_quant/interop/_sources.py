@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from te_quant._checks import require
 from te_quant.interop._files import Source, tensors_in
 
-__all__ = ["require_names", "some", "tensors_of"]
+__all__ = ["prefix_of", "require_names", "some", "tensors_of"]
 
 # A checkpoint of a training run holds its weights under this name.
 _CONTAINER = "state_dict"
@@ -54,9 +54,20 @@ def require_names(name: str, found: Collection[str], expected: Collection[str]) 
         ValueError: some are missing, or others are there.
     """
     missing = [key for key in expected if key not in found]
-    require(not missing, name, f"complete ({len(expected)} tensors)", f"none named {some(missing)}")
+    got = f"none named {some(missing)}{prefix_of(found, missing)}"
+    require(not missing, name, f"complete ({len(expected)} tensors)", got)
     surplus = [key for key in found if key not in expected]
     require(not surplus, name, f"of {len(expected)} tensors", f"unexpected {some(surplus)}")
+
+
+def prefix_of(found: Collection[str], missing: Sequence[str]) -> str:
+    """Say behind which prefix the first missing name is found, and how to remove it; empty if it is not."""
+    for name in found if missing else ():
+        if name.endswith(f".{missing[0]}"):
+            prefix = name.removesuffix(missing[0])
+            cure = "{name[%d:]: tensor for name, tensor in state.items() if name.startswith(%r)}"
+            return f", but one behind {prefix!r}; save " + cure % (len(prefix), prefix)
+    return ""
 
 
 def some(names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from te_quant._checks import require, require_type
 from te_quant.autoencoder import AutoencoderConfig, VQAutoencoder
 from te_quant.autoencoder.config import with_present_quantizer
 from te_quant.interop._autoencoders import build, quantizer_options, refuse_other_kinds
-from te_quant.interop._files import Source, options_of, tensors_in
+from te_quant.interop._files import Source, options_of, weights_in
 from te_quant.interop._layout import DIFFUSERS, names_of
 from te_quant.quantizers import VectorQuantizer
 
@@ -45,6 +45,16 @@ _DEFAULTS: dict[str, Any] = {
     "lookup_from_codebook": False,
     "force_upcast": False,
 }
+# What EMAModel.save_pretrained writes next to the options of the model; all of it concerns the training only.
+_AVERAGING = (
+    "decay",
+    "min_decay",
+    "optimization_step",
+    "update_after_step",
+    "use_ema_warmup",
+    "inv_gamma",
+    "power",
+)
 _DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 # Of attention blocks, in files from before version 0.17.
@@ -71,7 +81,8 @@ def load_diffusers(
     ``codebook_weight`` 0.25. ``scaling_factor``, which belongs to the diffusion model, is not kept.
 
     Args:
-        source: a folder that ``save_pretrained`` wrote, a file with its weights, or a hub id ``owner/name``.
+        source: a folder that ``save_pretrained`` of a ``VQModel`` or of its ``EMAModel`` wrote, a file with its
+            weights, or a hub id ``owner/name``.
         config: the options of the ``VQModel``, or the path of their JSON file; by default ``config.json`` next to
             the weights.
         filename: of the weights; by default ``diffusion_pytorch_model.safetensors``, else ``.bin``.
@@ -104,7 +115,7 @@ def load_diffusers(
     require(config is not None or beside is not None, "config", f"given where no {_CONFIG} lies beside", None)
     options = options_of(config if beside is None else beside)
     own = _own_options(options)
-    state = {_present(name): tensor for name, tensor in tensors_in(weights).items()}
+    state = {_present(name): tensor for name, tensor in weights_in(weights).items()}
     refuse_other_kinds(state)
     return build(own, state, DIFFUSERS, device=device, dtype=dtype)
 
@@ -121,18 +132,21 @@ def save_diffusers(model: VQAutoencoder, folder: str | os.PathLike[str]) -> None
         folder: where to write; it is made if need be.
 
     Raises:
-        ValueError: an option of the model has no counterpart in diffusers; the message names it.
+        ValueError: an option of the model has no counterpart in diffusers, or a layer is not the one that its
+            config describes; the message names it. Or ``folder`` is a file.
         TypeError: model is no ``VQAutoencoder``.
         ImportError: safetensors is not installed (``te_quant[hub]``).
     """
     require_type("model", model, VQAutoencoder, "a VQAutoencoder")
     options = _their_options(model)
+    state = model._described_state(model._present_config())
     save_file = _pretrained.safetensors().save_file
+    # It writes to the tensors that the state holds.
     model.quantizer.apply_pending()
     levels = len(model.config.widths)
     statistics = {f"quantizer.{name}" for name in (*model.quantizer.statistics, "revivals")}
     tensors: dict[str, Tensor] = {}
-    for own, tensor in _pretrained.uncompiled(model.state_dict()).items():
+    for own, tensor in state.items():
         if own in statistics:
             continue
         names = names_of(own, DIFFUSERS, levels)
@@ -141,7 +155,7 @@ def save_diffusers(model: VQAutoencoder, folder: str | os.PathLike[str]) -> None
             linear = ".attentions." in name and part.ndim > 1
             tensors[name] = part.detach().flatten(1).clone() if linear else part.detach().clone()
     text = json.dumps({"_class_name": "VQModel", **options}, indent=2) + "\n"
-    folder = Path(folder)
+    folder = _pretrained.folder_to_write(folder)
     _pretrained.write_atomically(
         folder / _WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"})
     )
@@ -155,7 +169,7 @@ def _own_options(config: Mapping[str, Any]) -> dict[str, Any]:
     require(not own, "config", "the options of a VQModel of diffusers", cure)
     kind = config.get("_class_name", "VQModel")
     require(kind == "VQModel", "config _class_name", "'VQModel'", repr(kind))
-    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    given = {name: value for name, value in config.items() if not name.startswith("_") and name not in _AVERAGING}
     for name in given:
         require(name in _DEFAULTS, "config key", f"one of {', '.join(_DEFAULTS)}", repr(name))
     given = {**_DEFAULTS, **given}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from te_quant import _pretrained
 from te_quant._checks import require, require_int, require_number
 from te_quant.gpt import GPT, GPTConfig, Segment
-from te_quant.interop._files import Source, options_of, tensors_in
+from te_quant.interop._files import Source, options_of, weights_in, without_wrappers
 from te_quant.interop._sources import require_names
 
 __all__ = ["load_gpt2"]
@@ -130,7 +130,7 @@ def load_gpt2(
         for option, value in where.items():
             require(not value, option, "left out for a model", repr(value))
         options = _options_of_model(source) if config is None else options_of(config)
-        tensors = {key: tensor.cpu() for key, tensor in source.state_dict().items()}
+        tensors = {key: tensor.cpu() for key, tensor in without_wrappers(source.state_dict()).items()}
     else:
         files = Source(source, filename, subfolder, hub)
         path = files.weights(_WEIGHTS)
@@ -138,7 +138,7 @@ def load_gpt2(
         if described is None:
             raise ValueError(f"config must be given where no {_CONFIG} lies beside, got None.")
         options = options_of(described)
-        tensors = tensors_in(path, ("state_dict",))
+        tensors = weights_in(path)
     if dtype is not None:
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         require(floating, "dtype", "a floating-point torch.dtype, or None", repr(dtype))

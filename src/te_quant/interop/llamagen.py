@@ -19,7 +19,7 @@ from te_quant.interop._autoencoders import (
     require_agreement,
     structure_of,
 )
-from te_quant.interop._files import Source, options_of, tensors_in
+from te_quant.interop._files import Source, options_of, weights_in
 from te_quant.interop._layout import LLAMAGEN
 
 __all__ = ["load_llamagen"]
@@ -84,7 +84,7 @@ def load_llamagen(
     """
     hub = _pretrained.Hub(revision, token, cache_dir, local_files_only)
     weights = Source(source, filename, subfolder, hub).weights()
-    state = tensors_in(weights, ("ema", "model", "state_dict"))
+    state = weights_in(weights, ("ema", "model", "state_dict"))
     state.pop("quantize.codebook_used", None)
     refuse_other_kinds(state)
     given = {} if config is None else options_of(config)

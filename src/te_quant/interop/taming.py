@@ -21,7 +21,7 @@ from te_quant.interop._autoencoders import (
     require_agreement,
     structure_of,
 )
-from te_quant.interop._files import Source, options_of, tensors_in
+from te_quant.interop._files import Source, options_of, weights_in
 from te_quant.interop._layout import TAMING
 
 __all__ = ["dropped", "load_taming", "network_in", "network_options"]
@@ -133,13 +133,13 @@ def load_taming(
     require_type("averaged", averaged, bool, "a bool")
     hub = _pretrained.Hub(revision, token, cache_dir, local_files_only)
     weights = Source(source, filename, subfolder, hub).weights()
-    tensors = tensors_in(weights, ("state_dict",))
+    tensors = weights_in(weights)
     state = dropped(tensors)
     refuse_other_kinds(state)
-    if averaged:
-        state = {name: _average(tensors, name) for name in state}
     given = {} if config is None else options_of(config)
     options = structure_of(state, TAMING)
+    if averaged:
+        state = {name: _average(tensors, name) for name in state}
     pooled = "encoder.down.0.downsample.conv.weight" not in state and len(options["widths"]) > 1
     require(not pooled, "resamp_with_conv", "True", "no 'encoder.down.0.downsample.conv.weight' in the weights")
     own = network_options(options, given, network_in(given))

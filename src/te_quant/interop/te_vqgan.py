@@ -13,7 +13,7 @@ from te_quant import _pretrained
 from te_quant._checks import require, require_choice
 from te_quant.autoencoder import VQAutoencoder
 from te_quant.interop._autoencoders import build, quantizer_options, refuse_other_kinds, structure_of
-from te_quant.interop._files import Source, options_of, tensors_in
+from te_quant.interop._files import Source, options_of, weights_in
 from te_quant.interop._layout import TAMING
 from te_quant.interop.taming import dropped, network_in, network_options
 
@@ -78,11 +78,7 @@ def load_te_vqgan(
     """
     hub = _pretrained.Hub(revision, token, cache_dir, local_files_only)
     weights = Source(source, filename, subfolder, hub).weights()
-    state = {
-        name: tensor
-        for name, tensor in dropped(tensors_in(weights, ("state_dict",))).items()
-        if not name.endswith(".filt")
-    }
+    state = {name: tensor for name, tensor in dropped(weights_in(weights)).items() if not name.endswith(".filt")}
     refuse_other_kinds(state)
     given = options_of(config)
     network = network_in(given, _PARAMS, _NETWORK)

@@ -75,7 +75,8 @@ class FilteredActivation(nn.Module):
 
     def extra_repr(self) -> str:
         """The options."""
-        return f"upsampling={self.upsampling}"
+        function = getattr(self.function, "__name__", type(self.function).__name__)
+        return f"{function}, upsampling={self.upsampling}"
 
 
 class PolynomialActivation(nn.Module):

@@ -310,6 +310,7 @@ def complete(
         # Nothing of this quantizer, or a misfit that torch will name.
         return
     _drop_foreign(entries, prefix, state, beside_own=_is_stored_in(anchor, learnt))
+    _drop_lone_sums(entries, prefix)
     for name in ("usage", "pending_counts", "code_sums", "pending_sums", "pending_rows"):
         # Others may have cast the whole file.
         if f"{prefix}{name}" in entries:
@@ -354,6 +355,13 @@ def _drop_foreign(
     if unused:
         text = "the state holds {}, which these options have no use for; dropped."
         warnings.warn(text.format(" and ".join(unused)), stacklevel=3)
+
+
+def _drop_lone_sums(entries: MutableMapping[str, Tensor], prefix: str) -> None:
+    """Drop sums without the counts that they were taken with, next to which only they mean something."""
+    for counts, sums in (("usage", "code_sums"), ("pending_counts", "pending_sums")):
+        if f"{prefix}{counts}" not in entries:
+            entries.pop(f"{prefix}{sums}", None)
 
 
 def _is_stored_in(entry: Tensor, own: Tensor) -> bool:

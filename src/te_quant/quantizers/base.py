@@ -6,7 +6,7 @@ Shape letters: B batch, C code size, h w token grid, K codes, N = B*h*w latent v
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
@@ -27,7 +27,7 @@ from te_quant._checks import (
     require_rank,
     require_type,
 )
-from te_quant._execution import between_steps, is_exporting, overwrite, refuse_transform, reshard_owners
+from te_quant._execution import between_steps, overwrite, refuse_training_export, refuse_transform, reshard_owners
 from te_quant._precision import HALF, full_precision, wide_buffers
 from te_quant._values import may_be_true, require_in_range
 from te_quant.functional import straight_through
@@ -288,8 +288,7 @@ class Quantizer(nn.Module):
         kept = self._kept(latents, mask)
         require_generator(generator)
         changing = self._changes()
-        if changing and is_exporting():
-            raise RuntimeError("mode must be evaluation to export a quantizer, got training; call eval() first.")
+        refuse_training_export(changing, "a quantizer")
         if changing and self._records():
             refuse_transform()
         with full_precision(latents.device):
@@ -341,6 +340,7 @@ class Quantizer(nn.Module):
             ValueError: an index has no code, or the rank, the number of codebooks or the device does not fit.
             TypeError: the indices are not integers.
         """
+        refuse_training_export(self._changes(), "a quantizer")
         indices = self._check_indices(indices)
         with full_precision(indices.device):
             codes = self._codes_of(indices)
@@ -413,7 +413,8 @@ class Quantizer(nn.Module):
 
         Raises:
             RuntimeError: the quantizer is frozen, or its codebook parametrized.
-            AttributeError: a quantizer of your own has an option that is not an attribute of the same name.
+            AttributeError: a quantizer of your own has an option that is not an attribute of the same name, or
+                ``**kwargs``.
 
         Example:
             >>> from te_quant import VectorQuantizer
@@ -585,10 +586,29 @@ class Quantizer(nn.Module):
         Randomness (``generator``) and processes (``process_group``) belong to a run and are left out.
 
         Raises:
-            AttributeError: an option is not an attribute of the same name.
+            AttributeError: an option is not an attribute of the same name, or is one of ``*args`` or ``**kwargs``.
         """
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NO_OPTIONS]
-        return {name: getattr(self, name) for name in names}
+        return self._read_options()
+
+    def _read_options(self, left_out: Collection[str] = ()) -> dict[str, Any]:
+        """Read the options of the constructor, without some of them."""
+        kind, options = type(self), {}
+        for name, parameter in inspect.signature(kind.__init__).parameters.items():
+            if name in _NO_OPTIONS or name in left_out:
+                continue
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise AttributeError(
+                    f"{kind.__name__} must name every option in its constructor, got {parameter}; what is in it "
+                    "cannot be read."
+                )
+            try:
+                options[name] = getattr(self, name)
+            except AttributeError as error:
+                raise AttributeError(
+                    f"{kind.__name__} must keep every option as an attribute of the same name, got none named "
+                    f"{name!r}; set self.{name} in the constructor."
+                ) from error
+        return options
 
     def extra_repr(self) -> str:
         """Name the options that have no default, and those that differ from theirs."""
@@ -696,6 +716,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _encode(self, latents: Tensor, mask: Tensor | None, search: Callable[[Rows], Tensor]) -> Tensor:
         """The indices that ``search`` finds, laid out."""
+        # Nothing is recorded here, but what is pending has not been applied.
+        refuse_training_export(self._changes(), "a quantizer")
         self._check_latents(latents)
         kept = self._kept(latents, mask)
         with full_precision(latents.device):

@@ -305,8 +305,7 @@ class ResidualVectorQuantizer(CombinedQuantizer):
     def options(self) -> dict[str, Any]:
         """Return what the constructor was given, by name; see the base class."""
         left_out = ("stages",) if self._built else (*_SIZES, *_OF_CODEBOOKS)
-        names = [name for name in inspect.signature(type(self)).parameters if name not in left_out]
-        options = {name: getattr(self, name) for name in names if name not in ("generator", "process_group")}
+        options = self._read_options(left_out)
         return options if self._built else {**options, "stages": list(self.stages)}
 
     def __setattr__(self, name: str, value: Any) -> None:
