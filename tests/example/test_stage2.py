@@ -193,6 +193,10 @@ def _is_padding(text: Tensor, image: Tensor, direction: str) -> Tensor:
     ("changes", "expected"),
     [
         ({"directions": ("image_to_text",)}, ["image_to_text"] * 3),
+        (
+            {"directions": ("text_to_image", "image_to_text", "image_to_text")},
+            ["text_to_image", "image_to_text", "image_to_text"],
+        ),
         ({"directions": ("image_to_text", "text_to_image")}, ["image_to_text", "text_to_image", "image_to_text"]),
         ({"first_alone": 2}, ["text_to_image"] * 3 + ["image_to_text", "text_to_image", "image_to_text"]),
     ],
