@@ -317,7 +317,7 @@ def test_the_command_shows_and_corrects(tmp_path: Path, capsys: pytest.CaptureFi
 
 def _marked(page: Path) -> list[Marked]:
     # A source distribution has no results.
-    for name in ("small", "small-fine", "confirmatory", "attempts", "family", "photos"):
+    for name in ("small", "small-fine", "confirmatory", "attempts", "exploratory", "family", "photos"):
         published(f"{name}/results.json")
     return marked_numbers(page.read_text(encoding="utf-8"))
 

@@ -288,6 +288,7 @@ DATA: Mapping[str, Callable[[], Place]] = {
     "photos": lambda: _results("photos"),
     "confirm": lambda: _results("confirmatory"),
     "attempts": lambda: _results("attempts"),
+    "explore": lambda: _results("exploratory"),
     # Not there before all confirmatory runs are.
     "tests": lambda: _read("examples/te_vqgan/results/confirmatory/hypotheses.json", confirmatory),
     "family": lambda: _read("examples/te_vqgan/results/family/results.json", _family),
