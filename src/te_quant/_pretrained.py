@@ -119,7 +119,10 @@ def folder_to_write(folder: str | os.PathLike[str]) -> Path:
     require(os.fspath(folder) != "", "folder", "the path of a folder", "''; pass '.' for the current one")
     for path in (Path(folder), *Path(folder).parents):
         require(
-            path.is_dir() or not path.exists(), "folder", "a folder, or not to exist", f"the file {str(path)!r}"
+            path.is_dir() or not path.exists(),
+            "folder",
+            "the path of a folder, new or existing",
+            f"the file {str(path)!r}; choose another name",
         )
     return Path(folder)
 
@@ -331,10 +334,8 @@ def download(repository: str, name: str, hub: Hub, subfolder: str | None = None)
     except errors.LocalEntryNotFoundError as error:
         if _is_offline(hub):
             return None
-        reason = (
-            f"an existing folder, or one of the hub, which has to be reached to load {name} for the first time"
-        )
-        got = f"no answer for {place}, and no folder here has that name"
+        reason = f"an existing folder, or a repository of the hub, which has to be reached to load {name} at first"
+        got = f"no folder named {place}, and no answer from the hub"
         raise FileNotFoundError(f"source must be {reason}, got {got}.") from error
     except errors.EntryNotFoundError:
         return None
@@ -346,7 +347,7 @@ def download(repository: str, name: str, hub: Hub, subfolder: str | None = None)
         raise FileNotFoundError(f"revision must exist, got {place}.") from error
     except errors.RepositoryNotFoundError as error:
         reason = (
-            "no folder here, and on the hub it does not exist, or is private; pass token=... for a private one"
+            "no folder has this name, and the repository does not exist or is private; pass token=... to see it"
         )
         raise FileNotFoundError(
             f"source must be an existing folder or a repository of the hub, got {place}: {reason}."
@@ -514,10 +515,10 @@ def _require_same_options(path: Path, own: Mapping[str, Any], other: Mapping[str
         values = [f"{key!r} ({own.get(key)!r} when saved, {other.get(key)!r} now)" for key in differing[:3]]
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         cure = (
-            "restore the file, or save the model again; to change an option of a loaded model, build another with "
+            "undo the edit of config.json, or save the model again; to change an option of a loaded model, build "
+            f"another with dataclasses.replace(model.config, {differing[0]}=...) and call its load_state_dict"
         )
-        cure += f"dataclasses.replace(model.config, {differing[0]}=...) and call its load_state_dict"
-        got = f"another {', '.join(values)}{more}; {cure}"
+        got = f"other options: {', '.join(values)}{more}; {cure}"
         require(False, str(path), f"saved together with the {CONFIG_FILE} beside it", got)
 
 

@@ -587,7 +587,7 @@ def test_settings_survive_json_and_presets_end_where_they_say() -> None:
     """What is written is what was; None changes nothing; the demo has no Stage 2."""
     for preset, base in STAGE2.items():
         if base is None:
-            known = "'smoke', 'small', 'paper', 'small-fine', 'small-best', 'narrow'"
+            known = "'smoke', 'small', 'paper', 'small-fine', 'small-best', 'small-captions', 'narrow'"
             with pytest.raises(ValueError, match=f"preset must be one of {known}, got '{preset}'"):
                 stage2_settings_for(preset)
             continue

@@ -480,7 +480,8 @@ SPRITES = -torch.ones(2, 1, 8, 8)
         (
             {"protocol": "crop", "canvas_size": 4, "images": SPRITES[..., :6, :6]},
             ValueError,
-            r"got 4x4 with \(1, 1\) pixels of room; pass images of at least 8x8 pixels, or shifts=\[\] for none",
+            r"got 4x4 with \(1, 1\) pixels of room; pass images of at least 8x8 pixels, or shifts=\[\] to measure "
+            "no whole tokens",
         ),
         (
             {"protocol": "crop", "canvas_size": 9},

@@ -212,14 +212,14 @@ def answer(kind: type[Exception]) -> Exception:
     [
         (
             "RepositoryNotFoundError",
-            "no folder here, and on the hub it does not exist, or is private; pass token=... for a private one.",
+            "no folder has this name, and the repository does not exist or is private; pass token=... to see it.",
         ),
         ("GatedRepoError", "source must be open to you, got 'owner/name' at revision 'v3', which is gated"),
         ("RevisionNotFoundError", "revision must exist, got 'owner/name' at revision 'v3'."),
         ("RemoteEntryNotFoundError", "'owner/name' at revision 'v3' without config.json."),
         (
             "LocalEntryNotFoundError",
-            "got no answer for 'owner/name' at revision 'v3', and no folder here has that name.",
+            "got no folder named 'owner/name' at revision 'v3', and no answer from the hub.",
         ),
     ],
 )

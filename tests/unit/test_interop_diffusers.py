@@ -320,7 +320,9 @@ def test_wrappers_of_training_leave_no_prefix(folder: Path) -> None:
     edit_weights(folder, lambda tensors: prefixed(tensors, "module."))
     assert same(load_diffusers(folder), expected)
     edit_weights(folder, lambda tensors: prefixed(tensors, "vqvae."))
-    match = r"source must be complete .*, but one behind 'vqvae\.module\.'; save \{name\[13:\]"
+    match = (
+        r"source must be complete .*, but one with the prefix 'vqvae\.module\.'; save the state dict \{name\[13:\]"
+    )
     with pytest.raises(ValueError, match=match):
         load_diffusers(folder)
 

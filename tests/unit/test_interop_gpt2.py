@@ -252,7 +252,10 @@ def test_wrappers_of_training_leave_no_prefix(folder: Path) -> None:
     save_file({f"module._orig_mod.{name}": tensor.clone() for name, tensor in state.items()}, weights)
     assert same(load_gpt2(folder), expected)
     save_file({f"decoder.{name}": tensor.clone() for name, tensor in state.items()}, weights)
-    match = r"source must be complete \(.* tensors\), got none named .*, but one behind '.*'; save \{name\["
+    match = (
+        r"source must be complete \(.* tensors\), got none named .*, but one with the prefix '.*'; "
+        r"save the state dict \{name\["
+    )
     with pytest.raises(ValueError, match=match):
         load_gpt2(folder)
 

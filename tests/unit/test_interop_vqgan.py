@@ -580,8 +580,9 @@ def test_parts_of_larger_models_name_their_prefix(averaged: bool, tmp_path: Path
     state = {f"first_stage_model.{name}": tensor for name, tensor in narrow().items()}
     path = saved(tmp_path, {**state, "module.scale": ONE})
     match = (
-        r"source must hold a tensor 'encoder\.down\.0\.block\.0\.conv1\.weight', got \d+ others, but one behind "
-        r"'first_stage_model\.'; save (\{name\[18:\]: .* if name\.startswith\('first_stage_model\.'\)\})\."
+        r"source must hold a tensor 'encoder\.down\.0\.block\.0\.conv1\.weight', got \d+ others, but one with the "
+        r"prefix 'first_stage_model\.'; save the state dict "
+        r"(\{name\[18:\]: .* if name\.startswith\('first_stage_model\.'\)\})\."
     )
     with pytest.raises(ValueError, match=match) as caught:
         load_taming(path, averaged=averaged)
@@ -593,7 +594,8 @@ def test_parts_of_larger_models_name_their_prefix(averaged: bool, tmp_path: Path
 def test_other_containers_name_the_cure(tmp_path: Path) -> None:
     """A dict under another name."""
     with pytest.raises(
-        ValueError, match=r"'net' must be a tensor, got dict; save what it holds under 'state_dict'\."
+        ValueError,
+        match=r"'net' must be a tensor, got dict; save its tensors on their own, under the key 'state_dict'\.",
     ):
         load_taming(saved(tmp_path, narrow(), "net"))
 

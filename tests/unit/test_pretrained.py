@@ -241,7 +241,8 @@ def test_hub_options_are_refused_with_a_folder(folder: Path, option: dict) -> No
         (lambda c: c["config"].update(code_dim="6"), r"config\.json must hold a valid config, got: code_dim must"),
         (
             lambda c: c["config"].update(code_dim=5),
-            r"model\.safetensors must be saved together with the config\.json beside it, got another 'code_dim'",
+            r"model\.safetensors must be saved together with the config\.json beside it, got other options: "
+            r"'code_dim'",
         ),
     ],
 )
@@ -304,8 +305,9 @@ def test_an_edited_config_names_both_values_and_the_cure(folder: Path) -> None:
     """What the message says loads the weights; the file is not the place to change an option."""
     edit(folder, lambda content: content["config"].update(dropout=0.5))
     match = (
-        r"got another 'dropout' \(0\.0 when saved, 0\.5 now\); restore the file, .* to change an option of a "
-        r"loaded model, build another with dataclasses\.replace\(model\.config, dropout=\.\.\.\) and call its "
+        r"got other options: 'dropout' \(0\.0 when saved, 0\.5 now\); undo the edit of config.json, .* to change "
+        r"an option of a loaded model, build another with dataclasses\.replace\(model\.config, dropout=\.\.\.\) "
+        r"and call its "
     )
     with pytest.raises(ValueError, match=match):
         VQAutoencoder.from_pretrained(folder)
@@ -327,7 +329,7 @@ def test_a_config_without_a_default_is_the_same(folder: Path) -> None:
     edit(folder, lambda content: [content["config"].pop(name) for name in ("dropout", "upsample")])
     assert VQAutoencoder.from_pretrained(folder).config == expected.config
     edit(folder, lambda content: content["config"].pop("downsample"))
-    match = r"got another 'downsample' \('max_blur_pool' when saved, 'strided_conv' now\); restore"
+    match = r"got other options: 'downsample' \('max_blur_pool' when saved, 'strided_conv' now\); undo"
     with pytest.raises(ValueError, match=match):
         VQAutoencoder.from_pretrained(folder)
 
@@ -836,8 +838,8 @@ def test_options_that_cannot_be_read_name_the_rule(tmp_path: Path, kind: Callabl
     ("target", "got"),
     [
         ("", r"the path of a folder, got ''; pass '\.' for"),
-        ("file", "a folder, .*'file'"),
-        ("file/in", "a folder, .*'file'"),
+        ("file", "the path of a folder, .*'file'"),
+        ("file/in", "the path of a folder, .*'file'"),
     ],
 )
 def test_only_folders_are_written_to(

@@ -798,7 +798,7 @@ def test_other_files_in_the_place_of_cosmos_are_refused(
         ),
         (
             "measure broken.py:load photos --format python",
-            "broken.py:load must be written in Python, got invalid syntax (broken.py, line 2).",
+            "broken.py:load must be valid Python, got invalid syntax (broken.py, line 2).",
         ),
         (
             "measure lacking.py:load photos --format python",

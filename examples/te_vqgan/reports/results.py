@@ -35,7 +35,7 @@ __all__ = [
     "values_of",
 ]
 
-# Enough for curves on a logarithmic or smooth scale; the archive of a release holds every line.
+# Enough points for the curves; the archive of a release holds every line.
 _LOG_LINES = 48
 
 

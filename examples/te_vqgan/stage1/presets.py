@@ -260,7 +260,7 @@ ARMS: dict[str, Arm] = {
     "shift_loss": Arm("EMA, shift loss 0.2", _EMA, {"shift_weight": 0.2}),
     "shift_loss_light": Arm("EMA, shift loss 0.1", _EMA, {"shift_weight": 0.1}),
     "shift_loss_revival": Arm("EMA, revival, shift loss 0.2", _REVIVAL, {"shift_weight": 0.2}),
-    # Stride-exact, with many codes of which a sampling rule that keeps a tenth of vocabulary and codes keeps few.
+    # Stride-exact with 80 codes, of which the rule of the released code keeps 20.
     "stride_exact_k80": Arm("circular, EMA, revival, K = 80", {**_REVIVAL, **_CIRCULAR, "num_codes": 80}),
 }
 # What `run` trains if it is not told which.
@@ -364,8 +364,9 @@ PRESETS["narrow"] = dataclasses.replace(
 
 # For one arm that is to be as accurate as can be: longer trainings of the tokenizer and of a wider GPT.
 PRESETS["small-best"] = dataclasses.replace(PRESETS["small"], steps=3 * PRESETS["small"].steps)
+PRESETS["small-captions"] = PRESETS["small-best"]
 
-# What differs between `small` and the paper: a token spans a seventh of a digit's side there, not two.
+# A token spans a seventh of a digit's side, as in the paper; in `small` two sevenths.
 PRESETS["small-fine"] = dataclasses.replace(
     PRESETS["small"],
     model=dataclasses.replace(_SMALL_MODEL, channel_multipliers=(1, 2), attention_levels=(1,)),

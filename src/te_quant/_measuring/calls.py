@@ -50,7 +50,7 @@ def modules_behind(function: object) -> list[nn.Module]:
 
 @contextmanager
 def buffers_put_back(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back what was written to the buffers of modules and of all modules in them, or stands in their place."""
+    """Restore all buffers of modules and of the modules in them on exit, also those replaced by other tensors."""
     inner = list(dict.fromkeys(child for module in modules for child in module.modules()))
     before = [(child, dict(child._buffers)) for child in inner]
     values = {

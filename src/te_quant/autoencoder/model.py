@@ -235,8 +235,8 @@ class VQAutoencoder(nn.Module):
             ValueError: ``folder`` is a file; the model is on the meta device; a layer was added, was replaced by
                 another one, or has other options than the config says, dropout included; the quantizer was
                 replaced by one of another ``code_dim`` or ``channel_dim``, one of its options has no form in JSON,
-                two weights are tied, or parametrizations or wrappers give weights other names. Modules that
-                :func:`torch.compile` has compiled are saved as they were.
+                two weights are tied, or parametrizations or wrappers give weights other names. Compiled
+                modules are saved under the names that they have without :func:`torch.compile`.
             TypeError: the quantizer was replaced by something else than a quantizer.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.

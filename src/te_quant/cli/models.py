@@ -232,7 +232,7 @@ def _errors_of(place: str) -> Iterator[None]:
     try:
         yield
     except SyntaxError as error:
-        raise ValueError(f"{place} must be written in Python, got {error}.") from error
+        raise ValueError(f"{place} must be valid Python, got {error}.") from error
     except (TypeError, ValueError) as error:
         got = f"{type(error).__name__}: {error}"
         raise RuntimeError(f"{place} must run without an error, got {got}") from error

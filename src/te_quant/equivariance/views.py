@@ -225,7 +225,7 @@ class Views:
             "canvas_size",
             f"a window of two tokens or more that can move by a token of {self.stride} pixels",
             f"{self.size[0]}x{self.size[1]} with {self.reach} pixels of room; pass images of at least "
-            f"{height}x{width} pixels,{cure} or shifts=[] for none",
+            f"{height}x{width} pixels,{cure} or shifts=[] to measure no whole tokens",
         )
 
     def _axis_choice(self, most: int, grid: int) -> list[int]:

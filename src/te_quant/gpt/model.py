@@ -453,8 +453,8 @@ class GPT(nn.Module):
         Raises:
             ValueError: ``folder`` is a file; the model is on the meta device; a layer was added, was replaced by
                 another one, or has other options than the config says, dropout included; two weights are tied, or
-                parametrizations or wrappers give weights other names. Modules that :func:`torch.compile` has
-                compiled are saved as they were.
+                parametrizations or wrappers give weights other names. Compiled
+                modules are saved under the names that they have without :func:`torch.compile`.
             ImportError: safetensors is not installed (``te_quant[hub]``).
             RuntimeError: FSDP2 has sharded the weights; the message names the cure.
         """

@@ -165,7 +165,7 @@ def tensors_in(path: Path, containers: Sequence[str] = ()) -> dict[str, Tensor]:
             break
     require(isinstance(content, Mapping), str(path), "a mapping of tensors", type(content).__name__)
     for name, value in content.items():
-        cure = "; save what it holds under 'state_dict'" if isinstance(value, Mapping) else ""
+        cure = "; save its tensors on their own, under the key 'state_dict'" if isinstance(value, Mapping) else ""
         require(isinstance(value, Tensor), f"{path} {name!r}", "a tensor", f"{type(value).__name__}{cure}")
     return {str(name): value.detach() for name, value in content.items()}
 

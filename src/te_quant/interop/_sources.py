@@ -66,7 +66,7 @@ def prefix_of(found: Collection[str], missing: Sequence[str]) -> str:
         if name.endswith(f".{missing[0]}"):
             prefix = name.removesuffix(missing[0])
             cure = "{name[%d:]: tensor for name, tensor in state.items() if name.startswith(%r)}"
-            return f", but one behind {prefix!r}; save " + cure % (len(prefix), prefix)
+            return f", but one with the prefix {prefix!r}; save the state dict " + cure % (len(prefix), prefix)
     return ""
 
 

@@ -56,7 +56,7 @@ class StabilityTable(Tabular):
     def summary(self) -> Table:
         """Return one column per report, every token match as ``rate (κ)``, without intervals.
 
-        What reports were measured under comes first where it differs, and below the table where it does not.
+        Settings that differ between the reports are the first rows. If all are equal, a note below names them.
         """
         return _comparison(self.reports, short=True)
 
@@ -99,7 +99,7 @@ def _table(report: StabilityValues, *, short: bool) -> Table:
 
 
 def common_cycles(reports: Iterable[StabilityValues]) -> int:
-    """Return the last cycle that all reports of more than one have; 1 if there is none of more."""
+    """Return the last cycle that all reports with several cycles share; 1 if no report has several."""
     return min((report.settings.cycles for report in reports if report.settings.cycles > 1), default=1)
 
 

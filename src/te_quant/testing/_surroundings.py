@@ -1,4 +1,4 @@
-"""What a check runs in, whatever the caller has set: the CPU, single precision, gradients, a seed of its own."""
+"""The fixed environment of a check, whatever the caller has set: CPU, single precision, gradients, own seed."""
 
 from __future__ import annotations
 

@@ -100,7 +100,8 @@ def check_variants(variants: Mapping[str, Variant] | None, batch_size: int) -> M
         if not callable(variant):
             label = f"variants[{name!r}]"
             size = require_int(label, variant, 1)
-            require(size < batch_size, label, f"below batch_size={batch_size}, whose batches it divides", size)
+            cure = f"{size}; pass a smaller number, or a larger batch_size"
+            require(size < batch_size, label, f"below batch_size={batch_size}", cure)
     return dict(variants)
 
 
