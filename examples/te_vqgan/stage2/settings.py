@@ -214,6 +214,23 @@ def from_dict(plain: Mapping[str, Any]) -> Stage2Settings:
     return Stage2Settings(**known)
 
 
+_SMALL = Stage2Settings(
+    width=128,
+    depth=4,
+    num_heads=4,
+    caption_style="terse",
+    train_images=40_000,
+    eval_images=1_500,
+    steps=2_400,
+    batch_size=32,
+    first_alone=1_000,
+    optimizer="muon",
+    warmup_steps=50,
+    bf16=True,
+    validate_every=100,
+    checkpoint_every=250,
+)
+
 STAGE2: dict[str, Stage2Settings | None] = {
     "smoke": Stage2Settings(
         width=16,
@@ -233,22 +250,7 @@ STAGE2: dict[str, Stage2Settings | None] = {
     # The demo, and photographs, which have no captions, compare only tokenizers.
     "quick": None,
     "photos": None,
-    "small": Stage2Settings(
-        width=128,
-        depth=4,
-        num_heads=4,
-        caption_style="terse",
-        train_images=40_000,
-        eval_images=1_500,
-        steps=2_400,
-        batch_size=32,
-        first_alone=1_000,
-        optimizer="muon",
-        warmup_steps=50,
-        bf16=True,
-        validate_every=100,
-        checkpoint_every=250,
-    ),
+    "small": _SMALL,
     # 20 epochs of 1,500 batches, each of which trains both directions; the first epoch warms up.
     "paper": Stage2Settings(
         architecture="dalle",
@@ -265,20 +267,8 @@ STAGE2: dict[str, Stage2Settings | None] = {
 """By preset; ``None`` where it ends with Stage 1."""
 STAGE2 |= {"small-fine": STAGE2["small"], "small-alive": None}
 # Ten times the steps and twice the parameters, on as many images as the paper's.
-_BEST = Stage2Settings(
-    width=192,
-    depth=4,
-    num_heads=6,
-    caption_style="terse",
-    eval_images=1_500,
-    steps=24_000,
-    batch_size=32,
-    first_alone=1_000,
-    optimizer="muon",
-    warmup_steps=100,
-    bf16=True,
-    validate_every=500,
-    checkpoint_every=250,
+_BEST = dataclasses.replace(
+    _SMALL, width=192, num_heads=6, train_images=300_000, steps=24_000, warmup_steps=100, validate_every=500
 )
 STAGE2["small-best"] = _BEST
 # Two of three steps train captions.
