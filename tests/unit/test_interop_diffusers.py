@@ -464,7 +464,7 @@ def test_hub_ids_find_the_pickle_where_there_are_no_safetensors(
         raise errors.LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(hub, "hf_hub_download", unreachable)
-    with pytest.raises(FileNotFoundError, match="got no answer for 'owner/name'"):
+    with pytest.raises(FileNotFoundError, match="got no folder named 'owner/name', and no answer from the hub"):
         load_diffusers("owner/name")
 
 
