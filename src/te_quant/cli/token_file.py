@@ -21,7 +21,7 @@ __all__ = ["ImageTokens", "TokenFile", "compact_dtype", "read_tokens", "write_to
 _FORMAT = 2
 _KEY = "te_quant_tokens"
 _TOKENS, _PHASES = "tokens/", "phases/"
-# What the metadata hold besides the format.
+# The fields of the metadata, without the format.
 _FIELDS = {"model": str, "identity": str, "num_codes": int, "stride": int, "images": dict}
 _DTYPES = (torch.uint8, torch.uint16, torch.int32, torch.int64)
 

@@ -15,7 +15,7 @@ def fixed_surroundings(seed: int) -> Iterator[None]:
     """Run a check as a fresh process would, and put everything back afterwards.
 
     Args:
-        seed: of the CPU's generator. Those of accelerators are left alone.
+        seed: of the generator of the CPU; the generators of accelerators stay as they are.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
