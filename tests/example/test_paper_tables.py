@@ -360,12 +360,22 @@ def test_findings_say_whether_seeds_differ_as_much() -> None:
 def test_findings_name_the_best_arm_beside_the_papers() -> None:
     """Above or not above its TE-VQGAN; without the strided VQGAN there is nothing to compare with."""
     text = _findings(mb=[0.2], k16=[0.95])
-    assert "Best arm at Quad1, text to image: SC, K = 16 with 0.950, above the paper's 0.931" in text
+    named = "Best arm at Quad1, text to image (rule: the released code's): SC, K = 16 with 0.950"
+    assert f"{named}, above the paper's 0.931 (another canvas and training, see below)." in text
     assert " gains " not in text
     text = _findings(vqgan=[0.3], k16=[0.2], stride_exact=[0.1], stride_exact_te=[0.7])
     assert "circular (stride-exact), λ = 10 with 0.700, not above the paper's 0.825" in text
     for question in ("16 codes without penalty loses", "encoder loses", "encoder with the penalty gains"):
         assert text.count(question) == 2
+
+
+def test_findings_under_another_rule_are_not_compared_with_the_papers() -> None:
+    run = _run("vqgan", 0, quad1=0.95)
+    rules = run["stage2"][str(LARGE)]["rules"]
+    rules["tenth"] = rules.pop("paper")
+    text = "\n".join(generation_findings({"runs": [run]}))
+    assert "text to image (rule: a tenth of K): VQGAN with 0.950; the paper's 0.931 follows another rule." in text
+    assert "image to text (rule: greedy): VQGAN with 0.950; the paper's 0.825 follows another rule." in text
 
 
 def test_figures_show_what_they_are_given() -> None:

@@ -70,6 +70,17 @@ def test_findings_say_which_way_the_numbers_go() -> None:
     assert "B and A have the same placement agreement to the digits shown (0.700 against 0.700)" in same
 
 
+def test_findings_give_differences_of_several_seeds_their_standard_error() -> None:
+    """The one of Welch's test, in the digits of the metric; single seeds have none."""
+    ours, theirs = [0.03, 0.05, 0.07], [0.02, 0.03]
+    error = math.sqrt(statistics.variance(ours) / 3 + statistics.variance(theirs) / 2)
+    runs = [_run(arm, seed, l1=l1) for arm, group in (("A", theirs), ("B", ours)) for seed, l1 in enumerate(group)]
+    text = _text(*runs)
+    assert f"than A, by 0.0250 ± {error:.4f} (0.0500 against 0.0250)" in text
+    assert "± is the standard deviation between seeds, behind a difference its standard error." in text
+    assert "than A, by 0.0300 (0.0500 against 0.0200)" in _text(runs[0], *runs[2:])
+
+
 @pytest.mark.parametrize(
     ("changes", "verdict"),
     [

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from examples.te_vqgan.reports.inference import welch
 from examples.te_vqgan.reports.results import METRICS, Metric, by_arm, values_of
 from te_quant import EquivarianceReport
 
@@ -29,7 +30,10 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     elif fewest == 1:
         sentences.append("At least one arm has a single seed, so its spread between seeds is not known.")
     else:
-        sentences.append(f"Means over at least {fewest} seeds per arm, ± standard deviation between seeds.")
+        sentences.append(
+            f"Means over at least {fewest} seeds per arm; ± is the standard deviation between seeds, behind a "
+            "difference its standard error."
+        )
     return sentences
 
 
@@ -110,6 +114,9 @@ def _versus(name: str, title: str, runs: Runs, base: str, base_runs: Runs) -> st
     if math.isnan(ours) or math.isnan(theirs) or float(gap) == 0:
         return f"{title} and {base} have the same {_NOUNS[name]} to the digits shown ({numbers})"
     direction = "higher" if ours > theirs else "lower"
+    if len(runs) > 1 and len(base_runs) > 1:
+        error = welch(values_of(METRICS[name], runs), values_of(METRICS[name], base_runs)).error
+        gap += f" ± {format(error, pattern)}"
     return f"{title} has a {direction} {_NOUNS[name]} than {base}, by {gap} ({numbers})"
 
 
