@@ -21,6 +21,8 @@ import torch
 
 from examples.te_vqgan.cli.plans import PLANS
 from examples.te_vqgan.data.sources import DigitSource, DigitSplit
+from examples.te_vqgan.reports.findings import findings
+from examples.te_vqgan.reports.results import collect
 from examples.te_vqgan.runs import running
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.runs.differences import differing
@@ -31,6 +33,7 @@ from examples.te_vqgan.stage1.presets import (
     ARMS,
     DEFAULT_ARMS,
     PRESETS,
+    Arm,
     Stage1Settings,
     from_dict,
     settings_for,
@@ -492,6 +495,40 @@ def test_unknown_presets_and_arms_are_refused(preset: str, arm: str, match: str)
     """With the list of those that exist."""
     with pytest.raises(ValueError, match=match):
         settings_for(preset, arm)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"downsampel": "mp"}}, r"ARMS\['own'\].model must be one of 'image_channels', .*'downsampel'"),
+        ({"settings": {"batch": 3}}, r"a name in ARMS\['own'\].settings must be one of 'model', .* got 'batch'"),
+        ({"model": {"quantizer": {"name": "FSQ", "levels": [8, 5]}}}, "must be a VectorQuantizer, .* got FSQ"),
+        (
+            {"model": {"quantizer": {"name": "SimVQ"}}},
+            "the command `family` trains the other quantizers.*got SimVQ",
+        ),
+    ],
+)
+def test_arms_that_cannot_be_trained_are_refused_before_training(
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARMS, "own", Arm("Own", **changes))
+    with pytest.raises(ValueError, match=message):
+        settings_for("smoke", "own")
+
+
+def test_an_arm_of_ones_own_is_trained_and_reported(
+    tmp_path: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a codebook of another size, metric and update, as the guide adds one."""
+    model = {"downsample": "max_pool", "codebook_update": "ema", "decay": 0.9, "num_codes": 8, "metric": "cosine"}
+    monkeypatch.setitem(ARMS, "own", Arm("EMA, K = 8", model, {"batch_size": 2}))
+    settings = settings_for("smoke", "own")
+    assert (settings.batch_size, settings.model.num_codes, settings.model.metric) == (2, 8, "cosine")
+    assert _train(settings, tmp_path / "own-seed0", source)
+    (run,) = collect(tmp_path, command="-")["runs"]
+    assert (run["arm"], run["title"], run["seed"]) == ("own", "EMA, K = 8", 0)
+    assert "EMA, K = 8" in "\n".join(findings({"runs": [run]}))
 
 
 def test_importing_the_command_line_is_quick() -> None:

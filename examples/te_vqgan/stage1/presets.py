@@ -1,7 +1,7 @@
 """What is trained: the settings of Stage 1, the arms that are compared, and named presets.
 
 Everything here is data. An arm is a title and a few changes to the model's settings, a preset a few changes to
-the defaults, so a new experiment is one more line.
+the defaults, so a new experiment is one more line. Arms have a codebook: ``family`` trains the other quantizers.
 """
 
 from __future__ import annotations
@@ -394,6 +394,14 @@ def settings_for(preset: str, arm: str, changes: Mapping[str, Any] | None = None
     """
     require_choice("preset", preset, tuple(PRESETS))
     require_choice("arm", arm, tuple(ARMS))
+    for part, changed in (("model", AutoencoderConfig), ("settings", Stage1Settings)):
+        known = tuple(field.name for field in dataclasses.fields(changed))
+        for name in getattr(ARMS[arm], part):
+            require_choice(f"a name in ARMS[{arm!r}].{part}", name, known)
+    # Before the config, which would name every field of the preset's quantizer that another one has not.
+    kind = (ARMS[arm].model.get("quantizer") or {}).get("name", "VectorQuantizer")
+    expected = "a VectorQuantizer, whose codebook is measured (the command `family` trains the other quantizers)"
+    require(kind == "VectorQuantizer", f"ARMS[{arm!r}].model['quantizer']", expected, kind)
     base = PRESETS[preset]
     given = {name: value for name, value in (changes or {}).items() if value is not None}
     if "perceptual" in given:
