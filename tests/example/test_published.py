@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from examples.te_vqgan.__main__ import main
-from te_quant import GPT, VQAutoencoder
+from te_quant import VQAutoencoder
 from tests.golden_files import golden_tensors
 from tests.published import RESULTS, published
 
@@ -56,25 +56,22 @@ def test_published_regimes_follow_from_their_reports(tmp_path: Path) -> None:
     assert (tmp_path / "regimes.md").read_text() == (RESULTS / "regimes.md").read_text()
 
 
-def _weights(part: str) -> Path:
-    return published(f"small/weights/{part}/model.safetensors").parent
+def _tokenizer() -> VQAutoencoder:
+    return VQAutoencoder.from_pretrained(published("small/weights/tokenizer/model.safetensors").parent).float()
 
 
-def test_published_weights_give_the_tokens_and_captions_they_gave() -> None:
-    """Digits of the test set, and captions written without randomness, as when the weights were published."""
+def test_published_weights_give_the_tokens_they_gave() -> None:
+    """Digits of the test set, as when the weights were published."""
     golden = golden_tensors("published")
-    tokenizer = VQAutoencoder.from_pretrained(_weights("tokenizer")).float()
+    tokenizer = _tokenizer()
     indices = tokenizer.encode_to_indices(golden["pixels"] / 127.5 - 1)
     assert torch.equal(indices, golden["indices"].long())
-    gpt = GPT.from_pretrained(_weights("gpt")).float()
-    written = gpt.generate(indices.flatten(1), order=("image", "text"), temperature=0)
-    assert torch.equal(written[:, indices[0].numel() :], golden["captions"].long())
 
 
 def test_changed_weights_give_other_tokens() -> None:
     """The negative control of the test above: codes turned by a little."""
     golden = golden_tensors("published")
-    tokenizer = VQAutoencoder.from_pretrained(_weights("tokenizer")).float()
+    tokenizer = _tokenizer()
     with torch.no_grad():
         codebook = tokenizer.quantizer.codebook
         codebook += 0.1 * codebook.roll(1, -1)

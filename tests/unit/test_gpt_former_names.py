@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from gpt_oracles import BOTH, build, draw
@@ -11,8 +9,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from te_quant.gpt import GPT, with_present_names
-
-PUBLISHED = Path(__file__).parents[2] / "examples/te_vqgan/results/small/weights/gpt"
+from tests.golden_files import GOLDEN
 
 
 def former(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -47,12 +44,12 @@ def test_unknown_names_are_still_refused() -> None:
         GPT(BOTH).load_state_dict(state)
 
 
-def test_published_weights_have_former_names_and_load() -> None:
+def test_golden_weights_have_former_names_and_load() -> None:
     """Every tensor of the file is in the model, under its present name."""
-    with safe_open(PUBLISHED / "model.safetensors", framework="pt") as file:
+    with safe_open(GOLDEN / "gpt/model.safetensors", framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert any(".contract." in name for name in stored)
-    loaded = GPT.from_pretrained(PUBLISHED).state_dict()
+    loaded = GPT.from_pretrained(GOLDEN / "gpt").state_dict()
     assert not any(".contract." in name or ".expand." in name for name in loaded)
     present = with_present_names(stored)
     assert present.keys() == loaded.keys()
