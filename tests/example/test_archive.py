@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from examples.te_vqgan.__main__ import main
 from examples.te_vqgan.classifier.model import load_classifier
 from examples.te_vqgan.runs.archive import MANIFEST, WEIGHTS, pack
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
+from examples.te_vqgan.runs.files import sha256
+from examples.te_vqgan.runs.running import WEIGHTS as MODEL
 from examples.te_vqgan.stage2.train import load_tokenizer
 from tests.example.tiny_runs import finished_classifier, finished_tokenizer
 
@@ -120,32 +124,81 @@ def test_equal_contents_give_equal_archives(out: Path, tmp_path: Path, suffix: s
     assert third.read_bytes() != second.read_bytes()
 
 
-def test_an_archive_within_the_folder_does_not_hold_itself(out: Path) -> None:
-    """Packed a second time, it is as it was."""
-    target = out / "release.tar"
-    pack(out, target)
-    once = target.read_bytes()
-    pack(out, target)
-    assert target.read_bytes() == once
+def test_archives_within_the_folder_are_not_packed(out: Path) -> None:
+    """Packed a second time, the folder gives the same archive."""
+    first, second = out / "release.tar", out / "again.tar"
+    pack(out, first)
+    pack(out, second)
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_unfinished_runs_are_refused_by_name(out: Path, tmp_path: Path) -> None:
-    """Unless they are wanted: then the weights of their checkpoints go in. The old archive stays where it is."""
+    """Unless they are wanted: then the weights of their checkpoints go in."""
     target = tmp_path / "release.tar"
-    target.write_text("the last one")
     (out / "family" / "fsq-seed0" / "evaluation.json").unlink()
     (out / "vqgan-seed0" / "stage2-8" / "evaluation.json").unlink()
     with pytest.raises(ValueError, match=r"got one with unfinished family/fsq-seed0, vqgan-seed0/stage2-8\.$"):
         pack(out, target)
-    assert target.read_text() == "the last one"
+    assert not target.exists()
     pack(out, target, unfinished=True)
     assert f"family/fsq-seed0/{WEIGHTS}" in _files(_unpacked(target, tmp_path / "unpacked"))
 
 
-def test_a_failed_write_leaves_the_old_archive(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no half of a new one."""
+def test_an_archive_that_exists_is_not_replaced(out: Path, tmp_path: Path) -> None:
+    """It may be the only one of other runs."""
     target = tmp_path / "release.tar.gz"
     target.write_text("the last one")
+    message = r"into must be a new file, got .*release.tar.gz, which exists; choose another, or delete it\."
+    with pytest.raises(ValueError, match=message):
+        pack(out, target)
+    assert target.read_text() == "the last one"
+
+
+def _recorded(out: Path) -> tuple[Path, Path]:
+    """Give the tokenizer and the GPT of ``out`` weights of their own and provenance that knows them."""
+    tokenizer = out / "vqgan-seed0"
+    gpt = tokenizer / "stage2-8"
+    save_checkpoint(gpt / MODEL, {"weight": torch.rand(2)}, {})
+    hashes = {"weights": sha256(tokenizer / MODEL)}
+    _write(tokenizer / "provenance.json", json.dumps({"hashes": hashes}))
+    hashes = {"weights": sha256(gpt / MODEL), "tokenizer": hashes["weights"]}
+    _write(gpt / "provenance.json", json.dumps({"hashes": hashes}))
+    return tokenizer, gpt
+
+
+def test_weights_of_another_run_are_refused(out: Path, tmp_path: Path) -> None:
+    """By the hashes in the provenance: a model that is damaged or foreign, and a GPT of another tokenizer."""
+    tokenizer, gpt = _recorded(out)
+    pack(out, tmp_path / "whole.tar")
+    target, others = tmp_path / "release.tar", finished_tokenizer(out.with_name("others"))
+    for run in (tokenizer, gpt):
+        kept = (run / MODEL).read_bytes()
+        for content in (kept[:-1], (others / MODEL).read_bytes()):
+            (run / MODEL).write_bytes(content)
+            with pytest.raises(ValueError, match=rf"model must be the one that the run in .*{run.name} ended"):
+                pack(out, target)
+        (run / MODEL).write_bytes(kept)
+    shutil.copy(others / MODEL, tokenizer / MODEL)
+    _write(tokenizer / "provenance.json", json.dumps({"hashes": {"weights": sha256(tokenizer / MODEL)}}))
+    message = r"tokenizer must be the one that the run in .*stage2-8 was trained with, got other weights; restore"
+    with pytest.raises(ValueError, match=message):
+        pack(out, target)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "samples.safetensors"])
+def test_tensors_that_were_cut_short_are_refused(out: Path, tmp_path: Path, name: str) -> None:
+    """Also in runs that recorded no hashes; and no half of an archive stays."""
+    path = out / "vqgan-seed0" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"vqgan-seed0/{name} must hold tensors, got .*; restore it"):
+        pack(out, tmp_path / "release.tar")
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_a_failed_write_leaves_no_archive(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no half of one."""
+    target = tmp_path / "release.tar.gz"
 
     def broken(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -153,8 +206,7 @@ def test_a_failed_write_leaves_the_old_archive(out: Path, tmp_path: Path, monkey
     monkeypatch.setattr(tarfile.TarFile, "addfile", broken)
     with pytest.raises(OSError, match="No space left"):
         pack(out, target)
-    assert target.read_text() == "the last one"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["release.tar.gz", "small-mnist"]
+    assert [path.name for path in tmp_path.iterdir()] == ["small-mnist"]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +227,9 @@ def test_the_command_says_what_it_packed(out: Path, tmp_path: Path, capsys: pyte
     words = ["pack", "--out", str(out), "--into", str(tmp_path / "release.tar.gz")]
     assert main(words) == 0
     assert " files of 4 runs, " in capsys.readouterr().out
+    assert main(words) == 1
+    assert "release.tar.gz, which exists; choose another, or delete it." in capsys.readouterr().err
+    (tmp_path / "release.tar.gz").unlink()
     (out / "classifier" / "evaluation.json").unlink()
     assert main(words) == 1
     assert "got one with unfinished classifier." in capsys.readouterr().err

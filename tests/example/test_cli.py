@@ -172,7 +172,7 @@ def test_report_is_written_anew_from_its_json_alone(out: Path, tmp_path: Path) -
 def test_a_report_is_added_to_another(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into an empty folder it is the report itself, but for what was typed; into it again it changes nothing."""
     # The other files follow from these, as the test above says.
-    monkeypatch.setattr(report, "render", lambda folder: None)
+    monkeypatch.setattr(report, "rendered", lambda results, stored: {})
     told: list[Path] = []
     monkeypatch.setattr(__main__, "announce", told.append)
     arguments = ["report", "--preset", "smoke", "--out", str(out), "--into", str(tmp_path)]
@@ -198,7 +198,7 @@ def test_a_second_run_trains_nothing_and_refuses_other_settings(
     out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is finished is skipped; other steps in the same folder are refused by name."""
-    monkeypatch.setattr(report, "render", lambda folder: None)
+    monkeypatch.setattr(report, "rendered", lambda results, stored: {})
     folders = [out / "classifier", *out.glob("*-seed0")]
     before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
     arguments = ["run", "--preset", "smoke", "--out", str(out)]
@@ -419,7 +419,7 @@ def test_a_run_killed_at_random_points_ends_like_one_that_was_not(
         time.sleep(delay)
         process.send_signal(number)
         process.communicate(timeout=_PATIENCE)
-    monkeypatch.setattr(report, "render", lambda folder: None)
+    monkeypatch.setattr(report, "rendered", lambda results, stored: {})
     monkeypatch.setattr(run_command, "announce", lambda folder: None)
     arguments = ["--preset", "smoke", "--out", str(tmp_path), "--arms", "vqgan", "--threads", "1"]
     assert main(["run", *arguments]) == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -374,12 +375,16 @@ def test_every_finished_run_is_measured_at_once(
     train_stage2(settings, tokenizer, source, progress=False)
     other = finished_tokenizer(tmp_path / "te_vqgan-seed1", seed=1)
     (tmp_path / "mb-seed0").mkdir()
+    shutil.copytree(tokenizer, tmp_path / "vqgan-seed0-old")
+    (finished_tokenizer(tmp_path / "mp-seed0") / "evaluation.json").unlink()
     monkeypatch.setattr(sources, "load_digits", lambda *_: source)
     words = ["evaluate", "--preset", "smoke", "--out", str(tmp_path), "--rules", "2", "greedy"]
     assert main([*words, "--seed", "1"]) == 1
     assert "error: seed must be unset without an arm, got 1." in capsys.readouterr().err
     assert main(words) == 0
-    assert f"{tokenizer}: finished." in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"{tokenizer}: finished." in printed.out
+    assert "left out, unfinished: mp-seed0\n" in printed.err
     folder = stage2_folder(tokenizer, settings)
     assert sorted(path.name for path in folder.glob("rule-*")) == ["rule-2.json", "rule-greedy.json"]
     assert "--rules 2 greedy" in json.loads((folder / "rule-2.json").read_text())["command"]
@@ -553,6 +558,40 @@ def test_evaluation_is_written_once(chain: tuple[Path, Path], source: DigitSourc
     # All but how long it took.
     for found, before_it in zip(again, (reading, numbers), strict=True):
         assert found == {**before_it, "spent": found["spent"]}
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]"])
+def test_damaged_measurements_are_made_again(
+    chain: tuple[Path, Path], source: DigitSource, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    """The reading, the numbers of a rule and its pictures; what is whole stays."""
+    tokenizer, classifier = chain
+    folder = stage2_folder(tokenizer, GPT_SETTINGS)
+    train_stage2(GPT_SETTINGS, tokenizer, source, progress=False)
+
+    def measure() -> dict[str, bool]:
+        rules = {
+            rule: evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, rule=rule, progress=False)
+            for rule in ("paper", "2")
+        }
+        return {"reading": evaluate_tokenizer(tokenizer, classifier, source), **rules}
+
+    assert measure() == {"reading": True, "paper": True, "2": True}
+    paths = {
+        "reading": tokenizer / "reading.json",
+        "2": folder / "rule-2.json",
+        "paper": folder / evaluate.PICTURES,
+    }
+    assert capsys.readouterr().err == ""
+    for name, path in paths.items():
+        before = path.read_bytes()
+        path.write_text(content)
+        assert measure() == {"reading": False, "paper": False, "2": False, name: True}
+        assert capsys.readouterr().err == f"{path}: damaged, is measured again.\n"
+        if name == "paper":
+            assert path.read_bytes() == before
+        else:
+            assert json.loads(path.read_text()).keys() == json.loads(before).keys()
 
 
 def test_unfinished_runs_are_not_measured(chain: tuple[Path, Path], source: DigitSource, tmp_path: Path) -> None:

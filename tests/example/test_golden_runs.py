@@ -79,7 +79,7 @@ def test_a_finished_run_is_skipped(
     smoke: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The settings of then are those of the preset now, so ``run`` starts no training and touches no run."""
-    monkeypatch.setattr(report, "render", lambda folder: None)
+    monkeypatch.setattr(report, "rendered", lambda results, stored: {})
     jobs: list[str] = []
     monkeypatch.setattr(run_command, "run_jobs", lambda found, **_: jobs.extend(job.arguments[0] for job in found))
     before = _contents(smoke / "classifier", smoke / "te_vqgan-seed0")

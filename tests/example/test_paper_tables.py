@@ -281,7 +281,7 @@ def test_pooling_that_is_not_padded_is_not_called_padded() -> None:
 
 
 def test_table_2_misses_what_is_not_measured() -> None:
-    """No table of one size; a dash for an arm without the other; a size that is only trained does not count."""
+    """No table of one size; no column of no runs; a dash for an arm without the other size."""
     both, one = (LARGE, SMALL), _run("vqgan", 0, (LARGE,))
     assert table2({"runs": [one]}) is None
     assert "table2" not in generation_tables({"runs": [one]})
@@ -290,6 +290,10 @@ def test_table_2_misses_what_is_not_measured() -> None:
     assert half is not None
     assert [row[1].split(" / ")[0] == "–" for row in half.rows] == [False, True, True]
     assert all(not row[2].startswith("–") for row in half.rows)
+    alone = table2({"runs": [_run("vqgan", 0, both)]})
+    assert alone is not None
+    assert alone.header == ["training images", "VQGAN, 1 seed"]
+    assert {len(row) for row in alone.rows} == {2}
     trained = copy.deepcopy(one)
     trained["stage2"]["900"] = {"settings": {}}
     unchanged = table2({"runs": [trained, _run("te_vqgan", 0, both)]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from examples.te_vqgan.reports import report
-from examples.te_vqgan.reports.results import collect, commands, merged, read_results, to_text
+from examples.te_vqgan.reports.results import collect, commands, finished_gpts, merged, read_results, to_text
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
+from examples.te_vqgan.runs.files import sha256
+from examples.te_vqgan.runs.running import WEIGHTS
 from examples.te_vqgan.stage1.presets import ARMS
 
 SIZES = (32, 16)
@@ -134,24 +137,63 @@ def test_new_seeds_and_arms_are_added_in_order(tmp_path: Path) -> None:
     assert _runs(first) == [("vqgan", 1), ("k16", 0)]
 
 
-def test_the_same_run_is_replaced_and_keeps_what_was_not_trained_again(tmp_path: Path) -> None:
-    """Other sizes of Stage 2 stay if the tokenizer's settings do; else they would stand on another tokenizer."""
+def test_the_same_run_is_updated_and_keeps_what_was_not_measured_again(tmp_path: Path) -> None:
+    """Other sizes of Stage 2 stay, other rules, and the count of exactness; what is in both is taken anew."""
     before = _collected(tmp_path / "a", ("vqgan", 0), ("mb", 0), l1=1.0)
     after = _collected(tmp_path / "b", ("vqgan", 0), sizes=(32,), l1=2.0)
-    after["runs"][0]["stage2"]["32"]["rules"] = "new"
+    before["runs"][0]["exactness"] = {"counts": {}}
+    after["runs"][0]["stage2"]["32"]["rules"] = {"2": "new"}
     result = merged(before, after)
     run, other = result["runs"]
     assert run["evaluation"]["test"] == {"l1": 2.0}
     assert other["evaluation"]["test"] == {"l1": 1.0}
-    assert run["stage2"]["32"]["rules"] == "new"
+    assert run["stage2"]["32"]["rules"] == {"paper": {"held_out": ["vqgan", 0, 32]}, "2": "new"}
     assert run["stage2"]["16"] == before["runs"][0]["stage2"]["16"]
+    assert run["exactness"] == {"counts": {}}
 
-    longer = copy.deepcopy(after)
-    longer["runs"][0]["settings"]["steps"] = 7
-    assert list(merged(before, longer)["runs"][0]["stage2"]) == ["32"]
-    alone = copy.deepcopy(longer)
-    del alone["runs"][0]["stage2"]
-    assert "stage2" not in merged(before, alone)["runs"][0]
+
+@pytest.mark.parametrize("part", ["tokenizer", "GPT"])
+def test_a_run_of_other_settings_does_not_replace_one(tmp_path: Path, part: str) -> None:
+    """It is refused by its name and by what differs, also if no other seed is there to compare it with."""
+    before, after = (_collected(tmp_path / name, ("vqgan", 0)) for name in ("a", "b"))
+    run = after["runs"][0]
+    if part == "tokenizer":
+        del run["stage2"]
+    whose, changed, was = {
+        "tokenizer": ("vqgan, seed 0", run, 6),
+        "GPT": ("the GPT of vqgan, seed 0, on 16 images", run.get("stage2", {}).get("16"), 9),
+    }[part]
+    changed["settings"]["steps"] = 70
+    message = f"settings must be the same for {whose}, in both results, got steps was {was}, now 70; choose"
+    with pytest.raises(ValueError, match=message):
+        merged(before, after)
+
+
+def _of_weights(run: dict[str, Any], tokenizer: str, gpt: str = "gpt") -> None:
+    run["provenance"] = {"hashes": {"weights": tokenizer}}
+    for part in run["stage2"].values():
+        part["provenance"] = {"hashes": {"weights": gpt, "tokenizer": tokenizer}}
+
+
+def test_what_stands_on_another_tokenizer_is_not_kept(tmp_path: Path) -> None:
+    """Nor lost without a word: a run with other weights needs all of the GPTs that are there, measured anew."""
+    before, after = (_collected(tmp_path / name, ("vqgan", 0)) for name in ("a", "b"))
+    _of_weights(before["runs"][0], "first")
+    before["runs"][0]["exactness"] = {}
+    before["runs"][0]["stage2"]["32"]["rules"]["2"] = {"held_out": "of before"}
+    _of_weights(after["runs"][0], "second", "other gpt")
+    assert merged(before, after)["runs"] == after["runs"]
+    del after["runs"][0]["stage2"]["16"]
+    message = r"tokenizer must be the one of vqgan, seed 0, in both results, got other weights without the GPT on"
+    with pytest.raises(ValueError, match=message):
+        merged(before, after)
+    # Equal weights, or some of a version that recorded none, keep it; a GPT trained again has its own rules.
+    for hashes in ({"weights": "first"}, {}):
+        after["runs"][0]["provenance"]["hashes"] = hashes
+        (run,) = merged(before, after)["runs"]
+        assert run["stage2"].keys() == {"32", "16"}
+        assert list(run["stage2"]["32"]["rules"]) == ["paper"]
+        assert "exactness" in run
 
 
 def test_results_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
@@ -159,15 +201,15 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     before = _collected(tmp_path / "a", ("vqgan", 0))
     longer = _collected(tmp_path / "b", ("vqgan", 1))
     longer["runs"][0]["settings"]["model"]["num_codes"] = 32
-    message = r"settings must be the same for every seed of vqgan, got model.num_codes was 16, now 32\."
+    message = r"settings must be the same for every seed of vqgan, got model.num_codes was 16, now 32; choose"
     with pytest.raises(ValueError, match=message):
         merged(before, longer)
-    # Another arm may be another model, and the first seed alone may be replaced.
+    # Another arm may be another model.
     longer["runs"][0] |= {"arm": "k16", "title": ARMS["k16"].title}
     assert len(merged(before, longer)["runs"]) == 2
     gpt = _collected(tmp_path / "c", ("mb", 1))
     gpt["runs"][0]["stage2"]["16"]["settings"]["steps"] = 8
-    message = r"settings must be the same for every Stage 2 of 16 images, got steps was 9, now 8\."
+    message = r"settings must be the same for every Stage 2 of 16 images, got steps was 9, now 8; choose another"
     with pytest.raises(ValueError, match=message):
         merged(before, gpt)
     other = _collected(tmp_path / "d", ("mb", 0), sizes=(), data="mnist")
@@ -184,11 +226,11 @@ def test_classifiers_of_other_settings_are_refused(tmp_path: Path) -> None:
     after["classifier"] = {"settings": {"steps": 5, "seed": 3}, "evaluation": {}}
     assert merged(before, after)["classifier"] == after["classifier"]
     after["classifier"]["settings"]["steps"] = 6
-    message = r"settings must be the same for the classifiers of the data, got steps was 5, now 6\."
+    message = r"settings must be the same for the classifiers of the data, got steps was 5, now 6; choose another"
     with pytest.raises(ValueError, match=message):
         merged(before, after)
     others = [{**one, "classifier": {}, "other": {"mnist": one}} for one in (before, after)]
-    with pytest.raises(ValueError, match=r"the classifiers of mnist, got steps was 5, now 6\."):
+    with pytest.raises(ValueError, match=r"the classifiers of mnist, got steps was 5, now 6;"):
         merged(*others)
 
 
@@ -227,7 +269,7 @@ def test_results_of_before_had_one_command(tmp_path: Path) -> None:
 @pytest.fixture
 def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures and texts are a function of what lies beside them; the command line's tests draw them."""
-    monkeypatch.setattr(report, "render", lambda folder: None)
+    monkeypatch.setattr(report, "rendered", lambda results, stored: {})
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -335,6 +377,127 @@ def test_runs_measured_under_other_rules_have_no_pictures(tmp_path: Path, rule: 
     assert results["generated"] == {}
     assert "captions" not in results
     assert [list(run["stage2"]["32"]["rules"]) for run in results["runs"]] == [[rule], [rule]]
+
+
+@pytest.mark.usefixtures("unrendered")
+@pytest.mark.parametrize("name", ["samples.safetensors", "stage2-32/rule-paper.safetensors"])
+def test_damaged_samples_leave_the_report_as_it_was(tmp_path: Path, name: str) -> None:
+    """They are refused by the name of the run, and nothing is written, also if they come last."""
+    out, target = tmp_path / "runs", tmp_path / "published"
+    for arm in ("vqgan", "mb"):
+        _finish(out, arm, 0)
+    report.write_report(out, command="typed", into=target)
+    before = _files(target)
+    path = out / "mb-seed0" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    (out / "vqgan-seed0" / "reading.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"mb-seed0/{name} must be a checkpoint .*; restore it, or "):
+        report.write_report(out, command="typed again", into=target)
+    assert _files(target) == before
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_missing_samples_are_told_with_the_cure(tmp_path: Path) -> None:
+    """Those of a run, and those of a published report."""
+    _finish(tmp_path, "vqgan", 0)
+    report.write_report(tmp_path, command="typed")
+    (tmp_path / "report" / "samples" / "vqgan.safetensors").unlink()
+    message = r"vqgan.safetensors must be in .*samples, got none; write the report again from the runs\."
+    with pytest.raises(ValueError, match=message):
+        report.render(tmp_path / "report")
+    (tmp_path / "vqgan-seed0" / "samples.safetensors").unlink()
+    message = r"samples.safetensors must be in .*vqgan-seed0, got none; restore it, or delete evaluation"
+    with pytest.raises(ValueError, match=message):
+        report.write_report(tmp_path, command="typed")
+
+
+def test_what_cannot_be_drawn_leaves_the_report_as_it_was(tmp_path: Path) -> None:
+    """Everything is drawn before the first file is written; these runs lack nearly all numbers."""
+    _finish(tmp_path, "vqgan", 0)
+    with pytest.raises(KeyError, match="l1"):
+        report.write_report(tmp_path, command="typed")
+    assert not (tmp_path / "report").exists()
+
+
+def test_weights_of_another_run_are_refused(tmp_path: Path) -> None:
+    """By the hashes in the provenance: of the model, and of the tokenizer that a GPT was trained on."""
+    _finish(tmp_path, "vqgan", 0, sizes=(32,))
+    run = tmp_path / "vqgan-seed0"
+    gpt = run / "stage2-32"
+    for folder, content in ((run, b"tokenizer"), (gpt, b"gpt")):
+        (folder / "model").mkdir()
+        (folder / WEIGHTS).write_bytes(content)
+    hashes = {"weights": sha256(gpt / WEIGHTS), "tokenizer": sha256(run / WEIGHTS)}
+    _write(gpt, provenance={"hashes": hashes})
+    _write(run, provenance={"hashes": {"weights": hashes["tokenizer"]}})
+    assert len(collect(tmp_path, command="")["runs"]) == 1
+    (gpt / WEIGHTS).write_bytes(b"gp")
+    with pytest.raises(ValueError, match=r"model must be the one that the run in .*stage2-32 ended with, got"):
+        collect(tmp_path, command="")
+    # Numbers remain without the weights.
+    (gpt / WEIGHTS).unlink()
+    collect(tmp_path, command="")
+    (run / WEIGHTS).write_bytes(b"retrained")
+    with pytest.raises(ValueError, match=r"model must be the one that the run in .*vqgan-seed0 ended with, got"):
+        collect(tmp_path, command="")
+    _write(run, provenance={"hashes": {"weights": sha256(run / WEIGHTS)}})
+    message = r"tokenizer must be the one that the run in .*stage2-32 was trained with, got other weights; restore"
+    with pytest.raises(ValueError, match=message):
+        collect(tmp_path, command="")
+    _write(gpt, provenance={})
+    collect(tmp_path, command="")
+
+
+def test_copies_beside_the_runs_are_left_out(tmp_path: Path) -> None:
+    """Of runs, trainings of Stage 2 and measurements, by their names; other folders hold no other data."""
+    _finish(tmp_path, "vqgan", 0, sizes=(32,))
+    expected = collect(tmp_path, command="")
+    for path in ("vqgan-seed0", "vqgan-seed0/stage2-32", "vqgan-seed0/stage2-32/rule-paper.json"):
+        source = tmp_path / path
+        copy_to = source.with_name(f"{source.stem}-old{source.suffix}")
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy_to)
+    for name in ("vqgan-seed", "vqgan-seed00", "unknown-seed0", "old/vqgan-seed0"):
+        shutil.copytree(tmp_path / "vqgan-seed0", tmp_path / name)
+    assert collect(tmp_path, command="") == expected
+    assert [folder.name for folder in finished_gpts(tmp_path / "vqgan-seed0")] == ["stage2-32"]
+
+
+@pytest.mark.parametrize(
+    ("source", "copied", "message"),
+    [
+        ("vqgan-seed0", "vqgan-seed1", r"seed must be 1, as the name of .*vqgan-seed1 says, got 0; rename"),
+        (
+            "vqgan-seed0/stage2-32",
+            "vqgan-seed0/stage2-64",
+            r"train_images must be 64, .*stage2-64 says, got 32",
+        ),
+    ],
+)
+def test_copies_under_the_name_of_another_run_are_refused(
+    tmp_path: Path, source: str, copied: str, message: str
+) -> None:
+    """They would count twice."""
+    _finish(tmp_path, "vqgan", 0, sizes=(32,))
+    shutil.copytree(tmp_path / source, tmp_path / copied)
+    with pytest.raises(ValueError, match=message):
+        collect(tmp_path, command="")
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_unfinished_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error; those that were never begun are not known."""
+    _finish(tmp_path, "vqgan", 0)
+    report.write_report(tmp_path, command="typed")
+    assert capsys.readouterr().err == ""
+    _finish(tmp_path, "te_vqgan", 0)
+    _finish(tmp_path / "fashion-mnist", "vqgan", 0, sizes=(), data="fashion-mnist")
+    unfinished = ("te_vqgan-seed0", "vqgan-seed0/stage2-16", "fashion-mnist/vqgan-seed0")
+    for name in unfinished:
+        (tmp_path / name / "evaluation.json").unlink()
+    (tmp_path / "mb-seed0").mkdir()
+    report.write_report(tmp_path, command="typed")
+    expected = f"left out, unfinished: {', '.join(sorted(unfinished[:2], reverse=True))}, {unfinished[2]}\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_results_are_written_compactly_and_read_back() -> None:

@@ -18,9 +18,10 @@ from examples.te_vqgan.classifier.trainer import CLASSIFIERS, train_classifier
 from examples.te_vqgan.data.sources import DigitSource
 from examples.te_vqgan.family.train import train_family
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
-from examples.te_vqgan.runs.running import CHECKPOINT, Interrupted
+from examples.te_vqgan.runs.running import CHECKPOINT, WEIGHTS, Interrupted
 from examples.te_vqgan.stage1.train import train_stage1
 from examples.te_vqgan.stage1.trainer import Stage1Trainer
+from examples.te_vqgan.stage2 import publish as publishing
 from examples.te_vqgan.stage2 import train as stage2
 from examples.te_vqgan.stage2.evaluate import evaluate_gpt, evaluate_tokenizer
 from examples.te_vqgan.stage2.publish import publish
@@ -213,6 +214,41 @@ def test_a_gpt_is_measured_and_published_only_with_its_tokenizer(tmp_path: Path,
     kept.rename(tokenizer / "model")
     assert evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, rule="2", progress=False)
     assert publish(GPT_SETTINGS, tokenizer, classifier, tmp_path / "published") > 0
+    weights = stage2_folder(tokenizer, GPT_SETTINGS) / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    message = r"model must be the one that the run in .*stage2-8 ended with, got other weights; restore"
+    with pytest.raises(ValueError, match=message):
+        evaluate_gpt(GPT_SETTINGS, tokenizer, classifier, source, rule="16", progress=False)
+    with pytest.raises(ValueError, match=message):
+        publish(GPT_SETTINGS, tokenizer, classifier, tmp_path / "others")
+    assert not (tmp_path / "others").exists()
+
+
+def test_published_weights_are_not_replaced(
+    tmp_path: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by those of another arm, and a write that fails leaves nothing."""
+    tokenizer = finished_tokenizer(tmp_path / "vqgan-seed0")
+    classifier = finished_classifier(tmp_path / "classifier")
+    train_stage2(GPT_SETTINGS, tokenizer, source, progress=False)
+    target = tmp_path / "published" / "weights"
+
+    def broken(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(publishing, "save_classifier", broken)
+        with pytest.raises(OSError, match="No space left"):
+            publish(GPT_SETTINGS, tokenizer, classifier, target)
+    assert list(target.parent.iterdir()) == []
+    publish(GPT_SETTINGS, tokenizer, classifier, target)
+    assert [path.name for path in target.parent.iterdir()] == ["weights"]
+    assert sorted(path.name for path in target.iterdir()) == ["about.json", "classifier", "gpt", "tokenizer"]
+    before = {path: path.read_bytes() for path in target.rglob("*.*")}
+    message = r"into must be a new folder, got .*weights, which exists; choose another, or delete it\."
+    with pytest.raises(ValueError, match=message):
+        publish(GPT_SETTINGS, tokenizer, classifier, target)
+    assert {path: path.read_bytes() for path in target.rglob("*.*")} == before
 
 
 def test_swapped_models_of_two_arms_are_refused(tmp_path: Path, source: DigitSource) -> None:

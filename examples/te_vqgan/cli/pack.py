@@ -18,7 +18,7 @@ def add_pack_command(add: Callable[..., argparse.ArgumentParser]) -> None:
         add: makes the parser of a command from its name, function, help text and shared options.
     """
     pack = add("pack", _pack, "pack weights, logs, samples and reports into one archive", *WHERE)
-    pack.add_argument("--into", type=Path, required=True, help="archive to write, FILE.tar or FILE.tar.gz")
+    pack.add_argument("--into", type=Path, required=True, help="archive to create, FILE.tar or FILE.tar.gz")
     pack.add_argument("--unfinished", action="store_true", help="pack unfinished runs too")
 
 

@@ -197,14 +197,14 @@ def _stage2_jobs(
 def _evaluate_jobs(
     options: argparse.Namespace, out: Path, arm: str, first: Stage1Settings, second: Stage2Settings | None
 ) -> Iterator[Job]:
-    from examples.te_vqgan.stage2.evaluate import READING, is_read, rule_file
+    from examples.te_vqgan.stage2.evaluate import is_measured, is_read
     from examples.te_vqgan.stage2.train import stage2_folder
 
     tokenizer = run_folder(out, arm, first.seed)
     folder = tokenizer if second is None else stage2_folder(tokenizer, second)
-    files = [READING] if second is None else [rule_file(rule) for rule in DEFAULT_RULES]
     read = first.perceptual == "none" or is_read(tokenizer, first.perceptual)
-    if read and all((folder / name).exists() for name in files):
+    measured = is_read(tokenizer) if second is None else all(is_measured(folder, rule) for rule in DEFAULT_RULES)
+    if read and measured:
         return
     given = {"data": first.data, "out": out, "arm": arm, "seed": first.seed, "perceptual": options.perceptual}
     if second is not None:

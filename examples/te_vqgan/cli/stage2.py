@@ -136,17 +136,18 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _evaluate_all(options: argparse.Namespace, source: DigitSource) -> None:
     """Measure every run in the folder of results that is finished, a seed after the other."""
-    from examples.te_vqgan.reports.results import finished_runs
+    from examples.te_vqgan.reports.results import finished_gpts, finished_runs, tell_unfinished
     from examples.te_vqgan.runs.checks import require
     from examples.te_vqgan.runs.files import read_json_object
     from examples.te_vqgan.stage2.settings import from_dict
 
+    tell_unfinished(out_folder(options))
     folders = finished_runs(out_folder(options))
     require(bool(folders), "out", "a folder with finished runs", str(out_folder(options)))
     for tokenizer in folders:
-        trained = [] if options.tokenizer_alone else sorted(tokenizer.glob("stage2-*/evaluation.json"))
+        trained = [] if options.tokenizer_alone else finished_gpts(tokenizer)
         chosen: list[Stage2Settings | None] = [
-            from_dict(read_json_object(path.with_name("settings.json"))) for path in trained
+            from_dict(read_json_object(folder / "settings.json")) for folder in trained
         ]
         measured = [_evaluate_one(options, source, tokenizer, settings) for settings in chosen or [None]]
         _tell(tokenizer, any(measured))

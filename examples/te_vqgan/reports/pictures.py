@@ -29,16 +29,15 @@ from examples.te_vqgan.reports.document import (
 from examples.te_vqgan.reports.figures import code_colors
 from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.reports.results import by_arm, commands
+from examples.te_vqgan.reports.samples import Stored, load_run_samples, load_samples
 from examples.te_vqgan.reports.trial import trial_size
-from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
-from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from te_quant import EquivarianceReport
 from te_quant.equivariance import Agreement, best_token_shift
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["add_pictures", "draw_pictures", "picture_findings", "picture_tables", "render_pictures"]
+__all__ = ["draw_pictures", "picture_findings", "picture_samples", "picture_tables", "render_pictures"]
 
 SAMPLES = "samples/pictures.safetensors"
 _FIGURE = "pictures.png"
@@ -56,49 +55,57 @@ _OF_ONE = ("moved_images", "tokens", "moved_tokens")
 _NONE = "—"
 
 
-def add_pictures(results: dict[str, Any], collected: Mapping[str, Any], out: Path, folder: Path) -> None:
-    """Move what the runs share to the top of ``results``, and copy the samples of each arm's first seed.
+def picture_samples(
+    results: dict[str, Any], collected: Mapping[str, Any], out: Path, folder: Path
+) -> dict[str, Stored]:
+    """Move what the runs share to the top of ``results``, and read the samples of each arm's first seed.
 
     Args:
         results: of all runs; changed in place. ``pictures`` holds the manifest once, and logs keep the lines that
             have validation numbers.
         collected: the runs in ``out``.
         out: the folder of a preset.
-        folder: of the report.
+        folder: of the report, whose samples of other runs stay.
+
+    Returns:
+        The file of samples, by its name in the folder of the report.
+
+    Raises:
+        ValueError: samples are missing or damaged.
     """
     for run in results["runs"]:
         manifest = run["provenance"].pop("pictures", None)
         results["pictures"] = manifest or results.get("pictures", [])
         run["log"] = [line for line in run["log"] if "validation_l1" in line]
     here = {(run["arm"], run["seed"]): run["folder"] for run in collected["runs"]}
-    path = folder / SAMPLES
-    samples = load_checkpoint(path)[0] if path.exists() else {}
+    samples = load_samples(folder / SAMPLES)[0] if (folder / SAMPLES).exists() else {}
     for first, *_ in by_arm(results["runs"]).values():
         name = here.get((first["arm"], first["seed"]))
         if name is None:
             continue
-        tensors, _ = load_checkpoint(out / name / "samples.safetensors")
+        tensors, _ = load_run_samples(out / name)
         shown = _most_contrast(tensors["images"].numpy())
         for key, tensor in tensors.items():
             kept = tensor[shown : shown + 1] if key in _OF_ONE else tensor
             samples[key if key in _SHARED else f"{first['arm']}.{key}"] = kept
-    save_checkpoint(path, samples, {})
     results["samples"] = SAMPLES
+    return {SAMPLES: (samples, {})}
 
 
-def render_pictures(results: Mapping[str, Any], folder: Path) -> None:
-    """Write the report, its tables and its figure."""
-    tensors, _ = load_checkpoint(folder / results["samples"])
-    figure = draw_pictures(results, {name: np.asarray(tensor) for name, tensor in tensors.items()})
-    pictures = {_FIGURE: encode_png(figure, photographs=True)}
-    write_bytes_atomically(folder / _FIGURE, pictures[_FIGURE])
-    blocks = _blocks(results)
+def render_pictures(results: Mapping[str, Any], samples: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
+    """Return the report, its tables and its figure by the names of their files.
+
+    Args:
+        results: of the runs.
+        samples: as :func:`picture_samples` keeps them.
+    """
+    pictures = {_FIGURE: encode_png(draw_pictures(results, samples), photographs=True)}
     title = f"Tokenizers of {results['runs'][0]['settings']['data']}"
-    write_text_atomically(folder / "report.md", to_markdown([Heading(1, title), *blocks]))
-    write_text_atomically(folder / "report.html", to_html([Heading(1, title), *blocks], pictures, title))
-    for name, table in picture_tables(results).items():
-        write_text_atomically(folder / f"{name}.md", to_markdown([table]))
-    write_text_atomically(folder / "findings.md", to_markdown([Bullets(picture_findings(results))]))
+    blocks = [Heading(1, title), *_blocks(results)]
+    texts = {"report.md": to_markdown(blocks), "report.html": to_html(blocks, pictures, title)}
+    texts |= {f"{name}.md": to_markdown([table]) for name, table in picture_tables(results).items()}
+    texts["findings.md"] = to_markdown([Bullets(picture_findings(results))])
+    return {**pictures, **{name: text.encode() for name, text in texts.items()}}
 
 
 def picture_tables(results: Mapping[str, Any]) -> dict[str, Table]:
@@ -192,7 +199,7 @@ def draw_pictures(results: Mapping[str, Any], samples: Mapping[str, NDArray[Any]
 
     Args:
         results: of the runs.
-        samples: as :func:`add_pictures` keeps them: ``images``, ``moved_images``, and by arm, as in
+        samples: as :func:`picture_samples` keeps them: ``images``, ``moved_images``, and by arm, as in
             ``vqgan.tokens``, ``reconstructions``, ``tokens`` and ``moved_tokens``.
 
     Shape:

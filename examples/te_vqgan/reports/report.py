@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.te_vqgan.data.sources import is_pictures
+from examples.te_vqgan.data.sources import CLASS_NAMES, is_pictures
 from examples.te_vqgan.reports.document import (
     Block,
     Bullets,
@@ -29,7 +29,7 @@ from examples.te_vqgan.reports.figures import draw_curves, draw_placements, draw
 from examples.te_vqgan.reports.findings import findings
 from examples.te_vqgan.reports.generation.report import generation_blocks, generation_figures, generation_tables
 from examples.te_vqgan.reports.generation.tables import full_size, generations, shown_rule
-from examples.te_vqgan.reports.pictures import add_pictures, render_pictures
+from examples.te_vqgan.reports.pictures import picture_samples, render_pictures
 from examples.te_vqgan.reports.png import encode_png
 from examples.te_vqgan.reports.results import (
     METRICS,
@@ -39,10 +39,12 @@ from examples.te_vqgan.reports.results import (
     commands,
     merged,
     read_results,
+    tell_unfinished,
     to_text,
 )
+from examples.te_vqgan.reports.samples import Stored, load_run_samples, load_samples
 from examples.te_vqgan.reports.trial import trial_size
-from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
+from examples.te_vqgan.runs.checkpoint import save_checkpoint
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import write_bytes_atomically, write_text_atomically
 from examples.te_vqgan.stage2.rules import HEADLINE
@@ -52,7 +54,7 @@ from te_quant.equivariance import plot_reports
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["render", "write_report"]
+__all__ = ["render", "rendered", "write_report"]
 
 # Pictures that show images, whose colours are kept.
 _PHOTOGRAPHS = ("reconstructions.png", "generated.png", "captions.png")
@@ -89,21 +91,27 @@ def write_report(out: Path, *, command: str, wall_seconds: float | None = None, 
         The folder of the report.
 
     Raises:
-        ValueError: no run is finished, or as :func:`~.reports.results.merged`.
+        ValueError: no run is finished, samples are missing or damaged, or as :func:`~.reports.results.collect` and
+            :func:`~.reports.results.merged`. Nothing is written then.
     """
+    tell_unfinished(out, CLASS_NAMES)
     collected = collect(out, command=command, wall_seconds=wall_seconds)
     folder = out / "report" if into is None else into
     path = folder / _RESULTS
     results = collected
     if into is not None and path.is_file():
         results = merged(read_results(path), collected)
+    # All is read and drawn before the first file is written, so that what cannot be shown leaves the old report.
     if _of_pictures(results):
-        add_pictures(results, collected, out, folder)
+        fresh = picture_samples(results, collected, out, folder)
     else:
-        results["samples"] = _copied_samples(results, collected, out, folder)
-        _add_generated(results, collected, out, folder)
+        fresh = {**_first_samples(results, collected, out), **_generated(results, collected, out)}
+    stored = _stored(results, folder, fresh)
+    files = rendered(results, stored)
+    for name, (tensors, facts) in fresh.items():
+        save_checkpoint(folder / name, tensors, facts)
     write_text_atomically(path, to_text(results))
-    render(folder)
+    _write(folder, files)
     return folder
 
 
@@ -111,54 +119,68 @@ def render(folder: Path) -> None:
     """Write everything in ``folder`` that follows from its ``results.json`` and ``samples/``.
 
     Raises:
-        ValueError: there is no ``results.json``.
+        ValueError: there is no ``results.json``, or samples that it names are missing or damaged.
     """
     path = folder / _RESULTS
     require(path.is_file(), "results", "a folder with results.json", str(folder))
     results = read_results(path)
+    _write(folder, rendered(results, _stored(results, folder, {})))
+
+
+def rendered(results: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, bytes]:
+    """Return the files of a report, by name, that follow from its results and the files of samples named there."""
+    arrays = {
+        name: {key: np.asarray(tensor) for key, tensor in tensors.items()} for name, (tensors, _) in stored.items()
+    }
     if _of_pictures(results):
-        render_pictures(results, folder)
-        return
-    samples = {title: _samples(folder / name) for title, name in results["samples"].items()}
-    generated = {arm: _samples(folder / name) for arm, name in results.get("generated", {}).items()}
+        return render_pictures(results, arrays[results["samples"]])
+    samples = {title: arrays[name] for title, name in results["samples"].items()}
+    generated = {arm: arrays[name] for arm, name in results.get("generated", {}).items()}
     figures = _figures(results, samples) | generation_figures(results, generated)
     pictures = {name: encode_png(figure, photographs=name in _PHOTOGRAPHS) for name, figure in figures.items()}
-    for name, content in pictures.items():
-        write_bytes_atomically(folder / name, content)
     blocks = _blocks(results)
-    write_text_atomically(folder / "report.md", to_markdown(blocks))
-    write_text_atomically(folder / "report.html", to_html(blocks, pictures, _title(results)))
+    texts = {"report.md": to_markdown(blocks), "report.html": to_html(blocks, pictures, _title(results))}
     if full_size(results) is not None:
-        for name, table in generation_tables(results).items():
-            write_text_atomically(folder / f"{name}.md", to_markdown([table]))
+        texts |= {f"{name}.md": to_markdown([table]) for name, table in generation_tables(results).items()}
+    return {**pictures, **{name: text.encode() for name, text in texts.items()}}
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        write_bytes_atomically(folder / name, content)
 
 
 def _of_pictures(results: Mapping[str, Any]) -> bool:
     return is_pictures(results["runs"][0]["settings"]["data"])
 
 
-def _copied_samples(
-    results: Mapping[str, Any], collected: Mapping[str, Any], out: Path, folder: Path
-) -> dict[str, str]:
-    """Copy the samples of each arm's first seed, if it is among those in ``out``, and return all of them."""
+def _stored(results: Mapping[str, Any], folder: Path, fresh: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return the files of samples that ``results`` names: those that are ``fresh``, the others from ``folder``."""
+    samples = results["samples"]
+    names = [samples] if isinstance(samples, str) else [*samples.values(), *results.get("generated", {}).values()]
+    return {name: fresh[name] if name in fresh else load_samples(folder / name) for name in names}
+
+
+def _first_samples(results: dict[str, Any], collected: Mapping[str, Any], out: Path) -> dict[str, Stored]:
+    """Read the samples of each arm's first seed, if it is among those in ``out``, and name those of all arms."""
     here = {(run["arm"], run["seed"]) for run in collected["runs"]}
-    names = {}
+    before, fresh = results.get("samples", {}), {}
+    results["samples"] = {}
     for title, (first, *_) in by_arm(results["runs"]).items():
-        names[title] = results.get("samples", {}).get(title, f"samples/{first['arm']}.safetensors")
+        name = results["samples"][title] = before.get(title, f"samples/{first['arm']}.safetensors")
         if (first["arm"], first["seed"]) in here:
-            source = out / first["folder"] / "samples.safetensors"
-            write_bytes_atomically(folder / names[title], source.read_bytes())
-    return names
+            fresh[name] = load_run_samples(out / first["folder"])
+    return fresh
 
 
-def _add_generated(results: dict[str, Any], collected: Mapping[str, Any], out: Path, folder: Path) -> None:
-    """Copy what each arm's first seed generated, if it is among those in ``out``, and note the captions of all.
+def _generated(results: dict[str, Any], collected: Mapping[str, Any], out: Path) -> dict[str, Stored]:
+    """Read what each arm's first seed generated, if it is among those in ``out``, and note the captions of all.
 
     Only evaluations under the headline rule keep pictures; an arm measured only under other rules has none.
     """
     images = full_size(results)
     if images is None:
-        return
+        return {}
     rule = shown_rule(results)
     here = {(arm, run["seed"]) for arm, runs in generations(collected, images, rule).items() for run in runs}
     arms = generations(results, images, rule)
@@ -170,14 +192,16 @@ def _add_generated(results: dict[str, Any], collected: Mapping[str, Any], out: P
         for name in sorted(_PICTURES, key=lambda name: name != rule)
     )
     names = {arm: name for arm, name in results.get("generated", {}).items() if arm in arms}
+    fresh = {}
     for arm, source in next(filter(None, by_rule), {}).items():
         names[arm] = f"samples/{arm}-generated.safetensors"
-        tensors, texts = load_checkpoint(source)
+        tensors, texts = load_samples(source, cure="restore it, or give `evaluate` again")
         # Figures show held-out combinations; the archive of a release has the seen ones.
         shown = {name: tensor for name, tensor in tensors.items() if not name.startswith("seen.")}
-        save_checkpoint(folder / names[arm], shown, texts)
+        fresh[names[arm]] = (shown, texts)
         results["captions"] = {split: part["captions"] for split, part in texts.items()}
     results["generated"] = names
+    return fresh
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -340,8 +364,3 @@ def _commands(results: Mapping[str, Any]) -> str:
 
 def _took(seconds: float | None) -> str:
     return "" if seconds is None else f" ({seconds:.0f} s of wall time for everything)"
-
-
-def _samples(path: Path) -> dict[str, NDArray[Any]]:
-    tensors, _ = load_checkpoint(path)
-    return {name: np.asarray(tensor) for name, tensor in tensors.items()}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.te_vqgan.classifier.settings import ClassifierSettings
+from examples.te_vqgan.data.sources import CLASS_NAMES
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.files import read_json_object
 from examples.te_vqgan.runs.logs import read_log
+from examples.te_vqgan.runs.recorded import require_recorded
 from examples.te_vqgan.stage1.presets import ARMS
 from examples.te_vqgan.stage1.presets import present_form as stage1_form
+from examples.te_vqgan.stage2.rules import RULES
 from examples.te_vqgan.stage2.settings import present_form as stage2_form
 from te_quant import EquivarianceReport
 
@@ -26,17 +31,24 @@ __all__ = [
     "cell",
     "collect",
     "commands",
+    "finished_gpts",
     "finished_runs",
     "mean_and_deviation",
     "merged",
     "read_results",
     "run_folder",
+    "tell_unfinished",
     "to_text",
     "values_of",
 ]
 
 # Enough points for the curves; the archive of a release holds every line.
 _LOG_LINES = 48
+_ELSEWHERE = "choose another folder for --into"
+# Copies that a user put beside them, such as vqgan-seed0-old, have other names.
+_RUN = re.compile(r"(.+)-seed(0|[1-9][0-9]*)")
+_GPT = re.compile(r"stage2-([1-9][0-9]*)")
+_RULE = re.compile(rf"rule-({'|'.join(RULES)}|[1-9][0-9]*)")
 
 
 class Metric(NamedTuple):
@@ -111,7 +123,8 @@ def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> di
         wall_seconds: how long that took, if it did everything.
 
     Raises:
-        ValueError: no run is finished.
+        ValueError: no run is finished; or one has another seed than its folder, or weights, or a tokenizer, other
+            than its provenance records.
     """
     runs = _runs_in(out)
     require(bool(runs), "out", "a folder with finished runs", str(out))
@@ -119,8 +132,7 @@ def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> di
     classifier = _parts(out / "classifier", "settings", "evaluation", "provenance")
     if "evaluation" in classifier:
         results["classifier"] = classifier
-    other = {folder.parent.parent.name for folder in out.glob("*/*-seed*/evaluation.json")}
-    for data in sorted(other):
+    for data in sorted(CLASS_NAMES):
         runs = _runs_in(out / data)
         if runs:
             results.setdefault("other", {})[data] = {
@@ -132,36 +144,80 @@ def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> di
 
 def finished_runs(out: Path) -> list[Path]:
     """Return the folders of the finished runs in ``out``, in the order of the arms and of their seeds."""
-    return [
-        folder
-        for arm in ARMS
-        for folder in sorted(out.glob(f"{arm}-seed*"), key=lambda folder: int(folder.name.rpartition("seed")[2]))
-        if folder.name.rpartition("-seed")[0] == arm and (folder / "evaluation.json").exists()
-    ]
+    return [folder for folder in _named_runs(out) if _is_finished(folder)]
+
+
+def finished_gpts(tokenizer: Path) -> list[Path]:
+    """Return the folders of the finished Stage 2 runs in that of their tokenizer."""
+    return [folder for folder in _named_gpts(tokenizer) if _is_finished(folder)]
+
+
+def tell_unfinished(out: Path, others: Iterable[str] = ()) -> None:
+    """Name on standard error the runs in ``out``, and in its folders of other data, that have not ended."""
+    folders = (folder for part in (out, *(out / data for data in others)) for folder in _unfinished(part))
+    names = ", ".join(folder.relative_to(out).as_posix() for folder in folders)
+    if names:
+        print(f"left out, unfinished: {names}", file=sys.stderr)
+
+
+def _unfinished(out: Path) -> Iterator[Path]:
+    for run in _named_runs(out):
+        # The trainings on an unfinished tokenizer go with it.
+        for folder in (run, *_named_gpts(run)) if _is_finished(run) else (run,):
+            if (folder / "settings.json").exists() and not _is_finished(folder):
+                yield folder
+
+
+def _named_runs(out: Path) -> list[Path]:
+    """Return the folders ``ARM-seedN`` in ``out``, finished or not."""
+    names = {folder: _RUN.fullmatch(folder.name) for folder in out.glob("*-seed*")}
+    known = {folder: (name[1], int(name[2])) for folder, name in names.items() if name and name[1] in ARMS}
+    arms = list(ARMS)
+    return sorted(known, key=lambda folder: (arms.index(known[folder][0]), known[folder][1]))
+
+
+def _named_gpts(tokenizer: Path) -> list[Path]:
+    return sorted(folder for folder in tokenizer.glob("stage2-*") if _GPT.fullmatch(folder.name))
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "evaluation.json").exists()
 
 
 def _runs_in(out: Path) -> list[dict[str, Any]]:
     runs = []
     for folder in finished_runs(out):
-        arm = folder.name.rpartition("-seed")[0]
+        require_recorded(folder)
+        arm, _, seed = folder.name.rpartition("-seed")
         run: dict[str, Any] = {"arm": arm, "title": ARMS[arm].title, "folder": folder.name}
         run |= _parts(folder, "settings", "evaluation", "provenance", "exactness", "reading")
         run["seed"] = run["settings"]["seed"]
+        _require_own_name(folder, "seed", seed, run["settings"])
         run["log"] = _thinned(read_log(folder / "log.jsonl"))
         second = {}
-        for inner in sorted(folder.glob("stage2-*")):
-            if (inner / "evaluation.json").exists():
-                # Files that the first version wrote, before there were rules.
-                older = [path.stem for path in inner.glob("generation*.json")]
-                part = _parts(inner, "settings", "evaluation", "provenance", *older)
-                rules = _parts(inner, *(path.stem for path in inner.glob("rule-*.json")))
-                part["rules"] = {name.removeprefix("rule-"): numbers for name, numbers in rules.items()}
-                part["log"] = _thinned(read_log(inner / "log.jsonl"))
-                second[inner.name.removeprefix("stage2-")] = part
+        for inner in finished_gpts(folder):
+            require_recorded(inner)
+            # Files that the first version wrote, before there were rules.
+            older = [path.stem for path in inner.glob("generation*.json")]
+            part = _parts(inner, "settings", "evaluation", "provenance", *older)
+            size = inner.name.removeprefix("stage2-")
+            _require_own_name(inner, "train_images", size, part["settings"])
+            named = [path.stem for path in inner.glob("rule-*.json") if _RULE.fullmatch(path.stem)]
+            rules = _parts(inner, *named)
+            part["rules"] = {name.removeprefix("rule-"): numbers for name, numbers in rules.items()}
+            part["log"] = _thinned(read_log(inner / "log.jsonl"))
+            second[size] = part
         if second:
             run["stage2"] = second
         runs.append(_present(run))
     return runs
+
+
+def _require_own_name(folder: Path, name: str, expected: str, settings: Mapping[str, Any]) -> None:
+    """Refuse the copy of a run under the name of another one."""
+    found = settings[name]
+    got = f"{found}; rename the folder, or move it elsewhere"
+    require(str(found) == expected, name, f"{expected}, as the name of {folder} says", got)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -221,12 +277,13 @@ def commands(results: Mapping[str, Any]) -> list[str]:
 def merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``before`` with everything that ``after`` has anew or in addition.
 
-    A run is known by its arm and seed; one that is in both is taken from ``after``, but for trainings of Stage 2
-    that ``after`` lacks, if they stand on a tokenizer of the same settings.
+    A run is known by its arm and seed. One that is in both is taken from ``after``, with the measurements and the
+    trainings of Stage 2 that only ``before`` has of the same weights.
 
     Raises:
-        ValueError: the results are of different data, or two seeds of an arm, or two trainings of Stage 2 on as
-            many images, differ in other settings than the seed; or their classifiers do.
+        ValueError: the results are of different data; or a run has other settings in ``after``, or other weights
+            without all of its trainings of Stage 2; or two seeds of an arm, or two trainings of Stage 2 on as many
+            images, differ in other settings than the seed; or their classifiers do.
     """
     _require_one_reader("the data", before, after)
     result = {**before, **after, "runs": _merged_runs(before["runs"], after["runs"])}
@@ -243,15 +300,13 @@ def merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
 
 
 def _merged_runs(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    data = list(dict.fromkeys(run["settings"]["data"] for run in (*before, *after)))
+    require(len(data) == 1, "data", "the same in both results", " and ".join(data))
     known = {(run["arm"], run["seed"]): dict(run) for run in before}
     for run in after:
-        old = known.get((run["arm"], run["seed"]), {})
-        kept = old.get("stage2", {}) if old.get("settings") == run["settings"] else {}
-        second = {**kept, **run.get("stage2", {})}
-        known[run["arm"], run["seed"]] = {**run, **({"stage2": second} if second else {})}
+        key = (run["arm"], run["seed"])
+        known[key] = _updated(known[key], run) if key in known else dict(run)
     runs = sorted(known.values(), key=lambda run: (list(ARMS).index(run["arm"]), run["seed"]))
-    data = list(dict.fromkeys(run["settings"]["data"] for run in runs))
-    require(len(data) == 1, "data", "the same in both results", " and ".join(data))
     for arm in dict.fromkeys(run["arm"] for run in runs):
         _require_alike(f"every seed of {arm}", [run["settings"] for run in runs if run["arm"] == arm])
     trainings = [(size, part["settings"]) for run in runs for size, part in run.get("stage2", {}).items()]
@@ -259,6 +314,44 @@ def _merged_runs(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[st
         of_size = [{**settings, "stage1": None} for number, settings in trainings if number == size]
         _require_alike(f"every Stage 2 of {size} images", of_size)
     return runs
+
+
+def _updated(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run as it is now, with what only ``old`` has of the same weights."""
+    whose = f"{new['arm']}, seed {new['seed']}"
+    _require_alike(f"{whose}, in both results", [old["settings"], new["settings"]])
+    before, after = old.get("stage2", {}), new.get("stage2", {})
+    # In the order of ``before``, so that adding the same results again changes nothing.
+    shared = [size for size in before if size in after]
+    for size in shared:
+        settings = [part[size]["settings"] for part in (before, after)]
+        _require_alike(f"the GPT of {whose}, on {size} images, in both results", settings)
+    weights = [_recorded(run, "weights") for run in (old, new)]
+    lost = [
+        size
+        for size, part in before.items()
+        if size not in after and not _agree(*weights, _recorded(part, "tokenizer"))
+    ]
+    got = f"other weights without the GPT on {' and '.join(lost)} images that the results have; {_ELSEWHERE}"
+    require(not lost, "tokenizer", f"the one of {whose}, in both results", got)
+    if not _agree(*weights):
+        return dict(new)
+    second = {**before, **after}
+    for size in shared:
+        one, two = before[size], after[size]
+        if _agree(_recorded(one, "weights"), _recorded(two, "weights")):
+            second[size] = {**one, **two, "rules": {**one["rules"], **two["rules"]}}
+    return {**old, **new, **({"stage2": second} if second else {})}
+
+
+def _recorded(part: Mapping[str, Any], name: str) -> str | None:
+    found: str | None = part.get("provenance", {}).get("hashes", {}).get(name)
+    return found
+
+
+def _agree(*hashes: str | None) -> bool:
+    """Say whether hashes are equal, as far as they were recorded."""
+    return len({*hashes} - {None}) < 2
 
 
 def _require_one_reader(whose: str, *results: Mapping[str, Any]) -> None:
@@ -269,7 +362,7 @@ def _require_one_reader(whose: str, *results: Mapping[str, Any]) -> None:
 def _require_alike(whose: str, settings: Sequence[Mapping[str, Any]]) -> None:
     for other in settings[1:]:
         changes = differing({**settings[0], "seed": 0}, {**other, "seed": 0})
-        require(not changes, "settings", f"the same for {whose}", "; ".join(changes))
+        require(not changes, "settings", f"the same for {whose}", f"{'; '.join(changes)}; {_ELSEWHERE}")
 
 
 def by_arm(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

@@ -1,7 +1,7 @@
 """A folder of results as one archive for a release: weights, logs, samples, numbers and reports.
 
-What only serves to resume a training stays out: moments of optimizers, token caches and locks; and the copy of the
-log that TensorBoard reads.
+What only serves to resume a training stays out: moments of optimizers, token caches and locks. So do the copy of
+the log that TensorBoard reads, and archives.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import IO, NamedTuple
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, under
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import atomic_file
+from examples.te_vqgan.runs.recorded import require_recorded
 from examples.te_vqgan.runs.running import CHECKPOINT
 
 __all__ = ["MANIFEST", "Packed", "pack", "unfinished_runs"]
@@ -56,23 +57,28 @@ def pack(out: Path, target: Path, *, unfinished: bool = False) -> Packed:
 
     Args:
         out: a folder of results.
-        target: ``FILE.tar`` or ``FILE.tar.gz``, written as a whole or not at all.
+        target: ``FILE.tar`` or ``FILE.tar.gz``, a new file, written as a whole or not at all.
         unfinished: pack unfinished runs too, with the weights of their checkpoints.
 
     Raises:
-        ValueError: another suffix, no run in ``out``, or an unfinished one that ``unfinished`` does not allow.
+        ValueError: another suffix, a file that exists, no run in ``out``, an unfinished one that ``unfinished``
+            does not allow, a damaged file of tensors, or as :func:`~.runs.recorded.require_recorded`.
     """
     require(target.name.endswith(_SUFFIXES), "into", " or ".join(f"FILE{end}" for end in _SUFFIXES), target)
+    require(not target.exists(), "into", "a new file", f"{target}, which exists; choose another, or delete it")
     runs = _runs(out)
     require(bool(runs), "out", "a folder with runs", out)
     names = ", ".join(str(run.relative_to(out)) for run in unfinished_runs(out))
     good = unfinished or not names
     require(good, "out", "a folder of finished runs, or pass --unfinished", f"one with unfinished {names}")
+    for run in runs:
+        if _is_finished(run):
+            require_recorded(run)
     sums: dict[str, str] = {}
     with contextlib.ExitStack() as opened:
         inner = opened.enter_context(_compressed(opened.enter_context(atomic_file(target)), target))
         archive = opened.enter_context(tarfile.open(fileobj=inner, mode="w", format=tarfile.PAX_FORMAT))
-        for name, content in _contents(out, runs, target):
+        for name, content in _contents(out, runs):
             sums[name] = hashlib.sha256(content).hexdigest()
             _add(archive, f"{out.resolve().name}/{name}", content)
         manifest = "".join(f"{value}  {name}\n" for name, value in sums.items())
@@ -82,16 +88,20 @@ def pack(out: Path, target: Path, *, unfinished: bool = False) -> Packed:
 
 def unfinished_runs(out: Path) -> list[Path]:
     """Return the folders below ``out`` whose trainings have not ended."""
-    return [run for run in _runs(out) if not (run / "evaluation.json").exists()]
+    return [run for run in _runs(out) if not _is_finished(run)]
 
 
 def _runs(out: Path) -> list[Path]:
     return sorted(path.parent for path in out.rglob("settings.json"))
 
 
-def _contents(out: Path, runs: list[Path], target: Path) -> Iterator[tuple[str, bytes]]:
+def _is_finished(run: Path) -> bool:
+    return (run / "evaluation.json").exists()
+
+
+def _contents(out: Path, runs: list[Path]) -> Iterator[tuple[str, bytes]]:
     """Give name and content of every file, sorted by name."""
-    paths = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if _belongs(path, out, target)}
+    paths = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if _belongs(path, out)}
     # The weights of such runs lie next to their moments, in the checkpoint.
     weights = {
         (run / WEIGHTS).relative_to(out).as_posix(): run / CHECKPOINT
@@ -99,13 +109,28 @@ def _contents(out: Path, runs: list[Path], target: Path) -> Iterator[tuple[str, 
         if not (run / "model").is_dir() and (run / CHECKPOINT).exists()
     }
     for name in sorted({**paths, **weights}):
-        yield name, _weights(weights[name]) if name in weights else paths[name].read_bytes()
+        yield name, _weights(weights[name]) if name in weights else _content(paths[name])
 
 
-def _belongs(path: Path, out: Path, target: Path) -> bool:
+def _belongs(path: Path, out: Path) -> bool:
     parts = path.relative_to(out).parts
-    left_out = path.name in _LEFT_OUT or any(part.startswith(".") or part in _LEFT_OUT_FOLDERS for part in parts)
-    return path.is_file() and not left_out and path.resolve() != target.resolve()
+    left_out = path.name in _LEFT_OUT or path.name.endswith(_SUFFIXES)
+    left_out |= any(part.startswith(".") or part in _LEFT_OUT_FOLDERS for part in parts)
+    return path.is_file() and not left_out
+
+
+def _content(path: Path) -> bytes:
+    """Read a file, and refuse tensors that were cut short, which runs without recorded hashes would not show."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    content = path.read_bytes()
+    if path.suffix == ".safetensors":
+        try:
+            load(content)
+        except SafetensorError as error:
+            raise ValueError(f"{path} must hold tensors, got {error}; restore it before packing.") from error
+    return content
 
 
 def _weights(checkpoint: Path) -> bytes:

@@ -1,12 +1,14 @@
 """The step ``evaluate``: what a finished tokenizer, and the GPT on its tokens, is worth on held-out combinations.
 
 Writes ``reading.json`` into the folder of the Stage 1 run, and for each rule ``rule-NAME.json`` into that of the
-Stage 2 run, with pictures in ``rule-paper.safetensors``. Existing files are not measured again.
+Stage 2 run, with pictures in ``rule-paper.safetensors``. Existing files are not measured again unless they are
+damaged.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,21 @@ from examples.te_vqgan.classifier.settings import require_reader_of
 from examples.te_vqgan.data.heldout import allowed
 from examples.te_vqgan.data.pairs import CaptionedImages
 from examples.te_vqgan.data.sources import DigitSource
-from examples.te_vqgan.runs.checkpoint import save_checkpoint
+from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import read_json_object, sha256, write_text_atomically
 from examples.te_vqgan.runs.provenance import Execution, git_commit, versions
+from examples.te_vqgan.runs.recorded import require_recorded
 from examples.te_vqgan.runs.running import Clock
 from examples.te_vqgan.stage1.evaluation import dataset
 from examples.te_vqgan.stage1.perceptual import load_perceptual, measured_distances
 from examples.te_vqgan.stage2.generation import evaluate_pairs, read_tokenizer
 from examples.te_vqgan.stage2.rules import HEADLINE, rule_named
 from examples.te_vqgan.stage2.settings import Stage2Settings
-from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, require_tokenizer_of, stage2_folder
+from examples.te_vqgan.stage2.train import is_finished, load_tokenizer, stage2_folder
 from examples.te_vqgan.stage2.transformers import load_transformer
 
-__all__ = ["PICTURES", "READING", "evaluate_gpt", "evaluate_tokenizer", "is_read", "rule_file"]
+__all__ = ["PICTURES", "READING", "evaluate_gpt", "evaluate_tokenizer", "is_measured", "is_read", "rule_file"]
 
 READING = "reading.json"
 PICTURES = "rule-paper.safetensors"
@@ -40,8 +43,15 @@ _EVALUATION_SEED = 0
 
 
 def is_read(tokenizer: Path, perceptual: str | None = None) -> bool:
-    """Say whether the folder of a tokenizer holds its reading, and in it the distance that is asked for."""
-    return (tokenizer / READING).exists() and (perceptual in (None, "none") or perceptual in _measured(tokenizer))
+    """Say whether the folder of a tokenizer holds its whole reading, and in it the distance that is asked for."""
+    path = tokenizer / READING
+    asked = perceptual not in (None, "none")
+    return path.exists() and not _is_damaged(path) and (not asked or perceptual in _measured(tokenizer))
+
+
+def is_measured(folder: Path, rule: str) -> bool:
+    """Say whether the folder of a Stage 2 run holds the numbers of ``rule``, and nothing damaged of them."""
+    return (folder / rule_file(rule)).exists() and not any(map(_is_damaged, _files(folder, rule)))
 
 
 def evaluate_tokenizer(
@@ -55,7 +65,7 @@ def evaluate_tokenizer(
 ) -> bool:
     """Read the digits in a tokenizer's reconstructions of the test images.
 
-    What is there is measured again only if a perceptual distance is asked for that it lacks.
+    What is there is measured again only if it is damaged, or lacks a perceptual distance that is asked for.
 
     Args:
         tokenizer: folder of the finished Stage 1 run.
@@ -75,6 +85,7 @@ def evaluate_tokenizer(
     """
     if is_read(tokenizer, perceptual):
         return False
+    _tell_damaged(tokenizer / READING)
     clock = Clock()
     device = (execution or Execution()).apply()
     autoencoder, settings = load_tokenizer(tokenizer, device)
@@ -108,7 +119,7 @@ def evaluate_gpt(
     """Measure both tasks on held-out combinations.
 
     Under the rule ``paper``, also measure combinations seen in training, on half as many pairs. The digits are
-    those of the test split in either case.
+    those of the test split in either case. What is there is measured again only if it is damaged.
 
     Args:
         settings: of the Stage 2 run.
@@ -124,16 +135,17 @@ def evaluate_gpt(
         False if that had been done before.
 
     Raises:
-        ValueError: a run is not finished, the classifier reads other digits, or there is no such rule.
+        ValueError: a run is not finished, the weights of the GPT or of its tokenizer are not those that it ended
+            with, the classifier reads other digits, or there is no such rule.
     """
     folder = stage2_folder(tokenizer, settings)
-    path = folder / rule_file(rule)
-    if path.exists():
+    if is_measured(folder, rule):
         return False
+    _tell_damaged(*_files(folder, rule))
     device = (execution or Execution()).apply()
     autoencoder, stage1 = load_tokenizer(tokenizer, device)
     require(is_finished(folder, settings, stage1), "out", "a folder with a finished stage2 run", str(folder))
-    require_tokenizer_of(folder, tokenizer)
+    require_recorded(folder)
     require_reader_of(stage1.data, stage1.canvas_size, classifier)
     clock = Clock()
     gpt = load_transformer(folder / "model").to(device)
@@ -164,7 +176,7 @@ def evaluate_gpt(
     if rule == HEADLINE:
         save_checkpoint(folder / PICTURES, pictures, texts)
     numbers |= {"rule": decoding._asdict(), "classifier": sha256(weights_path(classifier)), "spent": clock.spent()}
-    _write(path, numbers, command)
+    _write(folder / rule_file(rule), numbers, command)
     return True
 
 
@@ -173,9 +185,29 @@ def rule_file(rule: str) -> str:
     return f"rule-{rule}.json"
 
 
+def _files(folder: Path, rule: str) -> list[Path]:
+    return [folder / rule_file(rule), *([folder / PICTURES] if rule == HEADLINE else [])]
+
+
 def _measured(tokenizer: Path) -> dict[str, float]:
     path = tokenizer / READING
-    return measured_distances(read_json_object(path)) if path.exists() else {}
+    return measured_distances(read_json_object(path)) if path.exists() and not _is_damaged(path) else {}
+
+
+def _is_damaged(path: Path) -> bool:
+    """Say whether a file is there and cannot be read."""
+    read = load_checkpoint if path.suffix == ".safetensors" else read_json_object
+    try:
+        if path.exists():
+            read(path)
+    except ValueError:
+        return True
+    return False
+
+
+def _tell_damaged(*paths: Path) -> None:
+    for path in filter(_is_damaged, paths):
+        print(f"{path}: damaged, is measured again.", file=sys.stderr)
 
 
 def _write(path: Path, numbers: dict[str, Any], command: str | None) -> None:

@@ -6,7 +6,10 @@ Writes ``tokenizer/`` (for ``from_pretrained``), ``gpt/`` (for ``load_transforme
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import torch
 from examples.te_vqgan.classifier.model import load_classifier, save_classifier
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
+from examples.te_vqgan.runs.recorded import require_recorded
 from examples.te_vqgan.stage1.presets import to_dict
 from examples.te_vqgan.stage2.settings import Stage2Settings
-from examples.te_vqgan.stage2.train import load_tokenizer, require_tokenizer_of, stage2_folder
+from examples.te_vqgan.stage2.train import load_tokenizer, stage2_folder
 from examples.te_vqgan.stage2.transformers import load_transformer
 
 __all__ = ["publish"]
@@ -34,23 +38,21 @@ def publish(
         settings: name the Stage 2 run; what it was trained with is read from its folder.
         tokenizer: folder of the finished Stage 1 run that it stands on.
         classifier: folder of the finished classifier.
-        target: made if it is not there.
+        target: a new folder, written as a whole or not at all.
         command: what was typed, for the record.
 
     Returns:
         Bytes of all weights.
 
     Raises:
-        ValueError: a run is not finished.
+        ValueError: ``target`` exists, a run is not finished, or the weights of the GPT or of its tokenizer are not
+            those that it ended with.
     """
+    require(not target.exists(), "into", "a new folder", f"{target}, which exists; choose another, or delete it")
     folder = stage2_folder(tokenizer, settings)
     autoencoder, stage1 = load_tokenizer(tokenizer, _CPU)
     require((folder / "evaluation.json").is_file(), "out", "a folder with a finished stage2 run", str(folder))
-    require_tokenizer_of(folder, tokenizer)
-    # Half of the bytes; the values are far from the range of float16. Whoever loads them computes in float32.
-    autoencoder.half().save_pretrained(target / "tokenizer")
-    load_transformer(folder / "model").half().save_pretrained(target / "gpt")
-    save_classifier(load_classifier(classifier).half(), target / "classifier")
+    require_recorded(folder)
     trained = read_json_object(folder / "settings.json")
     about: dict[str, Any] = {
         "command": command,
@@ -62,5 +64,23 @@ def publish(
         "stage2": {name: value for name, value in trained.items() if name != "stage1"},
         "provenance": read_json_object(folder / "provenance.json"),
     }
-    write_text_atomically(target / "about.json", json.dumps(about, indent=2) + "\n")
+    gpt, reader = load_transformer(folder / "model"), load_classifier(classifier)
+    with _new_folder(target) as made:
+        # Half of the bytes; the values are far from the range of float16. Whoever loads them computes in float32.
+        autoencoder.half().save_pretrained(made / "tokenizer")
+        gpt.half().save_pretrained(made / "gpt")
+        save_classifier(reader.half(), made / "classifier")
+        write_text_atomically(made / "about.json", json.dumps(about, indent=2) + "\n")
     return sum(path.stat().st_size for path in target.rglob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder that becomes ``target`` at the end of the block, and goes away if the block fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The same parent, since a rename is atomic only within one file system.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
+        made = Path(aside) / target.name
+        made.mkdir()
+        yield made
+        made.rename(target)

@@ -21,13 +21,13 @@ from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.files import sha256, write_text_atomically
 from examples.te_vqgan.runs.provenance import Execution
+from examples.te_vqgan.runs.recorded import require_recorded
 from examples.te_vqgan.runs.running import (
     WEIGHTS,
     Clock,
     begun_run,
     finished_run,
     provenance,
-    recorded_hash,
     run_steps,
 )
 from examples.te_vqgan.stage1.presets import Stage1Settings, read_settings
@@ -41,7 +41,6 @@ __all__ = [
     "is_finished",
     "load_tokenizer",
     "plain_settings",
-    "require_tokenizer_of",
     "stage2_folder",
     "train_stage2",
 ]
@@ -83,20 +82,8 @@ def load_tokenizer(folder: Path, device: torch.device) -> tuple[VQAutoencoder, S
     model = VQAutoencoder.from_pretrained(folder / "model")
     changes = differing(model.config.to_dict(), settings.model.to_dict(), "model.")
     require(not changes, "model", f"that of the settings in {folder}", "; ".join(changes))
-    known = recorded_hash(folder, "weights")
-    same = known in (None, sha256(folder / WEIGHTS))
-    require(same, "model", f"the one that the run in {folder} ended with", "other weights")
+    require_recorded(folder)
     return model.to(device), settings
-
-
-def require_tokenizer_of(folder: Path, tokenizer: Path) -> None:
-    """Refuse a tokenizer other than the one whose tokens the finished run in ``folder`` was trained on.
-
-    Raises:
-        ValueError: its weights are others. Runs of older versions do not say, and pass.
-    """
-    same = recorded_hash(folder, "tokenizer") in (None, sha256(tokenizer / WEIGHTS))
-    require(same, "tokenizer", f"the one that the run in {folder} was trained with", "other weights")
 
 
 def train_stage2(

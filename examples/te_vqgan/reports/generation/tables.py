@@ -110,7 +110,8 @@ def table1(results: Mapping[str, Any], task: str) -> Table:
 def table2(results: Mapping[str, Any]) -> Table | None:
     """Quad1 of text to image, largest and smallest training set; ``None`` if only one size was measured.
 
-    Where an arm has both sizes, of the seeds that have both, so that the difference is paired.
+    Where an arm has both sizes, of the seeds that have both, so that the difference is paired. An arm without
+    either has no column.
     """
     rule, arms = shown_rule(results), ("vqgan", "te_vqgan")
     found = {
@@ -122,6 +123,8 @@ def table2(results: Mapping[str, Any]) -> Table | None:
         return None
     titles, columns = [], []
     for arm in arms:
+        if not any(found[size][arm] for size in ends):
+            continue
         both = dict(zip(ends, _with_both(*(found[size][arm] for size in ends)), strict=True))
         values = [accuracies(runs, size, rule, "text_to_image", "quad1") for size, runs in both.items()]
         printed = [TABLE2[size][arm] for size in TABLE2]
@@ -253,7 +256,7 @@ def _full(results: Mapping[str, Any]) -> int:
 
 def counted(runs: Sequence[Run]) -> str:
     """Name the number of seeds where it is smaller than the three that are meant to be."""
-    return "" if len(runs) >= 3 else f", {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+    return "" if len(runs) >= 3 else f", {len(runs)} seed{'' if len(runs) == 1 else 's'}"
 
 
 def _beside(values: Sequence[float], printed: Printed | None) -> str:
