@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,15 @@ def test_strange_files_are_refused(tmp_path: Path) -> None:
 
     garbage = tmp_path / "garbage.safetensors"
     garbage.write_bytes(b"not a checkpoint at all")
-    with pytest.raises(ValueError, match="must be a checkpoint of this trainer"):
+    told = "must be a file that this example wrote, got"
+    cure = r"docs/guides/reproducing-the-paper\.md says how to make it again\."
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(garbage))} {told} a damaged one \(.+\); {cure}$"):
         load_checkpoint(garbage)
+    with pytest.raises(ValueError, match=r"got a damaged one \(.+\); delete it\.$"):
+        load_checkpoint(garbage, cure="delete it")
     other = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(1)}, other)
-    with pytest.raises(ValueError, match="must be a checkpoint of this trainer, got 'facts'"):
+    with pytest.raises(ValueError, match=rf"{told} one without 'facts'; {cure}$"):
         load_checkpoint(other)
 
 

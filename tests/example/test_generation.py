@@ -607,7 +607,9 @@ def test_unfinished_runs_are_not_measured(chain: tuple[Path, Path], source: Digi
     with pytest.raises(ValueError, match=r"out must be a folder with a finished stage2 run, got .*stage2-8"):
         measure()
     train_stage2(GPT_SETTINGS, tokenizer, source, progress=False, resume=True)
-    with pytest.raises(ValueError, match=r"settings must be those of the run in .*, got steps was 2, now 3"):
+    with pytest.raises(
+        ValueError, match=r"settings must be those of the run in .*, got others: steps was 2, now 3"
+    ):
         measure(dataclasses.replace(GPT_SETTINGS, steps=3))
     message = r"folder must be one with a trained classifier, got .*none"
     with pytest.raises(ValueError, match=message):

@@ -198,7 +198,9 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     for command, changed in (("stage1", "--steps"), ("stage2", "--stage2-steps")):
         job = next(job for job in plan_jobs(options) if job.arguments[0] == command)
         _finish(options, job)
-        with pytest.raises(ValueError, match=r"settings must be those of the run in .*, got steps was 6, now 7"):
+        with pytest.raises(
+            ValueError, match=r"settings must be those of the run in .*, got others: steps was 6, now 7"
+        ):
             _jobs(tmp_path, "--arms", "vqgan", changed, "7", preset="smoke")
     assert [job.arguments[0] for job in plan_jobs(options)] == ["classifier", "evaluate"]
 

@@ -292,7 +292,8 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, source: DigitSource)
     with pytest.raises(Interrupted, match="stopped at step"):
         _train(_settings(), tmp_path, source, stop=lambda done: done == 2)
     changed = _settings(learning_rate=1e-3, model=dataclasses.replace(SMOKE.model, orthogonal_reg=10.0))
-    message = r"learning_rate was 0.0005, now 0.001; model.orthogonal_reg was 0.0, now 10.0"
+    differences = r"learning_rate was 0.0005, now 0.001; model.orthogonal_reg was 0.0, now 10.0"
+    message = rf"^settings must be those of the run in .*, got others: {differences}; use another --out\.$"
     with pytest.raises(ValueError, match=message):
         _train(changed, tmp_path, source, resume=True)
     with pytest.raises(ValueError, match=r"resume must be set, as .* holds an unfinished run, got False"):
@@ -310,7 +311,8 @@ def test_a_checkpoint_carried_over_without_its_settings_is_compared_by_those_ins
     shutil.copy(origin / CHECKPOINT, folder)
     changed = _settings(seed=7, model=dataclasses.replace(SMOKE.model, orthogonal_reg=10.0))
     differences = r"model.orthogonal_reg was 0.0, now 10.0; seed was 0, now 7"
-    message = rf"^settings must be those of the checkpoint in .*carried, got {differences}\.$"
+    cure = r"delete .*checkpoint\.safetensors to train from the beginning, or use another --out"
+    message = rf"^settings must be those of the checkpoint in .*carried, got others: {differences}; {cure}\.$"
     with pytest.raises(ValueError, match=message):
         _train(changed, folder, source, resume=True)
     assert not (folder / "settings.json").exists()
@@ -342,14 +344,39 @@ def test_settings_of_a_finished_run_that_say_something_else_are_refused_by_the_n
         finished_settings(tmp_path)
 
 
-def test_a_folder_in_use_is_refused(tmp_path: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes in one folder would mix their logs."""
+def test_a_folder_in_use_is_refused(
+    tmp_path: Path, source: DigitSource, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes in one folder would mix their logs. That it waits is said at once, and once."""
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(running, "_LOCK_SECONDS", 0.1)
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="must not be in use, but another process works there"):
+        cure = "wait, or choose another --out"
+        with pytest.raises(ValueError, match=f"must not be in use, but another process works there; {cure}\\.$"):
             _train(_settings(), tmp_path, source)
+    assert capsys.readouterr().err == f"waiting for the process that works in {tmp_path}\n"
+
+
+def test_waiting_for_a_folder_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C says what was stopped, as there is nothing to resume."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def press(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running.time, "sleep", press)
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        message = f"^{re.escape(str(tmp_path))}: stopped waiting for the process that works there\\.$"
+        with pytest.raises(Interrupted, match=message), only_process_in(tmp_path):
+            pytest.fail("the folder was taken")
+
+
+def test_a_free_folder_is_taken_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The usual case."""
+    with only_process_in(tmp_path):
+        assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])

@@ -477,9 +477,7 @@ def test_what_would_mix_two_runs_is_refused(tokenizer: Path, source: DigitSource
     folder = stage2_folder(tokenizer, settings)
     with pytest.raises(ValueError, match=r"resume must be set, as .*stage2-20 holds an unfinished run, got False"):
         _train(settings, tokenizer, source)
-    message = (
-        r"settings must be those of the run in .*-20, got optimizer was 'muon', now 'adam'; seed was 0, now 1"
-    )
+    message = r"those of the run in .*-20, got others: optimizer was 'muon', now 'adam'; seed was 0, now 1; "
     with pytest.raises(ValueError, match=message):
         _train(_settings(seed=1, optimizer="adam"), tokenizer, source, resume=True)
     with pytest.raises(ValueError, match="data must be that of the tokenizer, 'random', got 'other'"):
@@ -487,14 +485,23 @@ def test_what_would_mix_two_runs_is_refused(tokenizer: Path, source: DigitSource
 
     other = stage1_settings(seed=5, model=dataclasses.replace(stage1_settings().model, orthogonal_reg=10.0))
     (tokenizer / "settings.json").write_text(json.dumps(to_dict(other)))
-    message = r"got stage1.model.orthogonal_reg was 0.0, now 10.0; stage1.seed was 0, now 5\."
+    message = r"got others: stage1.model.orthogonal_reg was 0.0, now 10.0; stage1.seed was 0, now 5; "
     with pytest.raises(ValueError, match=message):
         _train(settings, tokenizer, source, resume=True)
     with pytest.raises(ValueError, match=message):
         is_finished(folder, settings, other)
     assert not (folder / "evaluation.json").exists()
 
-    with pytest.raises(ValueError, match=r"out must be a folder with a finished stage1 run, got .*missing"):
+    told = "out must be a folder with a finished stage1 run, got "
+    with pytest.raises(ValueError, match=rf"^{told}.*mb-seed3; stage1 --arm mb --seed 3 trains it\.$"):
+        load_tokenizer(tmp_path / "mb-seed3", CPU)
+    begun = tmp_path / "mb-seed4"
+    begun.mkdir()
+    (begun / "checkpoint.safetensors").touch()
+    cure = "which is unfinished; stage1 --arm mb --seed 4 --resume finishes it"
+    with pytest.raises(ValueError, match=rf"^{told}.*mb-seed4, {cure}\.$"):
+        load_tokenizer(begun, CPU)
+    with pytest.raises(ValueError, match=rf"^{told}.*missing; stage1 trains it\.$"):
         _train(settings, tmp_path / "missing", source)
     (tokenizer / "evaluation.json").unlink()
     with pytest.raises(ValueError, match=r"out must be a folder with a finished stage1 run, got .*once"):
@@ -581,6 +588,21 @@ def test_tokens_are_kept_for_equal_facts_alone(tmp_path: Path) -> None:
     assert len(made) == 3
     cached_tokens(path, facts, make)
     assert len(made) == 4
+
+
+@pytest.mark.parametrize("kept", [0, 10, -1])
+def test_damaged_tokens_are_made_again(kept: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is lost by it, and one line says so."""
+    path = tmp_path / "tokens.safetensors"
+    tokens = torch.randint(2**15, (5, 2, 2), dtype=torch.int16)
+    cached_tokens(path, {"images": 5}, lambda: tokens)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert torch.equal(cached_tokens(path, {"images": 5}, lambda: tokens), tokens)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path} must be a file that this example wrote, got a damaged one (")
+    assert line.endswith("; the tokens are made again.")
+    assert torch.equal(cached_tokens(path, {"images": 5}, lambda: pytest.fail("made again")), tokens)
+    assert capsys.readouterr().err == ""
 
 
 def test_settings_survive_json_and_presets_end_where_they_say() -> None:

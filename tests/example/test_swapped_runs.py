@@ -139,7 +139,9 @@ def test_swapped_checkpoints_are_refused(
     checkpoints = [folder / CHECKPOINT for folder in folders]
     _swap(*checkpoints)
     before = [path.read_bytes() for path in checkpoints]
-    with pytest.raises(ValueError, match=rf"settings must be those of the checkpoint in .*, got {differences}"):
+    with pytest.raises(
+        ValueError, match=rf"settings must be those of the checkpoint in .*, got others: {differences}"
+    ):
         resume[0]()
     with pytest.raises(ValueError, match="settings must be those of the checkpoint in"):
         resume[1]()

@@ -25,6 +25,8 @@ __all__ = [
     "under",
 ]
 
+_CURE = "docs/guides/reproducing-the-paper.md says how to make it again"
+
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write ``tensors`` and the JSON-able ``facts`` to ``path`` as one unit."""
@@ -34,11 +36,15 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[st
     write_bytes_atomically(path, save(plain, {"facts": json.dumps(facts, sort_keys=True)}))
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path, *, cure: str = _CURE) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what :func:`save_checkpoint` wrote.
 
+    Args:
+        path: of the file.
+        cure: what an error says of a file that cannot be read.
+
     Raises:
-        ValueError: the file is not such a checkpoint.
+        ValueError: the file is damaged, or not such a checkpoint.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -47,7 +53,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts = json.loads((file.metadata() or {})["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} must be a checkpoint of this trainer, got {error}.") from error
+        got = f"one without {error}" if isinstance(error, KeyError) else f"a damaged one ({error})"
+        raise ValueError(f"{path} must be a file that this example wrote, got {got}; {cure}.") from error
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

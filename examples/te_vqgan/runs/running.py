@@ -12,11 +12,12 @@ import errno
 import json
 import math
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from torch import Tensor
 
@@ -41,6 +42,7 @@ __all__ = [
     "only_process_in",
     "provenance",
     "recorded_hash",
+    "require_finished",
     "run_steps",
     "stop_signals",
 ]
@@ -56,7 +58,7 @@ PresentForm = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 class Interrupted(Exception):  # noqa: N818  (an outcome, not an error)
-    """Training was asked to stop; its checkpoint is written."""
+    """The run was asked to stop: before it began, or in training, whose checkpoint is written."""
 
 
 class RunSettings(Protocol):
@@ -126,10 +128,31 @@ def finished_run(folder: Path, settings: Mapping[str, Any], present: PresentForm
         if not path.exists():
             return False
         changes = differing(present(read_json_object(path)), settings)
-        require(not changes, "settings", f"those of the run in {folder}", "; ".join(changes))
+        require(not changes, "settings", f"those of the run in {folder}", _others(changes, "use another --out"))
         return (folder / "evaluation.json").exists()
 
     return distributed.from_main(finished)
+
+
+def _others(changes: Sequence[str], cure: str) -> str:
+    return f"others: {'; '.join(changes)}; {cure}"
+
+
+def require_finished(folder: Path, step: str, command: str) -> None:
+    """Refuse a folder that holds no finished run, and name the command that makes it one.
+
+    Args:
+        folder: of the run.
+        step: whose run it should be, such as ``stage1``.
+        command: the words that train it.
+
+    Raises:
+        ValueError: it holds none, or an unfinished one.
+    """
+    begun = (folder / CHECKPOINT).exists()
+    cure = f", which is unfinished; {command} --resume finishes it" if begun else f"; {command} trains it"
+    finished = (folder / "evaluation.json").is_file()
+    require(finished, "out", f"a folder with a finished {step} run", f"{folder}{cure}")
 
 
 @contextlib.contextmanager
@@ -160,7 +183,8 @@ def begun_run(
         def begin() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             require(resume or not path.exists(), "resume", f"set, as {folder} holds an unfinished run", "False")
             kept.enter_context(only_process_in(folder))
-            checkpoint = load_checkpoint(path) if path.exists() else None
+            cure = "delete it, and the training begins again"
+            checkpoint = load_checkpoint(path, cure=cure) if path.exists() else None
             if checkpoint is not None:
                 _require_own(checkpoint[1], folder, settings, present, inputs or {})
             write_text_atomically(folder / "settings.json", json.dumps(dict(settings), indent=2) + "\n")
@@ -177,13 +201,16 @@ def _require_own(
     inputs: Mapping[str, str],
 ) -> None:
     """Refuse the checkpoint of another run, which may lie in ``folder`` next to the right settings.json."""
-    require("settings" in facts, CHECKPOINT, "the checkpoint of a training", f"one without settings in {folder}")
+    cure = f"delete {folder / CHECKPOINT} to train from the beginning, or use another --out"
+    without = f"one without settings in {folder}; {cure}"
+    require("settings" in facts, CHECKPOINT, "the checkpoint of a training", without)
     changes = differing(present(facts["settings"]), settings)
-    require(not changes, "settings", f"those of the checkpoint in {folder}", "; ".join(changes))
+    require(not changes, "settings", f"those of the checkpoint in {folder}", _others(changes, cure))
     # Older checkpoints do not say what they stand on.
     for name, known in facts.get("inputs", {}).items():
         same = inputs.get(name, known) == known
-        require(same, name, f"the one that the checkpoint in {folder} was trained with", "other weights")
+        expected = f"the one that the checkpoint in {folder} was trained with"
+        require(same, name, expected, f"other weights; {cure}")
 
 
 def run_steps(
@@ -327,11 +354,12 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 def only_process_in(folder: Path) -> Iterator[None]:
     """Make ``folder``, and refuse it if another process works there.
 
-    A process that ends soon, as those of a killed ``run`` do, is waited for. On a file system without locks none
-    is noticed.
+    A process that ends soon, as those of a killed ``run`` do, is waited for, and standard error says so. On a file
+    system without locks none is noticed.
 
     Raises:
         ValueError: the other process is still there after a while.
+        Interrupted: Ctrl-C ended the waiting.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -340,17 +368,32 @@ def only_process_in(folder: Path) -> Iterator[None]:
         except ImportError:  # a system without such locks
             yield
             return
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise ValueError(f"{folder} must not be in use, but another process works there.") from error
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                break
-            time.sleep(0.2)
+        _take(file, folder, fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def _take(file: IO[str], folder: Path, lock: Callable[[IO[str], int], object], how: int) -> None:
+    """Wait for the lock of ``folder``."""
+    deadline: float | None = None
+    while True:
+        try:
+            lock(file, how)
+        except BlockingIOError as error:
+            if deadline is None:
+                deadline = time.monotonic() + _LOCK_SECONDS
+                print(f"waiting for the process that works in {folder}", file=sys.stderr, flush=True)
+            elif time.monotonic() > deadline:
+                cure = "wait, or choose another --out"
+                raise ValueError(
+                    f"{folder} must not be in use, but another process works there; {cure}."
+                ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return
+        else:
+            return
+        try:
+            time.sleep(0.2)
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"{folder}: stopped waiting for the process that works there.") from error

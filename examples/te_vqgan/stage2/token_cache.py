@@ -5,6 +5,7 @@ Shape letters: N images, M tokens of each.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,18 @@ def encode_dataset(
 
 
 def cached_tokens(path: Path, facts: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
-    """Return the tokens in ``path`` if it was written with the same ``facts``; else make and write them."""
+    """Return the tokens in ``path`` if it was written with the same ``facts``; else make and write them.
+
+    A damaged file is replaced, and one line on standard error says so.
+    """
     if path.exists():
-        tensors, written = load_checkpoint(path)
-        if written == facts:
-            return tensors["tokens"]
+        try:
+            tensors, written = load_checkpoint(path, cure="the tokens are made again")
+        except ValueError as error:
+            print(error, file=sys.stderr)
+        else:
+            if written == facts:
+                return tensors["tokens"]
     tokens = make()
     save_checkpoint(path, {"tokens": tokens}, facts)
     return tokens

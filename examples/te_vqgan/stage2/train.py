@@ -28,6 +28,7 @@ from examples.te_vqgan.runs.running import (
     begun_run,
     finished_run,
     provenance,
+    require_finished,
     run_steps,
 )
 from examples.te_vqgan.stage1.presets import Stage1Settings, read_settings
@@ -185,7 +186,8 @@ def train_stage2(
 
 
 def _tokenizer_settings(folder: Path) -> Stage1Settings:
-    require((folder / "evaluation.json").is_file(), "out", "a folder with a finished stage1 run", str(folder))
+    arm, _, seed = folder.name.rpartition("-seed")
+    require_finished(folder, "stage1", f"stage1 --arm {arm} --seed {seed}" if arm else "stage1")
     return read_settings(folder / "settings.json")
 
 
