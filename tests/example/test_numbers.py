@@ -64,6 +64,7 @@ DATA_OF_TESTS = {
     "note": "text",
 }
 RESULTS = Results(DATA_OF_TESTS)
+_NAMES = "name must be one of 'vqgan', 'te_vqgan', 'k16', 'runs', 'classifier', 'other', 'note'"
 DIFFERENCES = [first - second for first, second in zip(FIRST, SECOND, strict=True)]
 
 
@@ -116,9 +117,20 @@ def test_expressions(expression: str, expected: float) -> None:
     ("expression", "told"),
     [
         ("import os", "expression must be names, numbers, + - * / and calls, got 'import os'."),
-        ("__import__('os')", "expression must be names, numbers, + - * / and calls, got \"__import__('os')\"."),
-        ("vqgan.__class__", "key must be one of this part of the data, got '__class__'."),
-        ("mean.__globals__", "key must be one of this part of the data, got 'mean'."),
+        ("__import__('os')", "function must be one of 'mean', 'sd', 'se', 'count', "),
+        ("vqgan.__import__('os')", "expression must be names, numbers, + - * / and calls, got "),
+        ("vqgan.__class__", "name must be one of 't2i', 'i2t', 'read', 'kappa', 'l1', "),
+        ("mean.__globals__", f"{_NAMES}, got 'mean'."),
+        ("vqgam.l1", f"{_NAMES}, got 'vqgam'."),
+        ("middle(vqgan.l1)", "function must be one of 'mean', 'sd', 'se', 'count', "),
+        (
+            "vqgan.t2i.quad5",
+            "case must be one of 'quads', 'quad1', 'quad2', 'quad3', 'quad4', 'centre', got 'quad5'.",
+        ),
+        ("vqgan.used", "expression must be one that has a value, got 'vqgan.used' (no 'used_codes')."),
+        ("vqgan.evaluation.list[2]", "key must be an index below 2, got 2."),
+        ("vqgan.evaluation.list.psnr", "key must be an index below 2, got 'psnr'."),
+        ("vqgan[1].evaluation[0]", "key must be one of 'test', 'list', got 0."),
         ("(lambda: 1)()", "expression must be names, numbers, + - * / and calls, got '(lambda: 1)()'."),
         ("[1 for x in y]", "expression must be names, numbers, + - * / and calls, got '[1 for x in y]'."),
         ("2 ** 9", "expression must be names, numbers, + - * / and calls, got '2 ** 9'."),
@@ -133,9 +145,9 @@ def test_expressions(expression: str, expected: float) -> None:
         ("vqgan.evaluation(rule=2)", "options must be none, as this place takes none, got rule."),
         ("vqgan.t2i.quad1[7]", "seed must be one of 0, 1, 2, got 7."),
         ("vqgan[7]", "seed must be one of 0, 1, 2, got 7."),
-        ("vqgan.t2i.quad1.psnr", "name must be one that this place has, got 'psnr'."),
-        ("vqgan.t2i[0]", "key must be one that this place has, got 0."),
-        ("vqgan.evaluation.nothing", "key must be one of this part of the data, got 'nothing'."),
+        ("vqgan.t2i.quad1.psnr", "name must be none, as this place has no names, got 'psnr'."),
+        ("vqgan.t2i[0]", "key must be none, as this place has no keys, got 0."),
+        ("vqgan.evaluation.nothing", "key must be one of 'test', 'list', got 'nothing'."),
         ("vqgan.kappa.l1", "agreement must be one of "),
         ('other["mnist"]', "data set must be one of 'fashion', got 'mnist'."),
         ("vqgan.t2i.quad1 - k16.t2i.quad1", "seeds must be the same in both samples, got 0, 1, 2 and 0."),
@@ -222,7 +234,7 @@ class _Fixed(Json):
         ("\n0.5 <!-- t: 1/2 -->", "line 2: marker must stand right behind a number, got <!-- t: 1/2 -->."),
         ("half<!-- t: 1/2 -->", "line 1: marker must stand right behind a number, got <!-- t: 1/2 -->."),
         ("0.5<!-- u: 1/2 -->", "line 1: data must be one of t, got 'u'."),
-        ("0.5<!-- t: ohno -->", "line 1: key must be one of this part of the data, got 'ohno'."),
+        ("0.5<!-- t: ohno -->", f"line 1: {_NAMES}, got 'ohno'."),
         ("1 ± 2<!-- t: 1/2 -->", "line 1: number behind ± must belong to a sample or a spread, got a number."),
     ],
 )
@@ -268,6 +280,25 @@ def test_the_papers_numbers_are_those_of_its_tables() -> None:
         ValueError, match=exactly("name must be one of 'quad1', 'quad2', 'quad3', 'quad4', got 'x'.")
     ):
         evaluate("vqgan.t2i.x", paper)
+
+
+@pytest.mark.parametrize(
+    ("expression", "told"),
+    [
+        ("cell(weight=1).trip.match", "name must be one of 'cells', got 'cell'."),
+        ("cells(size=1).trip.match", "option must be one of 'weight', 'seed', 'trip', "),
+        (
+            "cells(weight=7, seed=0).trip.match",
+            "options must be those of at least one cell, got weight=7, seed=0.",
+        ),
+        ("cells(weight=1).trips", "name must be one of 'weight', 'seed', 'trip', "),
+    ],
+)
+def test_other_cells_are_refused(expression: str, told: str) -> None:
+    """By what there is."""
+    published("round-trips/round-trips.json")
+    with pytest.raises(ValueError, match="^" + re.escape(told)):
+        evaluate(expression, DATA["trips"]())
 
 
 def test_confirmatory_tests_have_names() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from examples.te_vqgan.runs.checks import require, require_choice
+from examples.te_vqgan.runs.checks import require
 
 __all__ = ["DEFAULT_RULES", "HEADLINE", "RULES", "Rule", "rule_named", "rule_title"]
 
@@ -62,10 +62,10 @@ def rule_named(name: str, num_codes: int, vocabulary: int) -> Rule:
         "greedy": (1, 1),
         "all": (num_codes, vocabulary),
     }
-    if name.isascii() and name.isdigit():
-        require(int(name) > 0, "rule", "a name or a number above 0", name)
+    known = ", ".join(map(repr, kept))
+    if name.isascii() and name.isdigit() and int(name) > 0:
         kept[name] = (int(name),) * 2
-    require_choice("rule", name, tuple(kept))
+    require(name in kept, "rules", f"{known} or whole numbers above 0", repr(name))
     images, captions = kept[name]
     return Rule(name, min(max(1, images), num_codes), min(captions, vocabulary))
 

@@ -11,7 +11,7 @@ from examples.te_vqgan.reports.generation.paper import CLASSIFIER, TABLE1, TABLE
 from examples.te_vqgan.reports.generation.tables import full_size, read_right, share
 from examples.te_vqgan.reports.numbers.values import Json, Place, Sample, Spread, Value, of_json
 from examples.te_vqgan.reports.results import METRICS, read_results
-from examples.te_vqgan.runs.checks import require_choice
+from examples.te_vqgan.runs.checks import require, require_choice
 from examples.te_vqgan.runs.files import read_json_object
 
 __all__ = ["DATA", "ROOT", "Results", "confirmatory"]
@@ -39,6 +39,8 @@ class Results(Place):
             return _Runs(runs, full_size(self.content))
         if name == "other":
             return _Others(self.content["other"])
+        arms = dict.fromkeys(str(run["arm"]) for run in self.content["runs"])
+        require_choice("name", name, (*arms, *self.content))
         return Json(self.content).get(name)
 
 
@@ -68,6 +70,8 @@ class _Runs(Place):
             return _Kappa(self.runs)
         if name in METRICS:
             return Sample({seed: METRICS[name].value(run["evaluation"]) for seed, run in self.runs.items()})
+        parts = dict.fromkeys(part for run in self.runs.values() for part in run)
+        require_choice("name", name, (*_TASKS, "read", "kappa", *METRICS, *parts))
         return _Parts({seed: Json(run).at(name) for seed, run in self.runs.items()})
 
     def at(self, key: int | str) -> Value:
@@ -130,6 +134,7 @@ class _Task(Place):
         for seed, run in self.runs.items():
             found = self._measured(run)
             if found is not None:
+                require_choice("case", name, ("quads", *found))
                 values[seed] = share(found[case] for case in cases)
         return Sample(values)
 
@@ -196,10 +201,19 @@ class _Cells(Place):
         self.cells = cells
 
     def select(self, **options: int | float | str) -> _Cells:
-        return _Cells([cell for cell in self.cells if all(cell[name] == value for name, value in options.items())])
+        for name in options:
+            require_choice("option", name, self._names())
+        found = [cell for cell in self.cells if all(cell[name] == value for name, value in options.items())]
+        chosen = ", ".join(f"{name}={value}" for name, value in options.items())
+        require(bool(found), "options", "those of at least one cell", chosen)
+        return _Cells(found)
 
     def get(self, name: str) -> Value:
+        require_choice("name", name, self._names())
         return _Parts({number: of_json(cell[name]) for number, cell in enumerate(self.cells)})
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for cell in self.cells for name in cell))
 
 
 class _Benchmarks(Place):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 
 from examples.te_vqgan.reports.numbers.values import FUNCTIONS, OPERATORS, Place, Sample, Value, mean
+from examples.te_vqgan.runs.checks import require_choice
 
 __all__ = ["evaluate"]
 
@@ -31,6 +32,8 @@ def evaluate(expression: str, data: Place) -> Value:
         raise ValueError(f"expression must be names, numbers, + - * / and calls, got {expression!r}.") from None
     try:
         return _value(tree.body, data)
+    except KeyError as error:
+        raise ValueError(f"expression must be one that has a value, got {expression!r} (no {error}).") from error
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"expression must be one that has a value, got {expression!r} ({error}).") from error
 
@@ -54,6 +57,8 @@ def _value(node: ast.expr, data: Place) -> Value:
         case ast.Call(func=ast.Name() | ast.Attribute() as inner, args=[], keywords=options):
             chosen = {str(option.arg): _option(option.value) for option in options}
             return _place(inner, data).select(**chosen)
+        case ast.Call(func=ast.Name(id=name), keywords=[]):
+            require_choice("function", name, tuple(FUNCTIONS))
     raise ValueError(f"expression must be names, numbers, + - * / and calls, got {ast.unparse(node)!r}.")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from examples.te_vqgan.reports.inference import paired_t, welch
-from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.checks import require, require_choice
 
 __all__ = ["FUNCTIONS", "OPERATORS", "Json", "Place", "Sample", "Spread", "Value", "mean"]
 
@@ -19,11 +19,11 @@ class Place:
 
     def get(self, name: str) -> Value:
         """Return what ``.name`` is here."""
-        raise ValueError(f"name must be one that this place has, got {name!r}.")
+        raise ValueError(f"name must be none, as this place has no names, got {name!r}.")
 
     def at(self, key: int | str) -> Value:
         """Return what ``[key]`` is here."""
-        raise ValueError(f"key must be one that this place has, got {key!r}.")
+        raise ValueError(f"key must be none, as this place has no keys, got {key!r}.")
 
     def select(self, **options: int | float | str) -> Value:
         """Return what ``(options)`` is here."""
@@ -88,11 +88,13 @@ class Json(Place):
 
     def at(self, key: int | str) -> Value:
         """Return a member of an object, or an entry of a list."""
-        try:
-            found = self.content[key]  # type: ignore[index]
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"key must be one of this part of the data, got {key!r}.") from None
-        return of_json(found)
+        if isinstance(self.content, Mapping):
+            require_choice("key", key, tuple(self.content))
+            return of_json(self.content[str(key)])
+        count = len(self.content)
+        good = isinstance(key, int) and 0 <= key < count
+        require(good, "key", f"an index below {count}", repr(key))
+        return of_json(self.content[int(key)])
 
 
 def of_json(found: Any) -> Value:
