@@ -346,6 +346,22 @@ def test_the_command_shows_and_corrects(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"error: {page}, line 1: marker must stand right behind a number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("missing.md", "none at {page}."), ("folder", "the folder {page}."), ("bytes.md", "{page} ('utf-8' codec ")],
+)
+def test_what_is_no_page_is_refused(
+    name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the name of the argument, and what it must be."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bytes.md").write_bytes(b"\xff")
+    page = tmp_path / name
+    assert main(["numbers", str(page)]) == 1
+    expected = f"error: pages must be Markdown files in UTF-8, got {told.format(page=page)}"
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def _marked(page: Path) -> list[Marked]:
     # A source distribution has no results.
     for name in ("small", "small-fine", "confirmatory", "attempts", "exploratory", "family", "photos"):

@@ -44,11 +44,11 @@ def _hypotheses(options: argparse.Namespace) -> None:
 
 
 def _numbers(options: argparse.Namespace) -> None:
-    from examples.te_vqgan.reports.numbers.pages import marked_numbers, published_pages, rewritten
+    from examples.te_vqgan.reports.numbers.pages import marked_numbers, published_pages, read_page, rewritten
 
     different = 0
     for path in options.pages or published_pages():
-        page = path.read_text(encoding="utf-8")
+        page = read_page(path)
         try:
             found = marked_numbers(page)
             if options.write and any(one.printed != one.current for one in found):

@@ -17,7 +17,7 @@ from examples.te_vqgan.reports.numbers.data import DATA, ROOT
 from examples.te_vqgan.reports.numbers.expressions import evaluate
 from examples.te_vqgan.reports.numbers.values import FUNCTIONS, Place, Sample, Spread, mean
 
-__all__ = ["Marked", "marked_numbers", "published_pages", "rewritten", "unmarked_decimals"]
+__all__ = ["Marked", "marked_numbers", "published_pages", "read_page", "rewritten", "unmarked_decimals"]
 
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
 _MARKED = re.compile(
@@ -53,6 +53,24 @@ def published_pages() -> list[Path]:
     """Return the README and the pages of the documentation."""
     pages = sorted((ROOT / "docs").rglob("*.md"))
     return [ROOT / "README.md", *(page for page in pages if "_build" not in page.parts)]
+
+
+def read_page(path: Path) -> str:
+    """Return the source of a page.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is a folder, or no text.
+    """
+    expected = "pages must be Markdown files in UTF-8"
+    if not path.exists():
+        raise FileNotFoundError(f"{expected}, got none at {path}.")
+    if path.is_dir():
+        raise ValueError(f"{expected}, got the folder {path}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{expected}, got {path} ({error}).") from error
 
 
 def marked_numbers(page: str, data: Mapping[str, Callable[[], Place]] = DATA) -> list[Marked]:
