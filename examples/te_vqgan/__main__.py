@@ -24,6 +24,10 @@ from examples.te_vqgan.cli.options import (
     execution,
     image_source,
     out_folder,
+    positive,
+    require_alone,
+    require_folder,
+    require_preset,
     stage1_settings,
 )
 from examples.te_vqgan.cli.pack import add_pack_command
@@ -171,9 +175,13 @@ def _report(options: argparse.Namespace) -> None:
     from examples.te_vqgan.runs.provenance import command_line
 
     if options.results is not None:
+        require_alone(options, "results", "into", "out", "data")
         render(options.results)
         folder = options.results
     else:
+        require_preset(options)
+        if options.into is not None:
+            require_folder("into", options.into)
         folder = write_report(out_folder(options), command=command_line(options.words), into=options.into)
     announce(folder)
 
@@ -219,8 +227,10 @@ def _compare(options: argparse.Namespace) -> None:
     from examples.te_vqgan.runs.checks import require
     from examples.te_vqgan.runs.provenance import command_line
 
+    if options.results:
+        require_alone(options, "results", "out", "data")
     folders = options.results or [out_folder(options) / "report"]
-    folder = options.into or folders[0]
+    folder = require_folder("into", options.into or folders[0])
     together = options.into is not None
     require(together == bool(options.arms), "arms", "given together with --into, or neither of them", options.arms)
     require(together or len(folders) == 1, "into", "a folder where --results names several", None)
@@ -232,7 +242,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _regimes(options: argparse.Namespace) -> None:
     from examples.te_vqgan.reports.regimes import write_regimes
+    from examples.te_vqgan.runs.checks import require
 
+    require(not options.into.is_dir(), "into", "a Markdown file to write", f"the folder {options.into}")
     write_regimes(options.results, options.into)
     print(options.into.read_text(encoding="utf-8"))
 
@@ -241,6 +253,7 @@ def _audit(options: argparse.Namespace) -> None:
     from examples.te_vqgan.reports.audits import AUDITED, write_audits
     from examples.te_vqgan.runs.provenance import command_line
 
+    require_folder("out", options.out)
     names = options.modules or tuple(AUDITED)
     write_audits(options.out, names=names, seed=options.seed, command=command_line(options.words))
     print((options.out / "audits.md").read_text(encoding="utf-8"))
@@ -319,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--stage2-steps", type=int, help="optimiser steps of the GPT, instead of the preset's")
     run.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")
     run.add_argument(
-        "--workers", type=int, default=0, help="trainings at once (default: one per core, or one on a GPU)"
+        "--workers", type=positive, default=0, help="trainings at once (default: one per core, or one on a GPU)"
     )
     return parser
 

@@ -28,7 +28,9 @@ from examples.te_vqgan.cli.options import execution
 from examples.te_vqgan.reports import report
 from examples.te_vqgan.reports.results import collect, run_folder
 from examples.te_vqgan.runs.pipeline import STOPPED, Job, JobFailed, run_jobs
+from examples.te_vqgan.stage1.presets import PRESETS, to_dict
 from te_quant import GPT, VQAutoencoder
+from tests.example.tiny_runs import finished_tokenizer
 from tests.helpers import numpy_generator
 
 PICTURES = (
@@ -251,6 +253,84 @@ def test_refusals_are_one_line_and_status_1(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "report --out FILE",
+        "report --out FILE/folder",
+        "report --out . --into FILE",
+        "report --into FILE/folder",
+        "run --out FILE",
+        "compare --into FILE --arms vqgan --results .",
+        "family --into FILE",
+        "audit --out FILE",
+        "photographs --into FILE",
+        "stability --into FILE",
+        "round-trips --into FILE",
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_refused(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the name of the option."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    assert main(words.split()) == 1
+    option, value = re.search(r"--(\w+) (FILE\S*)", words).groups()
+    got = "the file FILE" if value == "FILE" else f"{value}, where FILE is a file"
+    assert capsys.readouterr().err == f"error: {option} must be a folder, got {got}.\n"
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of regimes is one file."""
+    assert main(["regimes", "--results", str(tmp_path), "--into", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: into must be a Markdown file to write, got the folder {tmp_path}.\n"
+
+
+@pytest.mark.parametrize("command", ["report", "compare", "family"])
+@pytest.mark.parametrize("option", ["into", "out", "data"])
+def test_what_is_written_again_takes_no_other_options(
+    command: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would have no effect."""
+    words = [command, "--results", str(tmp_path), f"--{option}", "mnist"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    if (command, option) == ("compare", "into"):
+        assert "arms must be given together with --into" in error
+    else:
+        assert error == f"error: {option} must be unset with --results, got mnist.\n"
+
+
+@pytest.mark.parametrize("words", ["stage1 --arm vqgan --threads", "run --threads", "run --workers"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "two"])
+def test_numbers_of_threads_and_workers_are_positive(
+    words: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default is all cores; 0 is no other name for it."""
+    with pytest.raises(SystemExit, match="2"):
+        main([*words.split(), value])
+    option = words.split()[-1]
+    assert f"argument {option}: must be an int >= 1, got {value!r}" in capsys.readouterr().err
+
+
+def test_a_report_refuses_the_name_of_another_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless no preset has the settings of the run, as after a change of the presets."""
+    folder = finished_tokenizer(run_folder(tmp_path, "vqgan", 0))
+    settings = to_dict(PRESETS["smoke"])
+    (folder / "settings.json").write_text(json.dumps({**settings, "steps": 9, "bf16": True}))
+    words = ["report", "--out", str(tmp_path), "--preset"]
+    assert main([*words, "small"]) == 1
+    told = f"error: preset must be 'smoke', as that of the run in {folder}, got 'small'.\n"
+    assert capsys.readouterr().err == told
+    for accepted in ([*words, "smoke"], words[:-1]):
+        assert main(accepted) == 1
+        assert "preset" not in capsys.readouterr().err
+    (folder / "settings.json").write_text(json.dumps({**settings, "batch_size": 3}))
+    assert main([*words, "small"]) == 1
+    assert "preset" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["stage1 --arm vqgan", "run", "classifier", "stage2 --arm vqgan"])

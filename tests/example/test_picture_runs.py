@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from examples.te_vqgan.cli.run import plan_jobs
 from examples.te_vqgan.data.pictures import PictureSource, find_pictures, load_pictures
 from examples.te_vqgan.reports.pictures import picture_findings
 from examples.te_vqgan.reports.results import run_folder
+from examples.te_vqgan.runs import distributed
 from examples.te_vqgan.runs.checkpoint import load_checkpoint
+from examples.te_vqgan.runs.pipeline import STOPPED
 from examples.te_vqgan.runs.running import CHECKPOINT, Interrupted
 from examples.te_vqgan.stage1.pictures import Interior, crops, evaluate_pictures, smallest_side
 from examples.te_vqgan.stage1.presets import PRESETS, Stage1Settings, settings_for
@@ -159,13 +162,38 @@ def test_other_pictures_are_another_run(
     shutil.copytree(folder, moved)
     assert main(_words("stage1", moved, out, "--arm", "vqgan", "--resume")) == 0
     assert "was finished before, nothing to do" in capsys.readouterr().out
-    before = find_pictures(moved).data
     save_picture(moved / "new.png", 255)
-    error = _error(_words("stage1", moved, out, "--arm", "vqgan", "--resume"), capsys)
-    assert "settings must be those of the run in" in error
-    assert f"data was '{before}', now '{find_pictures(moved).data}'" in error
+    for words in (["stage1", "--arm", "vqgan", "--resume"], ["stage1", "--arm", "mb"], ["prepare"], ["run"]):
+        error = _error(_words(words[0], moved, out, *words[1:]), capsys)
+        told = (
+            "error: data must be the pictures of the run in .*-seed0, got others: new new.png; use another --out."
+        )
+        assert re.fullmatch(told, error.strip()), error
+    assert find_pictures(folder).data in (out / "data" / "data.json").read_text()
     with pytest.raises(ValueError, match=r"data must be the pictures 'images:.*' of the settings, got images:"):
         crops(_settings(folder), _source(moved, TINY), "test")
+
+
+@pytest.mark.slow
+def test_other_pictures_under_an_interrupted_run_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what ``prepare`` recorded; without it, by the names of the data sets."""
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(folder, pictures)
+    words = _words("stage1", pictures, out, "--arm", "vqgan")
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "agree", lambda _: True)
+        assert main(words) == STOPPED
+    assert main(_words("prepare", pictures, out)) == 0
+    capsys.readouterr()
+    before = find_pictures(pictures).data
+    (pictures / "0.png").unlink()
+    error = _error([*words, "--resume"], capsys)
+    assert "got others: missing 0.png; use another --out." in error
+    (out / "data" / "data.json").unlink()
+    error = _error([*words, "--resume"], capsys)
+    assert f"others: data was '{before}', now '{find_pictures(pictures).data}'; " in error
 
 
 @pytest.mark.slow

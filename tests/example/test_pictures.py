@@ -20,6 +20,7 @@ from examples.te_vqgan.data.crops import CropDataset
 from examples.te_vqgan.data.decoding import decode, reduced
 from examples.te_vqgan.data.pictures import (
     PictureSource,
+    changed_pictures,
     find_pictures,
     folder_of,
     load_pictures,
@@ -273,6 +274,31 @@ def test_two_pictures_need_a_long_side(width: int, fits: bool, tmp_path: Path) -
     expected = r"[12]\.png must be at least 48 pixels high and wide, and 272 along one side, as fewer than 3"
     with pytest.raises(ValueError, match=expected):
         load_pictures(tmp_path, crop_size=CROP, smallest=SMALLEST)
+
+
+def test_copies_that_make_pictures_few_are_counted(tmp_path: Path) -> None:
+    """Three equal files are one picture; other files are no copies."""
+    for name, reds, copies in (("a", (1, 1, 1), "2 copies"), ("b", (1, 1, 2), "1 copy")):
+        for number, red in enumerate(reds):
+            save_picture(tmp_path / name / f"{number}.png", red, height=60)
+        (tmp_path / name / "notes.txt").touch()
+        with pytest.raises(ValueError, match=rf"as fewer than 3 pictures \({copies} left out\) are cut"):
+            load_pictures(tmp_path / name, crop_size=CROP, smallest=SMALLEST)
+
+
+def test_changes_of_a_folder_are_named(tmp_path: Path) -> None:
+    """Missing, new and changed files, a few of each; a file that is only renamed is none of them."""
+    write_pictures(tmp_path, 9)
+    before = [{"name": file.name, "sha256": file.sha256} for file in find_pictures(tmp_path).files]
+    assert changed_pictures(before, find_pictures(tmp_path)) == ""
+    (tmp_path / "0.png").rename(tmp_path / "renamed.png")
+    assert changed_pictures(before, find_pictures(tmp_path)) == ""
+    for number in range(1, 8):
+        (tmp_path / f"{number}.png").unlink()
+    save_picture(tmp_path / "8.png", 250)
+    save_picture(tmp_path / "new.png", 251)
+    expected = "missing 1.png, 2.png, 3.png, 4.png, 5.png and 2 more; new new.png; changed 8.png"
+    assert changed_pictures(before, find_pictures(tmp_path)) == expected
 
 
 def test_a_damaged_file_among_good_ones_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,14 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from examples.te_vqgan.cli.options import WHERE, execution, out_folder, stage1_settings
+from examples.te_vqgan.cli.options import (
+    WHERE,
+    execution,
+    out_folder,
+    require_alone,
+    require_folder,
+    stage1_settings,
+)
 from examples.te_vqgan.runs.checks import require
 
 __all__ = ["add_family_command"]
@@ -40,8 +47,11 @@ def _family(options: argparse.Namespace) -> None:
     from examples.te_vqgan.runs.provenance import command_line
 
     folder = options.results
-    if folder is None:
+    if folder is not None:
+        require_alone(options, "results", "into", "out", "data")
+    else:
         settings, out = stage1_settings(options, "vqgan"), out_folder(options) / "family"
+        folder = require_folder("into", options.into or out / "report")
         require(not options.seeds or options.seed is None, "seed", "None with --seeds", options.seed)
         seeds = options.seeds or [settings.seed]
         words = command_line(options.words)
@@ -55,7 +65,6 @@ def _family(options: argparse.Namespace) -> None:
                 execution=execution(options),
                 command=words,
             )
-        folder = out / "report" if options.into is None else options.into
         folder.mkdir(parents=True, exist_ok=True)
         results = collect_family(settings, out, seeds=seeds, command=words)
         write_text_atomically(folder / "results.json", to_text(results))

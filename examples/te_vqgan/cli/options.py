@@ -6,11 +6,29 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from examples.te_vqgan.data.pictures import PictureSource, find_pictures, folder_of, load_pictures, short_name
+from examples.te_vqgan.data.pictures import (
+    PictureFolder,
+    PictureSource,
+    changed_pictures,
+    data_name,
+    find_pictures,
+    folder_of,
+    load_pictures,
+    short_name,
+)
+from examples.te_vqgan.data.prepare import SUMMARY_FILE
 from examples.te_vqgan.data.sources import PICTURES, SOURCES, DigitSource, is_pictures, load_digits
 from examples.te_vqgan.runs.checks import require
+from examples.te_vqgan.runs.files import read_json_object
 from examples.te_vqgan.runs.provenance import Execution
-from examples.te_vqgan.stage1.presets import PERCEPTUAL, PRESETS, Stage1Settings, settings_for
+from examples.te_vqgan.stage1.presets import (
+    PERCEPTUAL,
+    PRESETS,
+    Stage1Settings,
+    read_settings,
+    settings_for,
+    to_dict,
+)
 
 __all__ = [
     "COMPUTE",
@@ -21,6 +39,10 @@ __all__ = [
     "execution",
     "image_source",
     "out_folder",
+    "positive",
+    "require_alone",
+    "require_folder",
+    "require_preset",
     "stage1_settings",
 ]
 
@@ -42,6 +64,17 @@ def _data(word: str) -> str:
         known = ", ".join(map(repr, SOURCES))
         raise argparse.ArgumentTypeError(f"invalid choice: {word!r} (choose from {known}, '{PICTURES}FOLDER')")
     return word
+
+
+def positive(word: str) -> int:
+    """Return the number that ``word`` is, for argparse.
+
+    Raises:
+        ArgumentTypeError: it is none above 0.
+    """
+    if not (word.isascii() and word.isdigit() and int(word) > 0):
+        raise argparse.ArgumentTypeError(f"must be an int >= 1, got {word!r}")
+    return int(word)
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -84,7 +117,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "action": argparse.BooleanOptionalAction,
         "help": "compile the networks (default: only for preset paper)",
     },
-    "threads": {"type": int, "default": 0, "help": "CPU threads in total (default: one per core)"},
+    "threads": {"type": positive, "default": 0, "help": "CPU threads in total (default: one per core)"},
 }
 
 
@@ -94,10 +127,65 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
         parser.add_argument(f"--{name}", **_OPTIONS[name])
 
 
+def require_folder(name: str, path: Path) -> Path:
+    """Return ``path``, where a folder is or can be made.
+
+    Args:
+        name: of the option.
+        path: its value.
+
+    Raises:
+        ValueError: it is a file, or leads through one.
+    """
+    above = next((folder for folder in (path, *path.parents) if folder.exists()), Path())
+    got = f"the file {path}" if above == path else f"{path}, where {above} is a file"
+    require(above.is_dir(), name, "a folder", got)
+    return path
+
+
+def require_alone(options: argparse.Namespace, name: str, *others: str) -> None:
+    """Refuse options that have no effect next to the option ``name``, which is given.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    for other in others:
+        value = getattr(options, other)
+        require(value is None, other, f"unset with --{name}", value)
+
+
+def require_preset(options: argparse.Namespace) -> None:
+    """Refuse a preset that was typed next to ``--out``, if the finished runs in that folder are of another one.
+
+    Raises:
+        ValueError: they have the settings of another preset.
+    """
+    from examples.te_vqgan.reports.results import finished_runs
+
+    typed = any(word.partition("=")[0] == "--preset" for word in options.words)
+    for folder in finished_runs(out_folder(options)) if typed else ():
+        stored = _fixed(read_settings(folder / "settings.json"))
+        arm = folder.name.rpartition("-seed")[0]
+        fits = [preset for preset in PRESETS if _fixed(settings_for(preset, arm)) == stored]
+        known = " or ".join(map(repr, fits))
+        good = not fits or options.preset in fits
+        require(good, "preset", f"{known}, as that of the run in {folder}", repr(options.preset))
+
+
+def _fixed(settings: Stage1Settings) -> dict[str, Any]:
+    """Return what no option changes in a preset."""
+    changeable = {"data", "perceptual_weight", *(name.replace("-", "_") for name in SETTINGS)}
+    return {name: value for name, value in to_dict(settings).items() if name not in changeable}
+
+
 def out_folder(options: argparse.Namespace) -> Path:
-    """Return the folder of results that ``--preset``, ``--data`` and ``--out`` name."""
+    """Return the folder of results that ``--preset``, ``--data`` and ``--out`` name.
+
+    Raises:
+        ValueError: ``--out`` is a file.
+    """
     if options.out is not None:
-        return Path(options.out)
+        return require_folder("out", Path(options.out))
     data = options.data or PRESETS[options.preset].data
     return Path("runs", "te_vqgan", f"{options.preset}-{short_name(data) if is_pictures(data) else data}")
 
@@ -116,7 +204,8 @@ def image_source(options: argparse.Namespace, settings: Stage1Settings) -> Digit
     """Load the digits or the pictures that ``settings``, made of the same options, name.
 
     Raises:
-        ValueError, OSError: they cannot be loaded, or ``--data-dir`` is given with pictures.
+        ValueError, OSError: they cannot be loaded, ``--data-dir`` is given with pictures, or a run in the
+            folder of results has other pictures.
     """
     from examples.te_vqgan.stage1.pictures import smallest_side
 
@@ -124,7 +213,20 @@ def image_source(options: argparse.Namespace, settings: Stage1Settings) -> Digit
         return load_digits(settings.data, options.data_dir)
     require(options.data_dir is None, "data_dir", f"unset for pictures of {PICTURES}FOLDER", options.data_dir)
     folder = folder_of(options.data)
+    _require_same_pictures(out_folder(options), find_pictures(folder))
     return load_pictures(folder, crop_size=settings.canvas_size, smallest=smallest_side(settings))
+
+
+def _require_same_pictures(out: Path, found: PictureFolder) -> None:
+    """Refuse other pictures than those of the runs in ``out``, as far as these say which they have."""
+    records = [out / "data" / SUMMARY_FILE, *sorted(out.glob("*-seed*/provenance.json"))]
+    known = [read_json_object(path).get("pictures", []) for path in records if path.exists()]
+    before = {data_name([row["sha256"] for row in rows]): rows for rows in known}
+    for path in sorted(out.glob("*-seed*/settings.json")):
+        data = read_json_object(path).get("data")
+        if data != found.data and data in before:
+            others = f"{changed_pictures(before[data], found)}; use another --out"
+            raise ValueError(f"data must be the pictures of the run in {path.parent}, got others: {others}.")
 
 
 def execution(options: argparse.Namespace) -> Execution:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from examples.te_vqgan.cli.options import require_folder
+
 __all__ = ["add_photographs_command"]
 
 
@@ -30,6 +32,7 @@ def _photographs(options: argparse.Namespace) -> None:
     from examples.te_vqgan.data.pictures import find_pictures
     from examples.te_vqgan.runs.files import write_text_atomically
 
+    require_folder("into", options.into)
     gathered = gather(options.into, options.root)
     facts = [
         {

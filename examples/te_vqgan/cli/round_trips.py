@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from examples.te_vqgan.cli.options import require_folder
 from examples.te_vqgan.data.sources import load_digits
 
 __all__ = ["add_round_trips_command"]
@@ -52,6 +53,7 @@ def _round_trips(options: argparse.Namespace) -> None:
     from examples.te_vqgan.runs.provenance import command_line
     from examples.te_vqgan.stage1.exactness import finished_settings
 
+    require_folder("into", options.into)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.runs:

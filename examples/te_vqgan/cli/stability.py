@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from examples.te_vqgan.cli.options import require_folder
 from examples.te_vqgan.data.pictures import PictureSource, folder_of, load_pictures
 from examples.te_vqgan.data.sources import PICTURES, DigitSource, is_pictures, load_digits
 from examples.te_vqgan.runs.checks import require
@@ -38,6 +39,7 @@ def _stability(options: argparse.Namespace) -> None:
     from examples.te_vqgan.runs.provenance import command_line
     from examples.te_vqgan.stage1.pictures import smallest_side
 
+    require_folder("into", options.into)
     if options.threads:
         torch.set_num_threads(options.threads)
     source: DigitSource | PictureSource

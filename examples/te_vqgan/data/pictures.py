@@ -29,6 +29,8 @@ __all__ = [
     "PictureFile",
     "PictureFolder",
     "PictureSource",
+    "changed_pictures",
+    "data_name",
     "find_pictures",
     "folder_of",
     "load_pictures",
@@ -43,6 +45,8 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _FEWEST = 3
 _SHARES = 5
 _DIGEST = 16
+# Files that a message names.
+_NAMED = 5
 # The shorter side of a picture is brought to between so many and twice as many sides of a crop. A crop of a large
 # photograph at its full size would show next to no structure.
 _CROPS_PER_SIDE = 8
@@ -75,10 +79,41 @@ class PictureFolder:
     left_out: tuple[str, ...]
 
     @property
+    def copies(self) -> int:
+        """How many of the files that were left out are second copies."""
+        return sum(Path(name).suffix.lower() in SUFFIXES for name in self.left_out)
+
+    @property
     def data(self) -> str:
         """The name of the data set in settings: it follows from the contents of the files only."""
-        digest = hashlib.sha256("".join(file.sha256 for file in self.files).encode())
-        return PICTURES + digest.hexdigest()[:_DIGEST]
+        return data_name([file.sha256 for file in self.files])
+
+
+def data_name(digests: Sequence[str]) -> str:
+    """Return the name in settings of the pictures with these hashes, which are sorted."""
+    return PICTURES + hashlib.sha256("".join(digests).encode()).hexdigest()[:_DIGEST]
+
+
+def changed_pictures(before: Sequence[Mapping[str, Any]], found: PictureFolder) -> str:
+    """Name the files that a folder has lost, got or changed; a file that has another name only is none of them.
+
+    Args:
+        before: the manifest of :class:`PictureSource`.
+        found: the pictures now.
+    """
+    old = {str(row["name"]): str(row["sha256"]) for row in before}
+    new = {file.name: file.sha256 for file in found.files}
+    kinds = {
+        "missing": [name for name in old if name not in new and old[name] not in new.values()],
+        "new": [name for name in new if name not in old and new[name] not in old.values()],
+        "changed": [name for name in old if name in new and old[name] != new[name]],
+    }
+    return "; ".join(f"{kind} {_first_of(sorted(names))}" for kind, names in kinds.items() if names)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def folder_of(data: str) -> Path:
@@ -216,9 +251,9 @@ def load_pictures(folder: Path, *, crop_size: int, smallest: int) -> PictureSour
     longer = smallest if whole else _SHARES * smallest + 2 * margin
     expected = f"at least {smallest} pixels high and wide"
     if not whole:
-        expected += (
-            f", and {longer} along one side, as fewer than {_FEWEST} pictures are cut into three parts each"
-        )
+        copies = f" ({found.copies} {'copy' if found.copies == 1 else 'copies'} left out)" if found.copies else ""
+        few = f"fewer than {_FEWEST} pictures{copies} are cut into three parts each"
+        expected += f", and {longer} along one side, as {few}"
     for file in found.files:
         picture = decode(file.path.read_bytes(), str(file.path))
         height, width = picture.shape[:2]
