@@ -32,8 +32,9 @@ from safetensors.torch import load_file, save_file
 
 from te_quant import AutoencoderConfig, VQAutoencoder
 from te_quant.autoencoder import pad_to_divisor
-from te_quant.cli import main, measures, models
+from te_quant.cli import codec, main, measures, models
 from te_quant.cli.arguments import Options
+from te_quant.cli.pictures import write_picture
 from te_quant.cli.token_file import compact_dtype
 from te_quant.quantizers import QUANTIZERS
 
@@ -369,6 +370,30 @@ def test_an_interrupted_decode_leaves_no_half_picture(
     assert list((tmp_path / "out").rglob("*.*")) == []
 
 
+def test_an_interrupted_decode_tells_how_far_it_came(
+    run: Run, model: VQAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And how to go on: what it says works."""
+    run("encode", "model", "photos", "-o", "tokens.safetensors")
+    words = ("decode", "model", "tokens.safetensors", "-o", "out")
+    done: list[Path] = []
+
+    def write(path: Path, pixels: Tensor) -> None:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        write_picture(path, pixels)
+        done.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "write_picture", write)
+        status, out, err = run(*words)
+    told = "interrupted, 2 of 3 pictures written to out; pass --overwrite to write all of them"
+    assert (status, out, err) == (130, "", f"te-quant decode: {told}\n")
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 2
+    assert run(*words, "--overwrite") == (0, "out: 3 pictures\n", "")
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 3
+
+
 @pytest.mark.slow
 def test_measure_reports_what_python_reports(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
     """As JSON the whole report, with everything that our models can tell; and a row of a table."""
@@ -653,6 +678,16 @@ def test_other_files_in_the_place_of_cosmos_are_refused(
             "encode model photos photos/a.png other/a.png -o t",
             "pictures must be of different names, got two of 'a.png'",
         ),
+        ("encode . photos -o t", "model must be a folder with config.json, got .; pass model."),
+        (
+            "measure above photos",
+            "model must be a folder with config.json, got above; pass above/gpt or above/model.",
+        ),
+        (
+            "encode model photos -o w.npz",
+            "--output must be a file that ends in .safetensors, which is the format, got w.npz.",
+        ),
+        ("encode model photos -o w.npz --overwrite", "--output must be a file that ends in .safetensors, "),
         ("encode model photos -o taken", "output must be a new file, got taken, which exists; pass --overwrite"),
         *(
             (f"{arguments}{more}", f"{name} must be a file, got the folder photos{ending}; choose another name.")
@@ -821,6 +856,9 @@ def test_a_mistake_is_one_sentence(
     """On standard error, with status 2 and without a traceback; nothing is written."""
     picture(tmp_path / "other" / "a.png", 4, 4)
     (tmp_path / "empty").mkdir()
+    for name in ("gpt", "model"):
+        (tmp_path / "above" / name).mkdir(parents=True)
+        (tmp_path / "above" / name / "config.json").touch()
     (tmp_path / "photos.png").mkdir()
     for name in ("taken", "taken.png"):
         (tmp_path / name).write_text("x")

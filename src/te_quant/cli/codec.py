@@ -20,7 +20,14 @@ from te_quant.cli.arguments import Options
 from te_quant.cli.files import require_new
 from te_quant.cli.models import device_of, identity, load_autoencoder
 from te_quant.cli.pictures import find_pictures, read_picture, write_picture
-from te_quant.cli.token_file import ImageTokens, TokenFile, compact_dtype, read_tokens, write_tokens
+from te_quant.cli.token_file import (
+    TOKENS_SUFFIX,
+    ImageTokens,
+    TokenFile,
+    compact_dtype,
+    read_tokens,
+    write_tokens,
+)
 from te_quant.interop import save_diffusers
 
 __all__ = ["convert", "decode", "encode"]
@@ -35,6 +42,8 @@ _FILES = {
 def encode(options: Options) -> tuple[str, dict[str, Any]]:
     """Write the tokens of images of any size into one file."""
     output = _output(options)
+    good = output.suffix.lower() in ("", TOKENS_SUFFIX)
+    require(good, "--output", f"a file that ends in {TOKENS_SUFFIX}, which is the format", output)
     require_new([output], overwrite=options.overwrite)
     pictures = find_pictures(options.images, options.limit)
     model = load_autoencoder(options)
@@ -94,15 +103,21 @@ def decode(options: Options) -> tuple[str, dict[str, Any]]:
         )
     device = device_of(options.device)
     batches = list(_batches(found.items(), options.batch_size, lambda entry: tuple(entry[1].indices.shape)))
-    for batch in progress(
-        batches, total=len(batches), description="decode", show=options.progress, unit="batches"
-    ):
-        indices = torch.stack([image.indices for _, image in batch]).to(device)
-        for (name, image), pixels in zip(
-            batch, _decode_batch(model, indices, batch, options.tile_size), strict=True
+    written = 0
+    try:
+        for batch in progress(
+            batches, total=len(batches), description="decode", show=options.progress, unit="batches"
         ):
-            height, width = image.size
-            write_picture(folder / names[name], pixels[:, :height, :width])
+            indices = torch.stack([image.indices for _, image in batch]).to(device)
+            for (name, image), pixels in zip(
+                batch, _decode_batch(model, indices, batch, options.tile_size), strict=True
+            ):
+                height, width = image.size
+                write_picture(folder / names[name], pixels[:, :height, :width])
+                written += 1
+    except KeyboardInterrupt as stop:
+        done = f"{written:,} of {counted(len(found), 'picture')} written to {folder}"
+        raise KeyboardInterrupt(f"{done}; pass --overwrite to write all of them") from stop
     return f"{folder}: {counted(len(found), 'picture')}", {
         "output": str(folder),
         "pictures": [names[n] for n in found],

@@ -49,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _require_extra(options.command)
         text, values = _COMMANDS[options.command](options)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"te-quant {options.command}: interrupted\n")
+    except KeyboardInterrupt as stop:
+        told = f", {stop}" if str(stop) else ""
+        sys.stderr.write(f"te-quant {options.command}: interrupted{told}\n")
         return _INTERRUPTED
     except (ImportError, OSError, TypeError, ValueError) as error:
         # What the library refuses, files that cannot be read, packages that are missing.

@@ -17,7 +17,7 @@ import torch
 
 from te_quant import adapters, interop
 from te_quant._checks import require
-from te_quant._pretrained import WEIGHTS_FILE
+from te_quant._pretrained import CONFIG_FILE, WEIGHTS_FILE
 from te_quant.adapters import Tokenizer
 from te_quant.autoencoder import VQAutoencoder
 from te_quant.autoencoder.config import description
@@ -85,6 +85,10 @@ def load_autoencoder(options: Options, dtype: torch.dtype | None = torch.float32
         value = getattr(options, name)
         require(value is None, f"--{name}", "given with a --format of another library", value)
     path = Path(options.model)
+    if path.is_dir() and not (path / CONFIG_FILE).exists():
+        inside = [config.parent.as_posix() for config in sorted(path.glob(f"*/{CONFIG_FILE}"))]
+        cure = f"{path}; pass {' or '.join(inside)}"
+        require(not inside, "model", f"a folder with {CONFIG_FILE}", cure)
     if not path.is_file():
         return VQAutoencoder.from_pretrained(options.model, **shared)
     expected = f"a folder, a hub id, or the file {WEIGHTS_FILE} of a folder"

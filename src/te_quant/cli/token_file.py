@@ -16,7 +16,10 @@ from torch import Tensor
 from te_quant._checks import require
 from te_quant._pretrained import write_atomically
 
-__all__ = ["ImageTokens", "TokenFile", "compact_dtype", "read_tokens", "write_tokens"]
+__all__ = ["TOKENS_SUFFIX", "ImageTokens", "TokenFile", "compact_dtype", "read_tokens", "write_tokens"]
+
+TOKENS_SUFFIX = ".safetensors"
+"""What the name of a file of tokens ends in, in lower case."""
 
 _FORMAT = 2
 _KEY = "te_quant_tokens"
