@@ -1,7 +1,7 @@
 """The pages about the command print what the commands print.
 
 The ``console`` blocks of a page, whose lines after ``$`` are commands, and its ``python`` blocks are one session,
-in a folder with the published tokenizer, images of its test set and photographs. ``...`` stands for anything.
+in a folder with the published tokenizer and its samples, and photographs. ``...`` stands for anything.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     if not (RESULTS / "small" / "weights").exists():
         pytest.skip("the published weights are not here")
     shutil.copytree(RESULTS / "small" / "weights" / "tokenizer", tmp_path / "tokenizer")
-    for name, source in (("digits", "small/samples/stride_exact"), ("photos", "photos/samples/pictures")):
-        for number, image in enumerate(load_file(RESULTS / f"{source}.safetensors")["images"]):
-            write_picture(tmp_path / name / f"{number}.png", image / 127.5 - 1)
+    for number, image in enumerate(load_file(RESULTS / "photos" / "samples" / "pictures.safetensors")["images"]):
+        write_picture(tmp_path / "photos" / f"{number}.png", image / 127.5 - 1)
+    # From which the first page makes its images.
+    samples = RESULTS.relative_to(ROOT) / "small" / "samples" / "stride_exact.safetensors"
+    (tmp_path / samples).parent.mkdir(parents=True)
+    shutil.copy(ROOT / samples, tmp_path / samples)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
