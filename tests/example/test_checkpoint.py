@@ -124,6 +124,17 @@ def test_log_drops_what_came_after_the_checkpoint_and_half_lines(tmp_path: Path)
     assert lines == [{"step": s, "loss": 1.0 / s} for s in (1, 2, 3)] + [{"step": 4, "loss": 9.0}]
 
 
+def test_a_damaged_line_of_a_log_is_named(tmp_path: Path) -> None:
+    """With the number that editors show; without it the log is read."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    message = rf"^{re.escape(str(path))} line 2 must be JSON, got a damaged one \(.*\); delete this line\.$"
+    with pytest.raises(ValueError, match=message):
+        read_log(path)
+    path.write_text('{"step": 1}\n{"step": 3}\n')
+    assert read_log(path) == [{"step": 1}, {"step": 3}]
+
+
 def test_last_step_reads_the_end_of_a_long_log(tmp_path: Path) -> None:
     """The same answer as reading it all; 0 where there is nothing yet."""
     path = tmp_path / "log.jsonl"

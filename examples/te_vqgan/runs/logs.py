@@ -24,11 +24,23 @@ _TAIL_BYTES = 8192
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log; an unfinished last line is left out."""
+    """Return the lines of a log; an unfinished last line is left out.
+
+    Raises:
+        ValueError: another line is damaged; the message names it.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [_numbers(f"{path} line {number}", line) for number, line in enumerate(lines[:-1], 1)]
+
+
+def _numbers(where: str, line: str) -> dict[str, Any]:
+    try:
+        numbers: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} must be JSON, got a damaged one ({error}); delete this line.") from error
+    return numbers
 
 
 def last_step(path: Path) -> int:
