@@ -391,7 +391,7 @@ def test_damaged_samples_leave_the_report_as_it_was(tmp_path: Path, name: str) -
     path = out / "mb-seed0" / name
     path.write_bytes(path.read_bytes()[:-1])
     (out / "vqgan-seed0" / "reading.json").write_text("{}")
-    with pytest.raises(ValueError, match=rf"mb-seed0/{name} must be a checkpoint .*; restore it, or "):
+    with pytest.raises(ValueError, match=rf"mb-seed0/{name} must be a file that .*\); restore it, or "):
         report.write_report(out, command="typed again", into=target)
     assert _files(target) == before
 

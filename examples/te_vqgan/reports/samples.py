@@ -38,7 +38,4 @@ def load_samples(path: Path, *, cure: str = "write the report again from the run
         ValueError: it is missing or damaged.
     """
     require(path.is_file(), path.name, f"in {path.parent}", f"none; {cure}")
-    try:
-        return load_checkpoint(path)
-    except ValueError as error:
-        raise ValueError(f"{str(error).removesuffix('.')}; {cure}.") from error
+    return load_checkpoint(path, cure=cure)
