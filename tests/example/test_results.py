@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from examples.te_vqgan.classifier.model import weights_path
 from examples.te_vqgan.reports import report
 from examples.te_vqgan.reports.results import collect, commands, finished_gpts, merged, read_results, to_text
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -446,6 +448,26 @@ def test_weights_of_another_run_are_refused(tmp_path: Path) -> None:
         collect(tmp_path, command="")
     _write(gpt, provenance={})
     collect(tmp_path, command="")
+
+
+@pytest.mark.parametrize("part", ["reading.json", "stage2-32/rule-2.json"])
+def test_what_another_classifier_measured_is_refused(tmp_path: Path, part: str) -> None:
+    """By the hash of its weights; where either is not known, nothing is compared."""
+    _finish(tmp_path, "vqgan", 0, sizes=(32,))
+    path, weights = tmp_path / "vqgan-seed0" / part, weights_path(tmp_path / "classifier")
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"first")
+    _write(path.parent, **{path.stem: {"classifier": sha256(weights)}})
+    collect(tmp_path, command="-")
+    weights.write_bytes(b"second")
+    told = f"the one that measured every run, got that of other weights in {path}; delete this file and give"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        collect(tmp_path, command="-")
+    _write(path.parent, **{path.stem: {}})
+    collect(tmp_path, command="-")
+    weights.unlink()
+    _write(path.parent, **{path.stem: {"classifier": "of a classifier that is elsewhere"}})
+    collect(tmp_path, command="-")
 
 
 def test_copies_beside_the_runs_are_left_out(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.te_vqgan.classifier.model import weights_path
 from examples.te_vqgan.classifier.settings import ClassifierSettings
 from examples.te_vqgan.data.sources import CLASS_NAMES
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.differences import differing
-from examples.te_vqgan.runs.files import read_json_object
+from examples.te_vqgan.runs.files import read_json_object, sha256
 from examples.te_vqgan.runs.logs import read_log
 from examples.te_vqgan.runs.recorded import require_recorded
 from examples.te_vqgan.stage1.presets import ARMS
@@ -124,7 +125,7 @@ def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> di
 
     Raises:
         ValueError: no run is finished; or one has another seed than its folder, or weights, or a tokenizer, other
-            than its provenance records.
+            than its provenance records, or was measured with another classifier than that in ``out``.
     """
     runs = _runs_in(out)
     require(bool(runs), "out", "a folder with finished runs", str(out))
@@ -186,6 +187,8 @@ def _is_finished(folder: Path) -> bool:
 
 def _runs_in(out: Path) -> list[dict[str, Any]]:
     runs = []
+    weights = weights_path(out / "classifier")
+    reader = sha256(weights) if weights.is_file() else None
     for folder in finished_runs(out):
         require_recorded(folder)
         arm, _, seed = folder.name.rpartition("-seed")
@@ -193,6 +196,7 @@ def _runs_in(out: Path) -> list[dict[str, Any]]:
         run |= _parts(folder, "settings", "evaluation", "provenance", "exactness", "reading")
         run["seed"] = run["settings"]["seed"]
         _require_own_name(folder, "seed", seed, run["settings"])
+        _require_reader(reader, folder / "reading.json", run.get("reading", {}))
         run["log"] = _thinned(read_log(folder / "log.jsonl"))
         second = {}
         for inner in finished_gpts(folder):
@@ -204,6 +208,8 @@ def _runs_in(out: Path) -> list[dict[str, Any]]:
             _require_own_name(inner, "train_images", size, part["settings"])
             named = [path.stem for path in inner.glob("rule-*.json") if _RULE.fullmatch(path.stem)]
             rules = _parts(inner, *named)
+            for name, numbers in rules.items():
+                _require_reader(reader, inner / f"{name}.json", numbers)
             part["rules"] = {name.removeprefix("rule-"): numbers for name, numbers in rules.items()}
             part["log"] = _thinned(read_log(inner / "log.jsonl"))
             second[size] = part
@@ -211,6 +217,13 @@ def _runs_in(out: Path) -> list[dict[str, Any]]:
             run["stage2"] = second
         runs.append(_present(run))
     return runs
+
+
+def _require_reader(reader: str | None, path: Path, numbers: Mapping[str, Any]) -> None:
+    """Refuse what another classifier than that with the hash ``reader`` measured, as far as that is known."""
+    good = _agree(reader, numbers.get("classifier"))
+    got = f"that of other weights in {path}; delete this file and give `evaluate` again"
+    require(good, "classifier", "the one that measured every run", got)
 
 
 def _require_own_name(folder: Path, name: str, expected: str, settings: Mapping[str, Any]) -> None:
