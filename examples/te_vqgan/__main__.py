@@ -25,9 +25,8 @@ from examples.te_vqgan.cli.options import (
     image_source,
     out_folder,
     positive,
-    require_alone,
     require_folder,
-    require_preset,
+    require_unset,
     stage1_settings,
 )
 from examples.te_vqgan.cli.pack import add_pack_command
@@ -175,11 +174,10 @@ def _report(options: argparse.Namespace) -> None:
     from examples.te_vqgan.runs.provenance import command_line
 
     if options.results is not None:
-        require_alone(options, "results", "into", "out", "data")
+        require_unset(options, "results", "into", "out", "data")
         render(options.results)
         folder = options.results
     else:
-        require_preset(options)
         if options.into is not None:
             require_folder("into", options.into)
         folder = write_report(out_folder(options), command=command_line(options.words), into=options.into)
@@ -228,9 +226,9 @@ def _compare(options: argparse.Namespace) -> None:
     from examples.te_vqgan.runs.provenance import command_line
 
     if options.results:
-        require_alone(options, "results", "out", "data")
+        require_unset(options, "results", "out", "data")
     folders = options.results or [out_folder(options) / "report"]
-    folder = require_folder("into", options.into or folders[0])
+    folder = require_folder("into" if options.into else "results", options.into or folders[0])
     together = options.into is not None
     require(together == bool(options.arms), "arms", "given together with --into, or neither of them", options.arms)
     require(together or len(folders) == 1, "into", "a folder where --results names several", None)

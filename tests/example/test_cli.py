@@ -28,9 +28,7 @@ from examples.te_vqgan.cli.options import execution
 from examples.te_vqgan.reports import report
 from examples.te_vqgan.reports.results import collect, run_folder
 from examples.te_vqgan.runs.pipeline import STOPPED, Job, JobFailed, run_jobs
-from examples.te_vqgan.stage1.presets import PRESETS, to_dict
 from te_quant import GPT, VQAutoencoder
-from tests.example.tiny_runs import finished_tokenizer
 from tests.helpers import numpy_generator
 
 PICTURES = (
@@ -283,6 +281,22 @@ def test_a_file_in_the_place_of_a_folder_is_refused(
     assert capsys.readouterr().err == f"error: {option} must be a folder, got {got}.\n"
 
 
+@pytest.mark.parametrize("option", ["--seed", "--seeds", "--steps", "--quantizers", "--data-dir"])
+def test_a_family_that_is_written_again_is_not_trained(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["family", "--results", str(tmp_path), option, "1"]) == 1
+    name = option.removeprefix("--").replace("-", "_")
+    assert f"error: {name} must be unset with --results, got" in capsys.readouterr().err
+
+
+def test_a_comparison_of_a_file_names_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    path.touch()
+    assert main(["compare", "--results", str(path)]) == 1
+    assert capsys.readouterr().err == f"error: results must be a folder, got the file {path}.\n"
+
+
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The table of regimes is one file."""
     assert main(["regimes", "--results", str(tmp_path), "--into", str(tmp_path)]) == 1
@@ -314,23 +328,6 @@ def test_numbers_of_threads_and_workers_are_positive(
         main([*words.split(), value])
     option = words.split()[-1]
     assert f"argument {option}: must be an int >= 1, got {value!r}" in capsys.readouterr().err
-
-
-def test_a_report_refuses_the_name_of_another_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Unless no preset has the settings of the run, as after a change of the presets."""
-    folder = finished_tokenizer(run_folder(tmp_path, "vqgan", 0))
-    settings = to_dict(PRESETS["smoke"])
-    (folder / "settings.json").write_text(json.dumps({**settings, "steps": 9, "bf16": True}))
-    words = ["report", "--out", str(tmp_path), "--preset"]
-    assert main([*words, "small"]) == 1
-    told = f"error: preset must be 'smoke', as that of the run in {folder}, got 'small'.\n"
-    assert capsys.readouterr().err == told
-    for accepted in ([*words, "smoke"], words[:-1]):
-        assert main(accepted) == 1
-        assert "preset" not in capsys.readouterr().err
-    (folder / "settings.json").write_text(json.dumps({**settings, "batch_size": 3}))
-    assert main([*words, "small"]) == 1
-    assert "preset" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["stage1 --arm vqgan", "run", "classifier", "stage2 --arm vqgan"])

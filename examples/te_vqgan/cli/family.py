@@ -11,8 +11,8 @@ from examples.te_vqgan.cli.options import (
     WHERE,
     execution,
     out_folder,
-    require_alone,
     require_folder,
+    require_unset,
     stage1_settings,
 )
 from examples.te_vqgan.runs.checks import require
@@ -48,7 +48,9 @@ def _family(options: argparse.Namespace) -> None:
 
     folder = options.results
     if folder is not None:
-        require_alone(options, "results", "into", "out", "data")
+        require_unset(
+            options, "results", "into", "out", "data", "seed", "seeds", "steps", "quantizers", "data_dir"
+        )
     else:
         settings, out = stage1_settings(options, "vqgan"), out_folder(options) / "family"
         folder = require_folder("into", options.into or out / "report")

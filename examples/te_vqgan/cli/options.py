@@ -25,9 +25,7 @@ from examples.te_vqgan.stage1.presets import (
     PERCEPTUAL,
     PRESETS,
     Stage1Settings,
-    read_settings,
     settings_for,
-    to_dict,
 )
 
 __all__ = [
@@ -40,9 +38,8 @@ __all__ = [
     "image_source",
     "out_folder",
     "positive",
-    "require_alone",
     "require_folder",
-    "require_preset",
+    "require_unset",
     "stage1_settings",
 ]
 
@@ -143,7 +140,7 @@ def require_folder(name: str, path: Path) -> Path:
     return path
 
 
-def require_alone(options: argparse.Namespace, name: str, *others: str) -> None:
+def require_unset(options: argparse.Namespace, name: str, *others: str) -> None:
     """Refuse options that have no effect next to the option ``name``, which is given.
 
     Raises:
@@ -152,30 +149,6 @@ def require_alone(options: argparse.Namespace, name: str, *others: str) -> None:
     for other in others:
         value = getattr(options, other)
         require(value is None, other, f"unset with --{name}", value)
-
-
-def require_preset(options: argparse.Namespace) -> None:
-    """Refuse a preset that was typed next to ``--out``, if the finished runs in that folder are of another one.
-
-    Raises:
-        ValueError: they have the settings of another preset.
-    """
-    from examples.te_vqgan.reports.results import finished_runs
-
-    typed = any(word.partition("=")[0] == "--preset" for word in options.words)
-    for folder in finished_runs(out_folder(options)) if typed else ():
-        stored = _fixed(read_settings(folder / "settings.json"))
-        arm = folder.name.rpartition("-seed")[0]
-        fits = [preset for preset in PRESETS if _fixed(settings_for(preset, arm)) == stored]
-        known = " or ".join(map(repr, fits))
-        good = not fits or options.preset in fits
-        require(good, "preset", f"{known}, as that of the run in {folder}", repr(options.preset))
-
-
-def _fixed(settings: Stage1Settings) -> dict[str, Any]:
-    """Return what no option changes in a preset."""
-    changeable = {"data", "perceptual_weight", *(name.replace("-", "_") for name in SETTINGS)}
-    return {name: value for name, value in to_dict(settings).items() if name not in changeable}
 
 
 def out_folder(options: argparse.Namespace) -> Path:

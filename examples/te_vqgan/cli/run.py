@@ -154,10 +154,11 @@ def _arm_jobs(options: argparse.Namespace, plan: Plan, out: Path, arm: str, seed
 def _classifier_job(options: argparse.Namespace, out: Path, settings: Stage1Settings) -> Iterator[Job]:
     from examples.te_vqgan.classifier.settings import require_reader_of
     from examples.te_vqgan.classifier.trainer import CLASSIFIERS
+    from examples.te_vqgan.runs.running import has_ended
 
     folder = classifier_folder(out)
     require_reader_of(settings.data, settings.canvas_size, folder)
-    if not (folder / "evaluation.json").exists():
+    if not has_ended(folder):
         words = ["classifier", *_words(options, {"data": settings.data, "out": out}), "--resume"]
         yield Job(_name(folder), words, folder, CLASSIFIERS[options.preset].steps)
 

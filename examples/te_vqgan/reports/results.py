@@ -19,6 +19,7 @@ from examples.te_vqgan.runs.differences import differing
 from examples.te_vqgan.runs.files import read_json_object, sha256
 from examples.te_vqgan.runs.logs import read_log
 from examples.te_vqgan.runs.recorded import require_recorded
+from examples.te_vqgan.runs.running import has_ended
 from examples.te_vqgan.stage1.presets import ARMS
 from examples.te_vqgan.stage1.presets import present_form as stage1_form
 from examples.te_vqgan.stage2.rules import RULES
@@ -46,7 +47,7 @@ __all__ = [
 # Enough points for the curves; the archive of a release holds every line.
 _LOG_LINES = 48
 _ELSEWHERE = "choose another folder for --into"
-# Copies that a user put beside them, such as vqgan-seed0-old, have other names.
+# Copies that a user put next to the runs, such as vqgan-seed0-old, have other names.
 _RUN = re.compile(r"(.+)-seed(0|[1-9][0-9]*)")
 _GPT = re.compile(r"stage2-([1-9][0-9]*)")
 _RULE = re.compile(rf"rule-({'|'.join(RULES)}|[1-9][0-9]*)")
@@ -145,12 +146,12 @@ def collect(out: Path, *, command: str, wall_seconds: float | None = None) -> di
 
 def finished_runs(out: Path) -> list[Path]:
     """Return the folders of the finished runs in ``out``, in the order of the arms and of their seeds."""
-    return [folder for folder in _named_runs(out) if _is_finished(folder)]
+    return [folder for folder in _named_runs(out) if has_ended(folder)]
 
 
 def finished_gpts(tokenizer: Path) -> list[Path]:
     """Return the folders of the finished Stage 2 runs in that of their tokenizer."""
-    return [folder for folder in _named_gpts(tokenizer) if _is_finished(folder)]
+    return [folder for folder in _named_gpts(tokenizer) if has_ended(folder)]
 
 
 def tell_unfinished(out: Path, others: Iterable[str] = ()) -> None:
@@ -164,8 +165,8 @@ def tell_unfinished(out: Path, others: Iterable[str] = ()) -> None:
 def _unfinished(out: Path) -> Iterator[Path]:
     for run in _named_runs(out):
         # The trainings on an unfinished tokenizer go with it.
-        for folder in (run, *_named_gpts(run)) if _is_finished(run) else (run,):
-            if (folder / "settings.json").exists() and not _is_finished(folder):
+        for folder in (run, *_named_gpts(run)) if has_ended(run) else (run,):
+            if (folder / "settings.json").exists() and not has_ended(folder):
                 yield folder
 
 
@@ -179,10 +180,6 @@ def _named_runs(out: Path) -> list[Path]:
 
 def _named_gpts(tokenizer: Path) -> list[Path]:
     return sorted(folder for folder in tokenizer.glob("stage2-*") if _GPT.fullmatch(folder.name))
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / "evaluation.json").exists()
 
 
 def _runs_in(out: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from examples.te_vqgan.runs.checkpoint import load_checkpoint, under
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import atomic_file
 from examples.te_vqgan.runs.recorded import require_recorded
-from examples.te_vqgan.runs.running import CHECKPOINT
+from examples.te_vqgan.runs.running import CHECKPOINT, has_ended
 
 __all__ = ["MANIFEST", "Packed", "pack", "unfinished_runs"]
 
@@ -72,7 +72,7 @@ def pack(out: Path, target: Path, *, unfinished: bool = False) -> Packed:
     good = unfinished or not names
     require(good, "out", "a folder of finished runs, or pass --unfinished", f"one with unfinished {names}")
     for run in runs:
-        if _is_finished(run):
+        if has_ended(run):
             require_recorded(run)
     sums: dict[str, str] = {}
     with contextlib.ExitStack() as opened:
@@ -88,15 +88,11 @@ def pack(out: Path, target: Path, *, unfinished: bool = False) -> Packed:
 
 def unfinished_runs(out: Path) -> list[Path]:
     """Return the folders below ``out`` whose trainings have not ended."""
-    return [run for run in _runs(out) if not _is_finished(run)]
+    return [run for run in _runs(out) if not has_ended(run)]
 
 
 def _runs(out: Path) -> list[Path]:
     return sorted(path.parent for path in out.rglob("settings.json"))
-
-
-def _is_finished(run: Path) -> bool:
-    return (run / "evaluation.json").exists()
 
 
 def _contents(out: Path, runs: list[Path]) -> Iterator[tuple[str, bytes]]:

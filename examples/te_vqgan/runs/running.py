@@ -39,6 +39,7 @@ __all__ = [
     "RunTrainer",
     "begun_run",
     "finished_run",
+    "has_ended",
     "only_process_in",
     "provenance",
     "recorded_hash",
@@ -129,13 +130,18 @@ def finished_run(folder: Path, settings: Mapping[str, Any], present: PresentForm
             return False
         changes = differing(present(read_json_object(path)), settings)
         require(not changes, "settings", f"those of the run in {folder}", _others(changes, "use another --out"))
-        return (folder / "evaluation.json").exists()
+        return has_ended(folder)
 
     return distributed.from_main(finished)
 
 
 def _others(changes: Sequence[str], cure: str) -> str:
     return f"others: {'; '.join(changes)}; {cure}"
+
+
+def has_ended(folder: Path) -> bool:
+    """Say whether the run in ``folder`` was trained and measured to the end, whatever its settings."""
+    return (folder / "evaluation.json").is_file()
 
 
 def require_finished(folder: Path, step: str, command: str) -> None:
@@ -151,8 +157,7 @@ def require_finished(folder: Path, step: str, command: str) -> None:
     """
     begun = (folder / CHECKPOINT).exists()
     cure = f", which is unfinished; {command} --resume finishes it" if begun else f"; {command} trains it"
-    finished = (folder / "evaluation.json").is_file()
-    require(finished, "out", f"a folder with a finished {step} run", f"{folder}{cure}")
+    require(has_ended(folder), "out", f"a folder with a finished {step} run", f"{folder}{cure}")
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from examples.te_vqgan.classifier.model import load_classifier, save_classifier
 from examples.te_vqgan.runs.checks import require
 from examples.te_vqgan.runs.files import read_json_object, write_text_atomically
 from examples.te_vqgan.runs.recorded import require_recorded
+from examples.te_vqgan.runs.running import require_finished
 from examples.te_vqgan.stage1.presets import to_dict
 from examples.te_vqgan.stage2.settings import Stage2Settings
 from examples.te_vqgan.stage2.train import load_tokenizer, stage2_folder
@@ -51,7 +52,8 @@ def publish(
     require(not target.exists(), "into", "a new folder", f"{target}, which exists; choose another, or delete it")
     folder = stage2_folder(tokenizer, settings)
     autoencoder, stage1 = load_tokenizer(tokenizer, _CPU)
-    require((folder / "evaluation.json").is_file(), "out", "a folder with a finished stage2 run", str(folder))
+    arm, _, seed = tokenizer.name.rpartition("-seed")
+    require_finished(folder, "stage2", f"stage2 --arm {arm} --seed {seed}")
     require_recorded(folder)
     trained = read_json_object(folder / "settings.json")
     about: dict[str, Any] = {

@@ -43,7 +43,7 @@ def encode(options: Options) -> tuple[str, dict[str, Any]]:
     """Write the tokens of images of any size into one file."""
     output = _output(options)
     good = output.suffix.lower() in ("", TOKENS_SUFFIX)
-    require(good, "--output", f"a file that ends in {TOKENS_SUFFIX}, which is the format", output)
+    require(good, "--output", f"a name that ends in {TOKENS_SUFFIX} or has no suffix", output)
     require_new([output], overwrite=options.overwrite)
     pictures = find_pictures(options.images, options.limit)
     model = load_autoencoder(options)
