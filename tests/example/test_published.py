@@ -61,7 +61,10 @@ def _tokenizer() -> VQAutoencoder:
 
 
 def test_published_weights_give_the_tokens_they_gave() -> None:
-    """Digits of the test set, as when the weights were published."""
+    """Digits of the test set, as when the weights were published.
+
+    The golden file has captions as well, of a GPT whose weights have made room for a better one's.
+    """
     golden = golden_tensors("published")
     tokenizer = _tokenizer()
     indices = tokenizer.encode_to_indices(golden["pixels"] / 127.5 - 1)

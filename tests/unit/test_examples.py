@@ -122,13 +122,13 @@ def test_slow_pages(name: str) -> None:
 
 def test_the_published_gpt_draws_from_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lines of the page, in the root of a clone; the list of words has those of the captions."""
-    if not (ROOT / "examples" / "te_vqgan" / "results" / "small" / "weights").exists():
+    if not (ROOT / "examples" / "te_vqgan" / "results" / "best" / "weights").exists():
         pytest.skip("the published weights are not here")
     pytest.importorskip("safetensors")
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "guides" / "gpt.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    (block,) = [block for block in blocks if "results/small/weights" in block]
+    (block,) = [block for block in blocks if "results/best/weights" in block]
     names: dict[str, Any] = {}
     exec(block, names)
     assert names["images"].shape == (2, 3, 32, 32)

@@ -302,6 +302,7 @@ DATA: Mapping[str, Callable[[], Place]] = {
     "photos": lambda: _results("photos"),
     "confirm": lambda: _results("confirmatory"),
     "attempts": lambda: _results("attempts"),
+    "best": lambda: _results("best"),
     "explore": lambda: _results("exploratory"),
     # Not there before all confirmatory runs are.
     "tests": lambda: _read("examples/te_vqgan/results/confirmatory/hypotheses.json", confirmatory),
