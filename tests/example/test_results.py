@@ -106,6 +106,18 @@ def test_logs_are_kept_small(tmp_path: Path) -> None:
     assert kept[-1]["step"] == 999
 
 
+def test_maps_over_shifts_are_kept_small(tmp_path: Path) -> None:
+    """Six digits of every number in them, and all digits of what tables show."""
+    entry = {"shift": [0, 1], "agreement": {"rate": 2 / 3, "interval": [1 / 3, 1.0], "compared": 1_234_567}}
+    measured = {"aligned": 2 / 3, "aligned_by_shift": [entry], "sub_stride_by_shift": [entry]}
+    _finish(tmp_path, "vqgan", 0, sizes=())
+    _write(tmp_path / "vqgan-seed0", evaluation={"test": {"l1": 1 / 3}, "equivariance": measured})
+    found = collect(tmp_path, command="")["runs"][0]["evaluation"]
+    short = {"shift": [0, 1], "agreement": {"rate": 0.666667, "interval": [0.333333, 1.0], "compared": 1_234_567}}
+    assert found["test"] == {"l1": 1 / 3}
+    assert found["equivariance"] == {"aligned": 2 / 3, "aligned_by_shift": [short], "sub_stride_by_shift": [short]}
+
+
 def test_a_classifier_that_is_not_finished_is_left_out(tmp_path: Path) -> None:
     """Its settings say nothing yet; and without other data there is no entry for them."""
     _finish(tmp_path, "vqgan", 0)

@@ -44,8 +44,9 @@ __all__ = [
     "values_of",
 ]
 
-# Enough points for the curves; the archive of a release holds every line.
+# Enough points for the curves, and digits for the maps; the archive of a release holds every line and digit.
 _LOG_LINES = 48
+_BY_SHIFT = ("aligned_by_shift", "sub_stride_by_shift")
 _ELSEWHERE = "choose another folder for --into"
 # Copies that a user put next to the runs, such as vqgan-seed0-old, have other names.
 _RUN = re.compile(r"(.+)-seed(0|[1-9][0-9]*)")
@@ -193,6 +194,8 @@ def _runs_in(out: Path) -> list[dict[str, Any]]:
         run |= _parts(folder, "settings", "evaluation", "provenance", "exactness", "reading")
         run["seed"] = run["settings"]["seed"]
         _require_own_name(folder, "seed", seed, run["settings"])
+        maps = run["evaluation"].get("equivariance", {})
+        maps.update({name: _shortened(maps[name], 6) for name in _BY_SHIFT if name in maps})
         _require_reader(reader, folder / "reading.json", run.get("reading", {}))
         run["log"] = _thinned(read_log(folder / "log.jsonl"))
         second = {}
@@ -411,11 +414,23 @@ def mean_and_deviation(values: Sequence[float], pattern: str) -> str:
 
 
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep every nth line, those with validation numbers, and the last; numbers to five digits."""
+    """Keep every nth line, those with validation numbers, and the last, of numbers five digits."""
     every = max(1, len(lines) // _LOG_LINES)
     last = len(lines) - 1
     return [
-        {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in line.items()}
+        _shortened(line, 5)
         for number, line in enumerate(lines)
         if number % every == 0 or "validation_l1" in line or number == last
     ]
+
+
+def _shortened(value: Any, digits: int) -> Any:
+    """Return a value of JSON with this many significant digits of every number that is not whole."""
+    match value:
+        case float():
+            return float(f"{value:.{digits}g}")
+        case dict():
+            return {name: _shortened(part, digits) for name, part in value.items()}
+        case list():
+            return [_shortened(part, digits) for part in value]
+    return value

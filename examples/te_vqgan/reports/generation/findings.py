@@ -50,14 +50,14 @@ def generation_findings(results: Mapping[str, Any]) -> list[str]:
         value = statistics.fmean(accuracies(arms[best], images, rule, task, "quad1"))
         goal = TABLE1["te_vqgan"][task][0].mean
         relation = "above" if value > goal else "not above"
-        beside = (
+        comparison = (
             f", {relation} the paper's {goal:.3f} (another canvas and training, see below)"
             if rule == HEADLINE
             else f"; the paper's {goal:.3f} follows another rule"
         )
         sentences.append(
             f"Best arm at Quad1, {words} (rule: {rule_title(rule, task)}): "
-            f"{ARMS[best].title} with {value:.3f}{beside}."
+            f"{ARMS[best].title} with {value:.3f}{comparison}."
         )
     fewest = min(len(runs) for runs in arms.values())
     if fewest == 1:
