@@ -281,6 +281,18 @@ def test_a_file_in_the_place_of_a_folder_is_refused(
     assert capsys.readouterr().err == f"error: {option} must be a folder, got {got}.\n"
 
 
+@pytest.mark.parametrize("arm", [[], ["--arm", "vqgan"]])
+def test_unknown_rules_are_refused_before_anything_is_measured(
+    arm: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also behind rules that exist; there are no runs, which would be the next complaint."""
+    words = ["evaluate", "--preset", "smoke", "--out", str(tmp_path), *arm, "--rules", "2"]
+    assert main([*words, "nonsense"]) == 1
+    assert "error: rules must be 'paper', 'tenth'," in capsys.readouterr().err
+    assert main(words) == 1
+    assert "error: out must be a folder with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--seed", "--seeds", "--steps", "--quantizers", "--data-dir"])
 def test_a_family_that_is_written_again_is_not_trained(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

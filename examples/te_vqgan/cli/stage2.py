@@ -118,8 +118,12 @@ def _stage2(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from examples.te_vqgan.data.sources import load_digits
     from examples.te_vqgan.runs.checks import require
+    from examples.te_vqgan.stage2.rules import rule_named
     from examples.te_vqgan.stage2.settings import stage2_settings_for
 
+    for rule in options.rules:
+        # A wrong name shows before anything is measured; sizes do not matter to it.
+        rule_named(rule, 1, 1)
     source = load_digits(_data(options), options.data_dir)
     if options.arm is None:
         for name in ("seed", "stage2_steps", "train_images"):
