@@ -384,28 +384,45 @@ def _measured(arm: str, seed: int, kappa: float, **test: float) -> dict[str, Any
     return {"arm": arm, "title": arm.upper(), "settings": {"seed": seed}, "seed": seed, "evaluation": evaluation}
 
 
-@pytest.mark.parametrize(
-    ("kappa", "relation"),
-    [
-        (0.71, "higher (0.710 [0.660, 0.760] and 0.600 [0.550, 0.650])"),
-        (0.49, "lower (0.490 [0.440, 0.540] and 0.600 [0.550, 0.650])"),
-        (0.69, "not told apart (0.690 [0.640, 0.740] and 0.600 [0.550, 0.650])"),
-    ],
+_EVERYWHERE = (
+    "a window that moves by whole tokens, a window that moves by less than a token, circular shifts by whole "
+    "tokens and circular shifts by less than a token"
 )
+
+
+@pytest.mark.parametrize(("kappa", "relation"), [(0.71, "higher"), (0.49, "lower"), (0.69, "not told apart")])
 def test_findings_tell_only_what_intervals_tell(kappa: float, relation: str) -> None:
-    """At every protocol; the other numbers of both stand next to it."""
-    border, sentence = picture_findings({"runs": [_measured("a", 0, 0.6), _measured("b", 0, kappa, psnr=23.5)]})
-    assert sentence.count(relation) == 4
-    assert "B reconstructs test crops with 23.50 dB (A: 24.00) and uses 50 codes" in sentence
-    assert f"A from 0.600 to 0.600 and from 0.600 to 0.600; B from {kappa:.3f}" in border
+    """At every protocol."""
+    (sentence,) = picture_findings({"runs": [_measured("a", 0, 0.6), _measured("b", 0, kappa)]})
+    assert sentence == f"B, κ against A: {relation} for {_EVERYWHERE}."
+
+
+def test_findings_differ_by_protocol() -> None:
+    """Higher in one, lower in two, and the rest is not told apart."""
+    base, run, higher, lower = (
+        _measured(arm, 0, kappa) for arm, kappa in zip("abcd", (0.6, 0.6, 0.8, 0.4), strict=True)
+    )
+    run["evaluation"]["equivariance"] = {
+        **run["evaluation"]["equivariance"],
+        "sub_stride": lower["evaluation"]["equivariance"]["sub_stride"],
+    }
+    run["evaluation"]["equivariance_circular"] = {
+        **lower["evaluation"]["equivariance_circular"],
+        "aligned": higher["evaluation"]["equivariance_circular"]["aligned"],
+    }
+    (sentence,) = picture_findings({"runs": [base, run]})
+    assert sentence == (
+        "B, κ against A: not told apart for a window that moves by whole tokens; lower for a window that moves by "
+        "less than a token and circular shifts by less than a token; higher for circular shifts by whole tokens."
+    )
 
 
 def test_findings_warn_of_fewer_codes_only_where_agreement_is_higher() -> None:
     """More agreement of a smaller effective codebook may mean nothing."""
-    told = "It does so with fewer effective codes, which agree more often by themselves."
+    told = "It has fewer effective codes, which agree more often by themselves."
     for kappa, perplexity, warned in ((0.8, 20.0, True), (0.8, 39.0, False), (0.6, 20.0, False)):
         runs = [_measured("a", 0, 0.6), _measured("b", 0, kappa, perplexity=perplexity)]
-        assert (told in picture_findings({"runs": runs})[1]) == warned
+        assert (told in picture_findings({"runs": runs})[0]) == warned
 
 
 def test_findings_of_an_undefined_kappa_say_so() -> None:
@@ -413,9 +430,8 @@ def test_findings_of_an_undefined_kappa_say_so() -> None:
     collapsed = _measured("a", 1, 0.6)
     for name in ("aligned", "sub_stride"):
         collapsed["evaluation"]["equivariance"][name] |= {"kappa": "nan", "kappa_defined": False}
-    sentence = picture_findings({"runs": [_measured("a", 0, 0.6), collapsed]})[1]
-    assert sentence.startswith("A, seed 1 reconstructs")
-    assert "not compared (undefined and 0.600 [0.550, 0.650])" in sentence
+    (sentence,) = picture_findings({"runs": [_measured("a", 0, 0.6), collapsed]})
+    assert sentence == f"A, seed 1, κ against A, seed 0: undefined for {_EVERYWHERE}."
 
 
 def _pictures(count: int, side: int) -> torch.Tensor:

@@ -44,11 +44,12 @@ _FIGURE = "pictures.png"
 # By so much fewer effective codes may be what raises an agreement.
 _FEWER = 1.25
 _COMPARED = (
-    ("moving window, whole tokens:", "equivariance", "aligned"),
-    ("moving window, below a token:", "equivariance", "sub_stride"),
-    ("circular, whole tokens:", "equivariance_circular", "aligned"),
-    ("circular, below a token:", "equivariance_circular", "sub_stride"),
+    ("a window that moves by whole tokens", "equivariance", "aligned"),
+    ("a window that moves by less than a token", "equivariance", "sub_stride"),
+    ("circular shifts by whole tokens", "equivariance_circular", "aligned"),
+    ("circular shifts by less than a token", "equivariance_circular", "sub_stride"),
 )
+_HIGHER = "higher"
 _SHARED = ("images", "moved_images")
 # Shown of one crop only.
 _OF_ONE = ("moved_images", "tokens", "moved_tokens")
@@ -131,32 +132,26 @@ def picture_tables(results: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def picture_findings(results: Mapping[str, Any]) -> list[str]:
-    """Return sentences that compare every run with the first: reconstruction, code use, κ by protocol.
+    """Return a sentence for each run but the first: where its κ is higher or lower than that of the first.
 
-    Two values of κ count as different where their intervals do not overlap.
+    Two values of κ count as different where their intervals do not overlap. The values are in the tables.
     """
     base, *others = results["runs"]
     name = _name(base, results["runs"])
-    sentences = [_border(results["runs"])]
+    sentences = []
     for run in others:
-        title = _name(run, results["runs"])
-        psnr, codes, perplexity = (
-            [one["evaluation"]["test"][key] for one in (run, base)] for key in ("psnr", "used_codes", "perplexity")
-        )
-        compared = "; ".join(
-            f"{where} {_relation(*(_report(one, key, kind) for one in (run, base)))}"
-            for where, key, kind in _COMPARED
-        )
+        where: dict[str, list[str]] = {}
+        for condition, key, kind in _COMPARED:
+            relation = _relation(*(_report(one, key, kind) for one in (run, base)))
+            where.setdefault(relation, []).append(condition)
+        relations = "; ".join(f"{relation} for {_joined(conditions)}" for relation, conditions in where.items())
+        perplexity, base_perplexity = (one["evaluation"]["test"]["perplexity"] for one in (run, base))
         fewer = (
-            " It does so with fewer effective codes, which agree more often by themselves."
-            if perplexity[0] < perplexity[1] / _FEWER and "higher" in compared
+            " It has fewer effective codes, which agree more often by themselves."
+            if perplexity < base_perplexity / _FEWER and _HIGHER in where
             else ""
         )
-        sentences.append(
-            f"{title} reconstructs test crops with {psnr[0]:.2f} dB ({name}: {psnr[1]:.2f}) and uses {codes[0]} "
-            f"codes with a perplexity of {perplexity[0]:.1f} ({codes[1]} and {perplexity[1]:.1f}). Its κ against "
-            f"that of {name}: {compared}.{fewer}"
-        )
+        sentences.append(f"{_name(run, results['runs'])}, κ against {name}: {relations}.{fewer}")
     return sentences
 
 
@@ -166,32 +161,19 @@ def _report(run: Mapping[str, Any], name: str, kind: str) -> Agreement:
 
 
 def _relation(one: Agreement, other: Agreement) -> str:
-    """Say whether two intervals of κ overlap, and give both values."""
-    values = f"{one.kappa_text()} and {other.kappa_text()}"
+    """Say whether two intervals of κ overlap."""
     if not (one.kappa_defined and other.kappa_defined):
-        return f"not compared ({values})"
+        return "undefined"
     if one.kappa_interval[0] > other.kappa_interval[1]:
-        return f"higher ({values})"
+        return _HIGHER
     if one.kappa_interval[1] < other.kappa_interval[0]:
-        return f"lower ({values})"
-    return f"not told apart ({values})"
+        return "lower"
+    return "not told apart"
 
 
-def _border(runs: Sequence[Mapping[str, Any]]) -> str:
-    cells = []
-    for run in runs:
-        pairs = [
-            [_report(run, name, kind).kappa for name in ("equivariance", "equivariance_interior")]
-            for kind in ("aligned", "sub_stride")
-        ]
-        (whole, whole_inside), (below, below_inside) = pairs
-        cells.append(
-            f"{_name(run, runs)} from {whole:.3f} to {whole_inside:.3f} and from {below:.3f} to {below_inside:.3f}"
-        )
-    return (
-        "The border of a moving window: κ of all tokens, then of interior tokens, first after shifts by whole "
-        f"tokens, then below a token: {'; '.join(cells)}."
-    )
+def _joined(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def draw_pictures(results: Mapping[str, Any], samples: Mapping[str, NDArray[Any]]) -> Figure:
