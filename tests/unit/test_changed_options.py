@@ -279,6 +279,68 @@ def test_a_whole_refuses_options_that_only_its_parts_have(build: Callable, optio
     assert quantizer.label == 0.5
 
 
+class Small(ResidualVectorQuantizer):
+    """Three small codebooks, whose sizes a user of it cannot choose."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(num_codes=8, code_dim=width, num_quantizers=3)
+
+
+class Halves(ProductQuantizer):
+    """Two codebooks, one for each half of the channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__([VectorQuantizer(8, width // 2) for _ in range(2)])
+
+
+class Plain(VectorQuantizer):
+    """A codebook that does not keep its only option as an attribute."""
+
+    def __init__(self, width: int, mood: str = "good") -> None:
+        super().__init__(num_codes=8, code_dim=width)
+
+
+@pytest.mark.parametrize(
+    ("kind", "same"),
+    [
+        (Small, lambda: ResidualVectorQuantizer(8, 4, 3)),
+        (Halves, lambda: ProductQuantizer([VectorQuantizer(8, 2), VectorQuantizer(8, 2)])),
+    ],
+)
+def test_a_subclass_may_have_other_options(kind: Callable, same: Callable) -> None:
+    """It computes what its base class does, and refuses the same options; only checkpoints need them all."""
+    torch.manual_seed(1)
+    quantizer = kind(4)
+    torch.manual_seed(1)
+    base = same()
+    latents = torch.randn(2, 4, 5, 5)
+    for whole in (quantizer, base):
+        whole(latents)
+    assert torch.equal(quantizer(latents).codes, base(latents).codes)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(quantizer.buffers(), base.buffers(), strict=True))
+    with pytest.raises(ValueError, match=r"temperature must be .*, got 0\.5\."):
+        quantizer.temperature = 0.5
+    quantizer.label = 0.5
+    assert copy.deepcopy(quantizer).label == 0.5
+    with pytest.raises(AttributeError, match=r"must keep every option .* set self\.width in the constructor\."):
+        quantizer.options()
+
+
+@pytest.mark.parametrize(
+    "build", [lambda parts: ResidualVectorQuantizer(stages=parts), lambda parts: ProductQuantizer(parts)]
+)
+def test_parts_need_not_keep_their_options(build: Callable) -> None:
+    """Attributes of the whole are set without reading theirs; an option of theirs is refused all the same."""
+    quantizer = build([Plain(2), Plain(2)])
+    quantizer(torch.randn(3, quantizer.code_dim))
+    quantizer.label = 0.5
+    for option in ("mood", "temperature"):
+        with pytest.raises(
+            ValueError, match=rf"^{option} must be set on each of quantizer\.\w+, which have their own"
+        ):
+            setattr(quantizer, option, 0.5)
+
+
 def test_layouts_are_those_of_the_parts() -> None:
     """And what is done about NaN; a quantizer without a gradient estimator gets none."""
     quantizer = ProductQuantizer([plain_residual(8, 3, 2), FSQ((3, 3))])

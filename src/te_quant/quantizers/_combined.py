@@ -19,7 +19,7 @@ from te_quant._values import require_in_range
 from te_quant.quantizers._lifecycle import replacements
 from te_quant.quantizers._rows import Rows
 from te_quant.quantizers._update import Batch, record, restart, revive
-from te_quant.quantizers.base import NO_CODE, NonfiniteMode, Quantized, Quantizer, names_of
+from te_quant.quantizers.base import NO_CODE, NonfiniteMode, Quantized, Quantizer, option_names
 from te_quant.quantizers.sim import SimVQ
 from te_quant.quantizers.vector import VectorQuantizer
 
@@ -206,10 +206,10 @@ class CombinedQuantizer(Quantizer):
         return torch.stack([F.pad(revived, (0, longest - len(revived))) for revived in lifecycle.revived])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        new = name not in self.__dict__ and name not in names_of(type(self).__init__)
+        new = name not in self.__dict__ and name not in option_names(type(self))
         if new and self.__dict__.get("_modules"):
             parts = (part for part in self._all_quantizers() if part is not self)
-            if any(name in part.options() for part in parts):
+            if any(name in option_names(type(part)) for part in parts):
                 require(False, name, self._cure_of(name), repr(value))
         super().__setattr__(name, value)
 

@@ -149,6 +149,12 @@ def names_of(check: Callable[..., dict[str, Any]]) -> tuple[str, ...]:
     return tuple(inspect.signature(check).parameters)
 
 
+def option_names(kind: type[Quantizer]) -> frozenset[str]:
+    """Return the options of ``kind`` and of the classes it is built on."""
+    kinds = (base for base in kind.__mro__ if issubclass(base, Quantizer) and "__init__" in vars(base))
+    return frozenset(name for base in kinds for name in names_of(base.__init__)) - {*_NO_OPTIONS}
+
+
 class Quantizer(nn.Module):
     """Base class of all quantizers: latents in any layout in, codes and indices out.
 
