@@ -381,7 +381,6 @@ def _within_export(strict: bool) -> Callable[[], None]:
 
 
 # Of torch's own jvp.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "first",
     [

@@ -141,7 +141,7 @@ def test_pad2d_has_forward_derivatives_under_transforms(mode: str) -> None:
     torch.testing.assert_close(curvature, torch.einsum("abcdefgh,efgh->abcd", hessian, direction[:1]))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_traced_padding_is_saved(mode: str, tmp_path: Path) -> None:
     """As a program of torch's own operators, with the same numbers."""

@@ -24,9 +24,6 @@ from te_quant.quantizers import Quantizer
 from tests.helpers import exactly, not_finite, plain_quantizer
 from tests.unit.quantizer_cases import QUANTIZERS, latents_for, state_of
 
-# torch compiles its own forward derivatives with it.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-
 DOUBLE = torch.float64
 NAMES = [name for name in QUANTIZERS if not name.endswith("-skip")]
 

@@ -14,6 +14,8 @@ from te_quant.functional import orthogonality
 from tests.helpers import plain_quantizer, plain_residual
 
 
+# From opcheck itself, in torch 2.14.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_unit_rows_have_the_gradient_of_a_normalisation() -> None:
     """Against finite differences, in float64; a compiler may trace it (opcheck)."""
     rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)

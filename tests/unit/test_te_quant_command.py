@@ -621,7 +621,6 @@ class _CosmosDecoder(nn.Module):
         return grey.expand(-1, 3, -1, -1)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> None:
     """The stride is not in them, so it is asked for."""
     (tmp_path / "di8x8").mkdir()
@@ -638,7 +637,6 @@ def test_cosmos_is_two_files(run: Run, model: VQAutoencoder, tmp_path: Path) -> 
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", ["encoder.jit", "decoder.jit"])
 @pytest.mark.parametrize("kind", ["empty", "page", "half", "weights"])
 def test_other_files_in_the_place_of_cosmos_are_refused(

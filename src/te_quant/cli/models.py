@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -189,7 +190,10 @@ def _load_cosmos(options: Options) -> Tokenizer:
 
 def _load_jit(path: Path, device: torch.device) -> Any:
     try:
-        return torch.jit.load(path, map_location=device).eval()
+        with warnings.catch_warnings():
+            # Cosmos has no other files than these, so there is nothing that the advice of torch could change.
+            warnings.filterwarnings("ignore", r"`torch\.jit\.load` is")
+            return torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
         reason = next(iter(str(error).strip().splitlines()), "another file").rstrip(".")
         raise ValueError(f"{path} must be a file that torch.jit.save wrote, got {reason}.") from error
