@@ -5,7 +5,7 @@ DATA ?= digits
 BIN = $(VENV)/bin
 PARALLEL = -n auto --dist worksteal
 
-.PHONY: demo test test-all test-long coverage lint types docs notebooks smoke bench gpu clean
+.PHONY: demo test test-all test-long test-torch coverage lint types docs notebooks smoke bench gpu clean
 .DELETE_ON_ERROR:
 
 # One marker a set of extras, so that a changed pyproject.toml or pin installs again.
@@ -28,6 +28,14 @@ test-all: $(VENV)/.dev.installed
 # Those marked long, which test-all leaves out.
 test-long: $(VENV)/.dev.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m long
+
+# The fast suite on another torch, such as the oldest that pyproject.toml allows. Builds for GPUs are several gigabytes.
+TORCH ?= 2.9.1
+test-torch:
+	$(PYTHON) -m venv $(VENV)-$(TORCH)
+	grep -v '^torch==' constraints.txt > $(VENV)-$(TORCH)/constraints.txt
+	$(VENV)-$(TORCH)/bin/python -m pip install --quiet --constraint $(VENV)-$(TORCH)/constraints.txt torch==$(TORCH) --editable '.[test]'
+	$(VENV)-$(TORCH)/bin/python -m pytest $(PARALLEL)
 
 # test-all, measured: half as long again.
 coverage: $(VENV)/.dev.installed

@@ -11,6 +11,10 @@ import torch
 __all__ = ["in_transform", "is_exporting", "refuse_training_export", "wants_plain"]
 
 
+# Before, torch.compile took every call of torch.compiler.is_exporting() for True, whatever the function returns.
+_READS_FLAG = torch.__version__ < "2.13"  # a TorchVersion, which compares versions
+
+
 def in_transform() -> bool:
     """Say whether a transform of ``torch.func`` (``vmap``, ``grad``, ``jvp``, ...) runs; compilers trace this."""
     return torch._C._are_functorch_transforms_active()
@@ -18,7 +22,8 @@ def in_transform() -> bool:
 
 def is_exporting() -> bool:
     """Say whether ``torch.export`` or the ONNX exporter records a graph."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    exporting = torch.compiler._is_exporting_flag if _READS_FLAG else torch.compiler.is_exporting()
+    return exporting or torch.onnx.is_in_onnx_export()
 
 
 def refuse_training_export(training: bool, owner: str) -> None:

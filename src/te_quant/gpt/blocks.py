@@ -233,4 +233,5 @@ def _sinusoids(shape: tuple[int, ...], width: int) -> Tensor:
     axes = torch.meshgrid(*sides, indexing="ij")
     angles = [axis.flatten().outer(rates) for axis in axes]
     table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
-    return table.to(torch.get_default_dtype()).to(torch.get_default_device())
+    # In torch 2.9 torch.get_default_device() fails once set_default_device(None) was called.
+    return table.to(torch.get_default_dtype()).to(torch.empty(0).device)

@@ -152,6 +152,6 @@ def _rows(frequencies: Tensor, start: int, stop: int, num_images: int) -> Tensor
     low, high = torch.searchsorted(frequencies[0], bounds).tolist()
     code, image, counts = frequencies[:, low:high]
     indices, size = torch.stack([code - start, image]).long(), (stop - start, num_images)
-    return torch.sparse_coo_tensor(
-        indices, counts.double(), size, is_coalesced=True, check_invariants=False, device="cpu"
-    )
+    # torch 2.11 warns of check_invariants=False, too, but not of this.
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):
+        return torch.sparse_coo_tensor(indices, counts.double(), size, is_coalesced=True, device="cpu")
