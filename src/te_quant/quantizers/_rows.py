@@ -92,13 +92,13 @@ class Layout(NamedTuple):
     channel_dim: int
     channels_last: bool = False
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def arrange(self, rows: Tensor) -> Tensor:
         """(N, C) -> (B, C, h, w), or whatever this layout is."""
         laid = self.view(rows)
         return laid if self.channels_last or self.channel_dim == -1 else laid.contiguous()
 
     def look_up(self, table: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-        """Return what a call gives for ``rows``, which are those of ``table`` at ``indices``; bit for bit.
+        """Return what :meth:`arrange` gives for ``rows``, which are those of ``table`` at ``indices``; bit for bit.
 
         A CPU moves channels at a fraction of the speed of its memory. Where there are no more codes than tokens in
         an image, it takes less time to look them up again, one channel after the other.
@@ -112,7 +112,7 @@ class Layout(NamedTuple):
         moved = self.channel_dim == 1 and not self.channels_last
         eager = table.device.type == "cpu" and not (torch.compiler.is_compiling() or in_transform())
         if not (moved and eager and codes <= tokens and tokens * size >= _MANY):
-            return self(rows)
+            return self.arrange(rows)
         channels = table.T.contiguous()
         laid = table.new_empty(images, size, tokens)
         for image, own in zip(laid, indices.view(images, tokens), strict=True):

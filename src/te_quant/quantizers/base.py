@@ -68,11 +68,6 @@ class Losses(NamedTuple):
     commitment: Tensor
     regularization: Tensor
 
-    @property
-    def total(self) -> Tensor:
-        """(), their sum."""
-        return self.codebook + self.commitment + self.regularization
-
 
 class Quantized(NamedTuple):
     """The result of :meth:`Quantizer.quantize` for N rows.
@@ -311,18 +306,19 @@ class Quantizer(nn.Module):
             surrogate, codes = torch.where(kept, surrogate, 0.0), torch.where(kept, codes, 0.0)
             indices = _without_masked(indices, kept)
         if result.table is None or kept is not None:  # What is masked has no row in a table.
-            codes = layout(codes)
+            codes = layout.arrange(codes)
         else:
             codes = layout.look_up(result.table.detach(), indices, codes)
         # After laying out: moving channels costs several times as much as a copy in place.
         quantized = straight_through(layout.view(surrogate), codes)
+        codebook, commitment, regularization = result.losses
         return QuantizerOutput(
             quantized=quantized.to(latents.dtype),
             indices=self._lay_out_indices(indices, rows.grid),
-            loss=result.losses.total,
-            codebook_loss=result.losses.codebook,
-            commitment_loss=result.losses.commitment,
-            regularization_loss=result.losses.regularization,
+            loss=codebook + commitment + regularization,
+            codebook_loss=codebook,
+            commitment_loss=commitment,
+            regularization_loss=regularization,
             codes=codes if self.dtype is None else codes.to(self.dtype),
         )
 
