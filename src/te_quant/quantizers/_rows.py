@@ -98,7 +98,7 @@ class Layout(NamedTuple):
         return laid if self.channels_last or self.channel_dim == -1 else laid.contiguous()
 
     def look_up(self, table: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-        """Return what :meth:`arrange` gives for ``rows``, which are those of ``table`` at ``indices``; bit for bit.
+        """Return what :meth:`arrange` gives for ``rows``, those of ``table`` at ``indices``; bit for bit.
 
         A CPU moves channels at a fraction of the speed of its memory. Where there are no more codes than tokens in
         an image, it takes less time to look them up again, one channel after the other.
