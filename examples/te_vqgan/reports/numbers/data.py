@@ -303,6 +303,7 @@ DATA: Mapping[str, Callable[[], Place]] = {
     "confirm": lambda: _results("confirmatory"),
     "attempts": lambda: _results("attempts"),
     "best": lambda: _results("best"),
+    "narrow": lambda: _results("narrow"),
     "explore": lambda: _results("exploratory"),
     # Not there before all confirmatory runs are.
     "tests": lambda: _read("examples/te_vqgan/results/confirmatory/hypotheses.json", confirmatory),
