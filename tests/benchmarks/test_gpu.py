@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", minversion="3.7")
 
 from benchmarks.contest import OURS, Cell, Context
 from benchmarks.gpu import __main__ as command

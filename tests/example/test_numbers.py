@@ -364,7 +364,17 @@ def test_what_is_no_page_is_refused(
 
 def _marked(page: Path) -> list[Marked]:
     # A source distribution has no results.
-    for name in ("small", "small-fine", "confirmatory", "attempts", "best", "narrow", "exploratory", "family", "photos"):
+    for name in (
+        "small",
+        "small-fine",
+        "confirmatory",
+        "attempts",
+        "best",
+        "narrow",
+        "exploratory",
+        "family",
+        "photos",
+    ):
         published(f"{name}/results.json")
     return marked_numbers(page.read_text(encoding="utf-8"))
 

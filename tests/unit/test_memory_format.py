@@ -171,10 +171,10 @@ def test_codes_that_are_looked_up_again_are_those_that_were(
     table = torch.randn(codes, size, generator=generator)
     indices = torch.randint(codes, (math.prod(grid),), generator=generator)
     layout = Layout(grid, 1)
-    expected = layout(table[indices])
+    expected = layout.arrange(table[indices])
     moves: list[Tensor] = []
     monkeypatch.setattr(
-        Layout, "__call__", lambda self, rows: (moves.append(rows), self.view(rows).contiguous())[1]
+        Layout, "arrange", lambda self, rows: (moves.append(rows), self.view(rows).contiguous())[1]
     )
     found = layout.look_up(table, indices, table[indices])
     assert torch.equal(found, expected)

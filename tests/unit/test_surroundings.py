@@ -157,11 +157,11 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 def test_checks_of_strangers_run_as_in_a_fresh_process(name: str) -> None:
     """Correct classes pass, and what was set is set afterwards."""
     with SURROUNDINGS[name]():
-        before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device())
+        before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.empty(0).device)
         check_quantizer(partial(FSQ, (8, 5, 5)))
         check_quantizer(partial(VectorQuantizer, 16, 4))
         check_downsample(DOWNSAMPLERS["max_blur_pool"])
-        assert before == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device())
+        assert before == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.empty(0).device)
 
 
 def test_checks_of_strangers_do_not_seed_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
