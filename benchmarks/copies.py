@@ -48,7 +48,7 @@ class ForwardPass:
     """
 
     def __init__(self, copies: bool) -> None:
-        self.layout = Layout.__call__ if copies else Layout.view
+        self.layout = Layout.arrange if copies else Layout.view
         self.look_up = Layout.look_up if copies else _view_of_rows
         self.quantizer: VectorQuantizer
         self.latents: torch.Tensor
@@ -65,7 +65,7 @@ class ForwardPass:
 
     @torch.no_grad()
     def _run(self, calls: int) -> float:
-        with mock.patch.multiple(Layout, __call__=self.layout, look_up=self.look_up):
+        with mock.patch.multiple(Layout, arrange=self.layout, look_up=self.look_up):
             start = time.perf_counter()
             for _ in range(calls):
                 self.quantizer(self.latents)

@@ -218,7 +218,7 @@ def test_the_copy_is_what_differs_between_the_two_forward_passes(
 ) -> None:
     """One returns a view, the other a contiguous tensor; the layout is itself again afterwards."""
     formats = []
-    original = Layout.__call__
+    original = Layout.arrange
 
     def spy(*arguments: Any) -> Any:
         return formats.append(VectorQuantizer.forward(*arguments).quantized.is_contiguous())
@@ -230,7 +230,7 @@ def test_the_copy_is_what_differs_between_the_two_forward_passes(
             patch.setattr(timer.quantizer, "forward", lambda latents, timer=timer: spy(timer.quantizer, latents))
             timer.ask(calls=2)
     assert formats == [False, False, True, True]
-    assert Layout.__call__ is original
+    assert Layout.arrange is original
     monkeypatch.setattr(copies_benchmark, "SIZES", (Size(1024, 4, 3),))
     assert copies_benchmark.main(["--budget", "0", "--min-pairs", "2", "--out", str(tmp_path)]) == 0
     [cell] = json.loads((tmp_path / "copies.json").read_text(encoding="utf-8"))["cells"]
