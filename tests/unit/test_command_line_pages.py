@@ -37,11 +37,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the pages say that it holds."""
     if not (RESULTS / "small" / "weights").exists():
         pytest.skip("the published weights are not here")
-    shutil.copytree(RESULTS / "small" / "weights" / "tokenizer", tmp_path / "tokenizer")
     for number, image in enumerate(load_file(RESULTS / "photos" / "samples" / "pictures.safetensors")["images"]):
         write_picture(tmp_path / "photos" / f"{number}.png", image / 127.5 - 1)
-    # From which the first page makes its images.
-    samples = RESULTS.relative_to(ROOT) / "small" / "samples" / "stride_exact.safetensors"
+    # From which the first page makes its tokenizer and its images.
+    small = RESULTS.relative_to(ROOT) / "small"
+    shutil.copytree(ROOT / small / "weights" / "tokenizer", tmp_path / small / "weights" / "tokenizer")
+    samples = small / "samples" / "stride_exact.safetensors"
     (tmp_path / samples).parent.mkdir(parents=True)
     shutil.copy(ROOT / samples, tmp_path / samples)
     monkeypatch.chdir(tmp_path)
