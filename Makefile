@@ -29,7 +29,7 @@ test-all: $(VENV)/.dev.installed
 test-long: $(VENV)/.dev.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m long
 
-# The fast suite on another torch, such as the oldest that pyproject.toml allows. Builds for GPUs are several gigabytes.
+# The fast suite with another version of torch, such as the oldest that pyproject.toml allows. Builds for GPUs are several gigabytes.
 TORCH ?= 2.9.1
 test-torch:
 	$(PYTHON) -m venv $(VENV)-$(TORCH)

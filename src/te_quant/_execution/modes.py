@@ -11,7 +11,7 @@ import torch
 __all__ = ["in_transform", "is_exporting", "refuse_training_export", "wants_plain"]
 
 
-# Before, torch.compile took every call of torch.compiler.is_exporting() for True, whatever the function returns.
+# torch.compile of torch 2.9 to 2.11 takes every call of torch.compiler.is_exporting() for True; 2.12 is untried.
 _READS_FLAG = torch.__version__ < "2.13"  # a TorchVersion, which compares versions
 
 
