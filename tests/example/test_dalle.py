@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from examples.te_vqgan.data.caption_tokens import CaptionTokenizer
 from examples.te_vqgan.data.captions import Grammar
@@ -346,6 +347,55 @@ def test_initial_scales_and_logits() -> None:
     logits = model(_tokens(("text", "image")), ("text", "image"))
     assert (logits[:, TEXT - 1 :, CODES:] == -math.inf).all()
     assert logits[:, : TEXT - 1].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_attention_that_trains_in_half_precision_is_the_fused_kernels(kind: str) -> None:
+    """Outputs and gradients, against float64 on the same inputs; without the mask they are others."""
+    visible = attention_pattern(kind, ORDERS[0], TEXT, GRID)
+    exact = torch.randn(3, 2, 4, N, 12, dtype=torch.float64)
+    goal = torch.randn(2, 4, N, 12, dtype=torch.float64)
+
+    def distances(mask: Tensor) -> Tensor:
+        """Of the output and of three gradients, by the largest entry of float64's."""
+        rounded = exact.bfloat16().requires_grad_()
+        reference = rounded.detach().double().requires_grad_()
+        expected = functional.scaled_dot_product_attention(*reference, attn_mask=visible)
+        found = dalle._attend_in_steps(*rounded, mask)
+        assert found.dtype == torch.bfloat16
+        wanted, given = (
+            torch.autograd.grad((out * goal).sum(), leaf)[0].double()
+            for out, leaf in ((expected, reference), (found, rounded))
+        )
+        pairs = [(expected, found), *zip(wanted, given, strict=True)]
+        return torch.stack([(b.double() - a).abs().max() / a.abs().max() for a, b in pairs])
+
+    assert (distances(visible) < 4 * torch.finfo(torch.bfloat16).eps).all()
+    assert (distances(torch.ones_like(visible)) > 0.1).all()
+
+
+def test_only_training_in_half_precision_leaves_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not generation, nor float32; and losses and gradients are those of float64 but for rounding."""
+    order = ORDERS[0]
+    model, tokens = _model(), _tokens(order)
+    exact = torch.autograd.grad(sum(model.losses(tokens, order).values()), model.tokens["text"].weight)[0]
+    calls: list[torch.dtype] = []
+    stepwise = dalle._attend_in_steps
+
+    def counted(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        calls.append(queries.dtype)
+        return stepwise(queries, keys, values, visible)
+
+    monkeypatch.setattr(dalle, "_attend_in_steps", counted)
+    model.losses(tokens, order)
+    model.float().losses(tokens, order)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(tokens[:1, :TEXT], order=order)
+        assert not calls
+        loss = sum(model.losses(tokens, order).values())
+    assert calls == [torch.bfloat16] * SMALL.depth
+    rounded = torch.autograd.grad(loss, model.tokens["text"].weight)[0].double()
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.long

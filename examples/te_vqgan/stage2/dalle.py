@@ -133,7 +133,10 @@ class _Block(nn.Module):
         if memory is not None:
             memory[..., past : past + t, :] = stored
             stored = memory[..., : past + t, :]
-        mixed = F.scaled_dot_product_attention(queries, stored[0], stored[1], attn_mask=visible)
+        # The fused kernel's gradient in half precision is slow on a CPU.
+        slow = stored.requires_grad and stored.device.type == "cpu" and stored.dtype.itemsize < 4
+        attend = _attend_in_steps if slow else F.scaled_dot_product_attention
+        mixed = attend(queries, stored[0], stored[1], visible)
         stream = stream + self.scale1 * self.out(mixed.transpose(1, 2).reshape(B, t, -1))
         values, gates = self.up(self.norm2(stream)).chunk(2, -1)
         # Source: Shazeer 2020, arXiv:2002.05202 (GEGLU).
@@ -352,6 +355,14 @@ class DalleTransformer(nn.Module):
         padding, positions = (table.weight[first:last] for table in (self.padding, self.text_positions))
         is_padding = tokens.eq(self.config.pad_token).unsqueeze(-1)
         return torch.where(is_padding, padding, vectors) + positions
+
+
+def _attend_in_steps(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """Scaled dot-product attention, one operation at a time; every query sees something."""
+    scores = queries * queries.shape[-1] ** -0.5 @ keys.transpose(-1, -2)
+    shares = scores.float().masked_fill(~visible, -math.inf).softmax(-1)
+    mixed: Tensor = shares.to(values.dtype) @ values
+    return mixed
 
 
 def _predicted(spans: Sequence[_Span], count: int) -> list[tuple[_Span, int, int]]:
