@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from examples.te_vqgan.classifier.model import weights_path
+from examples.te_vqgan.cli.options import announce
 from examples.te_vqgan.reports import report
 from examples.te_vqgan.reports.results import collect, commands, finished_gpts, merged, read_results, to_text
 from examples.te_vqgan.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -343,6 +344,29 @@ def test_reports_of_several_folders_are_one(tmp_path: Path) -> None:
     results = json.loads((target / "results.json").read_text())
     assert list(results["samples"]) == ["VQGAN", "MB", "SC, K = 16"]
     assert results["captions"] == {"held_out": ["held_out caption"], "seen": ["seen caption"]}
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_results_alone_stay_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seeds are added to a published ``results.json`` without samples; a report that lost them is refused."""
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    for seed, part in ((0, first), (1, second)):
+        for out in (whole, part):
+            _finish(out, "vqgan", seed)
+    for out in (whole, first):
+        report.write_report(out, command="typed")
+    target = tmp_path / "published"
+    target.mkdir()
+    shutil.copy(first / "report" / "results.json", target)
+    announce(report.write_report(second, command="typed", into=target))
+    assert capsys.readouterr().out == f"Results: {target / 'results.json'}, which has no report beside it.\n"
+    found, expected = _files(target), _files(whole / "report")
+    assert found.keys() == {"results.json"}
+    assert json.loads(found["results.json"]) == json.loads(expected["results.json"])
+    (target / "report.md").touch()
+    with pytest.raises(ValueError, match=r"vqgan.safetensors must be in .*samples, got none; write"):
+        report.write_report(second, command="typed", into=target)
+    assert _files(target) == {**found, "report.md": b""}
 
 
 @pytest.mark.usefixtures("unrendered")

@@ -60,7 +60,7 @@ __all__ = ["render", "rendered", "write_report"]
 _PHOTOGRAPHS = ("reconstructions.png", "generated.png", "captions.png")
 # Arms that a title names.
 _FEW_ARMS = 4
-_RESULTS = "results.json"
+_RESULTS, _TEXT = "results.json", "report.md"
 # Only one rule keeps pictures; runs that the first version measured have its own.
 _PICTURES = {HEADLINE: "rule-paper.safetensors", "tenth": "generation.safetensors"}
 _CAPTIONS = {
@@ -85,7 +85,8 @@ def write_report(out: Path, *, command: str, wall_seconds: float | None = None, 
         command: what was typed to get the results.
         wall_seconds: how long that took, if it did everything.
         into: folder of the report, ``out/report`` by default. The runs of a report that is there already stay, but
-            for those that are in ``out`` too.
+            for those that are in ``out`` too. Of digits, a folder with neither texts nor samples beside its
+            ``results.json`` gets only that file.
 
     Returns:
         The folder of the report.
@@ -101,6 +102,10 @@ def write_report(out: Path, *, command: str, wall_seconds: float | None = None, 
     results = collected
     if into is not None and path.is_file():
         results = merged(read_results(path), collected)
+        bare = not (folder / _TEXT).exists() and not (folder / "samples").exists()
+        if bare and not _of_pictures(results):
+            write_text_atomically(path, to_text(results))
+            return folder
     # All is read and drawn before the first file is written, so that what cannot be shown leaves the old report.
     if _of_pictures(results):
         fresh = picture_samples(results, collected, out, folder)
@@ -139,7 +144,7 @@ def rendered(results: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[s
     figures = _figures(results, samples) | generation_figures(results, generated)
     pictures = {name: encode_png(figure, photographs=name in _PHOTOGRAPHS) for name, figure in figures.items()}
     blocks = _blocks(results)
-    texts = {"report.md": to_markdown(blocks), "report.html": to_html(blocks, pictures, _title(results))}
+    texts = {_TEXT: to_markdown(blocks), "report.html": to_html(blocks, pictures, _title(results))}
     if full_size(results) is not None:
         texts |= {f"{name}.md": to_markdown([table]) for name, table in generation_tables(results).items()}
     return {**pictures, **{name: text.encode() for name, text in texts.items()}}
