@@ -126,7 +126,7 @@ class Rates(NamedTuple):
     Attributes:
         copied: bytes, read and written.
         operations: additions and multiplications of a matrix product.
-        comparisons: numbers compared by a vectorised minimum.
+        comparisons: numbers compared by a vectorized minimum.
     """
 
     copied: float

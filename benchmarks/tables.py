@@ -286,7 +286,7 @@ def machine_table(document: Document) -> str:
     if math.isfinite(speed):
         rows.append(["a square product", f"{speed / 1e9:,.0f} GFLOP/s in float32"])
     if math.isfinite(comparisons):
-        rows.append(["a vectorised minimum", f"{comparisons / 1e9:,.0f} · 10⁹ comparisons per second"])
+        rows.append(["a vectorized minimum", f"{comparisons / 1e9:,.0f} · 10⁹ comparisons per second"])
     return to_markdown([Table(("", "of the measurements"), rows)])
 
 

@@ -327,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS), help="train only these tokenizers (default: the plan's)"
     )
-    run.add_argument("--stage2-steps", type=int, help="optimiser steps of the GPT, instead of the preset's")
+    run.add_argument("--stage2-steps", type=int, help="optimizer steps of the GPT, instead of the preset's")
     run.add_argument("--seeds", nargs="+", type=int, help="several seeds, instead of --seed")
     run.add_argument(
         "--workers", type=positive, default=0, help="trainings at once (default: one per core, or one on a GPU)"

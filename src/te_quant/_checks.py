@@ -2,7 +2,7 @@
 
 The functions raise ``ValueError`` for a wrong value, ``TypeError`` for a wrong type. Those for numbers accept
 numpy's scalars too and return a plain ``int`` or ``float``, which JSON can store.
-Nothing here reads tensor *values*, so all of it is free of device synchronisation and safe to trace;
+Nothing here reads tensor *values*, so all of it is free of device synchronization and safe to trace;
 :mod:`te_quant._values` holds the checks that must look at the data.
 """
 

@@ -47,7 +47,7 @@ class Reach(NamedTuple):
     Example:
         >>> Reach(3, stride=2)  # a 3x3 convolution with stride 2
         Reach(size=3, stride=2)
-        >>> Reach(None)  # a normalisation over the whole image
+        >>> Reach(None)  # a normalization over the whole image
         Reach(size=None, stride=1)
     """
 

@@ -46,7 +46,7 @@ def nearest_code(
 
     Args:
         latents: (N, C), floating point.
-        codebook: (K, C), same dtype and device. For cosine similarity normalise both first.
+        codebook: (K, C), same dtype and device. For cosine similarity normalize both first.
         temperature: 0 takes the nearest code; above 0 a code is drawn with probability proportional to
             exp(-‖z - e‖² / (2 · temperature)), in squared units of the latents.
         generator: source of randomness for ``temperature > 0``.

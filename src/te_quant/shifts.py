@@ -66,7 +66,7 @@ def canvas(images: Tensor, shift: Shift, *, fill: float) -> Tensor:
     """Move content over a constant ground; vacated places become ground.
 
     Nothing but ground may leave the canvas: a shift that would cut content off is refused, since the two
-    images would then no longer show the same thing. Reads the data (a device synchronisation).
+    images would then no longer show the same thing. Reads the data (a device synchronization).
 
     Args:
         images: pixels or tokens, any real dtype.

@@ -179,7 +179,7 @@ class _Alone(nn.Module):
         self.model = model
 
     def no_sync(self) -> Any:
-        """Nothing is ever synchronised."""
+        """Nothing is ever synchronized."""
         return contextlib.nullcontext()
 
     def forward(self, *inputs: Tensor) -> Any:

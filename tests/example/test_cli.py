@@ -137,9 +137,9 @@ def test_report_of_a_trial_says_that_its_numbers_mean_nothing(out: Path) -> None
     text = (out / "report" / "report.md").read_text(encoding="utf-8")
     first = text.split("\n\n")[1]
     assert first.startswith(
-        "The numbers in this report mean nothing: it is a trial of 6 optimiser steps and 8 test"
+        "The numbers in this report mean nothing: it is a trial of 6 optimizer steps and 8 test"
     )
-    assert "No findings are drawn from a trial of 6 optimiser steps and 8 test images" in text
+    assert "No findings are drawn from a trial of 6 optimizer steps and 8 test images" in text
     for finding in ("has a higher", "has a lower", "told apart", "the penalty (TE-VQGAN)", "Best arm"):
         assert finding not in text
 
@@ -437,7 +437,7 @@ def test_real_mnist_goes_through_the_same_steps(mnist_folder: Path, tmp_path: Pa
     assert main(["report", *shared]) == 0
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "# TE-VQGAN (λ = 10) on mnist" in text
-    assert "The numbers in this report mean nothing: it is a trial of 1 optimiser step" in text
+    assert "The numbers in this report mean nothing: it is a trial of 1 optimizer step" in text
 
 
 def _start(out: Path, *words: str) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""What Stage 1 minimises: losses, adaptive weight, discriminator, learning rate.
+"""What Stage 1 minimizes: losses, adaptive weight, discriminator, learning rate.
 
 Shape letters: B batch, C channels, H W pixels.
 """
@@ -133,7 +133,7 @@ def test_discriminator_judges_patches_one_by_one() -> None:
 
 
 def test_the_papers_discriminator() -> None:
-    """Counted by hand: kernels of 4x4, 64 to 512 channels, biases only at both ends, and batch normalisation."""
+    """Counted by hand: kernels of 4x4, 64 to 512 channels, biases only at both ends, and batch normalization."""
     torch.manual_seed(0)
     settings = settings_for("paper", "vqgan")
     judge = PatchDiscriminator(

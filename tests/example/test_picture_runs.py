@@ -235,7 +235,7 @@ def test_an_arm_can_be_added_to_a_report(folder: Path, out: Path, tmp_path: Path
 def test_the_report_shows_the_numbers_of_the_runs(folder: Path, out: Path) -> None:
     """PSNR and κ with its interval; every picture with its hash; no test number without the number of codes."""
     text = (out / "report" / "report.md").read_text(encoding="utf-8")
-    assert "The numbers in this report mean nothing: it is a trial of 4 optimiser steps and 8 test images." in text
+    assert "The numbers in this report mean nothing: it is a trial of 4 optimizer steps and 8 test images." in text
     assert "| | VQGAN | polyphase (integer-exact) |".replace(" ", "") in text.replace(" ", "")
     for arm in ("vqgan", "integer_exact"):
         evaluation = json.loads((run_folder(out, arm, 0) / "evaluation.json").read_text())

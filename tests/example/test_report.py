@@ -132,9 +132,9 @@ def test_findings_of_single_seeds_tell_no_differences_within_the_noise() -> None
     ("sizes", "expected"),
     [
         ([(100, 100)], None),
-        ([(99, 1_000)], "99 optimiser steps and 1,000 test images"),
-        ([(1_000, 99)], "1,000 optimiser steps and 99 test images"),
-        ([(2_400, 1_500), (1, 1)], "1 optimiser step and 1 test image"),
+        ([(99, 1_000)], "99 optimizer steps and 1,000 test images"),
+        ([(1_000, 99)], "1,000 optimizer steps and 99 test images"),
+        ([(2_400, 1_500), (1, 1)], "1 optimizer step and 1 test image"),
     ],
 )
 def test_a_trial_is_a_training_that_is_too_short_or_a_test_set_that_is_too_small(

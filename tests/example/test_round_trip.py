@@ -112,7 +112,7 @@ def test_an_image_with_another_phase_is_not_whole() -> None:
 
 
 def test_training_with_the_loss_reaches_the_decoder() -> None:
-    """And without it the step is another one; both log what they minimise."""
+    """And without it the step is another one; both log what they minimize."""
     steps = {}
     for weight in (0.0, 1.0):
         settings = settings_for("smoke", "integer_exact", {"round_trip_weight": weight, "round_trip_start": 0.0})

@@ -1,4 +1,4 @@
-"""Stage 2: what a step minimises; and a run that stops and goes on bit for bit, and refuses to mix two.
+"""Stage 2: what a step minimizes; and a run that stops and goes on bit for bit, and refuses to mix two.
 
 Shape letters: B batch, T tokens, h w token grid.
 """
@@ -262,7 +262,7 @@ def test_the_authors_transformer_needs_a_start_token() -> None:
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_adam_the_rest() -> None:
-    """Every weight is in one optimiser; with Adam alone it has all of them."""
+    """Every weight is in one optimizer; with Adam alone it has all of them."""
     trainer = _trainer(optimizer="muon")
     adam, muon = ([id(p) for group in o.param_groups for p in group["params"]] for o in trainer.optimizers)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}

@@ -586,7 +586,7 @@ class Counts(nn.Module):
         self.norm = nn.BatchNorm2d(1).double()
 
     def forward(self, images):
-        """The normalised images."""
+        """The normalized images."""
         self.calls += 1
         self.others = self.others + 1
         return self.norm.train()(images)

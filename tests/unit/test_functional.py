@@ -257,7 +257,7 @@ def test_perplexity_is_the_exponential_of_the_entropy(counts: list[int]) -> None
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float16, torch.float32, torch.float64])
 def test_perplexity_of_even_use_is_the_number_of_codes(dtype: torch.dtype) -> None:
-    """Codes used alike are counted, whatever the others; weights need no normalisation."""
+    """Codes used alike are counted, whatever the others; weights need no normalization."""
     histogram = torch.zeros(12, dtype=dtype)
     histogram[:5] = 3
     assert perplexity(histogram).item() == pytest.approx(5)

@@ -233,7 +233,7 @@ BATCH = "encoder.down.0.block.0.norm1.running_mean"
         (adding(quantize__proj__weight=ONE), r"source must be .*got 'quantize\.proj\.weight': a Gumbel quantizer"),
         (adding(quantize__used=ONE), r"got 'quantize\.used': a codebook whose indices are remapped"),
         (adding(decoder__norm_out__conv_y__weight=ONE), r"got 'decoder.norm_out.conv_y.weight': MoVQ"),
-        (adding(**{BATCH.replace(".", "__"): ONE}), r"norm1\.running_mean': batch normalisation"),
+        (adding(**{BATCH.replace(".", "__"): ONE}), r"norm1\.running_mean': batch normalization"),
         (
             without("encoder.conv_in.bias"),
             r"source must be a VQGAN whose convolutions have biases, got no 'encoder\.conv_in\.bias', as in O",
@@ -391,7 +391,7 @@ def test_llamagen_configs_that_do_not_fit_are_refused(config: dict[str, Any], ma
     ("change", "match"),
     [
         (without("decoder.mid.1.v.weight"), r"none named 'decoder\.mid\.1\.v\.weight'"),
-        (adding(**{BATCH.replace(".", "__"): ONE}), "batch normalisation"),
+        (adding(**{BATCH.replace(".", "__"): ONE}), "batch normalization"),
         (
             without("encoder.conv_blocks.0.downsample"),
             "resamp_with_conv must be True, got no 'encoder.conv_blocks.0",

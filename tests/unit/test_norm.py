@@ -1,4 +1,4 @@
-"""Normalisation over the image and at every pixel, and which shifts they commute with."""
+"""Normalization over the image and at every pixel, and which shifts they commute with."""
 
 from __future__ import annotations
 

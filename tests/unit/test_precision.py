@@ -16,7 +16,7 @@ from tests.helpers import plain_quantizer, plain_residual
 
 # From opcheck itself, in torch 2.14.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_unit_rows_have_the_gradient_of_a_normalisation() -> None:
+def test_unit_rows_have_the_gradient_of_a_normalization() -> None:
     """Against finite differences, in float64; a compiler may trace it (opcheck)."""
     rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(unit_rows(rows), rows / rows.square().sum(1, keepdim=True).sqrt())

@@ -203,7 +203,7 @@ def test_encode_and_decode_compile() -> None:
 
 @pytest.mark.slow
 def test_bad_values_are_refused_by_the_default_backend() -> None:
-    """NaN latents and indices out of range stop a fully optimised graph too, and leave the state as it was."""
+    """NaN latents and indices out of range stop a fully optimized graph too, and leave the state as it was."""
     quantizer = spread(plain_quantizer(9, 6, codebook_update="ema"))
     forward = torch.compile(quantizer, fullgraph=True)
     decode = torch.compile(quantizer.decode, fullgraph=True)
@@ -236,7 +236,7 @@ def test_nearest_code_compiles_with_temperature() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("update", ["gradient", "ema"])
 def test_compiled_codes_are_the_bits_that_eager_decode_gives(update: str) -> None:
-    """Under cosine too, where both have to normalise."""
+    """Under cosine too, where both have to normalize."""
     quantizer = plain_quantizer(64, 16, metric="cosine", codebook_update=update)
     with torch.no_grad():
         quantizer.codebook.normal_()
@@ -253,7 +253,7 @@ def test_compiled_codes_are_the_bits_that_eager_decode_gives(update: str) -> Non
     ],
 )
 def test_the_default_backend_gives_the_bits_that_eager_decode_gives(name: str) -> None:
-    """Optimised, over several batch sizes: codes, quantized and the decoded indices are the same bits."""
+    """Optimized, over several batch sizes: codes, quantized and the decoded indices are the same bits."""
     quantizer = spread(QUANTIZERS[name]())
     compiled = torch.compile(quantizer, fullgraph=True, dynamic=True)
     for batch in (3, 5, 2):

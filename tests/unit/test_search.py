@@ -47,7 +47,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(params=[False, True], ids=["one tile", "several tiles"])
 def several_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single tile is minimised in another way than several: what holds for one must hold for both."""
+    """A single tile is minimized in another way than several: what holds for one must hold for both."""
     if request.param:
         monkeypatch.setattr(shared, "CPU_TILE", 1)
 

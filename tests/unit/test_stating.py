@@ -192,7 +192,7 @@ def test_nothing_is_claimed_for_other_layers(layer: nn.Module) -> None:
 
 
 def test_parametrized_layers_stay_known() -> None:
-    """Weight normalisation changes the class of a layer, and not its forward."""
+    """Weight normalization changes the class of a layer, and not its forward."""
     layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 2, stride=2))
     assert type(layer) is not nn.Conv2d
     assert statement_of(layer) == Statement(Reach(2, 2), "stride")

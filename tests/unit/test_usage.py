@@ -217,7 +217,7 @@ def test_the_histogram_moves_with_the_model() -> None:
 
 
 def test_a_counter_that_stayed_on_the_meta_device_starts_where_the_indices_are() -> None:
-    """Loaders that materialise parameters one by one know nothing of the counts."""
+    """Loaders that materialize parameters one by one know nothing of the counts."""
     with torch.device("meta"):
         model = Holder()
     assert model.usage.histogram.is_meta

@@ -22,7 +22,7 @@ class ClassifierSettings:
         data: name of the digits, as ``prepare`` takes it.
         canvas_size: side of the images whose cells are read, pixels; a multiple of 32.
         seed: of the initial weights and of the cells drawn.
-        steps: optimiser steps, at least 1.
+        steps: optimizer steps, at least 1.
         batch_size: cells per step.
         learning_rate: peak rate of AdamW.
         weight_decay: of AdamW, only for the weights of convolutions and heads.

@@ -88,7 +88,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "out": {"type": Path, "help": "folder of the results (default: runs/te_vqgan/PRESET-DATA)"},
     "data-dir": {"type": Path, "help": "folder of the IDX files (default: $TE_QUANT_DATA, else downloaded)"},
     "seed": {"type": int, "help": "seed of weights and images (default: the preset's, 0)"},
-    "steps": {"type": int, "help": "optimiser steps, instead of the preset's"},
+    "steps": {"type": int, "help": "optimizer steps, instead of the preset's"},
     "perceptual": {
         "choices": PERCEPTUAL,
         "help": "perceptual distance, in the loss and measured (default: the preset's; evaluate: the tokenizer's)",

@@ -41,7 +41,7 @@ def add_stage2_commands(add: Add) -> None:
     measured = "measure tokenizers and the GPTs on their tokens, under one or several rules of decoding"
     evaluate = add("evaluate", _evaluate, measured, *_MEASURE, "seed", "bf16", "perceptual")
     _add_arm(evaluate, "which tokenizer (default: every finished run, of every seed)")
-    evaluate.add_argument("--stage2-steps", type=int, help="optimiser steps of the GPT, if not the preset's")
+    evaluate.add_argument("--stage2-steps", type=int, help="optimizer steps of the GPT, if not the preset's")
     evaluate.add_argument(
         "--rules", nargs="+", default=DEFAULT_RULES, metavar="RULE", help=f"{', '.join(RULES)} or other numbers"
     )

@@ -56,7 +56,7 @@ def draw_curves(logs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> 
         axis.set(ylabel=label, yscale=scale)
         axis.grid(alpha=0.3)
     for axis in axes[2:]:
-        axis.set_xlabel("optimiser step")
+        axis.set_xlabel("optimizer step")
     if len(logs) <= 2:
         axes[0].legend(fontsize=8)
     else:  # inside, so many lines would cover the curves

@@ -8,13 +8,13 @@ from typing import Any
 __all__ = ["trial_size"]
 
 # Far below every preset that compares anything: after so few steps the weights are still close to the
-# initialisation, and over so few images an error or a rate is mostly chance.
+# initialization, and over so few images an error or a rate is mostly chance.
 _LEAST_STEPS = 100
 _LEAST_IMAGES = 100
 
 
 def trial_size(settings: Iterable[Mapping[str, Any]]) -> str | None:
-    """Return how small the trainings are, such as "6 optimiser steps and 8 test images"; ``None`` if large enough.
+    """Return how small the trainings are, such as "6 optimizer steps and 8 test images"; ``None`` if large enough.
 
     Args:
         settings: of each training, of Stage 1 or of Stage 2; ``steps`` and ``eval_images`` are read.
@@ -27,7 +27,7 @@ def trial_size(settings: Iterable[Mapping[str, Any]]) -> str | None:
     images = min(one["eval_images"] for one in every)
     if steps >= _LEAST_STEPS and images >= _LEAST_IMAGES:
         return None
-    return f"{_counted(steps, 'optimiser step')} and {_counted(images, 'test image')}"
+    return f"{_counted(steps, 'optimizer step')} and {_counted(images, 'test image')}"
 
 
 def _counted(number: int, noun: str) -> str:

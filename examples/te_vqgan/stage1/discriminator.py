@@ -29,7 +29,7 @@ class PatchDiscriminator(nn.Module):
         images: (B, C, H, W) -> (B, 1, h, w).
 
     Source: Isola et al. 2017, arXiv:1611.07004, section 3.3 and, for the initial weights of ``norm="batch"``,
-        section 6.2. Differs: group normalisation by default.
+        section 6.2. Differs: group normalization by default.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What Stage 1 minimises besides the quantizer's own loss.
+"""What Stage 1 minimizes besides the quantizer's own loss.
 
 Shape letters: B batch, C channels, H W pixels.
 """

@@ -52,7 +52,7 @@ class Stage1Settings:
         held_out: keep the combinations of :mod:`~.data.heldout` out of training; validate and test only on them.
         train_images: size of the training set; 300,000 in the paper.
         seed: of the initial weights and of the images drawn; equal seeds give two arms the same both.
-        steps: optimiser steps, at least 1.
+        steps: optimizer steps, at least 1.
         batch_size: images per step.
         learning_rate: peak rate of Adam for everything but the codebook.
         codebook_lr_factor: the codebook's rate is this many times ``learning_rate``.

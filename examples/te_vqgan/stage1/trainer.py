@@ -1,4 +1,4 @@
-"""One optimiser step of Stage 1, and the state that decides the next one.
+"""One optimizer step of Stage 1, and the state that decides the next one.
 
 Shape letters: B batch, C channels, H W pixels.
 """

@@ -53,7 +53,7 @@ class Stage2Settings:
         train_images: size of the training set; 300,000 in the paper.
         eval_images: captions and images of the test set, and half as many of seen combinations.
         seed: of the weights, and of what training and sampling draw.
-        steps: optimiser steps, at least 1.
+        steps: optimizer steps, at least 1.
         batch_size: pairs per step.
         directions: names out of :data:`DIRECTIONS`, trained in turn; one listed twice has twice the turns.
         updates_per_batch: 1; or the number of directions, which then take one step each on the same pairs, at the
@@ -275,7 +275,7 @@ STAGE2["small-best"] = _BEST
 STAGE2["small-captions"] = dataclasses.replace(
     _BEST, steps=36_000, directions=("text_to_image", "image_to_text", "image_to_text")
 )
-# The authors' transformer at half the width and depth, on one CPU core; optimiser and directions as in `small`.
+# The authors' transformer at half the width and depth, on one CPU core; optimizer and directions as in `small`.
 STAGE2["narrow"] = Stage2Settings(
     architecture="dalle",
     width=128,

@@ -1,4 +1,4 @@
-"""One optimiser step of Stage 2, and the state that decides the next one.
+"""One optimizer step of Stage 2, and the state that decides the next one.
 
 Shape letters: B batch, L caption tokens, M tokens of an image, h w token grid.
 """

@@ -2,7 +2,7 @@
 
 Shape letters: N latent vectors, C code size, K codes, n rows of a tile, g codes of a group.
 
-Only the minimum without its index is vectorised. So each score is read once by such a minimum, over groups of
+Only the minimum without its index is vectorized. So each score is read once by such a minimum, over groups of
 g consecutive codes. The index is then sought among the minima of the groups, set by set, and among the g codes of
 the best group. Groups are contiguous, so ties still go to the lowest index.
 """

@@ -16,7 +16,7 @@ changes the products of a latent with all codes by the same number, but the late
 
 A CPU searches by faiss (:mod:`te_quant._search.by_faiss`) where that is installed, faster, and allowed by
 :data:`ENGINE`, and else by groups of codes (:mod:`te_quant._search.grouped`) unless one tile holds all scores. An
-accelerator minimises whole tiles (:mod:`te_quant._search.tiled`), or does everything in one kernel where
+accelerator minimizes whole tiles (:mod:`te_quant._search.tiled`), or does everything in one kernel where
 :data:`ENGINE` asks for it (:mod:`te_quant._search.fused`).
 
 A compiled graph holds one opaque node whatever N is. An exported graph, and a function transform, compute all

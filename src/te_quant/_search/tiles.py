@@ -1,4 +1,4 @@
-"""What all searches share: sizes of tiles, the point and the scale in which they measure, and what they minimise.
+"""What all searches share: sizes of tiles, the point and the scale in which they measure, and what they minimize.
 
 Shape letters: K codes, C code size.
 """

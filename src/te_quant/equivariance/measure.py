@@ -102,7 +102,7 @@ def measure_equivariance(
             ``codebook`` the Fourier form of the sub-stride agreement.
         quantize: latents -> indices. None: the nearest code in L2, if ``codebook`` is given.
         codebook: with ``latents``, adds margins and the certified rate. Has to be what ``tokenize`` compares with
-            in L2; for cosine similarity give normalised codes and latents.
+            in L2; for cosine similarity give normalized codes and latents.
         variants: other ways to compute the same indices, for the numerical floor; see :func:`numerical_floor`.
             None: batches of one, unless ``batch_size`` is 1. ``{}`` for none.
         shifts: pixel shifts (dy, dx) by whole tokens, the identity excluded. None: by one token and as far

@@ -24,8 +24,8 @@ _OTHER_KINDS = (
     ("quantize.proj.weight", "a Gumbel quantizer, which has no codebook to search"),
     ("quantize.embed.weight", "a Gumbel quantizer, which has no codebook to search"),
     ("quantize.used", "a codebook whose indices are remapped (remap)"),
-    ("conv_y.weight", "MoVQ, whose decoder normalises with the codes (spatial norm)"),
-    ("running_mean", "batch normalisation (norm_type='batch')"),
+    ("conv_y.weight", "MoVQ, whose decoder normalizes with the codes (spatial norm)"),
+    ("running_mean", "batch normalization (norm_type='batch')"),
 )
 
 

@@ -86,7 +86,7 @@ class PolynomialActivation(nn.Module):
     the upper half away.
     Exact for: every circular shift, fractional ones too. Only circular padding fits around it.
     Cost: as :class:`FilteredActivation` with ``upsampling=2``; a square is not bounded by its argument, so a
-    normalisation should precede it.
+    normalization should precede it.
 
     Args:
         channels: C, at least 1.

@@ -111,7 +111,7 @@ class ResidualBlock(nn.Module):
         in_channels: C of the input, a multiple of ``norm_groups`` for ``norm="group"``.
         out_channels: C of the output, a multiple of ``norm_groups`` for ``norm="group"``.
         norm: ``group`` or ``channel``; see :func:`te_quant.layers.build_norm`.
-        norm_groups: groups of both normalisations, for ``norm="group"`` only.
+        norm_groups: groups of both normalizations, for ``norm="group"`` only.
         activation: ``silu``, ``filtered`` or ``polynomial``; see :func:`te_quant.layers.build_activation`.
         dropout: share of the values zeroed before the second convolution in training, in [0, 1).
         padding_mode: padding of the 3x3 convolutions; see :func:`te_quant.filters.pad2d`.
@@ -182,7 +182,7 @@ class SelfAttention2d(nn.Module):
     Args:
         channels: C, a multiple of ``norm_groups`` for ``norm="group"``.
         norm: ``group`` or ``channel``; see :func:`te_quant.layers.build_norm`.
-        norm_groups: groups of the normalisation, for ``norm="group"`` only.
+        norm_groups: groups of the normalization, for ``norm="group"`` only.
 
     Shape:
         images: (B, C, H, W).

@@ -1,4 +1,4 @@
-"""Normalisation: over the whole image, or at each pixel by itself.
+"""Normalization: over the whole image, or at each pixel by itself.
 
 Shape letters: B batch, C channels, H W pixels.
 """
@@ -88,7 +88,7 @@ class ChannelNorm(nn.Module):
         self.norm = _OverChannels(channels, eps=NORM_EPS)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalise every pixel."""
+        """Normalize every pixel."""
         require_rank("images", images, (4,), "(B, C, H, W)")
         require_axis("images", images, 1, self.channels, "channels")
         # Laid out as images again: convolutions choose their algorithm, and so their rounding, by the strides.
@@ -100,7 +100,7 @@ class ChannelNorm(nn.Module):
 
 
 def build_norm(norm: Norm, channels: int, *, norm_groups: int) -> nn.Module:
-    """Build a normalisation.
+    """Build a normalization.
 
     Args:
         norm: ``group`` (:func:`group_norm`) or ``channel`` (:class:`ChannelNorm`).

@@ -4,13 +4,13 @@ Shape letters: K codes, C code size.
 
 Without a penalty the best codebook is the running mean of each code's latents, and the moving-average update of
 van den Oord et al. simply writes it. A penalty that is only added to the loss cannot last under that update: the
-next step writes the means again. Here the codebook minimises both together,
+next step writes the means again. Here the codebook minimizes both together,
 
     F(e) = Σ_k (w_k / C) ‖e_k - m_k‖² + λ · ‖ÊÊᵀ - I‖²_F / n²,
 
 w_k the share and m_k the mean of the latents of code k, n the number of codes under the penalty: the objective
 that the codebook follows under gradient training, with the running statistics in place of one batch. Each step
-takes one majorise-minimise step, which is the plain moving average where λ = 0. (The curvature is bounded where
+takes one majorize-minimize step, which is the plain moving average where λ = 0. (The curvature is bounded where
 the step starts. That F falls is therefore tested on random problems, not proven.)
 """
 
@@ -37,11 +37,11 @@ def penalized_means(
     *,
     unit: bool = False,
 ) -> Tensor:
-    """One majorise-minimise step on F from ``codebook``.
+    """One majorize-minimize step on F from ``codebook``.
 
     With e = ρ·u and u of unit length, F is minimal in ρ at ρ = u·m, linear in u in its first term, and its
     second term has curvature at most 12·σ²/n² (σ² the largest eigenvalue of ÊᵀÊ, bounded here by its Frobenius
-    norm). Minimising that bound over the unit sphere gives the next u in closed form.
+    norm). Minimizing that bound over the unit sphere gives the next u in closed form.
 
     Args:
         codebook: (K, C) where the step starts.

@@ -131,7 +131,7 @@ class VectorQuantizer(Quantizer):
             scaled to unit length before everything else, so the returned codes have unit length too.
             ``"cosine_raw"``: the code at the smallest angle, but codes, losses and averages are those of the
             vectors as they are. ``"dot"``: the code of the largest product z·e, also with vectors as they are.
-            Means of latents do not maximise products, so ``"dot"`` needs ``codebook_update="gradient"``.
+            Means of latents do not maximize products, so ``"dot"`` needs ``codebook_update="gradient"``.
         codebook_update: ``"ema"``: the codebook is a buffer that starts at latents of the first training pass and
             follows moving averages of the latents between two passes. It needs no optimizer, and feels the
             penalty with the same λ (:mod:`te_quant.quantizers._penalized_means` says how). ``"gradient"``: it is a

@@ -223,7 +223,7 @@ def _suspect(error: ShiftDifference, stride: int) -> str:
     elif error.near_border > (1 + error.border_area) / 2:
         look = f"{error.near_border:.0%} of the error lies beside the border, so at the padding"
         if error.near_border < _ALL:
-            look += ", and for the rest at what acts everywhere: absolute positions, normalisation, attention"
+            look += ", and for the rest at what acts everywhere: absolute positions, normalization, attention"
     else:
-        look = "the error lies all over the map, so at the stride, normalisation, attention and absolute positions"
+        look = "the error lies all over the map, so at the stride, normalization, attention and absolute positions"
     return f"{look}. {audit}"

@@ -84,7 +84,7 @@ def audit(
 
     The model is put into evaluation mode by its training flags, and so is every model that ``run`` names. These
     flags, hooks, buffers and the random state are as before afterwards, also if it fails; a codebook that learns
-    by moving averages does not move. All shifts of a batch go through the model at once, so normalisation by
+    by moving averages does not move. All shifts of a batch go through the model at once, so normalization by
     statistics of the *batch* is not audited soundly.
 
     Example:

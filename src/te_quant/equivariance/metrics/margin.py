@@ -147,7 +147,7 @@ def code_margins(latents: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
 
     Args:
         latents: z, before quantization.
-        codebook: all codes. For cosine similarity normalise both first.
+        codebook: all codes. For cosine similarity normalize both first.
         indices: c of each vector, its nearest code in L2.
 
     Shape:

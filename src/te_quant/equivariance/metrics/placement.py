@@ -1,7 +1,7 @@
 """The placement metric of the paper's authors: one digit at five places, ten pairs of token blocks.
 
 All offsets are multiples of a quarter of the canvas, hence of the stride. Decimation commutes with such
-shifts, so this metric **cannot see aliasing**; it sees padding, normalisation statistics, attention,
+shifts, so this metric **cannot see aliasing**; it sees padding, normalization statistics, attention,
 near-ties and codebook collapse. Read it beside the sub-stride agreement.
 
 Shape letters: B batch, C channels, S side of the canvas, s stride, K codes.
