@@ -360,8 +360,11 @@ class DalleTransformer(nn.Module):
 def _attend_in_steps(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     """Scaled dot-product attention, one operation at a time; every query sees something."""
     scores = queries * queries.shape[-1] ** -0.5 @ keys.transpose(-1, -2)
-    shares = scores.float().masked_fill(~visible, -math.inf).softmax(-1)
-    mixed: Tensor = shares.to(values.dtype) @ values
+    unseen = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, -math.inf)
+    # Autocast would make softmax read and write float32. In half precision it computes in float32 all the same.
+    with torch.autocast(scores.device.type, enabled=False):
+        shares = scores.add_(unseen).softmax(-1)
+    mixed: Tensor = shares @ values
     return mixed
 
 
