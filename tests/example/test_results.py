@@ -359,7 +359,8 @@ def test_results_alone_stay_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
     target.mkdir()
     shutil.copy(first / "report" / "results.json", target)
     announce(report.write_report(second, command="typed", into=target))
-    assert capsys.readouterr().out == f"Results: {target / 'results.json'}, which has no report beside it.\n"
+    said = f"Results: {target / 'results.json'} (no report, as the folder has no samples)\n"
+    assert capsys.readouterr().out == said
     found, expected = _files(target), _files(whole / "report")
     assert found.keys() == {"results.json"}
     assert json.loads(found["results.json"]) == json.loads(expected["results.json"])

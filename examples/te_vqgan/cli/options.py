@@ -213,7 +213,7 @@ def execution(options: argparse.Namespace) -> Execution:
 def announce(folder: Path) -> None:
     """Print the report in ``folder`` up to its pictures, and where it is."""
     if not (folder / "report.md").exists():
-        print(f"Results: {folder / 'results.json'}, which has no report beside it.")
+        print(f"Results: {folder / 'results.json'} (no report, as the folder has no samples)")
         return
     print((folder / "report.md").read_text(encoding="utf-8").split("## Pictures")[0].strip())
     print(f"\nReport: {folder / 'report.html'}")
