@@ -85,8 +85,7 @@ def write_report(out: Path, *, command: str, wall_seconds: float | None = None, 
         command: what was typed to get the results.
         wall_seconds: how long that took, if it did everything.
         into: folder of the report, ``out/report`` by default. The runs of a report that is there already stay, but
-            for those that are in ``out`` too. Of digits, a folder with neither texts nor samples beside its
-            ``results.json`` gets only that file.
+            for those that are in ``out`` too. A report of digits that has only ``results.json`` gets nothing else.
 
     Returns:
         The folder of the report.
